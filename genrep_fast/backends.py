@@ -1,0 +1,164 @@
+"""The choice of the implementation that an operator runs.
+
+Every operator is defined once, as ``torch.ops.genrep_fast.<name>`` (`define_operator`), with its plain-PyTorch reference. Other backends add
+themselves with `register_implementation`; callers never name one. At each call the tensors' device picks the fastest backend that holds the
+operator, unless `use_backend` or the environment variable ``GENREP_FAST_BACKEND`` insists on one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import os
+import platform
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+
+# Fastest first; "reference" runs on every device and stands behind all of them.
+_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+
+# Why a backend holds no operator at all; a backend that registers one leaves this table.
+_unavailable = dict.fromkeys(BACKENDS[1:], "this version of genrep_fast does not contain it")
+
+_implementations: dict[str, dict[str, Callable]] = {}  # operator -> backend -> function
+_insisted: contextvars.ContextVar[str | None] = contextvars.ContextVar("genrep_fast_backend", default=None)
+_library = torch.library.Library("genrep_fast", "DEF")
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend was insisted on that cannot run the operator; the message says why."""
+
+
+def define_operator(
+    schema: str,
+    *,
+    reference: Callable,
+    fake: Callable,
+    backward: Callable | None = None,
+    setup_context: Callable | None = None,
+) -> torch._ops.OpOverload:
+    """Define ``genrep_fast::<schema>`` once: schema, fake, autograd, and `reference` as its first implementation.
+
+    Args:
+        schema: the operator's schema without the namespace, e.g. ``"gram(Tensor[] gradients, int n) -> Tensor"``.
+        reference: plain-PyTorch function with the schema's arguments; the operator's definition.
+        fake: function of the same arguments that returns empty outputs of the right shape, dtype and device.
+        backward: ``backward(ctx, *grads)`` as `torch.library.register_autograd` wants it; None where no gradient flows.
+        setup_context: ``setup_context(ctx, inputs, output)``, required with `backward`.
+
+    Returns:
+        The callable overload, ``torch.ops.genrep_fast.<name>.default``.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    register_implementation(name, "reference", reference)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        tensor = _first_tensor((*args, *kwargs.values()))
+        device_type = tensor.device.type
+        implementation = _select(name, device_type, tensor.dtype)
+        if not torch.is_autocast_enabled(device_type):
+            return implementation(*args, **kwargs)
+        # Autocast would run the inner matrix products of an operator in bfloat16, whatever its inputs.
+        with torch.autocast(device_type, enabled=False):
+            return implementation(*args, **kwargs)
+
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"genrep_fast::{name}", fake, lib=_library)
+    if backward is not None:
+        torch.library.register_autograd(f"genrep_fast::{name}", backward, setup_context=setup_context, lib=_library)
+    return getattr(torch.ops.genrep_fast, name).default
+
+
+def register_implementation(name: str, backend: str, implementation: Callable) -> None:
+    """Add `implementation` of the operator `name` for `backend`, one of `BACKENDS`."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    _implementations.setdefault(name, {})[backend] = implementation
+    _unavailable.pop(backend, None)
+
+
+@contextlib.contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Insist on one backend for every operator called inside the block.
+
+    Args:
+        backend: "reference", "cpu", "triton" or "cuda".
+
+    Raises:
+        ValueError: for any other name.
+        BackendUnavailableError: where the backend is not built or did not load; operators raise it where the backend lacks just them.
+    """
+    _require_backend(backend, "backend")
+    token = _insisted.set(backend)
+    try:
+        yield
+    finally:
+        _insisted.reset(token)
+
+
+def info() -> dict[str, Any]:
+    """Versions, and what is built, what loaded, and why the rest did not.
+
+    Returns:
+        A dictionary with the keys ``genrep_fast``, ``torch``, ``python``, ``platform`` (strings) and ``backends``: for each backend
+        ``available`` (bool), ``operators`` (their names) and ``reason`` (a string where it is not available, else None).
+    """
+    from . import __version__
+
+    backends = {
+        backend: {
+            "available": backend not in _unavailable,
+            "operators": sorted(name for name, by_backend in _implementations.items() if backend in by_backend),
+            "reason": _unavailable.get(backend),
+        }
+        for backend in BACKENDS
+    }
+    return {
+        "genrep_fast": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "backends": backends,
+    }
+
+
+def _select(name: str, device_type: str, dtype: torch.dtype) -> Callable:
+    by_backend = _implementations[name]
+    insisted = _insisted.get() or os.environ.get("GENREP_FAST_BACKEND")
+    if insisted:
+        _require_backend(insisted, "GENREP_FAST_BACKEND")
+        if insisted not in by_backend:
+            raise BackendUnavailableError(f"backend {insisted!r} was asked for, but it does not implement {name}")
+        if insisted != "reference" and insisted not in _PREFERENCE.get(device_type, ()):
+            raise BackendUnavailableError(f"backend {insisted!r} was asked for, but {name} got tensors on {device_type}")
+        if insisted != "reference" and dtype == torch.float64:
+            raise BackendUnavailableError(f"backend {insisted!r} was asked for, but {name} in float64 runs on the reference alone")
+        return by_backend[insisted]
+    if dtype != torch.float64:
+        for backend in _PREFERENCE.get(device_type, ()):
+            if backend in by_backend:
+                return by_backend[backend]
+    return by_backend["reference"]
+
+
+def _require_backend(backend: str, argument: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"{argument} must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend in _unavailable:
+        raise BackendUnavailableError(f"backend {backend!r} was asked for, but {_unavailable[backend]}")
+
+
+def _first_tensor(values: Any) -> torch.Tensor | None:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            return value
+        if isinstance(value, (list, tuple)) and value:
+            found = _first_tensor(value)
+            if found is not None:
+                return found
+    return None

@@ -1,0 +1,304 @@
+"""A bank of class chains: the kept steps of many reverse chains a class, run once and scored against many batches.
+
+p(x|y) ≈ (1/S) Σ_s N(x; center[y, s], σ_s² I) over S = chains · kept steps (METHOD.md, *class chain*).
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .coefficients import ReverseKernel, StepCoefficients, normal_tables, reverse_kernel
+from .ops.reverse_step import reverse_step
+from .reference.reverse_step import INITIAL_ROW, chain_noise
+from .reference.scoring import accumulation_dtype
+
+Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+# Elements of one chunk of centres, or of its distances to a batch: 8 MiB in float32, and a handful of temporaries of that size.
+_CHUNK_ELEMENTS = 2**21
+_COEFFICIENTS = tuple(field.name for field in dataclasses.fields(StepCoefficients) if field.init)
+
+
+@dataclasses.dataclass(frozen=True)
+class ChainSettings:
+    """How a bank's chains are run: see `ChainBank.build`. `clip_range` is the scheduler's, None where it does not clip."""
+
+    chains: int
+    burn_in: int
+    thin: int
+    center: str
+    sigma_floor: float
+    seed: int
+    clip_range: float | None
+
+
+class ChainBank:
+    """Kept steps of reverse chains of every class; made by `build` or `load`.
+
+    Attributes:
+        centers: [K, S, *sample_shape], chain by chain.
+        std: [S] float32 (float64 for a float64 bank), the standard deviations that score, floor included.
+        evaluations: samples that went through the network so far, once a step.
+    """
+
+    def __init__(
+        self,
+        centers: Tensor,
+        timesteps: Tensor,
+        kernel: ReverseKernel,
+        coefficients: StepCoefficients,
+        settings: ChainSettings,
+        log_variance_ratio: Tensor | None = None,
+        drawn: int = 0,
+        evaluations: int = 0,
+    ):
+        self.centers, self.settings, self.evaluations = centers, settings, evaluations
+        self._timesteps, self._kernel, self._log_variance_ratio, self._drawn = timesteps, kernel, log_variance_ratio, drawn
+        self._coefficients = coefficients.to(centers.device)
+        self._kept = range(settings.burn_in, len(timesteps), settings.thin)
+        std = kernel.score_std[list(self._kept)].clamp(min=settings.sigma_floor).repeat(settings.chains)
+        self.std = std.to(centers.device, _run_dtype(centers.dtype))
+        self._inv_var, self._log_norm = normal_tables(self.std.double())
+
+    @classmethod
+    def build(
+        cls,
+        denoiser: Denoiser,
+        scheduler: Any,
+        num_classes: int,
+        sample_shape: Sequence[int],
+        *,
+        num_inference_steps: int,
+        chains: int = 32,
+        burn_in: int = 50,
+        thin: int = 2,
+        center: str = "mean",
+        sigma_floor: float = 0.0,
+        seed: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        variance: str | None = None,
+        eta: float = 0.0,
+        batch_size: int = 512,
+    ) -> ChainBank:
+        """Run `chains` reverse chains a class from pure noise and keep every `thin`-th step after the first `burn_in`.
+
+        Args:
+            denoiser: ``denoiser(x_t, timesteps, labels) -> model output``: [N, C, *spatial] (float64 for a float64 bank, else float32),
+                [N] of the dtype of ``scheduler.timesteps``, int64 [N] -> [N, C', *spatial] with C' ≥ C. Called without gradients; put a
+                module in eval mode.
+            scheduler: diffusers' DDPMScheduler, DDIMScheduler or FlowMatchEulerDiscreteScheduler; a copy of it is set to
+                `num_inference_steps`. One with ``clip_sample=True`` runs clipped; one with ``variance_type="learned_range"`` runs with the
+                variances that the network gives and scores with `variance`.
+            num_classes: K.
+            sample_shape: (C, *spatial) of one sample.
+            center: what is kept of a step, its "mean" or the predicted clean "sample".
+            sigma_floor, variance, eta: as in `StepCoefficients.chain`.
+            seed: in [0, 2⁶⁴); chain c of class y draws its noise with the chain id y·chains + c.
+            dtype: of the kept centres; None is float32.
+            batch_size: chains that go through the network together.
+
+        Raises:
+            TypeError, ValueError: for arguments out of range, settings that keep no step, a kept step that cannot be scored, and as
+                `StepCoefficients.chain`; before the network is called.
+        """
+        dtype = torch.float32 if dtype is None else dtype
+        if not dtype.is_floating_point:
+            raise TypeError(f"dtype must be a floating-point dtype, got {dtype}")
+        if center not in ("mean", "sample"):
+            raise ValueError(f'center must be "mean" or "sample", got {center!r}')
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seed must lie in [0, 2**64), got {seed}")
+        _require_at_least(
+            1, num_classes=num_classes, num_inference_steps=num_inference_steps, chains=chains, thin=thin, batch_size=batch_size
+        )
+        _require_at_least(0, burn_in=burn_in)
+        if burn_in >= num_inference_steps:
+            raise ValueError(f"burn_in must be less than num_inference_steps, {num_inference_steps}, got {burn_in}: no step would be kept")
+        scheduler = copy.deepcopy(scheduler)
+        scheduler.set_timesteps(num_inference_steps)
+        timesteps = scheduler.timesteps.cpu()
+        if scheduler.config.get("thresholding", False):
+            raise ValueError("scheduler has thresholding=True, which a bank cannot run: set thresholding=False")
+        clip_range = scheduler.config.clip_sample_range if scheduler.config.get("clip_sample", False) else None
+        settings = ChainSettings(chains, burn_in, thin, center, sigma_floor, seed, clip_range)
+        kernel = reverse_kernel(scheduler, timesteps, variance=variance, eta=eta)
+        # The mean is computed here, clipped or not, so that the step gets it ready made.
+        as_mean = {"parameterization": "mean", "eta": eta, "sigma_floor": sigma_floor, "dtype": _run_dtype(dtype)}
+        coefficients = StepCoefficients.chain(scheduler, timesteps, variance=variance, **as_mean)
+        kept = range(burn_in, len(timesteps), thin)
+        for row in kept:
+            coefficients.require_scorable(row)
+        log_variance_ratio = None
+        if scheduler.config.get("variance_type") == "learned_range":
+            log_variance_ratio = _log_variance_ratio(scheduler, timesteps)
+            coefficients = StepCoefficients.chain(scheduler, timesteps, variance="fixed_large", **as_mean)
+        centers = torch.empty(num_classes, chains * len(kept), *sample_shape, dtype=dtype, device=device)
+        bank = cls(centers, timesteps, kernel, coefficients, settings, log_variance_ratio)
+        bank.refresh(denoiser, chains=chains, batch_size=batch_size)
+        return bank
+
+    @torch.no_grad()
+    def refresh(self, denoiser: Denoiser, *, chains: int = 1, batch_size: int = 512) -> None:
+        """Replace the oldest `chains` chains of every class by new ones, in turn; each new chain has noise of its own.
+
+        A bank that was saved and loaded continues with the same noise as one that was not.
+
+        Args:
+            denoiser, batch_size: as in `build`.
+            chains: from 1 to the bank's number of chains.
+
+        Raises:
+            ValueError: for a number out of range, or a denoiser whose output does not fit; the bank is unchanged then.
+        """
+        if not 1 <= chains <= self.settings.chains:
+            raise ValueError(f"chains must be between 1 and the bank's {self.settings.chains}, got {chains}")
+        _require_at_least(1, batch_size=batch_size)
+        device, num_classes = self.centers.device, len(self.centers)
+        number = torch.arange(self._drawn, self._drawn + chains, device=device)  # counts every chain of a class ever drawn
+        slot, generation = number % self.settings.chains, number // self.settings.chains
+        labels = torch.arange(num_classes, device=device)[:, None]  # [K, 1]
+        chain_ids = (generation * num_classes + labels) * self.settings.chains + slot  # [K, chains], never used twice
+        new = [
+            self._run(denoiser, *batch)
+            for batch in zip(labels.expand_as(chain_ids).flatten().split(batch_size), chain_ids.flatten().split(batch_size), strict=True)
+        ]
+        by_chain = self.centers.unflatten(1, (self.settings.chains, -1))  # [K, chains, kept, *sample_shape], a view
+        by_chain[:, slot] = torch.cat(new).unflatten(0, chain_ids.shape)
+        self._drawn += chains
+        self.evaluations += chain_ids.numel() * len(self._timesteps)
+
+    def log_likelihood(self, x: Tensor) -> Tensor:
+        """Log of the mixture of every class's centres, log (1/S) Σ_s N(x; center, σ_s² I), in nats; differentiable in x.
+
+        Args:
+            x: [B, *sample_shape], floating point, on the bank's device.
+
+        Returns:
+            [B, K] float32 (float64 where x or the bank is). Memory beyond it is bounded, whatever the bank's size.
+
+        Raises:
+            TypeError, ValueError: for a wrong dtype, shape or device.
+        """
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise TypeError(f"x must be a floating-point tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
+        if x.ndim == 0 or x.shape[1:] != self.centers.shape[2:]:
+            raise ValueError(f"x must be [B, {', '.join(map(str, self.centers.shape[2:]))}], got {tuple(x.shape)}")
+        if x.device != self.centers.device:
+            raise ValueError(f"x must be on the bank's device {self.centers.device}, got {x.device}")
+        dtype = accumulation_dtype(x, self.centers)
+        images = x.to(dtype).reshape(1, len(x), self.centers[0, 0].numel())  # [1, B, D]
+        num_classes, components = self.centers.shape[:2]
+        steps = max(1, _CHUNK_ELEMENTS // (num_classes * max(images.shape[1:])))
+        chunks = []
+        for start in range(0, components, steps):
+            rows = slice(start, start + steps)
+            centers = self.centers[:, rows].to(dtype).flatten(2)  # [K, s, D]
+            # The direct sum of squared differences: the matrix-product form loses digits (METHOD.md).
+            distance = torch.cdist(images, centers, compute_mode="donot_use_mm_for_euclid_dist")  # [K, B, s]
+            half_inv_var = (0.5 * self._inv_var[rows]).to(dtype)
+            log_norm = (self._log_norm[rows] * images.shape[2]).to(dtype)
+            scores = log_norm - half_inv_var * distance**2
+            # Components e⁻⁸⁰ below the nearest change no digit, but their exponentials are subnormal numbers, slow on a CPU.
+            chunks.append(scores.clamp(min=scores.amax(2, keepdim=True) - 80).logsumexp(2))  # [K, B]
+        return torch.stack(chunks).logsumexp(0).T - math.log(components)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the bank to one safetensors file; a file that was there is replaced as a whole or not at all."""
+        path = Path(path)
+        tensors = {"centers": self.centers, "timesteps": self._timesteps, **self._kernel._asdict()}
+        if self._log_variance_ratio is not None:
+            tensors["log_variance_ratio"] = self._log_variance_ratio
+        tensors |= {f"coefficients.{name}": getattr(self._coefficients, name) for name in _COEFFICIENTS}
+        state = {"settings": dataclasses.asdict(self.settings), "drawn": self._drawn, "evaluations": self.evaluations}
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            save_file(tensors, unfinished, metadata={"chain_bank": json.dumps(state)})
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, device: torch.device | str = "cpu") -> ChainBank:
+        """Read a bank that `save` wrote, bit by bit, onto `device`.
+
+        Raises:
+            FileNotFoundError: where there is no such file.
+            ValueError: where it is truncated or not a chain bank.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                state = json.loads(file.metadata()["chain_bank"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return cls(
+                tensors["centers"].to(device),
+                tensors["timesteps"],
+                ReverseKernel(**{name: tensors[name] for name in ReverseKernel._fields}),
+                StepCoefficients(**{name: tensors[f"coefficients.{name}"] for name in _COEFFICIENTS}),
+                ChainSettings(**state["settings"]),
+                tensors.get("log_variance_ratio"),
+                state["drawn"],
+                state["evaluations"],
+            )
+        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is truncated or not a chain bank: {error!r}") from error
+
+    def _run(self, denoiser: Denoiser, labels: Tensor, chain_ids: Tensor) -> Tensor:
+        """Kept centres [N, kept, *sample_shape] of N whole chains from pure noise."""
+        shape = self.centers.shape[2:]
+        x_t = chain_noise(self.settings.seed, chain_ids, INITIAL_ROW, shape).to(_run_dtype(self.centers.dtype))
+        kept = []
+        for row, timestep in enumerate(self._timesteps):
+            output = denoiser(x_t, timestep.to(x_t.device).expand(len(x_t)), labels).to(x_t.dtype)
+            if output[:, : shape[0]].shape != x_t.shape:
+                raise ValueError(f"denoiser must return {tuple(x_t.shape)} up to further channels, got {tuple(output.shape)}")
+            sample, mean = self._predict(row, x_t, output[:, : shape[0]])
+            if row in self._kept:
+                kept.append((mean if self.settings.center == "mean" else sample).to(self.centers.dtype))
+            noise = {"seed": self.settings.seed, "chain_ids": chain_ids, "std_scale": self._learned_std_scale(row, output)}
+            x_t, _ = reverse_step(x_t, mean, self._coefficients, row, **noise)
+        return torch.stack(kept, 1)
+
+    def _predict(self, row: int, x_t: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+        """The clean sample, clipped where the scheduler clips, and the mean of the step that follows from it."""
+        step = ReverseKernel(*(table[row] for table in self._kernel))
+        sample = step.sample_noisy * x_t + step.sample_output * output
+        if self.settings.clip_range is not None:
+            sample = sample.clamp(-self.settings.clip_range, self.settings.clip_range)
+        return sample, step.mean_sample * sample + step.mean_noisy * x_t + step.mean_output * output
+
+    def _learned_std_scale(self, row: int, output: Tensor) -> Tensor | None:
+        """The learned standard deviation over √β, [N, C, *spatial]: log σ² lies between log β̃ and log β (Nichol & Dhariwal 2021)."""
+        if self._log_variance_ratio is None:
+            return None
+        channels = self.centers.shape[2]
+        fraction = (output[:, channels : 2 * channels] + 1) / 2
+        return (0.5 * (1 - fraction) * self._log_variance_ratio[row]).exp()
+
+
+def _log_variance_ratio(scheduler: Any, timesteps: Tensor) -> Tensor:
+    """log β̃/β of each step [T], with diffusers' lower limit of 1e-20 on β̃."""
+    small, large = (reverse_kernel(scheduler, timesteps, variance=variance).score_std for variance in ("fixed_small", "fixed_large"))
+    return 2 * (small.clamp(min=1e-10) / large).log()
+
+
+def _require_at_least(least: int, **values: int) -> None:
+    for name, value in values.items():
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _run_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,291 @@
+"""Gradient alignment operators: Gram matrices, GenRep's coefficients, and the combination of the gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends import define_operator
+from ..reference import alignment as reference
+
+Gradients = Sequence[Tensor | None]  # of one loss: a tensor for each parameter, None where the loss does not reach it
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_MAX_LOSSES = 8
+
+_gram = define_operator(
+    "gram(Tensor[] gradients, int n, int[] groups, int num_groups) -> Tensor",
+    reference=reference.gram,
+    fake=lambda gradients, n, groups, num_groups: gradients[0].new_empty(num_groups, n, n, dtype=torch.float64),
+)
+
+_alignment_coefficients = define_operator(
+    "alignment_coefficients(Tensor gram, float[] weights, float power) -> (Tensor coefficients, Tensor cosine, Tensor alpha)",
+    reference=reference.alignment_coefficients,
+    fake=lambda gram, weights, power: (gram.new_empty(len(gram), 2), gram.new_empty(len(gram)), gram.new_empty(len(gram))),
+)
+
+_combine = define_operator(
+    "combine(Tensor?[] gradients, Tensor coefficients, int[] groups, float[] weights, Tensor(a!)[] out) -> ()",
+    reference=reference.combine,
+    fake=lambda gradients, coefficients, groups, weights, out: None,
+)
+
+
+@dataclass(frozen=True)
+class AlignmentStats:
+    """What an alignment did, group by group: float64 tensors on the gradients' device.
+
+    Attributes:
+        cosine: [groups], cosine between the two gradients; 0 where one of them is zero.
+        alpha: [groups], the factor rho = ((cosine + 1) / 2) ** power on the parallel parts.
+        norms: [groups, 2], Euclidean norms of the perception and the generation gradient.
+        coefficients: [groups, 2], factors c with aligned = c[:, 0] perception + c[:, 1] generation.
+    """
+
+    cosine: Tensor
+    alpha: Tensor
+    norms: Tensor
+    coefficients: Tensor
+
+
+@torch.no_grad()
+def align_gradients(
+    perception: Gradients,
+    generation: Gradients,
+    *,
+    weights: Sequence[float] = (0.7, 0.3),
+    power: float = 2.0,
+    groups: Sequence[int | None] | None = None,
+    out: Gradients | None = None,
+) -> tuple[list[Tensor | None], AlignmentStats]:
+    """Damp the parts of two gradients that are parallel to each other, and add the gradients up.
+
+    Inside a group, each gradient is split into a part parallel to the other gradient and an orthogonal one; the parallel part is scaled by
+    rho = ((cosine + 1) / 2) ** power and the two results are added with `weights` (GenRep, Li, Yang and Wang, ICLR 2026). A tensor that
+    one loss alone reaches gets its gradient times that loss's weight, and neither it nor a tensor without a group enters the statistics.
+
+    Args:
+        perception: gradients of the perception loss, one dense tensor for each parameter (float32, bfloat16, float16 or float64, any shape
+            and strides), None where the loss does not reach the parameter.
+        generation: gradients of the generation loss, as many; shapes as in `perception`, dtypes may differ.
+        weights: of the perception and the generation loss.
+        power: damping exponent, >= 0; 0 gives the plain weighted sum.
+        groups: for each tensor the index of its group, or None for a plain weighted sum; None puts every tensor into group 0.
+        out: tensors to write the results to, of the gradients' shapes and any of the dtypes above; may be `perception` or `generation`.
+            None, also as an entry, allocates.
+
+    Returns:
+        The aligned gradients (None where both gradients are), in the promoted dtype of the two gradients unless `out` says otherwise, and
+        the statistics.
+
+    Raises:
+        TypeError: for an argument of a wrong type, or a gradient of a wrong dtype.
+        ValueError: for a wrong length, shape, device, layout, group index, weight or power.
+    """
+    gradients = (perception, generation)
+    layout = check_gradients(gradients, ("perception", "generation"), groups)
+    weights = check_weights(weights, 2)
+    if not isinstance(power, (int, float)):
+        raise TypeError(f"power must be a number, got {type(power).__name__}")
+    if not 0 <= power < math.inf:
+        raise ValueError(f"power must be finite and not negative, got {power}")
+    _check_out(out, layout)
+    matrices = _gram_matrices(gradients, layout)
+    coefficients, cosine, alpha = _alignment_coefficients(matrices, weights, float(power))
+    stats = AlignmentStats(cosine, alpha, matrices.diagonal(dim1=1, dim2=2).sqrt(), coefficients)
+    return _combined(gradients, coefficients, layout, weights, out), stats
+
+
+@torch.no_grad()
+def gram(*gradients: Gradients, groups: Sequence[int | None] | None = None) -> Tensor:
+    """Gram matrices of the gradients of n losses: entry [k, i, j] is the inner product of gradients i and j over the tensors of group k.
+
+    Args:
+        gradients: 2 to 8 sequences of equal length, one for each loss, as in `align_gradients`. Tensors that some loss does not reach are
+            left out.
+        groups: for each tensor the index of its group, or None to leave it out; None puts every tensor into group 0.
+
+    Returns:
+        [groups, n, n] float64 on the gradients' device, with groups the highest index plus 1.
+
+    Raises:
+        TypeError: for an argument of a wrong type, or a gradient of a wrong dtype.
+        ValueError: for a wrong number of gradients, length, shape, device, layout or group index.
+    """
+    layout = check_gradients(gradients, _numbered(gradients), groups)
+    return _gram_matrices(gradients, layout)
+
+
+@torch.no_grad()
+def combine(
+    gradients: Sequence[Gradients],
+    coefficients: Tensor,
+    groups: Sequence[int | None] | None = None,
+    *,
+    weights: Sequence[float] | None = None,
+    out: Gradients | None = None,
+) -> list[Tensor | None]:
+    """Weighted sum of the gradients of n losses, with weights of their own for every group of tensors.
+
+    Args:
+        gradients: 2 to 8 sequences of equal length, one for each loss, as in `align_gradients`.
+        coefficients: [groups, n] floating point on the gradients' device, e.g. ``AlignmentStats.coefficients``.
+        groups: for each tensor the row of `coefficients`, or None to use `weights`; None uses row 0 for every tensor.
+        weights: n numbers for tensors that have no group or that some loss does not reach; None where there are no such tensors.
+        out: as in `align_gradients`; may be one of `gradients`.
+
+    Returns:
+        The sums (None where no loss reaches a tensor), in the promoted dtype of the tensor's gradients unless `out` says otherwise. Sums
+        are formed in float32, or in float64 where a gradient is float64.
+
+    Raises:
+        TypeError: for an argument of a wrong type, or a tensor of a wrong dtype.
+        ValueError: for a wrong number of gradients, length, shape, device, layout or group index, or for `weights` that are missing.
+    """
+    layout = check_gradients(gradients, _numbered(gradients), groups)
+    weights = check_coefficients(coefficients, weights, len(gradients), layout)
+    _check_out(out, layout)
+    return _combined(gradients, coefficients, layout, weights, out)
+
+
+class GradientLayout(NamedTuple):
+    """Where the tensors of checked gradients belong."""
+
+    groups: list[int]  # for each tensor; -1: plain weighted sum, because it has no group or because a loss does not reach it
+    num_groups: int
+    samples: list[Tensor | None]  # for each tensor one of its gradients; None where no loss reaches it
+    device: torch.device
+
+    @property
+    def reached(self) -> list[int]:
+        """Indices of the tensors that some loss reaches."""
+        return [t for t, sample in enumerate(self.samples) if sample is not None]
+
+
+def check_gradients(gradients: Sequence[Gradients], names: Sequence[str], groups: Sequence[int | None] | None) -> GradientLayout:
+    """Check gradients of 2 to 8 losses, called `names` in messages, and their groups; what raises: see `align_gradients`."""
+    if not 2 <= len(gradients) <= _MAX_LOSSES:
+        raise ValueError(f"gradients of 2 to {_MAX_LOSSES} losses are needed, got {len(gradients)}")
+    for name, tensors in zip(names, gradients, strict=True):
+        check_length(tensors, name, len(gradients[0]))
+    indices, num_groups = _check_groups(groups, len(gradients[0]))
+    samples: list[Tensor | None] = [None] * len(indices)
+    device = None
+    for name, tensors in zip(names, gradients, strict=True):
+        for t, gradient in enumerate(tensors):
+            if gradient is None:
+                indices[t] = -1
+            else:
+                check_tensor(gradient, f"{name}[{t}]", samples[t].shape if samples[t] is not None else None, device)
+                samples[t] = gradient
+                device = gradient.device
+    return GradientLayout(indices, num_groups, samples, device or torch.device("cpu"))
+
+
+def check_length(tensors: Sequence, name: str, length: int) -> None:
+    """Check that `tensors` is a sequence with `length` entries."""
+    if not isinstance(tensors, Sequence):
+        raise TypeError(f"{name} must be a list or a tuple, got {type(tensors).__name__}")
+    if len(tensors) != length:
+        raise ValueError(f"{name} must have {length} entries, got {len(tensors)}")
+
+
+def check_tensor(tensor: Tensor, name: str, shape: torch.Size | None, device: torch.device | None) -> None:
+    """Check that `tensor` is a dense tensor of one of `DTYPES`, of this shape and on this device (None: any)."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{name} must be dense, got layout {tensor.layout}; densify sparse gradients with .to_dense()")
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
+    if shape is not None and tensor.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
+    if device is not None and tensor.device != device:
+        raise ValueError(f"{name} must be on {device} like the other tensors, got {tensor.device}")
+
+
+def check_writable(tensor: Tensor, name: str, shape: torch.Size, device: torch.device) -> None:
+    """`check_tensor`, and that no two elements of `tensor` share memory as an expanded tensor's do."""
+    check_tensor(tensor, name, shape, device)
+    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        raise ValueError(f"{name} is written to and must not be an expanded tensor, got strides {tensor.stride()}")
+
+
+def check_coefficients(coefficients: Tensor, weights: Sequence[float] | None, n: int, layout: GradientLayout) -> list[float]:
+    """Check `coefficients` and `weights` of `combine`; return the weights as a list, empty where none are needed."""
+    check_tensor(coefficients, "coefficients", None, layout.device)
+    if coefficients.ndim != 2 or coefficients.shape[1] != n or len(coefficients) < layout.num_groups:
+        raise ValueError(f"coefficients must have shape [{layout.num_groups} groups or more, {n}], got {tuple(coefficients.shape)}")
+    if weights is not None:
+        return check_weights(weights, n)
+    if any(layout.groups[t] < 0 for t in layout.reached):
+        raise ValueError("weights must be given where a tensor has no group or a loss does not reach it, got None")
+    return []
+
+
+def check_weights(weights: Sequence[float], n: int) -> list[float]:
+    """Check that `weights` are `n` finite numbers; return them as floats."""
+    if not isinstance(weights, Sequence) or not all(isinstance(weight, (int, float)) for weight in weights):
+        raise TypeError(f"weights must be a sequence of numbers, got {weights!r}")
+    if len(weights) != n or not all(abs(weight) < math.inf for weight in weights):
+        raise ValueError(f"weights must be {n} finite numbers, got {weights!r}")
+    return [float(weight) for weight in weights]
+
+
+def _check_groups(groups: Sequence[int | None] | None, num_tensors: int) -> tuple[list[int], int]:
+    if groups is None:
+        return [0] * num_tensors, 1
+    check_length(groups, "groups", num_tensors)
+    for t, index in enumerate(groups):
+        if index is not None and not isinstance(index, int):
+            raise TypeError(f"groups[{t}] must be an int or None, got {type(index).__name__}")
+        if index is not None and index < 0:
+            raise ValueError(f"groups[{t}] must not be negative, got {index}")
+    indices = [-1 if index is None else index for index in groups]
+    return indices, max(indices, default=-1) + 1
+
+
+def _check_out(out: Gradients | None, layout: GradientLayout) -> None:
+    if out is None:
+        return
+    check_length(out, "out", len(layout.samples))
+    for t in layout.reached:
+        if out[t] is not None:
+            check_writable(out[t], f"out[{t}]", layout.samples[t].shape, layout.device)
+
+
+def _numbered(gradients: Sequence[Gradients]) -> list[str]:
+    return [f"gradients[{i}]" for i in range(len(gradients))]
+
+
+def _gram_matrices(gradients: Sequence[Gradients], layout: GradientLayout) -> Tensor:
+    n = len(gradients)
+    grouped = [t for t, group in enumerate(layout.groups) if group >= 0]
+    if not grouped:
+        return torch.zeros(layout.num_groups, n, n, dtype=torch.float64, device=layout.device)
+    tensors = [loss_gradients[t] for loss_gradients in gradients for t in grouped]
+    return _gram(tensors, n, [layout.groups[t] for t in grouped], layout.num_groups)
+
+
+def _combined(
+    gradients: Sequence[Gradients], coefficients: Tensor, layout: GradientLayout, weights: list[float], out: Gradients | None
+) -> list[Tensor | None]:
+    results = list(out) if out is not None else [None] * len(layout.samples)
+    for t, sample in enumerate(layout.samples):
+        if sample is None:
+            results[t] = None
+        elif results[t] is None:
+            dtypes = (loss_gradients[t].dtype for loss_gradients in gradients if loss_gradients[t] is not None)
+            results[t] = torch.empty_like(sample, dtype=reduce(torch.promote_types, dtypes))
+    reached = layout.reached
+    if reached:
+        tensors = [loss_gradients[t] for loss_gradients in gradients for t in reached]
+        _combine(tensors, coefficients, [layout.groups[t] for t in reached], weights, [results[t] for t in reached])
+    return results

@@ -1,0 +1,116 @@
+"""Fused optimizer step: combination of the gradients, AdamW, and the moving average of the parameters in one operator."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..backends import define_operator
+from ..reference import optimizer as reference
+from .alignment import Gradients, check_coefficients, check_gradients, check_length, check_tensor, check_writable
+
+_adamw_step = define_operator(
+    "adamw_step(Tensor(a!)[] params, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] emas, "
+    "Tensor?[] gradients, Tensor coefficients, int[] groups, float[] weights, Tensor[] steps, Tensor lr, "
+    "float beta1, float beta2, float eps, float weight_decay, float ema_decay) -> ()",
+    reference=reference.adamw_step,
+    fake=lambda *arguments: None,
+)
+
+
+@torch.no_grad()
+def adamw_step(
+    params: Sequence[Tensor],
+    gradients: Sequence[Gradients],
+    coefficients: Tensor,
+    groups: Sequence[int | None] | None = None,
+    *,
+    weights: Sequence[float] | None = None,
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    lr: float | Tensor,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+    emas: Sequence[Tensor] | None = None,
+    ema_decay: float = 0.999,
+) -> None:
+    """Combine the gradients of n losses, take one AdamW step with the sum, and move an exponential average of the parameters, all in place.
+
+    Equals `genrep_fast.combine`, `torch.optim.AdamW` (Loshchilov and Hutter, ICLR 2019) and ``ema.lerp_(param, 1 - ema_decay)`` one after
+    the other, without writing the combined gradient. A parameter that no loss reaches is left as it is, with its state and its average.
+
+    Args:
+        params: T dense tensors (float32, bfloat16, float16 or float64), updated.
+        gradients, coefficients, groups, weights: as in `genrep_fast.combine`; gradients have the shapes of `params`.
+        exp_avgs, exp_avg_sqs: T tensors each, running means of the gradient and of its square, shapes as `params`, updated.
+        steps: T tensors without axes on the CPU or the parameters' device: the number of this update, 1 for the first; not updated.
+        lr: learning rate, a number or a tensor without axes on the CPU or the parameters' device.
+        betas, eps, weight_decay: as in `torch.optim.AdamW`.
+        emas: T tensors that follow the parameters, shapes as `params`, updated; None for no average.
+        ema_decay: share of the old average that is kept, 0 to 1.
+
+    Raises:
+        TypeError: for an argument of a wrong type, or a tensor of a wrong dtype.
+        ValueError: for a wrong length, shape, device, layout, group index or hyperparameter; nothing is changed then.
+    """
+    names = [f"gradients[{i}]" for i in range(len(gradients))]
+    layout = check_gradients(gradients, names, groups)
+    weights = check_coefficients(coefficients, weights, len(gradients), layout)
+    if isinstance(lr, Tensor):
+        _check_scalar(lr, "lr", layout.device)
+    else:
+        _check_not_negative(lr, "lr")
+        lr = torch.tensor(lr, dtype=torch.float64)
+    _check_hyperparameters(betas, eps, weight_decay, ema_decay)
+    written = {"params": params, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    if emas is not None:
+        written["emas"] = emas
+    for name, tensors in (*written.items(), ("steps", steps)):
+        check_length(tensors, name, len(layout.samples))
+    reached = layout.reached
+    for t in reached:
+        for name, tensors in written.items():
+            check_writable(tensors[t], f"{name}[{t}]", layout.samples[t].shape, layout.device)
+        _check_scalar(steps[t], f"steps[{t}]", layout.device)
+    if reached:
+        _adamw_step(
+            [params[t] for t in reached],
+            [exp_avgs[t] for t in reached],
+            [exp_avg_sqs[t] for t in reached],
+            [emas[t] for t in reached] if emas is not None else [],
+            [loss_gradients[t] for loss_gradients in gradients for t in reached],
+            coefficients,
+            [layout.groups[t] for t in reached],
+            weights,
+            [steps[t] for t in reached],
+            lr,
+            *betas,
+            eps,
+            weight_decay,
+            ema_decay,
+        )
+
+
+def _check_scalar(tensor: Tensor, name: str, device: torch.device) -> None:
+    check_tensor(tensor, name, torch.Size(), None)
+    if tensor.device not in (device, torch.device("cpu")):
+        raise ValueError(f"{name} must be on {device} or on the CPU, got {tensor.device}")
+
+
+def _check_hyperparameters(betas: tuple[float, float], eps: float, weight_decay: float, ema_decay: float) -> None:
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
+    _check_not_negative(eps, "eps")
+    _check_not_negative(weight_decay, "weight_decay")
+    if not 0 <= ema_decay <= 1:
+        raise ValueError(f"ema_decay must be between 0 and 1, got {ema_decay}")
+
+
+def _check_not_negative(value: float, name: str) -> None:
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be finite and not negative, got {value}")

@@ -1,0 +1,65 @@
+"""Gradient alignment from Gram matrices: the definition.
+
+Two gradients p and g of the same parameters, cos their cosine, rho = ((cos + 1) / 2) ** power. Each gradient keeps its part orthogonal to
+the other one and has its parallel part scaled by rho; the weighted sum of both is again a combination of p and g (GenRep, Li, Yang and
+Wang, ICLR 2026):
+
+    c_p = w_p - w_g (1 - rho) <p,g> / |p|^2,    c_g = w_g - w_p (1 - rho) <p,g> / |g|^2,    result = c_p p + c_g g
+
+Gradients come flattened, loss by loss: with T tensors, ``gradients[i * T + t]`` is the gradient of loss i for tensor t.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+
+def gram(gradients: list[Tensor], n: int, groups: list[int], num_groups: int) -> Tensor:
+    """Gram matrices [num_groups, n, n] float64 of `n` losses' gradients; tensor t adds to the matrix of ``groups[t]``.
+
+    Products of float32 (or narrower) numbers are exact in float64, so only the float64 sum rounds, and nothing finite overflows.
+    """
+    matrices = gradients[0].new_zeros(num_groups, n, n, dtype=torch.float64)
+    for t, group in enumerate(groups):
+        rows = torch.stack([gradient.reshape(-1).double() for gradient in gradients[t :: len(groups)]])  # [n, numel]
+        matrices[group] += rows @ rows.T
+    return matrices
+
+
+def alignment_coefficients(gram: Tensor, weights: list[float], power: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Coefficients [G, 2], cosine [G] and alpha = rho [G] of Gram matrices [G, 2, 2], all float64.
+
+    Where a gradient is zero its direction is undefined: the cosine is taken as 0 and the coefficients are the weights.
+    """
+    squared_norms = gram.diagonal(dim1=1, dim2=2)  # [G, 2]
+    dot = gram[:, 0, 1]  # [G]
+    has_zero = (squared_norms == 0).any(dim=1)  # [G]
+    norms = squared_norms.sqrt()
+    cosine = torch.where(has_zero, 0.0, dot / norms[:, 0] / norms[:, 1]).clamp(-1, 1)
+    alpha = ((cosine + 1) / 2) ** power
+    # Share of each gradient that lies along it in the other one: <p,g>/|p|^2, <p,g>/|g|^2.
+    projection = torch.where(has_zero[:, None], 0.0, dot[:, None] / squared_norms)  # [G, 2]
+    removed = (1 - alpha)[:, None] * projection
+    first, second = weights
+    coefficients = torch.stack([first - second * removed[:, 0], second - first * removed[:, 1]], dim=1)
+    return coefficients, cosine, alpha
+
+
+def weighted_sum(gradients: Sequence[Tensor | None], weights: Sequence[float] | Tensor) -> Tensor:
+    """sum_i weights_i gradients_i over the gradients that are not None, in their promoted dtype or float32, whichever is wider."""
+    dtype = reduce(torch.promote_types, (gradient.dtype for gradient in gradients if gradient is not None), torch.float32)
+    return sum(weight * gradient.to(dtype) for weight, gradient in zip(weights, gradients, strict=True) if gradient is not None)
+
+
+def combine(gradients: list[Tensor | None], coefficients: Tensor, groups: list[int], weights: list[float], out: list[Tensor]) -> None:
+    """Write sum_i c_i gradients_i into ``out[t]``, which may be one of its inputs.
+
+    c is row ``groups[t]`` of `coefficients` [G, n], or `weights` for group -1.
+    """
+    for t, (group, result) in enumerate(zip(groups, out, strict=True)):
+        row = weights if group < 0 else coefficients[group]
+        result.copy_(weighted_sum(gradients[t :: len(groups)], row))

@@ -1,0 +1,56 @@
+"""Optimizer step fused with the combination of gradients and the moving average of the parameters: the definition.
+
+With the combined gradient h = sum_i c_i g_i (see `genrep_fast.reference.alignment`), AdamW (Loshchilov and Hutter, ICLR 2019) and an
+exponential moving average of the parameters:
+
+    m <- m + (1 - beta1) (h - m),    v <- beta2 v + (1 - beta2) h^2
+    param <- (1 - lr weight_decay) param - lr / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) + eps)
+    ema <- ema + (1 - ema_decay) (param - ema)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .alignment import weighted_sum
+
+
+def adamw_step(
+    params: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    emas: list[Tensor],
+    gradients: list[Tensor | None],
+    coefficients: Tensor,
+    groups: list[int],
+    weights: list[float],
+    steps: list[Tensor],
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    ema_decay: float,
+) -> None:
+    """Update `params`, `exp_avgs`, `exp_avg_sqs` and `emas` (empty: none) in place.
+
+    `gradients`, `coefficients`, `groups` and `weights` are those of `combine`. `steps` (this update's number, from 1) and `lr` are 0-dim
+    tensors, and enter in float64: 1 - 0.999 has four digits in float32. The rest is computed in float32, or in float64 where a gradient or
+    the parameter is, and rounded where it is stored; the moving average follows the parameter as stored.
+    """
+    lr = lr.double()
+    for t, (param, exp_avg, exp_avg_sq, step, group) in enumerate(zip(params, exp_avgs, exp_avg_sqs, steps, groups, strict=True)):
+        row = weights if group < 0 else coefficients[group]
+        gradient = weighted_sum(gradients[t :: len(groups)], row)
+        dtype = torch.promote_types(gradient.dtype, param.dtype)
+        gradient = gradient.to(dtype)
+        step = step.double()
+        first = torch.lerp(exp_avg.to(dtype), gradient, 1 - beta1)
+        second = beta2 * exp_avg_sq.to(dtype) + (1 - beta2) * gradient * gradient
+        update = first / (second.sqrt() / (1 - beta2**step).sqrt() + eps)
+        exp_avg.copy_(first)
+        exp_avg_sq.copy_(second)
+        param.copy_((1 - lr * weight_decay) * param.to(dtype) - lr / (1 - beta1**step) * update)
+        if emas:
+            emas[t].copy_(torch.lerp(emas[t].to(dtype), param.to(dtype), 1 - ema_decay))

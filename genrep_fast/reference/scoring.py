@@ -1,0 +1,237 @@
+"""Definition of the scoring operators: likelihood, posterior, distillation loss and the streaming state.
+
+Shapes: B images, K classes, S scored steps, C channels, *spatial; *loc is *spatial where a likelihood is kept for each location, and
+nothing where it is kept for each image. `model_output` is [1|B, 1|K, S, C', *spatial] with C' >= C, `x_t` the same with exactly C channels
+(and 1 allowed for S), each table [S]. Everything is computed in float32, or in float64 where `x` is float64.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 where any of `tensors` is float64, else float32."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def log_likelihood(
+    x: Tensor,
+    model_output: Tensor,
+    x_t: Tensor | None,
+    data: Tensor,
+    noisy: Tensor,
+    output: Tensor,
+    inv_var: Tensor,
+    log_norm: Tensor,
+    reduction: str,
+    per_location: bool,
+) -> Tensor:
+    """L = logsumexp_s l - log S ("mixture") or the mean of l over the steps ("mean"). -> [B, K, *loc]"""
+    r = _residual(x, model_output, x_t, data, noisy, output)
+    steps = _step_log_likelihood(r, inv_var, log_norm, per_location)  # [B, K, S, *loc]
+    if reduction == "mean":
+        return steps.mean(2).contiguous()
+    return (steps.logsumexp(2) - math.log(max(steps.shape[2], 1))).contiguous()
+
+
+def log_likelihood_backward(
+    grad: Tensor,
+    x: Tensor,
+    model_output: Tensor,
+    x_t: Tensor | None,
+    data: Tensor,
+    noisy: Tensor,
+    output: Tensor,
+    inv_var: Tensor,
+    log_norm: Tensor,
+    reduction: str,
+    per_location: bool,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, model_output and x_t, each in its input's shape and dtype; an empty tensor where `output_mask` is False.
+
+    dl/dr = -v r, times softmax_s(l) ("mixture") or 1/S ("mean"); r's derivatives are the tables a, c and b.
+    """
+    r = _residual(x, model_output, x_t, data, noisy, output)
+    if reduction == "mean":
+        weight = 1 / r.shape[2]
+    else:
+        steps = _step_log_likelihood(r, inv_var, log_norm, per_location)
+        no_component = (steps == -math.inf).all(2, keepdim=True)
+        weight = steps.softmax(2).masked_fill(no_component, 0)
+    scale = -_per_step(inv_var, r.dtype, grad.ndim - 1) * weight * grad.to(r.dtype).unsqueeze(2)  # [B, K, S, *loc]
+    scale = scale.unsqueeze(3) if per_location else scale.reshape(*scale.shape, *[1] * (r.ndim - 3))
+    # A step without weight passes no gradient, even where its residual is infinite.
+    grad_r = torch.where(scale == 0, 0, scale * r)  # [B, K, S, C, *spatial]
+
+    def gradient_of(needed: bool, table: Tensor, like: Tensor | None) -> Tensor:
+        if not needed:
+            return x.new_empty(0)
+        shape = (*like.shape[:3], *r.shape[3:])
+        return (grad_r * _per_step(table, r.dtype, x.ndim)).sum_to_size(shape).to(like.dtype).contiguous()
+
+    grad_x = gradient_of(output_mask[0], data, x[:, None, None])
+    grad_output = gradient_of(output_mask[1], output, model_output)
+    if output_mask[1] and model_output.shape[3] > x.shape[1]:
+        variance_channels = grad_output.new_zeros(*grad_output.shape[:3], model_output.shape[3] - x.shape[1], *x.shape[2:])
+        grad_output = torch.cat((grad_output, variance_channels), 3)
+    return grad_x.reshape(x.shape) if output_mask[0] else grad_x, grad_output, gradient_of(output_mask[2], noisy, x_t)
+
+
+def posterior(log_likelihood: Tensor, log_prior: Tensor | None, temperature: float) -> Tensor:
+    """log p(y|x) = log_softmax_y( L / temperature + log p(y) ). [B, K, *loc], [1|B, K, *1] -> [B, K, *loc]"""
+    return _scores(log_likelihood, log_prior, temperature).log_softmax(1).contiguous()
+
+
+def log_evidence(log_likelihood: Tensor, log_prior: Tensor | None) -> Tensor:
+    """log p(x) = logsumexp_y( L + log p(y) ), uniform p(y) where None. -> [B, *loc]"""
+    evidence = _scores(log_likelihood, log_prior, 1.0).logsumexp(1)
+    return evidence - math.log(log_likelihood.shape[1]) if log_prior is None else evidence
+
+
+def distillation_loss(student_logits: Tensor, log_likelihood: Tensor, log_prior: Tensor | None, temperature: float) -> Tensor:
+    """KL(p || q) of the posterior p and q = softmax(student_logits). -> [B, *loc]"""
+    return _divergence(student_logits, log_likelihood, log_prior, temperature)[3].contiguous()
+
+
+def distillation_loss_backward(
+    grad: Tensor, student_logits: Tensor, log_likelihood: Tensor, log_prior: Tensor | None, temperature: float, output_mask: list[bool]
+) -> tuple[Tensor, Tensor]:
+    """d/dlogits = q - p, d/dL = p (log p - log q - KL) / temperature, in the inputs' dtypes; empty where `output_mask` is False."""
+    p, q, log_ratio, divergence = _divergence(student_logits, log_likelihood, log_prior, temperature)
+    grad = grad.unsqueeze(1)
+    grad_logits = grad_likelihood = grad.new_empty(0)
+    if output_mask[0]:
+        grad_logits = (grad * (q - p)).to(student_logits.dtype).contiguous()
+    if output_mask[1]:
+        grad_likelihood = grad * torch.where(p == 0, 0, p * (log_ratio - divergence.unsqueeze(1))) / temperature
+        grad_likelihood = grad_likelihood.to(log_likelihood.dtype).contiguous()
+    return grad_logits, grad_likelihood
+
+
+def empty_state(shape: tuple[int, ...], reduction: str, device: torch.device) -> Tensor:
+    """State of `shape` = [B, K, *loc] before any step, float64: running maximum, sum w, sum w^2 with w = exp(l - maximum), or mean, M2."""
+    state = torch.zeros(3 if reduction == "mixture" else 2, *shape, dtype=torch.float64, device=device)
+    if reduction == "mixture":
+        state[0] = -math.inf
+    return state
+
+
+def score_update(
+    x: Tensor,
+    model_output: Tensor,
+    x_t: Tensor | None,
+    data: Tensor,
+    noisy: Tensor,
+    output: Tensor,
+    inv_var: Tensor,
+    log_norm: Tensor,
+    classes: Tensor | None,
+    reduction: str,
+    per_location: bool,
+    count: Tensor,
+    state: Tensor,
+) -> None:
+    """Add a chunk of S >= 1 steps of `classes` (all where None) to `count` [K] and `state`, in place."""
+    r = _residual(x, model_output, x_t, data, noisy, output)
+    steps = _step_log_likelihood(r, inv_var, log_norm, per_location).double()  # [B, K of the chunk, S, *loc]
+    if reduction == "mixture":
+        maximum = steps.amax(2)
+        weight = torch.exp(steps - _finite(maximum).unsqueeze(2))
+        chunk = torch.stack((maximum, weight.sum(2), weight.square().sum(2)))
+    else:
+        mean = steps.mean(2)
+        chunk = torch.stack((mean, (steps - mean.unsqueeze(2)).square().sum(2)))
+
+    if classes is None:
+        classes = torch.arange(count.shape[0], device=count.device)
+    old_count = count.index_select(0, classes)
+    chunk_count = torch.full_like(old_count, steps.shape[2])
+    merged = merge_states(old_count, state.index_select(2, classes), chunk_count, chunk, reduction)
+    state.index_copy_(2, classes, merged)
+    count.index_copy_(0, classes, old_count + chunk_count)
+
+
+def merge_states(count: Tensor, state: Tensor, other_count: Tensor, other_state: Tensor, reduction: str) -> Tensor:
+    """State of the steps of both; counts [K], states as `empty_state`'s. Associative."""
+    if reduction == "mixture":
+        maximum = torch.maximum(state[0], other_state[0])
+        scale, other_scale = (torch.exp(part[0] - _finite(maximum)) for part in (state, other_state))
+        weight = scale * state[1] + other_scale * other_state[1]
+        return torch.stack((maximum, weight, scale.square() * state[2] + other_scale.square() * other_state[2]))
+    n, m = _per_class(count, state), _per_class(other_count, state)
+    total = (n + m).clamp(min=1)
+    mean = (n * state[0] + m * other_state[0]) / total
+    return torch.stack((mean, state[1] + other_state[1] + (other_state[0] - state[0]).square() * n * m / total))
+
+
+def state_log_likelihood(count: Tensor, state: Tensor, reduction: str) -> Tensor:
+    """L of the steps seen; -inf for a class without any. -> [B, K, *loc] float64"""
+    n = _per_class(count, state)
+    if reduction == "mixture":
+        return state[0] + state[1].log() - n.clamp(min=1).log()
+    return torch.where(n == 0, -math.inf, state[0])
+
+
+def state_effective_components(count: Tensor, state: Tensor, reduction: str) -> Tensor:
+    """Kish's (sum w)^2 / sum w^2, which is S for the equal weights of "mean"; 0 for a class without a component. -> [B, K, *loc] float64"""
+    if reduction == "mean":
+        return _per_class(count, state).expand_as(state[0]).clone()
+    return torch.where(state[2] == 0, 0, state[1].square() / state[2])
+
+
+def state_standard_error(count: Tensor, state: Tensor, reduction: str) -> Tensor:
+    """sqrt(M2 / (S (S - 1))) ("mean"), sqrt(max(0, sum w^2 / (sum w)^2 - 1 / S)) ("mixture"); NaN for S < 2. -> [B, K, *loc] float64"""
+    n = _per_class(count, state)
+    variance = state[1] / (n * (n - 1)) if reduction == "mean" else (state[2] / state[1].square() - 1 / n).clamp(min=0)
+    return torch.where(n < 2, math.nan, variance.sqrt())
+
+
+def _residual(x: Tensor, model_output: Tensor, x_t: Tensor | None, data: Tensor, noisy: Tensor, output: Tensor) -> Tensor:
+    """r = a x + b x_t + c o, over the first C channels of o. -> [B, K, S, C, *spatial]"""
+    dtype = accumulation_dtype(x)
+    a, b, c = (_per_step(table, dtype, x.ndim) for table in (data, noisy, output))
+    r = a * x.to(dtype)[:, None, None] + c * model_output[:, :, :, : x.shape[1]].to(dtype)
+    return r if x_t is None else r + b * x_t.to(dtype)
+
+
+def _step_log_likelihood(r: Tensor, inv_var: Tensor, log_norm: Tensor, per_location: bool) -> Tensor:
+    """l = sum(-v r^2 / 2 + n) over C, and over the locations where they are not kept. -> [B, K, S, *loc]"""
+    reduced = r.shape[3:4] if per_location else r.shape[3:]
+    squares = r.square().sum(tuple(range(3, 3 + len(reduced))))
+    v, n = (_per_step(table, r.dtype, squares.ndim - 2) for table in (inv_var, log_norm))
+    return -0.5 * v * squares + n * reduced.numel()
+
+
+def _per_step(table: Tensor, dtype: torch.dtype, ndim: int) -> Tensor:
+    """[S] -> [S, 1, ...] with `ndim` axes"""
+    return table.to(dtype).reshape(-1, *[1] * (ndim - 1))
+
+
+def _scores(log_likelihood: Tensor, log_prior: Tensor | None, temperature: float) -> Tensor:
+    scores = log_likelihood.to(accumulation_dtype(log_likelihood)) / temperature
+    return scores if log_prior is None else scores + log_prior.to(scores.dtype)
+
+
+def _divergence(
+    student_logits: Tensor, log_likelihood: Tensor, log_prior: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """p, q, log p - log q [B, K, *loc] and KL(p || q) [B, *loc], where 0 log 0 = 0"""
+    log_p = posterior(log_likelihood, log_prior, temperature)
+    log_q = student_logits.to(log_p.dtype).log_softmax(1)
+    p, log_ratio = log_p.exp(), log_p - log_q
+    return p, log_q.exp(), log_ratio, torch.where(p == 0, 0, p * log_ratio).sum(1)
+
+
+def _finite(maximum: Tensor) -> Tensor:
+    """Replace -inf by 0: exp(-inf - -inf) would be NaN where exp(-inf - 0) is the 0 that is meant."""
+    return maximum.masked_fill(maximum == -math.inf, 0)
+
+
+def _per_class(count: Tensor, state: Tensor) -> Tensor:
+    """[K] -> [K, *1], to broadcast with [B, K, *loc]"""
+    return count.double().reshape(-1, *[1] * (state.ndim - 3))
