@@ -1,0 +1,157 @@
+"""The command `genrep`: train, evaluate, classify, generate, info."""
+
+from __future__ import annotations
+
+import sys
+from json import dumps
+from pathlib import Path
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+from .backends import info as backend_info
+from .training.config import TrainingConfig
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run `genrep`; bad input ends with one line on standard error and exit status 2."""
+    parser = ArgumentParser(prog="genrep", description="Diffusion models that perceive and generate.", exit_on_error=False)
+    subcommands = parser.add_subcommands()
+    for name, command in COMMANDS.items():
+        summary = command.__doc__.splitlines()[0]
+        subparser = ArgumentParser(description=summary)
+        explicit = _EXPLICIT_ARGUMENTS.get(name, {})
+        subparser.add_function_arguments(command, skip=set(explicit))  # of `train`, those of TrainingConfig too
+        for argument, keywords in explicit.items():
+            subparser.add_argument(f"--{argument}", **keywords)
+        subcommands.add_subcommand(name, subparser, help=summary)
+    name = "genrep"
+    try:
+        parsed = parser.parse_args(arguments)
+        name = f"genrep {parsed.subcommand}"
+        COMMANDS[parsed.subcommand](**parsed[parsed.subcommand].as_dict())
+    except (ValueError, TypeError, OSError, ImportError, ArithmeticError, RuntimeError, ArgumentError) as error:
+        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def train(ablation: bool = False, seeds: int = 3, **options) -> None:
+    """Train a GenRep in three stages, evaluate it and write a report.
+
+    Args:
+        seeds: of the ablation.
+    """
+    config = TrainingConfig(**options)
+    if ablation:
+        from .training.ablation import run_ablation
+
+        run_ablation(config, seeds)
+    else:
+        from .training.run import run
+
+        run(config.resumed() if config.resume else config)
+
+
+def evaluate(checkpoint: str, data: str = "digits", output: str | None = None, elbo_steps: int = 16, samples_per_class: int = 50, seed: int = 0) -> None:
+    """Evaluate a trained pipeline: metrics.json, figures and report.html.
+
+    Args:
+        checkpoint: folder of the pipeline, or of the run that holds it.
+        data: as of `genrep train`.
+        output: folder for the results; the checkpoint's own where not given.
+        elbo_steps: timesteps that the generative posterior scores.
+        samples_per_class: generated images a class.
+        seed: of the noise.
+    """
+    from .evaluation import EvaluationSettings
+    from .evaluation import evaluate as run_evaluation
+    from .data import load_data
+
+    pipeline = _load_pipeline(checkpoint)
+    splits = load_data(data, image_size=pipeline.model.sample_shape[1] if pipeline.model.vae is None else None)
+    settings = EvaluationSettings(elbo_steps=elbo_steps, samples_per_class=samples_per_class, seed=seed)
+    run_evaluation(pipeline.model, pipeline.scheduler, splits, Path(output or checkpoint), settings=settings)
+
+
+def classify(checkpoint: str, images: list[str]) -> None:
+    """Print the most probable class of each image, with its probability, one line an image.
+
+    Args:
+        checkpoint: folder of the pipeline, or of the run that holds it.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    pipeline = _load_pipeline(checkpoint)
+    opened = []
+    for path in images:
+        try:
+            opened.append(Image.open(path).convert("RGB"))
+        except (UnidentifiedImageError, OSError) as error:
+            raise ValueError(f"images: {path} cannot be read as an image ({error})") from error
+    probabilities = pipeline(opened).probabilities
+    names = pipeline.model.config.class_names or [str(label) for label in range(probabilities.shape[1])]
+    for path, row in zip(images, probabilities, strict=True):
+        print(f"{path}\t{names[row.argmax()]}\t{row.max():.4f}")
+
+
+def generate(checkpoint: str, labels: list[int], output: str = "generated", num_inference_steps: int = 50, seed: int = 0, size: int | None = None) -> None:
+    """Generate one PNG a label.
+
+    Args:
+        checkpoint: folder of the pipeline, or of the run that holds it.
+        output: folder for the PNGs.
+        num_inference_steps: length of the reverse chain.
+        seed: of the noise.
+        size: side of the PNGs in pixels; the model's own where not given.
+    """
+    pipeline = _load_pipeline(checkpoint)
+    pictures = pipeline.generate(labels, num_inference_steps=num_inference_steps, seed=seed).images
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, (label, picture) in enumerate(zip(labels, pictures, strict=True)):
+        path = folder / f"{index:04d}-class-{label}.png"
+        (picture if size is None else picture.resize((size, size), resample=0)).save(path)
+        print(path)
+
+
+def info(json: bool = False) -> None:
+    """Tell versions and backends: what is there, and why the rest is not."""
+    found = backend_info()
+    if json:
+        print(dumps(found, indent=2))
+        return
+    for name in ("genrep_fast", "torch", "python", "platform"):
+        print(f"{name:12} {found[name]}")
+    for name, backend in found["backends"].items():
+        state = f"{len(backend['operators'])} operators" if backend["available"] else f"not available: {backend['reason']}"
+        print(f"{name:12} {state}")
+
+
+# Flags and lists as shells have them; the rest follows from the signatures.
+_EXPLICIT_ARGUMENTS = {
+    "train": {
+        "ablation": {"action": "store_true", "help": "run the five rows of the paper's ablation, each with as many seeds, and write the table"},
+        "resume": {
+            "action": "store_true",
+            "help": "go on from the newest checkpoint in the output folder, with the options that the run was started with; start where there is none",
+        },
+    },
+    "classify": {"images": {"nargs": "+", "required": True, "help": "image files"}},
+    "generate": {"labels": {"nargs": "+", "type": int, "required": True, "help": "class indices"}},
+    "info": {"json": {"action": "store_true", "help": "print JSON"}},
+}
+
+COMMANDS = {"train": train, "evaluate": evaluate, "classify": classify, "generate": generate, "info": info}
+
+
+def _load_pipeline(checkpoint: str):
+    from diffusers.utils.logging import disable_progress_bar
+
+    from .models import GenRepPipeline
+
+    disable_progress_bar()  # of loading, which takes no time
+    folder = Path(checkpoint)
+    if (folder / "model" / "model_index.json").is_file():  # the output folder of a run
+        folder = folder / "model"
+    if not (folder / "model_index.json").is_file():
+        raise FileNotFoundError(f"checkpoint: {checkpoint} holds no trained pipeline (no model_index.json)")
+    return GenRepPipeline.from_pretrained(folder)

@@ -1,0 +1,82 @@
+"""An independent classifier of real images: the judge of generated ones."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .metrics import accuracy
+
+NUM_FEATURES = 32
+MAX_IMAGE_SIZE = 32
+STEPS, CHECK_EVERY, BATCH_SIZE, LEARNING_RATE = 300, 50, 128, 5e-3
+
+
+class ImageClassifier(nn.Module):
+    """A small convolutional network over images [B, C, H, W] of any size; its last hidden layer has `NUM_FEATURES` units."""
+
+    def __init__(self, image_shape: tuple[int, int, int], num_classes: int):
+        super().__init__()
+        channels, height, width = image_shape
+        # Larger images are shrunk first, so that fitting takes no longer for them.
+        size = min(height, width, MAX_IMAGE_SIZE)
+        layers = [nn.AdaptiveAvgPool2d(size)] if size == MAX_IMAGE_SIZE else []
+        layers += _convolution(channels, 32)
+        while size > 8:
+            size = (size + 1) // 2
+            layers += [nn.MaxPool2d(2, ceil_mode=True), *_convolution(32, 32)]
+        layers += [*_convolution(32, 32), nn.MaxPool2d(2, ceil_mode=True), *_convolution(32, 64)]
+        layers += [nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(64 * 16, NUM_FEATURES), nn.ReLU()]
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Linear(NUM_FEATURES, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Class logits [B, K]."""
+        return self.head(self.body(images))
+
+    @torch.no_grad()
+    def judge(self, images: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+        """Features [N, NUM_FEATURES] and predicted labels [N] of images [N, C, H, W], in eval mode."""
+        self.eval()
+        features = torch.cat([self.body(batch) for batch in images.split(batch_size)])
+        return features, self.head(features).argmax(1)
+
+
+def fit_classifier(train: tuple[Tensor, Tensor], calibration: tuple[Tensor, Tensor], num_classes: int, *, seed: int) -> ImageClassifier:
+    """Fit an `ImageClassifier` to real training images, keeping the state with the best accuracy on the calibration split.
+
+    Args:
+        train: images [N, C, H, W] in [-1, 1] and labels [N].
+        calibration: the same of the calibration split, which only chooses among the `STEPS` / `CHECK_EVERY` states.
+        num_classes: K.
+        seed: of the initialisation and of the batches; the global random state is left as it was.
+    """
+    images, labels = train
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        classifier = ImageClassifier(tuple(images.shape[1:]), num_classes)
+        optimizer = torch.optim.AdamW(classifier.parameters(), lr=LEARNING_RATE)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=STEPS)
+        best_accuracy, best_state = -1.0, None
+        for step in range(1, STEPS + 1):
+            classifier.train()
+            batch = torch.randint(len(images), (BATCH_SIZE,))
+            loss = F.cross_entropy(classifier(images[batch]), labels[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            if step % CHECK_EVERY == 0:
+                checked = accuracy(classifier.judge(calibration[0], BATCH_SIZE)[1], calibration[1])
+                # Later states win a draw: they are trained longer at a smaller learning rate.
+                if checked >= best_accuracy:
+                    best_accuracy, best_state = checked, copy.deepcopy(classifier.state_dict())
+    classifier.load_state_dict(best_state)
+    return classifier.eval().requires_grad_(False)
+
+
+def _convolution(channels: int, width: int) -> list[nn.Module]:
+    return [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]

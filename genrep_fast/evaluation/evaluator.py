@@ -1,0 +1,315 @@
+"""`evaluate`: everything that is measured of a trained model, in one pass over the test split."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data import DataSplits, as_tensors
+from ..estimators import ElboEstimator
+from ..models import GenRepPipeline
+from ..ops.scoring import fit_temperature, log_evidence, posterior
+from .classifier import NUM_FEATURES, ImageClassifier, fit_classifier
+from .figures import (
+    Illustration,
+    draw_alignment,
+    draw_evidence,
+    draw_nearest_distances,
+    draw_reliability,
+    draw_samples,
+    draw_training,
+)
+from .metrics import (
+    accuracy,
+    auroc,
+    classification_metrics,
+    frechet_distance,
+    nearest_distances,
+    reliability_bins,
+    shuffle_pixels,
+)
+from .report import write_report
+
+# One training subset as large as the samples is a noisy floor; the mean over a few is steady and costs nothing beside the samples.
+FLOOR_SUBSETS = 10
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """Sizes of an evaluation.
+
+    Attributes:
+        elbo_steps: timesteps of the generative posterior.
+        num_inference_steps: length of the reverse chain that draws samples.
+        samples_per_class: generated images of every class.
+        test_images: evaluate on that many test images (and at most as many calibration images), drawn at random; None: all.
+        batch_size: images that pass through a network at once.
+        seed: of the noise, the samples, the classifier and the random choices.
+    """
+
+    elbo_steps: int = 16
+    num_inference_steps: int = 50
+    samples_per_class: int = 50
+    test_images: int | None = None
+    batch_size: int = 256
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, value in asdict(self).items():
+            if value is not None and name != "seed" and value < 1:
+                raise ValueError(f"{name} must be positive, got {value}")
+
+
+def evaluate(
+    model,
+    scheduler,
+    splits: DataSplits,
+    output_dir: str | Path,
+    *,
+    settings: EvaluationSettings | None = None,
+    history: Sequence[dict[str, Any]] | None = None,
+    timings: dict[str, float] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure a GenRep model; write ``metrics.json``, ``figures/*.png`` and a self-contained ``report.html`` to `output_dir`.
+
+    Args:
+        model: GenRep; it is left in eval mode.
+        scheduler: the noise scheduler that it was trained with.
+        splits: training images fit the independent classifier, and samples are compared with them; calibration images fit the posterior's
+            temperature and choose the classifier's state; test images give the numbers.
+        output_dir: created where missing; files in it are replaced one by one, never left half-written.
+        settings: sizes; None takes the defaults.
+        history: logged steps of the training: dictionaries with ``stage``, ``step`` and any of the losses, ``cosine`` and ``alpha``.
+        timings: wall times of the training in seconds and what it counted, by name; repeated in the metrics.
+        progress: called as ``progress(what, fraction)`` while it runs, fraction in [0, 1].
+
+    Returns:
+        What metrics.json holds: nested dictionaries with the keys sizes, head, posterior, generation, classifier, out_of_distribution,
+        training, seconds and undefined. A number that could not be measured is None, and its name is listed under undefined.
+
+    Raises:
+        ValueError: where the splits have another number of classes than the model.
+    """
+    if splits.num_classes != model.config.num_classes:
+        raise ValueError(f"splits must have the model's {model.config.num_classes} classes, got {splits.num_classes}")
+    output_dir = Path(output_dir)
+    # Before the work, not after it: a folder that cannot be made is told at once.
+    output_dir.mkdir(parents=True, exist_ok=True)
+    evaluation = _Evaluation(model.eval(), scheduler, splits, settings or EvaluationSettings(), progress)
+    metrics, illustrations = evaluation.run(history or [])
+    metrics["seconds"]["training"] = timings or {}
+    metrics["undefined"] = undefined = []
+    metrics = _without_nan(metrics, undefined)
+    write_report(output_dir, metrics, illustrations)
+    return metrics
+
+
+class _Evaluation:
+    """The state that the measurements of one evaluation share."""
+
+    def __init__(self, model, scheduler, splits: DataSplits, settings: EvaluationSettings, progress: Progress | None):
+        self.model, self.scheduler, self.splits, self.settings, self.progress = model, scheduler, splits, settings, progress
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        self.train = as_tensors(splits.train)
+        self.calibration = self._at_most(as_tensors(splits.calibration), settings.test_images)
+        self.test = self._at_most(as_tensors(splits.test), settings.test_images)
+        self.estimator = ElboEstimator(model.denoise, scheduler, splits.num_classes, num_steps=settings.elbo_steps, seed=settings.seed)
+        scored_images = len(self.calibration[0]) + 3 * len(self.test[0])
+        samples = settings.samples_per_class * splits.num_classes
+        self.work_done, self.work = 0, scored_images * splits.num_classes * settings.elbo_steps + samples * settings.num_inference_steps
+        self.seconds: dict[str, Any] = {}
+
+    def run(self, history: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], list[Illustration]]:
+        with self._timed("head"):
+            head = self._head_log_probabilities()
+        with self._timed("posterior"):
+            posterior_metrics, log_posteriors, test_evidence = self._posterior()
+        with self._timed("classifier"):
+            classifier = fit_classifier(self.train, self.calibration, self.splits.num_classes, seed=self.settings.seed)
+        with self._timed("generation"):
+            generation_metrics, generation_figures = self._generation(classifier)
+        with self._timed("out_of_distribution"):
+            ood_metrics, ood_figure = self._out_of_distribution(test_evidence)
+        self._advance("figures", 0)
+        labels = self.test[1]
+        metrics = {
+            "sizes": self._sizes(),
+            "head": classification_metrics(head, labels),
+            "posterior": posterior_metrics,
+            "generation": generation_metrics,
+            "classifier": self._classifier_metrics(classifier),
+            "out_of_distribution": ood_metrics,
+            "training": {f"stage_{row['stage']}": row for row in history},
+            "seconds": self.seconds,
+        }
+        bins = {name: reliability_bins(values, labels) for name, values in {"head": head, **log_posteriors}.items()}
+        illustrations = [draw_reliability(bins), *generation_figures, ood_figure]
+        if history:
+            illustrations.append(draw_training(history))
+        if any("cosine" in row for row in history):
+            illustrations.append(draw_alignment(history))
+        return metrics, illustrations
+
+    @torch.no_grad()
+    def _head_log_probabilities(self) -> Tensor:
+        batches = self.test[0].split(self.settings.batch_size)
+        return torch.cat([self.model.perceive(self._encode(batch)).float().cpu() for batch in batches]).log_softmax(1)
+
+    def _posterior(self) -> tuple[dict[str, Any], dict[str, Tensor], Tensor]:
+        calibration = self._log_likelihood(self.calibration[0], "calibrating the posterior")
+        evaluations = self.estimator.evaluations
+        test = self._log_likelihood(self.test[0], "posterior of the test images")
+        evaluations = self.estimator.evaluations - evaluations
+        temperature = fit_temperature(calibration, self.calibration[1]) if calibration.isfinite().all() else math.nan
+        uncalibrated = posterior(test)
+        calibrated = posterior(test, temperature=temperature) if math.isfinite(temperature) else torch.full_like(test, math.nan)
+        before = classification_metrics(uncalibrated, self.test[1])
+        metrics = {
+            **classification_metrics(calibrated, self.test[1]),
+            "temperature": temperature,
+            "uncalibrated_nll": before["nll"],
+            "uncalibrated_ece": before["ece"],
+            "network_evaluations": evaluations,
+            "network_evaluations_per_image": evaluations / len(test),
+        }
+        return metrics, {"posterior": calibrated, "posterior, uncalibrated": uncalibrated}, log_evidence(test)
+
+    def _generation(self, classifier: ImageClassifier) -> tuple[dict[str, Any], list[Illustration]]:
+        samples, labels = self._samples()
+        (train_images, _), (test_images, test_labels), batch_size = self.train, self.test, self.settings.batch_size
+        features, predicted = classifier.judge(samples, batch_size)
+        train_features, test_features = (classifier.judge(images, batch_size)[0] for images in (train_images, test_images))
+        distance = frechet_distance(features, test_features)
+        subsets = [self._subset(train_features, len(samples)) for _ in range(FLOOR_SUBSETS)]
+        floor = sum(frechet_distance(subset, test_features) for subset in subsets) / FLOOR_SUBSETS
+        nearest, nearest_test = (nearest_distances(images, train_images, batch_size) for images in (samples, test_images))
+        median, test_median = nearest.median().item(), nearest_test.median().item()
+        finite = bool(samples.isfinite().all())
+        metrics = {
+            "recognition_rate": accuracy(predicted, labels) if finite else math.nan,
+            "recognition_rate_per_class": {
+                name: accuracy(predicted[labels == label], labels[labels == label]) if finite else math.nan
+                for label, name in enumerate(self.splits.class_names)
+            },
+            "frechet_distance": distance,
+            "frechet_distance_of_training_subset": floor,
+            "frechet_ratio": _ratio(distance, floor),
+            "nearest_training_distance": median,
+            "nearest_training_distance_of_test": test_median,
+            "nearest_training_ratio": _ratio(median, test_median),
+        }
+        return metrics, [
+            draw_samples(samples, labels, predicted, test_images, test_labels, self.splits.class_names),
+            draw_nearest_distances(nearest, nearest_test),
+        ]
+
+    def _out_of_distribution(self, test_evidence: Tensor) -> tuple[dict[str, Any], Illustration]:
+        images = self.test[0]
+        uniform = torch.rand(images.shape, generator=self.generator) * 2 - 1
+        shuffled = shuffle_pixels(images, self.generator)
+        uniform_evidence, shuffled_evidence = (
+            log_evidence(self._log_likelihood(others, f"evidence of {what}"))
+            for others, what in ((uniform, "random images"), (shuffled, "shuffled images"))
+        )
+        metrics = {
+            "uniform_auroc": auroc(test_evidence, uniform_evidence),
+            "shuffled_auroc": auroc(test_evidence, shuffled_evidence),
+        }
+        return metrics, draw_evidence(test_evidence, shuffled_evidence, uniform_evidence)
+
+    def _classifier_metrics(self, classifier: ImageClassifier) -> dict[str, Any]:
+        accuracies = {
+            f"{name}_top1": accuracy(classifier.judge(images, self.settings.batch_size)[1], labels)
+            for name, (images, labels) in {"test": self.test, "calibration": self.calibration}.items()
+        }
+        return {**accuracies, "features": NUM_FEATURES}
+
+    def _sizes(self) -> dict[str, Any]:
+        samples = self.settings.samples_per_class * self.splits.num_classes
+        return {
+            "train_images": len(self.train[0]),
+            "calibration_images": len(self.calibration[0]),
+            "test_images": len(self.test[0]),
+            "classes": self.splits.num_classes,
+            "image_shape": list(self.splits.image_shape),
+            "elbo_steps": self.settings.elbo_steps,
+            "num_inference_steps": self.settings.num_inference_steps,
+            "samples": samples,
+            "samples_per_class": self.settings.samples_per_class,
+            "frechet_floor_images": min(samples, len(self.train[0])),
+            "frechet_floor_subsets": FLOOR_SUBSETS,
+            "random_images": len(self.test[0]),
+            "batch_size": self.settings.batch_size,
+            "seed": self.settings.seed,
+        }
+
+    def _log_likelihood(self, images: Tensor, what: str) -> Tensor:
+        """[N, K] on the CPU; every image meets the network once a class and step."""
+        likelihoods = []
+        for batch in images.split(max(1, self.settings.batch_size // self.splits.num_classes)):
+            before = self.estimator.evaluations
+            likelihoods.append(self.estimator.log_likelihood(self._encode(batch)).cpu())
+            self._advance(what, self.estimator.evaluations - before)
+        return torch.cat(likelihoods)
+
+    def _samples(self) -> tuple[Tensor, Tensor]:
+        """Images [N, C, H, W] on the CPU and the classes [N] that they were drawn for."""
+        pipeline = GenRepPipeline(model=self.model, scheduler=self.scheduler)
+        pipeline.set_progress_bar_config(disable=True)
+        steps = self.settings.num_inference_steps
+        labels = torch.arange(self.splits.num_classes).repeat_interleave(self.settings.samples_per_class)
+        images = []
+        for number, batch in enumerate(labels.split(self.settings.batch_size)):
+            # The noise depends on the seed and the place in the batch, so every batch has a seed of its own.
+            drawn = pipeline.generate(labels=batch, num_inference_steps=steps, seed=self.settings.seed + number, output_type="pt")
+            images.append(drawn.images.float().cpu())
+            self._advance("generating samples", len(batch) * steps)
+        return torch.cat(images), labels
+
+    def _encode(self, images: Tensor) -> Tensor:
+        return self.model.encode(images.to(self.model.device, self.model.dtype))
+
+    def _at_most(self, data: tuple[Tensor, Tensor], number: int | None) -> tuple[Tensor, Tensor]:
+        if number is None or number >= len(data[0]):
+            return data
+        chosen = torch.randperm(len(data[0]), generator=self.generator)[:number]
+        return data[0][chosen], data[1][chosen]
+
+    def _subset(self, rows: Tensor, number: int) -> Tensor:
+        return rows[torch.randperm(len(rows), generator=self.generator)[:number]]
+
+    def _advance(self, what: str, evaluations: int) -> None:
+        self.work_done += evaluations
+        if self.progress is not None:
+            self.progress(what, min(1.0, self.work_done / self.work))
+
+    @contextlib.contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+
+
+def _ratio(value: float, reference: float) -> float:
+    return value / reference if reference > 0 else math.nan
+
+
+def _without_nan(value: Any, undefined: list[str], name: str = "") -> Any:
+    """`value` with None for every non-finite number in it, the dotted names of which are added to `undefined`."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item, undefined, f"{name}.{key}" if name else key) for key, item in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        undefined.append(name)
+        return None
+    return value

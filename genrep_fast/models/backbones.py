@@ -1,0 +1,148 @@
+"""What GenRep needs to know of each diffusers backbone: how to add a null class, which blocks it has, what their outputs look like."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiTTransformer2DModel, UNet2DModel
+from diffusers.models.attention_processor import Attention
+from torch import nn
+
+BACKBONES = {"UNet2DModel": UNet2DModel, "DiTTransformer2DModel": DiTTransformer2DModel}
+
+_CLASS_COUNT = {UNet2DModel: "num_class_embeds", DiTTransformer2DModel: "num_embeds_ada_norm"}
+
+
+def load_backbone(path: str | Path) -> nn.Module:
+    """Load a backbone from a directory that diffusers' `save_pretrained` wrote.
+
+    Raises:
+        FileNotFoundError: without a config.json there.
+        ValueError: for a class that is not one of `BACKBONES`.
+    """
+    config_path = require_saved("backbone", path, "config.json")
+    class_name = json.loads(config_path.read_text()).get("_class_name")
+    return backbone_class(class_name).from_pretrained(path, use_safetensors=True)
+
+
+def require_saved(argument: str, path: str | Path, file: str) -> Path:
+    """Return the path of `file` in the directory `path`, or raise FileNotFoundError: diffusers would take a missing directory for a name on the hub."""
+    found = Path(path) / file
+    if not found.is_file():
+        raise FileNotFoundError(f"{argument}: {found} does not exist; a directory written by diffusers' save_pretrained is wanted")
+    return found
+
+
+def backbone_class(class_name: str) -> type[nn.Module]:
+    """Return the backbone class of that name, or raise ValueError with the names that exist."""
+    if class_name not in BACKBONES:
+        raise ValueError(f"backbone must be one of {', '.join(BACKBONES)}, got {class_name!r}")
+    return BACKBONES[class_name]
+
+
+def build_backbone(config: dict[str, Any]) -> nn.Module:
+    """Build a randomly initialised backbone from ``{"_class_name": ..., **config}``."""
+    backbone = backbone_class(config["_class_name"]).from_config({k: v for k, v in config.items() if not k.startswith("_")})
+    if isinstance(backbone, DiTTransformer2DModel):
+        for block in backbone.transformer_blocks:
+            # In train mode DiT replaces labels by the null class at random. GenRep alone decides which label a network sees.
+            block.norm1.emb.class_embedder.dropout_prob = 0.0
+    return backbone
+
+
+def with_null_class(backbone: nn.Module, num_classes: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Give `backbone` `num_classes` classes and, as the last row of its class embedding, the null class.
+
+    A missing null row is initialised to the mean of the others. A UNet without a class embedding receives a zero one.
+
+    Returns:
+        The config and the state dict of the extended backbone; `backbone` itself is left as it is.
+
+    Raises:
+        ValueError: where the backbone was trained for another number of classes.
+    """
+    cls = backbone_class(type(backbone).__name__)
+    config = {"_class_name": cls.__name__, **{k: v for k, v in backbone.config.items() if not k.startswith("_")}}
+    state = dict(backbone.state_dict())
+    count_key = _CLASS_COUNT[cls]
+    found = config[count_key]
+    if cls is DiTTransformer2DModel:
+        if found != num_classes:
+            raise ValueError(f"num_classes must be the backbone's {count_key} = {found}, got {num_classes}")
+        return config, state  # DiT's table already ends with the null class
+    config[count_key] = num_classes + 1
+    if found is None:
+        if config["class_embed_type"] is not None:
+            raise ValueError(f"backbone: class_embed_type must be None, got {config['class_embed_type']!r}")
+        state["class_embedding.weight"] = torch.zeros(num_classes + 1, backbone.time_embedding.linear_2.out_features)
+    elif found == num_classes:
+        weight = state["class_embedding.weight"]
+        state["class_embedding.weight"] = torch.cat([weight, weight.mean(0, keepdim=True)])
+    elif found != num_classes + 1:
+        raise ValueError(f"num_classes must be the backbone's {count_key} = {found} (or one less, with a null class), got {num_classes}")
+    return config, state
+
+
+def class_embedding_names(backbone: nn.Module) -> list[str]:
+    """Names of the parameters that hold one row a class, the null class last."""
+    return [name for name, _ in backbone.named_parameters() if name.endswith(("class_embedding.weight", "class_embedder.embedding_table.weight"))]
+
+
+def run_backbone(backbone: nn.Module, x: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor, blocks: list[str]):
+    """Run `backbone` and capture the outputs of `blocks`.
+
+    Args:
+        x: [B, C, H, W]; timesteps: [B]; labels: [B] int64; blocks: module paths inside the backbone.
+
+    Returns:
+        The raw output [B, C', H, W] and, in the order of `blocks`, feature maps [B, F, h, w].
+    """
+    captured: dict[str, torch.Tensor] = {}
+
+    def capture(name):
+        return lambda module, inputs, output: captured.__setitem__(name, output)
+
+    handles = [backbone.get_submodule(name).register_forward_hook(capture(name)) for name in blocks]
+    try:
+        output = backbone(x, timesteps, class_labels=labels, return_dict=False)[0]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return output, [_as_map(captured[name]) for name in blocks]
+
+
+def _as_map(features: torch.Tensor) -> torch.Tensor:
+    if features.ndim == 4:
+        return features
+    side = int(features.shape[1] ** 0.5)  # tokens [B, h·w, F] of a square image
+    return features.transpose(1, 2).unflatten(2, (side, side))
+
+
+def block_names(backbone: nn.Module) -> list[str]:
+    """Paths of the blocks whose outputs can serve as features, in the order in which they run."""
+    if isinstance(backbone, DiTTransformer2DModel):
+        return [f"transformer_blocks.{i}" for i in range(len(backbone.transformer_blocks))]
+    middle = ["mid_block"] if backbone.mid_block is not None else []
+    return middle + [f"up_blocks.{i}" for i in range(len(backbone.up_blocks))]
+
+
+def block_channels(backbone: nn.Module, name: str) -> int:
+    """Number of channels of the feature map of one block."""
+    if isinstance(backbone, DiTTransformer2DModel):
+        return backbone.inner_dim
+    return backbone.get_submodule(name).resnets[-1].out_channels
+
+
+def output_channels(backbone: nn.Module) -> int:
+    """Number of channels C' of the model output, learned-variance channels included."""
+    return backbone.out_channels if isinstance(backbone, DiTTransformer2DModel) else backbone.config.out_channels
+
+
+def attention_blocks(backbone: nn.Module) -> list[nn.Module]:
+    """The modules whose two gradients are aligned: a UNet's attention layers, a DiT's transformer blocks."""
+    if isinstance(backbone, DiTTransformer2DModel):
+        return list(backbone.transformer_blocks)
+    return [module for module in backbone.modules() if isinstance(module, Attention)]

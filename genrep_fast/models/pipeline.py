@@ -1,0 +1,160 @@
+"""GenRepPipeline: a trained GenRep with its noise scheduler, for classifying and for generating images."""
+
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import dataclass
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.utils import BaseOutput
+from PIL import Image
+
+from ..coefficients import StepCoefficients
+from ..ops.reverse_step import reverse_step
+from ..reference.reverse_step import INITIAL_ROW, chain_noise
+from .backbones import require_saved
+from .genrep import GenRep
+
+
+@dataclass
+class PerceptionOutput(BaseOutput):
+    """What the perception branch says of a batch of images.
+
+    Attributes:
+        probabilities: class probabilities [B, K].
+        logits: [B, K].
+    """
+
+    probabilities: torch.Tensor
+    logits: torch.Tensor
+
+
+class GenRepPipeline(DiffusionPipeline):
+    """Classify images with `pipeline(images)` and generate them with `pipeline.generate(labels)`.
+
+    Args:
+        model: GenRep.
+        scheduler: DDPMScheduler, DDIMScheduler or FlowMatchEulerDiscreteScheduler that the model was trained with.
+    """
+
+    model_cpu_offload_seq = "model"
+
+    def __init__(self, model: GenRep, scheduler):
+        super().__init__()
+        self.register_modules(model=model, scheduler=scheduler)
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike, **kwargs) -> GenRepPipeline:
+        """Load a pipeline from a directory that `save_pretrained` wrote; weights are read through safetensors only.
+
+        Raises:
+            FileNotFoundError: where the directory holds no pipeline.
+        """
+        require_saved("path", path, "model_index.json")
+        model = kwargs.pop("model", None) or GenRep.from_pretrained(os.path.join(path, "model"), use_safetensors=True)
+        return super().from_pretrained(path, model=model, **kwargs)
+
+    @torch.no_grad()
+    def __call__(self, images) -> PerceptionOutput:
+        """Classify images.
+
+        Args:
+            images: PIL images (resized to the model's input), or a float tensor [B, C, H, W] in [-1, 1].
+
+        Returns:
+            PerceptionOutput with probabilities [B, K].
+
+        Raises:
+            TypeError: for tensors of integers.
+            ValueError: for tensors of another shape.
+        """
+        self.model.eval()
+        logits = self.model.perceive(self.model.encode(self._as_tensor(images)))
+        return PerceptionOutput(probabilities=logits.softmax(1), logits=logits)
+
+    @torch.no_grad()
+    def generate(self, labels, *, num_inference_steps: int = 50, seed: int = 0, eta: float = 0.0, output_type: str = "pil"):
+        """Generate one image a label by the scheduler's own reverse chain, its mean and variance modulated by the network's own features.
+
+        Args:
+            labels: ints or int64 tensor [N] in [0, K).
+            num_inference_steps: length of the reverse chain.
+            seed: of the counter-based noise; image i is the same in every batch that holds it at place i.
+            eta: η of DDIM, 0 to 1; for DDIM schedulers alone.
+            output_type: "pil", or "pt" for a tensor [N, C, H, W] in [-1, 1].
+
+        Returns:
+            ImagePipelineOutput with `.images`.
+
+        Raises:
+            TypeError: for labels that are not integers.
+            ValueError: for labels out of range, no label, fewer steps than one, or another output_type.
+        """
+        if output_type not in ("pil", "pt"):
+            raise ValueError(f"output_type must be 'pil' or 'pt', got {output_type!r}")
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
+        labels = self._checked_labels(labels)
+        self.model.eval()
+        scheduler = copy.deepcopy(self.scheduler)
+        scheduler.set_timesteps(num_inference_steps)
+        variances = _step_tables(scheduler, eta)
+        coefficients = variances[0].to(self.device)
+        chain_ids = torch.arange(len(labels), device=self.device)
+        x = chain_noise(seed, chain_ids, INITIAL_ROW, self.model.sample_shape).to(self.model.dtype)
+        for row, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
+            output = self.model(x, timestep, labels)
+            std_scale = output.log_std_shift.exp()[:, None, None, None]
+            if len(variances) == 2 and row < len(scheduler.timesteps) - 1:
+                std_scale = std_scale * _learned_std_scale(output.sample, *(table.std[row] for table in variances))
+            x, _ = reverse_step(x, output.sample, coefficients, row, seed=seed, chain_ids=chain_ids, std_scale=std_scale)
+        images = self.model.decode(x)
+        return ImagePipelineOutput(images=images if output_type == "pt" else to_pil(images))
+
+    def _checked_labels(self, labels) -> torch.Tensor:
+        labels = torch.as_tensor(labels)
+        num_classes = self.model.config.num_classes
+        if labels.ndim != 1 or len(labels) == 0:
+            raise ValueError(f"labels must be a non-empty list of class indices, got shape {tuple(labels.shape)}")
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise TypeError(f"labels must be integers, got {labels.dtype}")
+        if labels.min() < 0 or labels.max() >= num_classes:
+            raise ValueError(f"labels must be in [0, {num_classes}), got {labels.tolist()}")
+        return labels.to(self.device, torch.int64)
+
+    def _as_tensor(self, images) -> torch.Tensor:
+        channels = self.model.vae.config.in_channels if self.model.vae is not None else self.model.sample_shape[0]
+        scale = 2 ** (len(self.model.vae.config.block_out_channels) - 1) if self.model.vae is not None else 1
+        height, width = (side * scale for side in self.model.sample_shape[1:])
+        if not isinstance(images, torch.Tensor):
+            processor = VaeImageProcessor(vae_scale_factor=1, do_convert_rgb=channels == 3, do_convert_grayscale=channels == 1)
+            images = processor.preprocess(images, height=height, width=width)
+        if not images.is_floating_point():
+            raise TypeError(f"images must be a floating-point tensor in [-1, 1], got {images.dtype}")
+        if images.ndim != 4 or images.shape[1:] != (channels, height, width):
+            raise ValueError(f"images must be [B, {channels}, {height}, {width}], got {list(images.shape)}")
+        return images.to(self.device, self.model.dtype)
+
+
+def to_pil(images: torch.Tensor) -> list[Image.Image]:
+    """PIL images of a float tensor [N, C, H, W] in [-1, 1], C = 1 or 3."""
+    return VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(images / 2 + 0.5))
+
+
+def _step_tables(scheduler, eta: float) -> list[StepCoefficients]:
+    # A learned variance lies, element by element, between the two fixed ones.
+    if getattr(scheduler.config, "variance_type", None) == "learned_range":
+        variances = ("fixed_small", "fixed_large")
+    else:
+        variances = (None,)
+    return [StepCoefficients.chain(scheduler, scheduler.timesteps, variance=variance, eta=eta) for variance in variances]
+
+
+def _learned_std_scale(model_output: torch.Tensor, small: torch.Tensor, large: torch.Tensor) -> torch.Tensor:
+    # log σ² = f·log β + (1 − f)·log β̃ with f = (v + 1)/2 (Nichol & Dhariwal 2021, eq. 15), as a factor on √β̃.
+    fraction = (model_output[:, model_output.shape[1] // 2 :] + 1) / 2
+    return (large / small) ** fraction

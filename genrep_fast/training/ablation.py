@@ -1,0 +1,116 @@
+"""`genrep train --ablation`: the five rows of the paper's table (METHOD §3), where labels are few and they can differ."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from pathlib import Path
+
+from ..data import load_data
+from ..evaluation import EvaluationSettings, evaluate
+from .config import TrainingConfig, write_atomically
+from .progress import console, evaluation_progress
+from .trainer import Trainer
+
+LABELLED_PER_CLASS = 10
+
+# What is switched on in each row; everything else, the budget of steps included, is the same.
+ROWS = {
+    "none": {"teacher": "none", "semantic": False, "align": False},
+    "+ distillation": {"semantic": False, "align": False},
+    "+ semantic-driven generation": {"teacher": "none", "align": False},
+    "both": {"align": False},
+    "both + alignment": {},
+}
+
+COLUMNS = {
+    "head top-1 ↑": ("head", "top1"),
+    "head ECE ↓": ("head", "ece"),
+    "posterior top-1 ↑": ("posterior", "top1"),
+    "Fréchet ratio ↓": ("generation", "frechet_ratio"),
+    "recognition ↑": ("generation", "recognition_rate"),
+}
+
+
+def run_ablation(config: TrainingConfig, seeds: int) -> str:
+    """Run every row with `seeds` seeds, from `config.seed` on, and write ablation.md and ablation.json to the output folder.
+
+    Stage 0 is shared by the rows of a seed. A row that is complete is not run again, one that was interrupted goes on.
+
+    Args:
+        config: the run that the rows vary.
+        seeds: at least 1.
+
+    Returns:
+        The table, mean ± standard deviation over the seeds, in Markdown.
+
+    Raises:
+        ValueError: for fewer than one seed.
+    """
+    if seeds < 1:
+        raise ValueError(f"seeds must be at least 1, got {seeds}")
+    results = {row: [] for row in ROWS}
+    for seed in range(config.seed, config.seed + seeds):
+        base = dataclasses.replace(
+            config, seed=seed, resume=True, labelled_per_class=config.labelled_per_class or LABELLED_PER_CLASS
+        )
+        backbone = _shared_backbone(base)
+        for row, switches in ROWS.items():
+            folder = Path(config.output) / f"seed-{seed}" / row.replace(" ", "-")
+            run = dataclasses.replace(base, output=str(folder), backbone=str(backbone), steps=None, **_after_diffusion(base), **switches)
+            console.print(f"seed {seed}: {row}")
+            results[row].append(_metrics(run))
+    table = _table(results)
+    folder = Path(config.output)
+    write_atomically(folder / "ablation.json", json.dumps(results, indent=2))
+    write_atomically(folder / "ablation.md", table)
+    console.print(table)
+    return table
+
+
+def _shared_backbone(config: TrainingConfig) -> Path:
+    """Stage 0 of one seed; returns the folder of its backbone."""
+    output = Path(config.output) / f"seed-{config.seed}" / "diffusion"
+    backbone = output / "backbone"
+    if not (backbone / "config.json").is_file():
+        steps = {"diffusion_steps": config.stage_steps[0], "perception_steps": 0, "joint_steps": 0, "steps": None}
+        config = dataclasses.replace(config, output=str(output), teacher="none", **steps)
+        pipeline = Trainer(config, load_data(config.data, image_size=config.image_size)).run()
+        pipeline.model.backbone.save_pretrained(backbone)
+    return backbone
+
+
+def _after_diffusion(config: TrainingConfig) -> dict[str, int]:
+    _, perception, joint = config.stage_steps
+    return {"diffusion_steps": 0, "perception_steps": perception, "joint_steps": joint}
+
+
+def _metrics(config: TrainingConfig) -> dict:
+    path = Path(config.output) / "metrics.json"
+    if not path.is_file():
+        splits = load_data(config.data, image_size=config.image_size)
+        trainer = Trainer(config, splits)
+        pipeline = trainer.run()
+        settings = EvaluationSettings(elbo_steps=8, seed=config.seed)
+        with evaluation_progress() as progress:
+            evaluate(
+                pipeline.model, pipeline.scheduler, splits, config.output, settings=settings, history=trainer.state.history, progress=progress
+            )
+    metrics = json.loads(path.read_text())
+    return {column: metrics[group][key] for column, (group, key) in COLUMNS.items()}
+
+
+def _table(results: dict[str, list[dict]]) -> str:
+    lines = ["| parts | " + " | ".join(COLUMNS) + " |", "| --- |" + " --- |" * len(COLUMNS)]
+    for row, runs in results.items():
+        cells = [_mean_and_deviation([run[column] for run in runs]) for column in COLUMNS]
+        lines.append(f"| {row} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _mean_and_deviation(values: list[float | None]) -> str:
+    if any(value is None for value in values):
+        return "undefined"
+    deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4f}{deviation}"

@@ -1,0 +1,156 @@
+"""Everything that decides a training run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+STAGES = ("diffusion", "perception", "joint")
+
+
+@dataclass
+class TrainingConfig:
+    """Options of `genrep train`.
+
+    Args:
+        data: digits (scikit-learn's, 8 × 8), folder:PATH (one folder of images a class), or torchvision:NAME.
+        output: folder of the run; checkpoints, metrics, report and the trained pipeline go there.
+        resume: go on from the newest checkpoint in the output folder; start there if it holds none.
+        seed: of weights, batches, noise and timesteps. The splits do not depend on it.
+        image_size: side in pixels to which images are resized; the data set's own where not given.
+        backbone: folder of a UNet2DModel or DiTTransformer2DModel written by diffusers' save_pretrained; a small UNet where not given.
+            A pretrained backbone needs no diffusion stage: see diffusion_steps.
+        vae: folder of the AutoencoderKL of a latent backbone.
+        scheduler: folder of the diffusers scheduler that the backbone was trained with; a linear DDPM of 1000 steps where not given.
+        steps: optimizer steps of all stages together; shares them out in the ratio of the three numbers below, and shrinks bank, samples and evaluation.
+        diffusion_steps: of stage 0, class-conditional diffusion (0 with a pretrained backbone).
+        perception_steps: of stage 1, perception alone.
+        joint_steps: of stage 2, both losses.
+        batch_size: images a micro-batch.
+        gradient_accumulation_steps: micro-batches an optimizer step.
+        learning_rate: highest, reached after the warm-up of each stage; falls to a hundredth along a cosine.
+        perception_learning_rate: likewise in stages 1 and 2.
+        weight_decay: of AdamW.
+        max_grad_norm: clipping; 0 for none.
+        mixed_precision: as Accelerate's.
+        ema_decay: of the weights that are evaluated and saved.
+        momentum: of the network that gives x_sem in stage 2.
+        teacher: estimator of log p(x|y) whose posterior is distilled into the head; none for no distillation.
+        distillation_weight: λ.
+        teacher_chains: bank: chains a class.
+        teacher_steps: bank and image_chain: inference steps of a chain; elbo: scored timesteps an image.
+        teacher_refresh: bank: optimizer steps between two refreshes, each of a quarter of the chains; 0 for none.
+        semantic: semantic-driven generation, the modulation of mean and variance by x_sem.
+        semantic_rate: share of the joint steps in which x_sem comes from the momentum network; in the others it is the network's own, as at inference.
+        alignment_weight: λ_r, of the representation alignment loss.
+        variance_weight: of the variational bound that trains the variance modulation.
+        align: damp the conflict of the two gradients on the attention blocks; the plain weighted sum otherwise.
+        gradient_weights: ω of perception and generation.
+        gradient_power: κ, the damping exponent.
+        labelled_per_class: labelled images a class for the perception loss; all where not given.
+        checkpoint_every: optimizer steps between two checkpoints; the newest two are kept.
+        log_every: optimizer steps between two lines of history.jsonl.
+        evaluate: evaluate and write the report at the end.
+    """
+
+    data: str = "digits"
+    output: str = "runs/digits"
+    resume: bool = False
+    seed: int = 0
+    image_size: int | None = None
+    backbone: str | None = None
+    vae: str | None = None
+    scheduler: str | None = None
+    steps: int | None = None
+    diffusion_steps: int = 2000
+    perception_steps: int = 500
+    joint_steps: int = 1500
+    batch_size: int = 128
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 2e-3
+    perception_learning_rate: float = 1e-3
+    weight_decay: float = 1e-2
+    max_grad_norm: float = 1.0
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    ema_decay: float = 0.995
+    momentum: float = 0.999
+    teacher: Literal["bank", "image_chain", "elbo", "none"] = "bank"
+    distillation_weight: float = 1.0
+    teacher_chains: int = 32
+    teacher_steps: int = 50
+    teacher_refresh: int = 500
+    semantic: bool = True
+    semantic_rate: float = 0.5
+    alignment_weight: float = 0.1
+    variance_weight: float = 1e-3
+    align: bool = True
+    gradient_weights: tuple[float, float] = (0.7, 0.3)
+    gradient_power: float = 2.0
+    labelled_per_class: int | None = None
+    checkpoint_every: int = 500
+    log_every: int = 10
+    evaluate: bool = True
+
+    def __post_init__(self):
+        self.gradient_weights = tuple(self.gradient_weights)
+        positive = ("batch_size", "gradient_accumulation_steps", "learning_rate", "perception_learning_rate", "teacher_chains", "teacher_steps")
+        for name in (*positive, "checkpoint_every", "log_every"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("diffusion_steps", "perception_steps", "joint_steps", "max_grad_norm", "weight_decay", "teacher_refresh"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("ema_decay", "momentum", "semantic_rate"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
+        for name in ("steps", "labelled_per_class"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def stage_steps(self) -> tuple[int, int, int]:
+        """Optimizer steps of the three stages."""
+        wanted = (self.diffusion_steps, self.perception_steps, self.joint_steps)
+        if self.steps is None:
+            return wanted
+        first, second = (round(self.steps * n / sum(wanted)) for n in wanted[:2])
+        return first, second, self.steps - first - second
+
+    @property
+    def scale(self) -> float:
+        """Size of this run against the full one, at most 1; bank, samples and evaluation shrink with it."""
+        wanted = self.diffusion_steps + self.perception_steps + self.joint_steps
+        return min(1.0, sum(self.stage_steps) / max(wanted, 1))
+
+    def save(self) -> None:
+        """Write the configuration to config.json in the output folder."""
+        path = Path(self.output)
+        path.mkdir(parents=True, exist_ok=True)
+        write_atomically(path / "config.json", json.dumps(dataclasses.asdict(self), indent=2))
+
+    def resumed(self) -> TrainingConfig:
+        """The configuration saved in the output folder, where there is one, with `resume` as it is here.
+
+        Raises:
+            ValueError: for an option that was given and differs from the saved one.
+        """
+        path = Path(self.output) / "config.json"
+        if not path.is_file():
+            return self
+        saved = json.loads(path.read_text()) | {"resume": self.resume, "output": self.output}
+        for field in dataclasses.fields(self):
+            given, stored = getattr(self, field.name), saved.get(field.name)
+            stored = tuple(stored) if isinstance(stored, list) else stored
+            if given not in (field.default, stored):
+                raise ValueError(f"{field.name} is {given} now, but {path} says {stored}: a run is resumed with the options it was started with")
+        return TrainingConfig(**saved)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `text` so that `path` holds either the old or the new content, whenever the process dies."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)

@@ -1,0 +1,116 @@
+"""The losses of GenRep (METHOD §3): perception with distillation, semantic-driven generation."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..coefficients import StepCoefficients
+from ..estimators import training_target
+from ..models import GenRep
+from ..ops.scoring import distillation_loss
+
+
+def perception_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    labelled: torch.Tensor,
+    teacher: torch.Tensor | None,
+    *,
+    temperature: float = 1.0,
+    distillation_weight: float = 1.0,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """L_percept = L_disc + λ·L_distil.
+
+    Args:
+        logits: [B, K] of the head; labels: int64 [B]; labelled: bool [B], which of the labels L_disc may use.
+        teacher: log p(x|y) [B, K] of an estimator, or None for no distillation.
+        temperature: τ of the teacher's posterior.
+        distillation_weight: λ.
+
+    Returns:
+        The loss, and its parts by name.
+    """
+    per_image = F.cross_entropy(logits, labels, reduction="none")
+    discrimination = (per_image * labelled).sum() / labelled.sum().clamp(min=1)
+    if teacher is None:
+        return discrimination, {"discrimination": discrimination}
+    distillation = distillation_loss(logits, teacher, temperature=temperature)
+    return discrimination + distillation_weight * distillation, {"discrimination": discrimination, "distillation": distillation}
+
+
+def stratified_timesteps(batch: int, num_train_timesteps: int, device: torch.device) -> torch.Tensor:
+    """One uniform timestep from each of `batch` equal parts of the schedule, int64 [batch]: uniform over all, less noisy than independent ones."""
+    return ((torch.arange(batch, device=device) + torch.rand(batch, device=device)) * (num_train_timesteps / batch)).long()
+
+
+class GenerationLoss(nn.Module):
+    """L_genera = L_LDM + λ_r·L_rep_align + λ_v·L_vlb.
+
+    Args:
+        scheduler: DDPMScheduler of the chain that is trained.
+        alignment_weight: λ_r; variance_weight: λ_v.
+    """
+
+    def __init__(self, scheduler, *, alignment_weight: float, variance_weight: float):
+        super().__init__()
+        self.scheduler, self.alignment_weight, self.variance_weight = scheduler, alignment_weight, variance_weight
+        timesteps = torch.arange(scheduler.config.num_train_timesteps - 1, -1, -1)
+        previous = timesteps - 1
+        # Rows lie at t = T−1 … 0 in a chain; flipped, a row is found by its timestep.
+        chain = StepCoefficients.chain(scheduler, timesteps, previous, variance="fixed_small")
+        exact = StepCoefficients.chain(scheduler, timesteps, previous, variance="fixed_small", parameterization="sample")
+        large = StepCoefficients.chain(scheduler, timesteps, previous, variance="fixed_large")
+        std = chain.std.flip(0)
+        std[0] = std[1]  # β̃ is 0 at t = 0; its neighbour stands in, as in Improved DDPM
+        self.register_buffer("std", std)
+        # The std that scores: the one that moves the chain is 0 at t = 0, whose logarithm would make the bound infinite there.
+        self.register_buffer("log_std_range", -0.5 * large.inv_var.flip(0).log() - std.log())
+        self.register_buffer("noisy", (chain.mean_noisy - exact.mean_noisy).flip(0))
+        self.register_buffer("output", chain.mean_output.flip(0))
+        self.register_buffer("exact_output", exact.mean_output.flip(0))
+
+    def forward(
+        self,
+        model: GenRep,
+        x: torch.Tensor,
+        labels: torch.Tensor,
+        *,
+        semantic: torch.Tensor | None = None,
+        own: bool = False,
+        modulate: bool = True,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Draw timesteps and noise and return the loss and its parts by name.
+
+        Args:
+            model: a GenRep, or its wrapper; x: clean latents [B, C, H, W]; labels: int64 [B].
+            semantic: x_sem [B, F, h, w] of the momentum network; None for plain diffusion (stage 0).
+            own: modulate by the network's own features, as at inference; `semantic` then serves the alignment loss alone.
+            modulate: semantic-driven generation.
+        """
+        timesteps = stratified_timesteps(len(x), self.scheduler.config.num_train_timesteps, x.device)
+        noise = torch.randn_like(x)
+        x_t = self.scheduler.add_noise(x, noise, timesteps)
+        output = model(x_t, timesteps, labels, semantic=None if own else semantic, modulate=modulate)
+        prediction = output.sample[:, : x.shape[1]]
+        diffusion = F.mse_loss(prediction.float(), training_target(self.scheduler, x, noise, timesteps).float())
+        if semantic is None or not modulate:
+            return diffusion, {"diffusion": diffusion}
+        alignment = (1 - F.cosine_similarity(output.features.float(), semantic.float(), dim=1)).mean()
+        variance = self._variational_bound(x, x_t, output, timesteps)
+        loss = diffusion + self.alignment_weight * alignment + self.variance_weight * variance
+        return loss, {"diffusion": diffusion, "representation_alignment": alignment, "variational_bound": variance}
+
+    def _variational_bound(self, x, x_t, output, timesteps) -> torch.Tensor:
+        # KL( N(μ̃, σ²) ‖ N(μ, σ² e^{2s}) ) a dimension in nats, μ detached: it trains s, the shift of log σ (and a learned variance).
+        def at(table):
+            return table[timesteps][:, None, None, None]
+
+        prediction = output.sample[:, : x.shape[1]].detach().float()
+        difference = at(self.noisy) * x_t + at(self.output) * prediction - at(self.exact_output) * x  # μ − μ̃
+        shift = output.log_std_shift.float()[:, None, None, None]
+        if output.sample.shape[1] == 2 * x.shape[1]:
+            shift = shift + (output.sample[:, x.shape[1] :].float() + 1) / 2 * at(self.log_std_range)
+        ratio = (difference / at(self.std)) ** 2
+        return (shift + ((1 + ratio) * (-2 * shift).exp() - 1) / 2).mean()

@@ -1,0 +1,128 @@
+"""`genrep train`: data, time budget, training, evaluation, report, closing table."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+from ..data import load_data
+from ..evaluation import EvaluationSettings, evaluate
+from .config import STAGES, TrainingConfig
+from .progress import console, evaluation_progress
+from .trainer import Trainer
+
+# Forward and backward passes of the backbone in a step of each stage; a forward pass alone counts a third.
+_PASSES = {"diffusion": 1.0, "perception": 1.0, "joint": 2 + 1 / 3}
+_FORWARD = 1 / 3
+
+_CLOSING_ROWS = (
+    ("head top-1", ("head", "top1")),
+    ("head calibration error", ("head", "ece")),
+    ("posterior top-1 (elbo)", ("posterior", "top1")),
+    ("posterior calibration error", ("posterior", "ece")),
+    ("generated images recognised", ("generation", "recognition_rate")),
+    ("Fréchet distance / that of training images", ("generation", "frechet_ratio")),
+    ("distance to nearest training image / that of test images", ("generation", "nearest_training_ratio")),
+    ("evidence AUROC, random images", ("out_of_distribution", "uniform_auroc")),
+    ("evidence AUROC, shuffled images", ("out_of_distribution", "shuffled_auroc")),
+)
+
+
+def run(config: TrainingConfig) -> dict | None:
+    """Train as `config` says; returns the metrics of the evaluation, or None where there is none."""
+    splits = load_data(config.data, image_size=config.image_size)
+    trainer = Trainer(config, splits)
+    settings = evaluation_settings(config)
+    console.print(_budget_table(trainer, settings))
+    pipeline = trainer.run()
+    metrics = None
+    started = time.perf_counter()
+    if config.evaluate:
+        with evaluation_progress() as progress:
+            metrics = evaluate(
+                pipeline.model,
+                pipeline.scheduler,
+                splits,
+                Path(config.output),
+                settings=settings,
+                history=trainer.state.history,
+                timings=timings(trainer),
+                progress=progress,
+            )
+    console.print(_closing_table(trainer, metrics, time.perf_counter() - started))
+    console.print(f"wrote {config.output}: model/, history.jsonl" + (", metrics.json, report.html, figures/" if metrics else ""))
+    return metrics
+
+
+def evaluation_settings(config: TrainingConfig) -> EvaluationSettings:
+    """Sizes of the evaluation; they shrink with a run that is shorter than the full one."""
+    scale = config.scale
+    return EvaluationSettings(
+        elbo_steps=max(4, round(16 * scale)),
+        samples_per_class=max(4, round(50 * scale)),
+        test_images=None if scale == 1 else max(50, round(500 * scale)),
+        seed=config.seed,
+    )
+
+
+def timings(trainer: Trainer) -> dict[str, float]:
+    """Seconds by stage, those of the teacher apart, and the teacher's network evaluations and quality."""
+    found = dict(trainer.state.seconds)
+    teacher = trainer.state.teacher
+    if teacher is not None:
+        found |= {
+            "teacher": teacher.seconds,
+            "teacher_network_evaluations": teacher.evaluations,
+            "teacher_temperature": teacher.temperature,
+            "teacher_calibration_top1": teacher.accuracy,
+        }
+    return found
+
+
+def _budget_table(trainer: Trainer, settings: EvaluationSettings) -> Table:
+    config, splits = trainer.config, trainer.splits
+    seconds = _seconds_per_pass(trainer)
+    table = Table("stage", "steps", "time budget", title=f"{config.data} → {config.output}", title_justify="left")
+    for stage, steps in zip(STAGES, config.stage_steps, strict=True):
+        table.add_row(stage, str(steps), _minutes(steps * config.gradient_accumulation_steps * _PASSES[stage] * seconds))
+    if config.evaluate:
+        images = settings.test_images or len(splits.test)
+        scored = (3 * images + min(images, len(splits.calibration))) * splits.num_classes * settings.elbo_steps
+        drawn = settings.samples_per_class * splits.num_classes * settings.num_inference_steps
+        table.add_row("evaluation", "", _minutes((scored + drawn) / config.batch_size * _FORWARD * seconds))
+    return table
+
+
+def _seconds_per_pass(trainer: Trainer) -> float:
+    config, model = trainer.config, trainer.model
+    x = torch.zeros(config.batch_size, *model.sample_shape, device=model.device)
+    labels = torch.zeros(config.batch_size, dtype=torch.int64, device=model.device)
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        trainer.generation_loss(model, x, labels, modulate=False)[0].backward()
+        seconds.append(time.perf_counter() - started)
+        model.zero_grad(set_to_none=True)
+    return sorted(seconds)[1]
+
+
+def _closing_table(trainer: Trainer, metrics: dict | None, evaluation_seconds: float) -> Table:
+    table = Table("result", "value", title="Result", title_justify="left")
+    for name, (group, key) in _CLOSING_ROWS if metrics else ():
+        value = metrics[group][key]
+        table.add_row(name, "undefined" if value is None else f"{value:.4f}")
+    for stage in STAGES:
+        table.add_row(f"time, {stage}", _minutes(trainer.state.seconds[stage]))
+    teacher = trainer.state.teacher
+    if teacher is not None:
+        table.add_row(f"time, teacher ({teacher.evaluations} network evaluations)", _minutes(teacher.seconds))
+    if metrics:
+        table.add_row("time, evaluation", _minutes(evaluation_seconds))
+    return table
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"

@@ -1,0 +1,370 @@
+"""The training loop of GenRep: three stages (METHOD §3) on Hugging Face Accelerate, resumable to the bit."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler, UNet2DModel
+from diffusers.training_utils import EMAModel
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ..data import DataSplits, as_tensors, few_labels
+from ..models import GenRep, GenRepPipeline
+from ..models.backbones import require_saved
+from ..ops.alignment import align_gradients
+from .checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
+from .config import STAGES, TrainingConfig, write_atomically
+from .losses import GenerationLoss, perception_loss
+from .progress import StageProgress
+from .teacher import Teacher
+
+_WARMUP_STEPS = 50
+_FINAL_LEARNING_RATE = 0.01  # of the highest
+
+
+class Trainer:
+    """Trains one GenRep as `config` says and leaves the pipeline in ``<output>/model``.
+
+    Args:
+        config: TrainingConfig.
+        splits: DataSplits with the images of `config.data`.
+        accelerator: one is made from the config where not given.
+
+    Raises:
+        ValueError: for data, backbone and VAE that do not fit together, and for an output folder that holds a run while `config.resume` is False.
+        RuntimeError: for more than one process.
+    """
+
+    def __init__(self, config: TrainingConfig, splits: DataSplits, accelerator: Accelerator | None = None):
+        self.config, self.splits, self.output = config, splits, Path(config.output)
+        self.accelerator = accelerator or Accelerator(
+            mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.gradient_accumulation_steps
+        )
+        if self.accelerator.num_processes > 1:
+            raise RuntimeError(f"training runs in one process, got {self.accelerator.num_processes}: two backward passes need a reduction of both gradients")
+        if not config.resume and (self.output / "checkpoints").is_dir():
+            raise ValueError(f"output: {self.output} holds a run already; pass --resume to go on with it, or choose another folder")
+        torch.manual_seed(config.seed)
+        self.scheduler = build_scheduler(config)
+        model = build_model(config, splits)
+        named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.names, self.parameters = list(named), list(named.values())
+        optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._learning_rate_factor)
+        self.wrapped, self.optimizer, self.schedule = self.accelerator.prepare(model, optimizer, schedule)
+        self.model = self.accelerator.unwrap_model(self.wrapped)
+        self.groups = self.model.alignment_groups() if config.align else [None] * len(self.parameters)
+        self.generation_loss = GenerationLoss(
+            self.scheduler, alignment_weight=config.alignment_weight, variance_weight=config.variance_weight
+        ).to(self.accelerator.device)
+        self.state = TrainingState(self)
+        self.accelerator.register_for_checkpointing(self.state)
+
+    def run(self) -> GenRepPipeline:
+        """Train from the newest checkpoint, or from the start, to the end."""
+        self.config.save()
+        checkpoint = newest_checkpoint(self.output)
+        if checkpoint is not None:
+            load_checkpoint(checkpoint, self.accelerator, self.state)
+        ends = [sum(self.config.stage_steps[: i + 1]) for i in range(len(STAGES))]
+        batches = iter(self._loader())
+        for stage, end in enumerate(ends):
+            if self.state.step < end:
+                self._run_stage(stage, end, batches)
+        self.state.ema.copy_to(self.parameters)
+        pipeline = GenRepPipeline(model=self.model, scheduler=self.scheduler)
+        pipeline.save_pretrained(self.output / "model")
+        return pipeline
+
+    def _run_stage(self, stage: int, end: int, batches) -> None:
+        state = self.state
+        if state.stage != stage:
+            self._enter_stage(stage)
+        self.wrapped.train()
+        with StageProgress(STAGES[stage], state.step, end, self.config.stage_steps[stage]) as progress:
+            while state.step < end:
+                started, taught = time.perf_counter(), state.teacher_seconds
+                metrics = self._step(stage, batches)
+                state.step += 1
+                if stage > 0 and state.teacher is not None and self.config.teacher_refresh and state.step % self.config.teacher_refresh == 0:
+                    state.teacher.refresh()
+                teacher_seconds = state.teacher_seconds - taught
+                state.seconds[STAGES[stage]] += time.perf_counter() - started - teacher_seconds
+                last = state.step == end
+                if last or state.step % self.config.log_every == 0:
+                    state.log(stage, metrics)
+                    progress.update(state.step, state.history[-1])
+                if last or state.step % self.config.checkpoint_every == 0:
+                    self._checkpoint()
+
+    def _step(self, stage: int, batches) -> dict[str, torch.Tensor]:
+        """One optimizer step: its micro-batches, the alignment of the two gradients, clipping, update, averages."""
+        collected = {name: [None] * len(self.parameters) for name in ("perception", "generation")}
+        while True:
+            batch = next(batches)
+            # Every random number of a micro-batch follows from its index alone, so that a resumed run draws the same ones.
+            torch.manual_seed(self.config.seed * 1_000_003 + self.state.micro_batch)
+            self.state.micro_batch += 1
+            with self.accelerator.accumulate(self.wrapped):
+                metrics = self._backward(stage, batch, collected)
+                if self.accelerator.sync_gradients:
+                    metrics |= self._write_gradients(collected)
+                    if self.config.max_grad_norm:
+                        metrics["gradient_norm"] = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+                self.optimizer.step()
+                self.schedule.step()
+                self.optimizer.zero_grad()
+            if self.accelerator.sync_gradients:
+                break
+        self.state.ema.step(self.parameters)
+        if stage == 2:
+            self.state.follow(self.config.momentum)
+        return metrics
+
+    def _backward(self, stage: int, batch, collected) -> dict[str, torch.Tensor]:
+        """Run the losses of a stage and add their gradients to `collected`, which takes over the tensors that autograd made."""
+        images, labels, labelled = batch
+        x = self.model.encode(images)
+        metrics = {}
+        if stage != 1:
+            arguments = {"modulate": False}
+            if stage == 2:
+                arguments = {"modulate": self.config.semantic, "own": torch.rand(()).item() >= self.config.semantic_rate}
+                if self.config.semantic:
+                    with torch.no_grad(), self.accelerator.autocast():
+                        arguments["semantic"] = self.state.momentum.semantic_features(x)
+            with self.accelerator.autocast():
+                loss, parts = self.generation_loss(self.wrapped, x, labels, **arguments)
+            self._collect(loss, collected["generation"])
+            metrics |= {"generation": loss.detach(), **parts}
+        if stage != 0:
+            teacher = self.state.teacher
+            with self.accelerator.autocast():
+                loss, parts = perception_loss(
+                    self.model.perceive(x),
+                    labels,
+                    labelled,
+                    None if teacher is None else teacher.log_likelihood(x),
+                    temperature=1.0 if teacher is None else teacher.temperature,
+                    distillation_weight=self.config.distillation_weight,
+                )
+            self._collect(loss, collected["perception"])
+            metrics |= {"perception": loss.detach(), **parts}
+        return {name: value.detach() for name, value in metrics.items()}
+
+    def _collect(self, loss: torch.Tensor, gradients: list[torch.Tensor | None]) -> None:
+        self.accelerator.backward(loss)
+        for index, parameter in enumerate(self.parameters):
+            if parameter.grad is not None:
+                gradients[index] = parameter.grad if gradients[index] is None else gradients[index] + parameter.grad
+                parameter.grad = None
+
+    def _write_gradients(self, collected) -> dict[str, torch.Tensor]:
+        perception, generation = collected["perception"], collected["generation"]
+        statistics = {}
+        if any(gradient is not None for gradient in perception) and any(gradient is not None for gradient in generation):
+            aligned, found = align_gradients(
+                perception, generation, weights=self.config.gradient_weights, power=self.config.gradient_power, groups=self.groups
+            )
+            if self.config.align:
+                statistics = {"cosine": found.cosine.mean(), "alpha": found.alpha.mean()}
+        else:
+            aligned = [p if g is None else g for p, g in zip(perception, generation, strict=True)]
+        for parameter, gradient in zip(self.parameters, aligned, strict=True):
+            parameter.grad = gradient
+        return statistics
+
+    def _enter_stage(self, stage: int) -> None:
+        state = self.state
+        if state.stage >= 0:
+            state.ema.copy_to(self.parameters)
+        self.optimizer.optimizer.state.clear()
+        state.ema = self.average()
+        if stage > 0 and state.teacher is None and self.config.teacher != "none":
+            state.teacher = Teacher(self.config, self.model.frozen_copy(), self.scheduler)
+            images, labels = as_tensors(self.splits.calibration)
+            device = self.accelerator.device
+            state.teacher.prepare(self.model.encode(images.to(device)), labels.to(device))
+        if stage == 2:
+            state.momentum = self.model.frozen_copy()
+        state.stage = stage
+
+    def average(self) -> EMAModel:
+        """A new moving average of the parameters."""
+        return EMAModel(self.parameters, decay=self.config.ema_decay, foreach=True)
+
+    def _checkpoint(self) -> None:
+        # A loss that failed between two rows of the history shows here: no checkpoint that cannot be trained further takes the place of one that can.
+        broken = [name for name, parameter in zip(self.names, self.parameters, strict=True) if not parameter.isfinite().all()]
+        if broken:
+            raise FloatingPointError(
+                f"{len(broken)} parameters are not finite at step {self.state.step} (the first is {broken[0]}); "
+                f"checkpoints up to the last finite one are kept in {self.output}"
+            )
+        save_checkpoint(self.output, self.accelerator, self.state)
+        lines = "\n".join(json.dumps(row) for row in self.state.history)
+        write_atomically(self.output / "history.jsonl", lines + "\n")
+
+    def _loader(self) -> DataLoader:
+        _, labels = as_tensors(self.splits.train)
+        labelled = torch.ones(len(labels), dtype=torch.bool)
+        if self.config.labelled_per_class is not None:
+            labelled = few_labels(labels, self.config.labelled_per_class, self.config.seed)
+        total = sum(self.config.stage_steps) * self.config.gradient_accumulation_steps
+        sampler = _SeededBatches(len(labels), self.config.batch_size, self.config.seed, self.state.micro_batch, total)
+        return self.accelerator.prepare(DataLoader(_PartlyLabelled(self.splits.train, labelled), batch_sampler=sampler))
+
+    def _learning_rate_factor(self, step: int) -> float:
+        start = 0
+        for stage, length in enumerate(self.config.stage_steps):
+            if step < start + length or stage == len(STAGES) - 1:
+                break
+            start += length
+        position = min((step - start) / max(length, 1), 1.0)
+        warmup = min(1.0, (step - start + 1) / min(_WARMUP_STEPS, max(length // 5, 1)))
+        cosine = _FINAL_LEARNING_RATE + (1 - _FINAL_LEARNING_RATE) * (1 + math.cos(math.pi * position)) / 2
+        highest = 1.0 if stage == 0 else self.config.perception_learning_rate / self.config.learning_rate
+        return warmup * cosine * highest
+
+
+@dataclass
+class TrainingState:
+    """What a run is besides weights and optimizer: its place, its averages, its teacher, its history. Accelerate saves it in every checkpoint."""
+
+    trainer: Trainer
+    step: int = 0
+    micro_batch: int = 0
+    stage: int = -1
+    ema: EMAModel = field(init=False)
+    momentum: GenRep | None = None
+    teacher: Teacher | None = None
+    history: list[dict] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+
+    def __post_init__(self):
+        self.ema = self.trainer.average()
+
+    @property
+    def teacher_seconds(self) -> float:
+        return 0.0 if self.teacher is None else self.teacher.seconds
+
+    def log(self, stage: int, metrics: dict[str, torch.Tensor]) -> None:
+        """Append a row to the history; raise FloatingPointError where a loss is not finite."""
+        row = {"step": self.step, "stage": stage, "learning_rate": self.trainer.schedule.get_last_lr()[0]}
+        row |= {name: float(value) for name, value in metrics.items()}
+        for name, value in row.items():
+            if name != "gradient_norm" and not math.isfinite(value):
+                raise FloatingPointError(
+                    f"{name} is {value} at step {self.step} ({STAGES[stage]}); checkpoints up to the last finite one are kept in {self.trainer.output}"
+                )
+        if self.teacher is not None:
+            row |= {"teacher_evaluations": self.teacher.evaluations, "teacher_seconds": self.teacher.seconds}
+        self.history.append(row)
+
+    @torch.no_grad()
+    def follow(self, momentum: float) -> None:
+        """θ_sem ← momentum·θ_sem + (1 − momentum)·θ_unified."""
+        followers = [self.momentum.get_parameter(name) for name in self.trainer.names]
+        torch._foreach_lerp_(followers, self.trainer.parameters, 1 - momentum)
+
+    def state_dict(self) -> dict:
+        return {
+            "step": self.step,
+            "micro_batch": self.micro_batch,
+            "stage": self.stage,
+            "ema": self.ema.state_dict(),
+            "momentum": None if self.momentum is None else self.momentum.state_dict(),
+            "teacher": None if self.teacher is None else self.teacher.state_dict(),
+            "history": self.history,
+            "seconds": self.seconds,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        trainer = self.trainer
+        for name in ("step", "micro_batch", "stage", "history", "seconds"):
+            setattr(self, name, state[name])
+        self.ema.load_state_dict(state["ema"])
+        self.ema.to(trainer.accelerator.device)
+        if state["momentum"] is not None:
+            self.momentum = trainer.model.frozen_copy()
+            self.momentum.load_state_dict(state["momentum"])
+        if state["teacher"] is not None:
+            self.teacher = Teacher(trainer.config, trainer.model.frozen_copy(), trainer.scheduler)
+            self.teacher.load_state_dict(state["teacher"])
+
+
+class _PartlyLabelled(Dataset):
+    """Items (image, label, whether the perception loss may use the label)."""
+
+    def __init__(self, dataset: Dataset, labelled: torch.Tensor):
+        self.dataset, self.labelled = dataset, labelled.tolist()
+
+    def __len__(self) -> int:
+        return len(self.labelled)
+
+    def __getitem__(self, index: int):
+        return *self.dataset[index], self.labelled[index]
+
+
+class _SeededBatches(Sampler):
+    """Micro-batches `start` … `total` − 1 of a run: each epoch a permutation that follows from the seed and the epoch alone."""
+
+    def __init__(self, length: int, batch_size: int, seed: int, start: int, total: int):
+        self.length, self.batch_size, self.seed, self.start, self.total = length, min(batch_size, length), seed, start, total
+
+    def __len__(self) -> int:
+        return self.total - self.start
+
+    def __iter__(self):
+        per_epoch = self.length // self.batch_size
+        for index in range(self.start, self.total):
+            epoch, place = divmod(index, per_epoch)
+            if place == 0 or index == self.start:
+                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+                order = torch.randperm(self.length, generator=generator).tolist()
+            yield order[place * self.batch_size : (place + 1) * self.batch_size]
+
+
+def build_scheduler(config: TrainingConfig) -> DDPMScheduler:
+    """The noise schedule: the one that a pretrained backbone came with, else the linear one of DDPM (Ho et al. 2020)."""
+    if config.scheduler is not None:
+        require_saved("scheduler", config.scheduler, DDPMScheduler.config_name)
+        return DDPMScheduler.from_pretrained(config.scheduler, clip_sample=False)
+    return DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear", clip_sample=False)
+
+
+def build_model(config: TrainingConfig, splits: DataSplits) -> GenRep:
+    """GenRep over the configured backbone, or over a small UNet of the images' size; raises ValueError where the images do not fit."""
+    if config.backbone is not None:
+        model = GenRep.from_backbone(config.backbone, splits.num_classes, vae=config.vae, class_names=splits.class_names)
+    elif config.vae is not None:
+        raise ValueError("vae: a latent model needs a backbone, got none")
+    else:
+        model = GenRep.from_backbone(_small_unet(*splits.image_shape), splits.num_classes, class_names=splits.class_names)
+    image, _ = splits.train[0]
+    latent = model.encode(image[None]).shape[1:]
+    if tuple(latent) != model.sample_shape:
+        raise ValueError(f"data: images {list(image.shape)} give inputs {list(latent)}, but the backbone wants {list(model.sample_shape)}; see image_size")
+    return model
+
+
+def _small_unet(channels: int, height: int, width: int) -> UNet2DModel:
+    if height % 2 or width % 2:
+        raise ValueError(f"image_size must be even, got {height} × {width}")
+    return UNet2DModel(
+        sample_size=height if height == width else (height, width),
+        in_channels=channels,
+        out_channels=channels,
+        layers_per_block=1,
+        block_out_channels=(32, 64),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=8,
+        attention_head_dim=16,
+    )
