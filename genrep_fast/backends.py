@@ -1,8 +1,8 @@
 """The choice of the implementation that an operator runs.
 
-Every operator is defined once, as ``torch.ops.genrep_fast.<name>`` (`define_operator`), with its plain-PyTorch reference. Other backends add
-themselves with `register_implementation`; callers never name one. At each call the tensors' device picks the fastest backend that holds the
-operator, unless `use_backend` or the environment variable ``GENREP_FAST_BACKEND`` insists on one.
+Every operator is defined once, as ``torch.ops.genrep_fast.<name>`` (`define_operator`), with its plain-PyTorch reference. Other backends
+add themselves with `register_implementation`; callers never name one. At each call the tensors' device picks the fastest backend that holds
+the operator, unless `use_backend` or the environment variable ``GENREP_FAST_BACKEND`` insists on one.
 """
 
 from __future__ import annotations

@@ -19,7 +19,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .coefficients import ReverseKernel, StepCoefficients, normal_tables, reverse_kernel
+from .coefficients import (
+    ReverseKernel,
+    StepCoefficients,
+    learned_log_variance_ratio,
+    learned_std_scale,
+    normal_tables,
+    reverse_kernel,
+)
 from .ops.reverse_step import reverse_step
 from .reference.reverse_step import INITIAL_ROW, chain_noise
 from .reference.scoring import accumulation_dtype
@@ -107,7 +114,7 @@ class ChainBank:
             center: what is kept of a step, its "mean" or the predicted clean "sample".
             sigma_floor, variance, eta: as in `StepCoefficients.chain`.
             seed: in [0, 2⁶⁴); chain c of class y draws its noise with the chain id y·chains + c.
-            dtype: of the kept centres; None is float32.
+            dtype, device: of the kept centres; None is float32.
             batch_size: chains that go through the network together.
 
         Raises:
@@ -117,23 +124,19 @@ class ChainBank:
         dtype = torch.float32 if dtype is None else dtype
         if not dtype.is_floating_point:
             raise TypeError(f"dtype must be a floating-point dtype, got {dtype}")
-        if center not in ("mean", "sample"):
-            raise ValueError(f'center must be "mean" or "sample", got {center!r}')
-        if not 0 <= seed < 2**64:
-            raise ValueError(f"seed must lie in [0, 2**64), got {seed}")
-        _require_at_least(
-            1, num_classes=num_classes, num_inference_steps=num_inference_steps, chains=chains, thin=thin, batch_size=batch_size
-        )
-        _require_at_least(0, burn_in=burn_in)
+        counts = {"num_classes": num_classes, "num_inference_steps": num_inference_steps, "chains": chains, "thin": thin}
+        _require_at_least(1, **counts, batch_size=batch_size)
+        _require_at_least(0, burn_in=burn_in, seed=seed)
         if burn_in >= num_inference_steps:
             raise ValueError(f"burn_in must be less than num_inference_steps, {num_inference_steps}, got {burn_in}: no step would be kept")
+        if seed >= 2**64:
+            raise ValueError(f"seed must be less than 2**64, got {seed}")
+        if center not in ("mean", "sample"):
+            raise ValueError(f'center must be "mean" or "sample", got {center!r}')
         scheduler = copy.deepcopy(scheduler)
         scheduler.set_timesteps(num_inference_steps)
         timesteps = scheduler.timesteps.cpu()
-        if scheduler.config.get("thresholding", False):
-            raise ValueError("scheduler has thresholding=True, which a bank cannot run: set thresholding=False")
-        clip_range = scheduler.config.clip_sample_range if scheduler.config.get("clip_sample", False) else None
-        settings = ChainSettings(chains, burn_in, thin, center, sigma_floor, seed, clip_range)
+        settings = ChainSettings(chains, burn_in, thin, center, sigma_floor, seed, _clip_range(scheduler))
         kernel = reverse_kernel(scheduler, timesteps, variance=variance, eta=eta)
         # The mean is computed here, clipped or not, so that the step gets it ready made.
         as_mean = {"parameterization": "mean", "eta": eta, "sigma_floor": sigma_floor, "dtype": _run_dtype(dtype)}
@@ -141,9 +144,9 @@ class ChainBank:
         kept = range(burn_in, len(timesteps), thin)
         for row in kept:
             coefficients.require_scorable(row)
-        log_variance_ratio = None
-        if scheduler.config.get("variance_type") == "learned_range":
-            log_variance_ratio = _log_variance_ratio(scheduler, timesteps)
+        log_variance_ratio = learned_log_variance_ratio(scheduler, timesteps)
+        if log_variance_ratio is not None:
+            # The learned standard deviation is a multiple of this one, which is zero nowhere but in the step that adds no noise.
             coefficients = StepCoefficients.chain(scheduler, timesteps, variance="fixed_large", **as_mean)
         centers = torch.empty(num_classes, chains * len(kept), *sample_shape, dtype=dtype, device=device)
         bank = cls(centers, timesteps, kernel, coefficients, settings, log_variance_ratio)
@@ -267,8 +270,12 @@ class ChainBank:
             sample, mean = self._predict(row, x_t, output[:, : shape[0]])
             if row in self._kept:
                 kept.append((mean if self.settings.center == "mean" else sample).to(self.centers.dtype))
-            noise = {"seed": self.settings.seed, "chain_ids": chain_ids, "std_scale": self._learned_std_scale(row, output)}
-            x_t, _ = reverse_step(x_t, mean, self._coefficients, row, **noise)
+            std_scale = None
+            if self._log_variance_ratio is not None:
+                std_scale = learned_std_scale(output, shape[0], self._log_variance_ratio[row])
+            x_t, _ = reverse_step(
+                x_t, mean, self._coefficients, row, seed=self.settings.seed, chain_ids=chain_ids, std_scale=std_scale
+            )
         return torch.stack(kept, 1)
 
     def _predict(self, row: int, x_t: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
@@ -279,19 +286,12 @@ class ChainBank:
             sample = sample.clamp(-self.settings.clip_range, self.settings.clip_range)
         return sample, step.mean_sample * sample + step.mean_noisy * x_t + step.mean_output * output
 
-    def _learned_std_scale(self, row: int, output: Tensor) -> Tensor | None:
-        """The learned standard deviation over √β, [N, C, *spatial]: log σ² lies between log β̃ and log β (Nichol & Dhariwal 2021)."""
-        if self._log_variance_ratio is None:
-            return None
-        channels = self.centers.shape[2]
-        fraction = (output[:, channels : 2 * channels] + 1) / 2
-        return (0.5 * (1 - fraction) * self._log_variance_ratio[row]).exp()
 
-
-def _log_variance_ratio(scheduler: Any, timesteps: Tensor) -> Tensor:
-    """log β̃/β of each step [T], with diffusers' lower limit of 1e-20 on β̃."""
-    small, large = (reverse_kernel(scheduler, timesteps, variance=variance).score_std for variance in ("fixed_small", "fixed_large"))
-    return 2 * (small.clamp(min=1e-10) / large).log()
+def _clip_range(scheduler: Any) -> float | None:
+    """Range to which the scheduler clips x̂0, None where it does not clip."""
+    if scheduler.config.get("thresholding", False):
+        raise ValueError("scheduler has thresholding=True, which a bank cannot run: set thresholding=False")
+    return scheduler.config.clip_sample_range if scheduler.config.get("clip_sample", False) else None
 
 
 def _require_at_least(least: int, **values: int) -> None:

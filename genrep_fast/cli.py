@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from json import dumps
+from json import dumps, loads
 from pathlib import Path
 
 from jsonargparse import ArgumentError, ArgumentParser
@@ -51,7 +51,7 @@ def train(ablation: bool = False, seeds: int = 3, **options) -> None:
         run(config.resumed() if config.resume else config)
 
 
-def evaluate(checkpoint: str, data: str = "digits", output: str | None = None, elbo_steps: int = 16, samples_per_class: int = 50, seed: int = 0) -> None:
+def evaluate(checkpoint: str, data: str = "digits", output: str | None = None, elbo_steps: int = 32, samples_per_class: int = 50, seed: int = 0) -> None:
     """Evaluate a trained pipeline: metrics.json, figures and report.html.
 
     Args:
@@ -62,14 +62,22 @@ def evaluate(checkpoint: str, data: str = "digits", output: str | None = None, e
         samples_per_class: generated images a class.
         seed: of the noise.
     """
+    from .data import load_data
     from .evaluation import EvaluationSettings
     from .evaluation import evaluate as run_evaluation
-    from .data import load_data
+    from .training.progress import console, evaluation_progress
+    from .training.run import result_table
 
     pipeline = _load_pipeline(checkpoint)
-    splits = load_data(data, image_size=pipeline.model.sample_shape[1] if pipeline.model.vae is None else None)
+    splits = load_data(data, image_size=pipeline.model.image_shape[1])
     settings = EvaluationSettings(elbo_steps=elbo_steps, samples_per_class=samples_per_class, seed=seed)
-    run_evaluation(pipeline.model, pipeline.scheduler, splits, Path(output or checkpoint), settings=settings)
+    log = Path(checkpoint) / "history.jsonl"
+    history = [loads(line) for line in log.read_text().splitlines()] if log.is_file() else None
+    folder = Path(output or checkpoint)
+    with evaluation_progress() as progress:
+        metrics = run_evaluation(pipeline.model, pipeline.scheduler, splits, folder, settings=settings, history=history, progress=progress)
+    console.print(result_table(metrics))
+    console.print(f"wrote {folder}: metrics.json, report.html, figures/")
 
 
 def classify(checkpoint: str, images: list[str]) -> None:

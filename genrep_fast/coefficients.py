@@ -75,7 +75,9 @@ class StepCoefficients:
         return self.data.shape[0]
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> StepCoefficients:
-        """The same tables on another device or in another dtype (float32 or float64)."""
+        """The same tables on another device or in another dtype (float32 or float64); itself where nothing changes."""
+        if self.data.to(device, dtype) is self.data:
+            return self
         tables = {name: getattr(self, name) for name in (*_TABLES, *_MEAN_TABLES)}
         return StepCoefficients(**{name: table if table is None else table.to(device, dtype) for name, table in tables.items()})
 
@@ -450,3 +452,35 @@ def _check_table(name: str, table: Any, like: Tensor) -> None:
         raise ValueError(f"{name} must have one dimension and the length of data, {tuple(like.shape)}, got shape {tuple(table.shape)}")
     if table.device != like.device:
         raise ValueError(f"{name} must lie where data does, on {like.device}, got {table.device}")
+
+
+def learned_log_variance_ratio(scheduler: Any, timesteps: Tensor) -> Tensor | None:
+    """log β̃/β of each step [S] float64, with diffusers' lower limit of 1e-20 on β̃; None where the variance is not learned.
+
+    Raises:
+        ValueError: for variance_type "learned", the predecessor of "learned_range".
+    """
+    variance_type = scheduler.config.get("variance_type")
+    if variance_type == "learned":
+        raise ValueError('scheduler has variance_type="learned", which is not supported: "learned_range" is')
+    if variance_type != "learned_range":
+        return None
+    small, large = (reverse_kernel(scheduler, timesteps, variance=variance).score_std for variance in ("fixed_small", "fixed_large"))
+    return 2 * (small.clamp(min=1e-10) / large).log()
+
+
+def learned_std_scale(model_output: Tensor, channels: int, log_variance_ratio: Tensor) -> Tensor:
+    """The standard deviation that a "learned_range" network predicts, over √β.
+
+    log σ² = f·log β + (1 − f)·log β̃ with f = (v + 1)/2, v the second `channels` channels of the output (Nichol & Dhariwal 2021, eq. 15).
+
+    Args:
+        model_output: [N, C', *spatial] with C' ≥ 2·channels.
+        channels: C of the sample.
+        log_variance_ratio: 0-dimensional, of the step (`learned_log_variance_ratio`).
+
+    Returns:
+        [N, channels, *spatial].
+    """
+    fraction = (model_output[:, channels : 2 * channels] + 1) / 2
+    return (0.5 * (1 - fraction) * log_variance_ratio).exp()

@@ -63,6 +63,7 @@ class ImageChainEstimator:
         start: noise level at which the image enters the chain, as a fraction of the training timesteps.
         burn_in, thin: positions dropped at the beginning, and the distance of those kept.
         center, sigma_floor: of the scoring kernels, see `StepCoefficients.chain`.
+        variance: of all kernels, likewise; a scheduler with learned_range needs one of the fixed ones.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class ImageChainEstimator:
         thin: int = 1,
         center: str = "mean",
         sigma_floor: float = 0.0,
+        variance: str | None = None,
         seed: int = 0,
     ):
         self.scheduler = copy.deepcopy(scheduler)
@@ -85,9 +87,11 @@ class ImageChainEstimator:
         self.kept = range(len(self.timesteps))[burn_in::thin]
         if len(self.kept) == 0:
             raise ValueError(f"burn_in must be less than the {len(self.timesteps)} steps below start = {start}, got {burn_in}")
-        self.chain = StepCoefficients.chain(self.scheduler, self.timesteps)
+        self.chain = StepCoefficients.chain(self.scheduler, self.timesteps, variance=variance)
         self.scores = {
-            row: StepCoefficients.chain(self.scheduler, self.timesteps[row : row + 1], center=center, sigma_floor=sigma_floor)
+            row: StepCoefficients.chain(
+                self.scheduler, self.timesteps[row : row + 1], center=center, sigma_floor=sigma_floor, variance=variance
+            )
             for row in self.kept
         }
         self.denoiser, self.num_classes, self.seed = denoiser, num_classes, seed

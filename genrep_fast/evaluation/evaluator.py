@@ -57,7 +57,7 @@ class EvaluationSettings:
         seed: of the noise, the samples, the classifier and the random choices.
     """
 
-    elbo_steps: int = 16
+    elbo_steps: int = 32
     num_inference_steps: int = 50
     samples_per_class: int = 50
     test_images: int | None = None
@@ -79,6 +79,7 @@ def evaluate(
     settings: EvaluationSettings | None = None,
     history: Sequence[dict[str, Any]] | None = None,
     timings: dict[str, float] | None = None,
+    teacher: dict[str, float] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure a GenRep model; write ``metrics.json``, ``figures/*.png`` and a self-contained ``report.html`` to `output_dir`.
@@ -91,12 +92,13 @@ def evaluate(
         output_dir: created where missing; files in it are replaced one by one, never left half-written.
         settings: sizes; None takes the defaults.
         history: logged steps of the training: dictionaries with ``stage``, ``step`` and any of the losses, ``cosine`` and ``alpha``.
-        timings: wall times of the training in seconds and what it counted, by name; repeated in the metrics.
+        timings: wall times of the training in seconds, by name; repeated in the metrics.
+        teacher: what is known of the distillation teacher, by name; repeated in the metrics.
         progress: called as ``progress(what, fraction)`` while it runs, fraction in [0, 1].
 
     Returns:
         What metrics.json holds: nested dictionaries with the keys sizes, head, posterior, generation, classifier, out_of_distribution,
-        training, seconds and undefined. A number that could not be measured is None, and its name is listed under undefined.
+        training, seconds, teacher and undefined. A number that could not be measured is None, and its name is listed under undefined.
 
     Raises:
         ValueError: where the splits have another number of classes than the model.
@@ -109,6 +111,7 @@ def evaluate(
     evaluation = _Evaluation(model.eval(), scheduler, splits, settings or EvaluationSettings(), progress)
     metrics, illustrations = evaluation.run(history or [])
     metrics["seconds"]["training"] = timings or {}
+    metrics["teacher"] = teacher or {}
     metrics["undefined"] = undefined = []
     metrics = _without_nan(metrics, undefined)
     write_report(output_dir, metrics, illustrations)

@@ -29,7 +29,7 @@ def load_backbone(path: str | Path) -> nn.Module:
 
 
 def require_saved(argument: str, path: str | Path, file: str) -> Path:
-    """Return the path of `file` in the directory `path`, or raise FileNotFoundError: diffusers would take a missing directory for a name on the hub."""
+    """Return the path of `file` in the directory `path`; raise FileNotFoundError where diffusers would ask the hub for a name like `path`."""
     found = Path(path) / file
     if not found.is_file():
         raise FileNotFoundError(f"{argument}: {found} does not exist; a directory written by diffusers' save_pretrained is wanted")

@@ -41,8 +41,9 @@ class GenRepOutput(BaseOutput):
     """
 
     sample: torch.Tensor
-    log_std_shift: torch.Tensor
-    features: torch.Tensor
+    # Accelerate's mixed precision rebuilds an output from one dictionary, which diffusers takes only where the other fields have defaults.
+    log_std_shift: torch.Tensor | None = None
+    features: torch.Tensor | None = None
 
 
 class GenRep(ModelMixin, ConfigMixin):
@@ -131,6 +132,14 @@ class GenRep(ModelMixin, ConfigMixin):
         config = self.backbone.config
         height, width = (config.sample_size, config.sample_size) if isinstance(config.sample_size, int) else config.sample_size
         return config.in_channels, height, width
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image: `sample_shape` without a VAE."""
+        if self.vae is None:
+            return self.sample_shape
+        scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return self.vae.config.in_channels, *(side * scale for side in self.sample_shape[1:])
 
     def forward(
         self,

@@ -13,7 +13,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils import BaseOutput
 from PIL import Image
 
-from ..coefficients import StepCoefficients
+from ..coefficients import StepCoefficients, learned_log_variance_ratio, learned_std_scale
 from ..ops.reverse_step import reverse_step
 from ..reference.reverse_step import INITIAL_ROW, chain_noise
 from .backbones import require_saved
@@ -70,7 +70,7 @@ class GenRepPipeline(DiffusionPipeline):
 
         Raises:
             TypeError: for tensors of integers.
-            ValueError: for tensors of another shape.
+            ValueError: for tensors of another shape, and for no image.
         """
         self.model.eval()
         logits = self.model.perceive(self.model.encode(self._as_tensor(images)))
@@ -102,15 +102,16 @@ class GenRepPipeline(DiffusionPipeline):
         self.model.eval()
         scheduler = copy.deepcopy(self.scheduler)
         scheduler.set_timesteps(num_inference_steps)
-        variances = _step_tables(scheduler, eta)
-        coefficients = variances[0].to(self.device)
+        log_variance_ratio = learned_log_variance_ratio(scheduler, scheduler.timesteps)
+        variance = None if log_variance_ratio is None else "fixed_large"
+        coefficients = StepCoefficients.chain(scheduler, scheduler.timesteps, variance=variance, eta=eta).to(self.device)
         chain_ids = torch.arange(len(labels), device=self.device)
         x = chain_noise(seed, chain_ids, INITIAL_ROW, self.model.sample_shape).to(self.model.dtype)
         for row, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
             output = self.model(x, timestep, labels)
             std_scale = output.log_std_shift.exp()[:, None, None, None]
-            if len(variances) == 2 and row < len(scheduler.timesteps) - 1:
-                std_scale = std_scale * _learned_std_scale(output.sample, *(table.std[row] for table in variances))
+            if log_variance_ratio is not None:
+                std_scale = std_scale * learned_std_scale(output.sample, x.shape[1], log_variance_ratio[row])
             x, _ = reverse_step(x, output.sample, coefficients, row, seed=seed, chain_ids=chain_ids, std_scale=std_scale)
         images = self.model.decode(x)
         return ImagePipelineOutput(images=images if output_type == "pt" else to_pil(images))
@@ -127,10 +128,10 @@ class GenRepPipeline(DiffusionPipeline):
         return labels.to(self.device, torch.int64)
 
     def _as_tensor(self, images) -> torch.Tensor:
-        channels = self.model.vae.config.in_channels if self.model.vae is not None else self.model.sample_shape[0]
-        scale = 2 ** (len(self.model.vae.config.block_out_channels) - 1) if self.model.vae is not None else 1
-        height, width = (side * scale for side in self.model.sample_shape[1:])
+        channels, height, width = self.model.image_shape
         if not isinstance(images, torch.Tensor):
+            if isinstance(images, (list, tuple)) and not images:
+                raise ValueError("images must hold at least one image, got none")
             processor = VaeImageProcessor(vae_scale_factor=1, do_convert_rgb=channels == 3, do_convert_grayscale=channels == 1)
             images = processor.preprocess(images, height=height, width=width)
         if not images.is_floating_point():
@@ -143,18 +144,3 @@ class GenRepPipeline(DiffusionPipeline):
 def to_pil(images: torch.Tensor) -> list[Image.Image]:
     """PIL images of a float tensor [N, C, H, W] in [-1, 1], C = 1 or 3."""
     return VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(images / 2 + 0.5))
-
-
-def _step_tables(scheduler, eta: float) -> list[StepCoefficients]:
-    # A learned variance lies, element by element, between the two fixed ones.
-    if getattr(scheduler.config, "variance_type", None) == "learned_range":
-        variances = ("fixed_small", "fixed_large")
-    else:
-        variances = (None,)
-    return [StepCoefficients.chain(scheduler, scheduler.timesteps, variance=variance, eta=eta) for variance in variances]
-
-
-def _learned_std_scale(model_output: torch.Tensor, small: torch.Tensor, large: torch.Tensor) -> torch.Tensor:
-    # log σ² = f·log β + (1 − f)·log β̃ with f = (v + 1)/2 (Nichol & Dhariwal 2021, eq. 15), as a factor on √β̃.
-    fraction = (model_output[:, model_output.shape[1] // 2 :] + 1) / 2
-    return (large / small) ** fraction

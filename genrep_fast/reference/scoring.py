@@ -34,8 +34,8 @@ def log_likelihood(
     r = _residual(x, model_output, x_t, data, noisy, output)
     steps = _step_log_likelihood(r, inv_var, log_norm, per_location)  # [B, K, S, *loc]
     if reduction == "mean":
-        return steps.mean(2).contiguous()
-    return (steps.logsumexp(2) - math.log(max(steps.shape[2], 1))).contiguous()
+        return steps.mean(2)
+    return steps.logsumexp(2) - math.log(max(steps.shape[2], 1))
 
 
 def log_likelihood_backward(
@@ -84,7 +84,7 @@ def log_likelihood_backward(
 
 def posterior(log_likelihood: Tensor, log_prior: Tensor | None, temperature: float) -> Tensor:
     """log p(y|x) = log_softmax_y( L / temperature + log p(y) ). [B, K, *loc], [1|B, K, *1] -> [B, K, *loc]"""
-    return _scores(log_likelihood, log_prior, temperature).log_softmax(1).contiguous()
+    return _scores(log_likelihood, log_prior, temperature).log_softmax(1)
 
 
 def log_evidence(log_likelihood: Tensor, log_prior: Tensor | None) -> Tensor:
@@ -95,7 +95,7 @@ def log_evidence(log_likelihood: Tensor, log_prior: Tensor | None) -> Tensor:
 
 def distillation_loss(student_logits: Tensor, log_likelihood: Tensor, log_prior: Tensor | None, temperature: float) -> Tensor:
     """KL(p || q) of the posterior p and q = softmax(student_logits). -> [B, *loc]"""
-    return _divergence(student_logits, log_likelihood, log_prior, temperature)[3].contiguous()
+    return _divergence(student_logits, log_likelihood, log_prior, temperature)[3]
 
 
 def distillation_loss_backward(

@@ -12,6 +12,7 @@ from ..data import load_data
 from ..evaluation import EvaluationSettings, evaluate
 from .config import STAGES, TrainingConfig
 from .progress import console, evaluation_progress
+from .teacher import Teacher
 from .trainer import Trainer
 
 # Forward and backward passes of the backbone in a step of each stage; a forward pass alone counts a third.
@@ -49,7 +50,8 @@ def run(config: TrainingConfig) -> dict | None:
                 Path(config.output),
                 settings=settings,
                 history=trainer.state.history,
-                timings=timings(trainer),
+                timings=trainer.state.seconds,
+                teacher=_teacher_facts(trainer.state.teacher),
                 progress=progress,
             )
     console.print(_closing_table(trainer, metrics, time.perf_counter() - started))
@@ -61,25 +63,22 @@ def evaluation_settings(config: TrainingConfig) -> EvaluationSettings:
     """Sizes of the evaluation; they shrink with a run that is shorter than the full one."""
     scale = config.scale
     return EvaluationSettings(
-        elbo_steps=max(4, round(16 * scale)),
+        elbo_steps=max(4, round(32 * scale)),
         samples_per_class=max(4, round(50 * scale)),
         test_images=None if scale == 1 else max(50, round(500 * scale)),
         seed=config.seed,
     )
 
 
-def timings(trainer: Trainer) -> dict[str, float]:
-    """Seconds by stage, those of the teacher apart, and the teacher's network evaluations and quality."""
-    found = dict(trainer.state.seconds)
-    teacher = trainer.state.teacher
-    if teacher is not None:
-        found |= {
-            "teacher": teacher.seconds,
-            "teacher_network_evaluations": teacher.evaluations,
-            "teacher_temperature": teacher.temperature,
-            "teacher_calibration_top1": teacher.accuracy,
-        }
-    return found
+def _teacher_facts(teacher: Teacher | None) -> dict[str, float]:
+    if teacher is None:
+        return {}
+    return {
+        "network_evaluations": teacher.evaluations,
+        "seconds": teacher.seconds,
+        "temperature": teacher.temperature,
+        "calibration_top1": teacher.accuracy,
+    }
 
 
 def _budget_table(trainer: Trainer, settings: EvaluationSettings) -> Table:
@@ -109,11 +108,17 @@ def _seconds_per_pass(trainer: Trainer) -> float:
     return sorted(seconds)[1]
 
 
-def _closing_table(trainer: Trainer, metrics: dict | None, evaluation_seconds: float) -> Table:
+def result_table(metrics: dict | None) -> Table:
+    """The main results of an evaluation, for a terminal."""
     table = Table("result", "value", title="Result", title_justify="left")
     for name, (group, key) in _CLOSING_ROWS if metrics else ():
         value = metrics[group][key]
         table.add_row(name, "undefined" if value is None else f"{value:.4f}")
+    return table
+
+
+def _closing_table(trainer: Trainer, metrics: dict | None, evaluation_seconds: float) -> Table:
+    table = result_table(metrics)
     for stage in STAGES:
         table.add_row(f"time, {stage}", _minutes(trainer.state.seconds[stage]))
     teacher = trainer.state.teacher

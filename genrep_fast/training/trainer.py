@@ -200,16 +200,17 @@ class Trainer:
         return EMAModel(self.parameters, decay=self.config.ema_decay, foreach=True)
 
     def _checkpoint(self) -> None:
-        # A loss that failed between two rows of the history shows here: no checkpoint that cannot be trained further takes the place of one that can.
+        # A loss that failed between two rows of the history shows here: no useless checkpoint may take the place of a good one.
         broken = [name for name, parameter in zip(self.names, self.parameters, strict=True) if not parameter.isfinite().all()]
         if broken:
             raise FloatingPointError(
                 f"{len(broken)} parameters are not finite at step {self.state.step} (the first is {broken[0]}); "
                 f"checkpoints up to the last finite one are kept in {self.output}"
             )
-        save_checkpoint(self.output, self.accelerator, self.state)
+        # The history first: a run that is killed in between writes it again, since it goes on from the checkpoint before.
         lines = "\n".join(json.dumps(row) for row in self.state.history)
         write_atomically(self.output / "history.jsonl", lines + "\n")
+        save_checkpoint(self.output, self.accelerator, self.state)
 
     def _loader(self) -> DataLoader:
         _, labels = as_tensors(self.splits.train)

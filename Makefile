@@ -1,0 +1,41 @@
+# `make train` and `make test` need Python >= 3.10 with venv, and nothing else: both build their own environment in .venv first.
+
+PYTHON ?= python3
+OUTPUT ?= runs/digits
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: train ablation test lint wheel clean
+
+train: $(VENV)/.installed-train
+	$(BIN)/genrep train --output $(OUTPUT) --resume
+
+ablation: $(VENV)/.installed-train
+	$(BIN)/genrep train --ablation --output runs/ablation
+
+# Tensors of tests are tiny: more threads only wait for each other, for minutes where the machine is busy.
+test: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --diff
+
+# setuptools copies whatever lies in build/lib into the wheel, deleted modules too.
+wheel: $(BIN)/pip
+	rm -rf build
+	$(BIN)/pip wheel --no-deps --wheel-dir dist .
+
+# Runs stay: they took longer than anything that is deleted here.
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stem is an extra of pyproject.toml. Editable: sources are read where they lie, so that only a change of these files asks for another
+# installation.
+$(VENV)/.installed-%: pyproject.toml setup.py constraints.txt | $(BIN)/pip
+	$(BIN)/pip install -c constraints.txt -e '.[$*]'
+	@touch $@
+
+$(BIN)/pip:
+	$(PYTHON) -m venv $(VENV)

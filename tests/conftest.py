@@ -1,0 +1,80 @@
+"""Tiny, randomly initialised models of diffusers' real classes, shared by the tests of model, pipeline, training and command line."""
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DModel
+
+from genrep_fast.models import GenRep
+
+
+def build_backbone(kind, num_classes=3, *, channels=1, **options):
+    """A "unet" or "dit" for 8 × 8 latents, the same weights every time."""
+    torch.manual_seed(0)
+    if kind == "dit":
+        return DiTTransformer2DModel(
+            **{
+                "num_attention_heads": 2,
+                "attention_head_dim": 8,
+                "in_channels": channels,
+                "out_channels": channels,
+                "num_layers": 2,
+                "sample_size": 8,
+                "patch_size": 2,
+                "norm_num_groups": 4,
+                "num_embeds_ada_norm": num_classes,
+                **options,
+            }
+        )
+    return UNet2DModel(
+        **{
+            "sample_size": 8,
+            "in_channels": channels,
+            "out_channels": channels,
+            "layers_per_block": 1,
+            "block_out_channels": (8, 16),
+            "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+            "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+            "norm_num_groups": 4,
+            "attention_head_dim": 8,
+            "num_class_embeds": num_classes,
+            **options,
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_backbone():
+    """The function `build_backbone`."""
+    return build_backbone
+
+
+@pytest.fixture(scope="session")
+def tiny_vae():
+    """A function that builds an AutoencoderKL from 3 × 16 × 16 images to 4 × 8 × 8 latents."""
+
+    def build():
+        torch.manual_seed(1)
+        return AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(4, 8),
+            norm_num_groups=4,
+            latent_channels=4,
+            sample_size=16,
+        )
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    """A function that builds a GenRep of three classes; `active` gives its zero-initialised modulations random weights."""
+
+    def build(kind, *, active=False, vae=None, num_classes=3, **options):
+        model = GenRep.from_backbone(build_backbone(kind, num_classes, channels=1 if vae is None else 4, **options), num_classes, vae=vae)
+        if active:
+            for layer in (model.mean_modulation, model.log_std_modulation[-1]):
+                torch.nn.init.normal_(layer.weight, std=0.05)
+        return model.eval()
+
+    return build

@@ -1,0 +1,141 @@
+"""The choice of backend, with a second backend that exists for the test alone."""
+
+import threading
+
+import pytest
+import torch
+
+import genrep_fast as gf
+from genrep_fast import backends
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """The registry, restored after the test; no backend is insisted on."""
+    monkeypatch.delenv("GENREP_FAST_BACKEND", raising=False)
+    copies = {name: dict(by_backend) for name, by_backend in backends._implementations.items()}
+    monkeypatch.setattr(backends, "_implementations", copies)
+    monkeypatch.setattr(
+        backends, "_unavailable", {"cpu": "it was not built", "triton": "triton is not installed", "cuda": "it was not built"}
+    )
+    return backends
+
+
+@pytest.fixture
+def calls(registry):
+    """The operators that a fake "cpu" backend, which holds `posterior` alone, has run."""
+    ran = []
+
+    def fake_posterior(log_likelihood, log_prior, temperature):
+        ran.append("posterior")
+        return torch.full_like(log_likelihood, 7.0)
+
+    registry.register_implementation("posterior", "cpu", fake_posterior)
+    return ran
+
+
+SCORES = torch.tensor([[1.0, 2.0, 3.0]])
+
+
+def test_the_reference_is_used_where_nothing_else_exists(registry):
+    torch.testing.assert_close(gf.posterior(SCORES), SCORES.log_softmax(1))
+
+
+def test_another_backend_changes_no_caller(calls):
+    compiled = torch.compile(gf.posterior, fullgraph=True, backend="aot_eager")
+    assert (gf.posterior(SCORES) == 7).all() and (compiled(SCORES) == 7).all()
+    assert calls == ["posterior", "posterior"]
+    torch.testing.assert_close(gf.distillation_loss(SCORES, SCORES), torch.tensor(0.0))  # which the backend does not hold
+    torch.testing.assert_close(gf.posterior(SCORES.double()), SCORES.double().log_softmax(1))  # float64 is the reference's
+
+
+def test_use_backend_insists_and_nests(calls):
+    with gf.use_backend("reference"):
+        assert (gf.posterior(SCORES) != 7).all()
+        with gf.use_backend("cpu"):
+            assert (gf.posterior(SCORES) == 7).all()
+        assert (gf.posterior(SCORES) != 7).all()
+    assert (gf.posterior(SCORES) == 7).all()
+
+
+def test_use_backend_ends_with_an_error_and_stays_in_its_thread(calls):
+    with pytest.raises(KeyError), gf.use_backend("reference"):
+        thread_results = []
+        thread = threading.Thread(target=lambda: thread_results.append(gf.posterior(SCORES)))
+        thread.start()
+        thread.join()
+        assert (thread_results[0] == 7).all()
+        raise KeyError
+    assert (gf.posterior(SCORES) == 7).all()
+
+
+def test_the_environment_variable_insists(calls, monkeypatch):
+    monkeypatch.setenv("GENREP_FAST_BACKEND", "reference")
+    assert (gf.posterior(SCORES) != 7).all()
+    with gf.use_backend("cpu"):  # the nearer wish wins
+        assert (gf.posterior(SCORES) == 7).all()
+    monkeypatch.setenv("GENREP_FAST_BACKEND", "triton")
+    with pytest.raises(gf.BackendUnavailableError, match="'triton' was asked for, but triton is not installed"):
+        gf.posterior(SCORES)
+    monkeypatch.setenv("GENREP_FAST_BACKEND", "fast")
+    with pytest.raises(ValueError, match="GENREP_FAST_BACKEND must be one of reference, cpu, triton, cuda, got 'fast'"):
+        gf.posterior(SCORES)
+
+
+@pytest.mark.parametrize(
+    ("function", "match"),
+    [
+        (lambda: gf.distillation_loss(SCORES, SCORES), "'cpu' was asked for, but it does not implement distillation_loss"),
+        (lambda: gf.posterior(SCORES.double()), "'cpu' was asked for, but posterior in float64 runs on the reference alone"),
+    ],
+)
+def test_an_insisted_backend_that_cannot_run_says_why(calls, function, match):
+    with gf.use_backend("cpu"), pytest.raises(gf.BackendUnavailableError, match=match):
+        function()
+
+
+def test_a_backend_of_another_device_says_why(registry):
+    registry.register_implementation("posterior", "cuda", lambda *arguments: None)
+    with gf.use_backend("cuda"), pytest.raises(gf.BackendUnavailableError, match="'cuda' was asked for, but posterior got tensors on cpu"):
+        gf.posterior(SCORES)
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "match"),
+    [
+        ("cuda", gf.BackendUnavailableError, "'cuda' was asked for, but it was not built"),
+        ("fast", ValueError, "backend must be one of reference, cpu, triton, cuda, got 'fast'"),
+    ],
+)
+def test_use_backend_refuses_at_once(registry, name, error, match):
+    with pytest.raises(error, match=match), gf.use_backend(name):
+        pytest.fail("the block must not run")
+
+
+def test_registering_for_an_unknown_backend_is_refused(registry):
+    with pytest.raises(ValueError, match="backend must be one of"):
+        registry.register_implementation("posterior", "fast", lambda: None)
+
+
+def test_info(calls):
+    info = gf.info()
+    assert (info["genrep_fast"], info["torch"]) == (gf.__version__, torch.__version__)
+    assert {"log_likelihood", "posterior", "distillation_loss", "score_update"} <= set(info["backends"]["reference"]["operators"])
+    assert info["backends"]["cpu"] == {"available": True, "operators": ["posterior"], "reason": None}
+    assert info["backends"]["triton"] == {"available": False, "operators": [], "reason": "triton is not installed"}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast_is_off_inside_operators(registry, compiled):
+    seen = []
+
+    def watching(log_likelihood, log_prior, temperature):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return (log_likelihood @ log_likelihood.T @ log_likelihood).contiguous()
+
+    registry.register_implementation("posterior", "cpu", watching)
+    function = torch.compile(gf.posterior, fullgraph=True, backend="aot_eager") if compiled else gf.posterior
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = function(SCORES)
+        assert torch.is_autocast_enabled("cpu")
+    assert seen == [False] and result.dtype == torch.float32

@@ -1,0 +1,338 @@
+"""ChainBank: its chains against diffusers' own steps, its likelihood against torch.distributions, refresh and files bit by bit."""
+
+import importlib
+import math
+import os
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from safetensors.torch import save_file
+
+import genrep_fast as gf
+from genrep_fast import ChainBank, StepCoefficients, chain_bank
+from genrep_fast.reference.reverse_step import INITIAL_ROW, chain_noise
+
+SHAPE, CLASSES, CHAINS, STEPS = (2, 3, 5), 3, 4, 10
+
+
+class Denoiser:
+    """Depends on every argument; as many channels as asked for; counts the samples it has seen."""
+
+    def __init__(self, channels=2):
+        self.channels, self.seen = channels, 0
+
+    def __call__(self, x, timesteps, labels):
+        self.seen += len(x)
+        y, t = (values.to(x.dtype).reshape(-1, 1, 1, 1) for values in (labels, timesteps))
+        output = torch.sin(x + y) + 0.2 * x * (1 + t / 1000)
+        return torch.cat([output, torch.tanh(x - 0.3 * y)], 1)[:, : self.channels]
+
+
+def ddpm(**config):
+    scheduler = DDPMScheduler(**{"clip_sample": False, "variance_type": "fixed_large", **config})
+    scheduler.alphas_cumprod, scheduler.one = scheduler.alphas_cumprod.double(), scheduler.one.double()
+    return scheduler
+
+
+def ddim(**config):
+    scheduler = DDIMScheduler(**{"clip_sample": False, **config})
+    scheduler.alphas_cumprod, scheduler.final_alpha_cumprod = scheduler.alphas_cumprod.double(), scheduler.final_alpha_cumprod.double()
+    return scheduler
+
+
+def build(denoiser=None, scheduler=None, **changes):
+    options = {"num_inference_steps": STEPS, "chains": CHAINS, "burn_in": 3, "thin": 2, "seed": 5, "dtype": torch.float64, **changes}
+    return ChainBank.build(denoiser or Denoiser(), scheduler or ddpm(), CLASSES, SHAPE, **options)
+
+
+def diffusers_chain(monkeypatch, denoiser, scheduler, chain_ids, labels, center, eta, seed=5):
+    """Centres [N, STEPS, *SHAPE] of chains run with the scheduler's own step, fed with the bank's noise."""
+    drawn = torch.zeros(())
+    module = importlib.import_module(type(scheduler).__module__)
+    monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: drawn)
+    scheduler.set_timesteps(STEPS)
+    options = {"eta": eta} if isinstance(scheduler, DDIMScheduler) else {}
+    x_t, centers = chain_noise(seed, chain_ids, INITIAL_ROW, SHAPE), []
+    for row, timestep in enumerate(scheduler.timesteps):
+        output = denoiser(x_t, timestep.expand(len(x_t)), labels)
+        if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+            # The scheduler's step rounds to float32.
+            step = scheduler.sigmas[row + 1].double() - scheduler.sigmas[row].double()
+            centers.append(x_t - scheduler.sigmas[row].double() * output if center == "sample" else x_t + step * output)
+            x_t = x_t + step * output
+            continue
+        drawn = torch.zeros(x_t.shape, dtype=torch.float64)
+        own = output if scheduler.config.get("variance_type") == "learned_range" else output[:, :2]
+        result = scheduler.step(own, timestep, x_t, **options)
+        centers.append(result.pred_original_sample if center == "sample" else result.prev_sample)
+        drawn = chain_noise(seed, chain_ids, row, SHAPE)
+        x_t = scheduler.step(own, timestep, x_t, **options).prev_sample
+    return torch.stack(centers, 1)
+
+
+@pytest.mark.parametrize("center", ["mean", "sample"])
+@pytest.mark.parametrize(
+    "make, config, options, channels",
+    [
+        (ddpm, {}, {}, 2),
+        (ddpm, {"prediction_type": "v_prediction"}, {}, 4),
+        (ddpm, {"clip_sample": True, "clip_sample_range": 0.7}, {}, 2),
+        (ddpm, {"variance_type": "learned_range"}, {"variance": "fixed_large"}, 4),
+        (ddpm, {"variance_type": "learned_range"}, {"variance": "fixed_small", "sigma_floor": 0.1}, 4),
+        (ddim, {}, {"eta": 1.0, "sigma_floor": 0.1}, 2),
+        (ddim, {"clip_sample": True, "prediction_type": "sample"}, {"eta": 0.5, "sigma_floor": 0.1}, 4),
+        (ddim, {"clip_sample": True}, {"sigma_floor": 0.2}, 2),
+        (FlowMatchEulerDiscreteScheduler, {"shift": 2.0}, {"sigma_floor": 0.2}, 2),
+    ],
+)
+def test_chains_are_the_schedulers_own(monkeypatch, make, config, options, channels, center):
+    denoiser = Denoiser(channels)
+    bank = build(denoiser, make(**config), center=center, **options)
+    labels = torch.arange(CLASSES).repeat_interleave(CHAINS)
+    chain_ids = torch.arange(CLASSES * CHAINS)  # class · chains + chain
+    whole = diffusers_chain(monkeypatch, denoiser, make(**config), chain_ids, labels, center, options.get("eta", 0.0))
+    expected = whole[:, 3::2].reshape(CLASSES, CHAINS * 4, *SHAPE)
+    torch.testing.assert_close(bank.centers, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_sizes_standard_deviations_and_evaluations():
+    denoiser, scheduler = Denoiser(), ddpm()
+    timesteps = scheduler.timesteps.clone()
+    bank = build(denoiser, scheduler, sigma_floor=0.15)
+    assert bank.centers.shape == (CLASSES, CHAINS * 4, *SHAPE)
+    assert bank.evaluations == denoiser.seen == CLASSES * CHAINS * STEPS
+    assert torch.equal(scheduler.timesteps, timesteps) and scheduler.num_inference_steps is None, "the caller's scheduler was changed"
+    scheduler.set_timesteps(STEPS)
+    kept = StepCoefficients.chain(scheduler, scheduler.timesteps[3::2], sigma_floor=0.15, dtype=torch.float64)
+    torch.testing.assert_close(bank.std, kept.inv_var.rsqrt().repeat(CHAINS))
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 12])
+def test_batch_size_does_not_change_a_bit(batch_size):
+    assert torch.equal(build(batch_size=batch_size).centers, build().centers)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16, torch.float16])
+def test_centers_are_kept_in_the_chosen_dtype(dtype):
+    seen = []
+
+    def denoiser(x, timesteps, labels):
+        seen.append(x.dtype)
+        return Denoiser()(x, timesteps, labels).bfloat16()  # as under autocast
+
+    bank = build(denoiser, dtype=dtype)
+    assert bank.centers.dtype == (dtype or torch.float32) and set(seen) == {torch.float32}
+    assert bank.log_likelihood(torch.zeros(2, *SHAPE)).dtype == torch.float32
+
+
+# --- likelihood --------------------------------------------------------------------------------------------------------------------------
+
+
+def mixture(bank, x):
+    """log p(x|y) [B, K] of torch.distributions, float64."""
+    centers, std = bank.centers.double().flatten(2), bank.std.double()  # [K, S, D], [S]
+    components = torch.distributions.Independent(torch.distributions.Normal(centers, std[:, None]), 1)
+    weights = torch.distributions.Categorical(torch.ones(centers.shape[:2], dtype=torch.float64))
+    return torch.distributions.MixtureSameFamily(weights, components).log_prob(x.double().flatten(1)[:, None])
+
+
+def images(batch, dtype=torch.float64):
+    return torch.randn(batch, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(batch)).to(dtype)
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 250])
+@pytest.mark.parametrize("batch", [1, 7, 63])
+def test_likelihood_is_the_mixture_of_torch_distributions(monkeypatch, batch, chunk):
+    if chunk:
+        monkeypatch.setattr(chain_bank, "_CHUNK_ELEMENTS", chunk)
+    bank, x = build(), images(batch)
+    torch.testing.assert_close(bank.log_likelihood(x), mixture(bank, x), rtol=1e-10, atol=0)
+
+
+def test_no_images_have_no_likelihood():
+    assert build().log_likelihood(images(0)).shape == (0, CLASSES)
+
+
+def test_likelihood_is_the_scoring_operators():
+    bank, x = build(), images(7)
+    scheduler = ddpm()
+    scheduler.set_timesteps(STEPS)
+    timesteps = scheduler.timesteps[3::2].repeat(CHAINS)
+    coefficients = StepCoefficients.chain(scheduler, timesteps, parameterization="mean", dtype=torch.float64)
+    torch.testing.assert_close(bank.log_likelihood(x), gf.log_likelihood(x, bank.centers, coefficients), rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_float32_error_of_the_likelihood(dtype):
+    bank = build(dtype=dtype)
+    x = images(63, dtype)
+    error = ((bank.log_likelihood(x) - mixture(bank, x)) / mixture(bank, x)).abs().max().item()
+    print(f"{dtype}: worst relative error {error:.1e}, bound 2e-6")
+    assert error < 2e-6
+
+
+def test_likelihood_is_differentiable_in_the_images():
+    bank = build()
+    assert torch.autograd.gradcheck(bank.log_likelihood, images(2).requires_grad_())
+
+
+def test_a_nan_stays_in_its_class_and_image():
+    bank, x = build(), images(3)
+    clean = bank.log_likelihood(x)
+    bank.centers[1, 2, 0, 0, 0] = math.nan
+    x[2, 0, 0, 0] = math.nan
+    scores = bank.log_likelihood(x)
+    assert scores[:, 1].isnan().all() and scores[2].isnan().all()
+    assert torch.equal(scores[:2, ::2], clean[:2, ::2])
+
+
+@pytest.mark.parametrize(
+    "x, error, message",
+    [
+        (torch.zeros(2, 2, 3, 4), ValueError, r"x must be \[B, 2, 3, 5\]"),
+        (torch.zeros(()), ValueError, "x must be"),
+        (torch.zeros(2, *SHAPE, dtype=torch.int64), TypeError, "floating-point"),
+        (torch.zeros(2, *SHAPE, device="meta"), ValueError, "device"),
+    ],
+)
+def test_wrong_images_raise(x, error, message):
+    with pytest.raises(error, match=message):
+        build().log_likelihood(x)
+
+
+# --- refresh and files -------------------------------------------------------------------------------------------------------------------
+
+
+def changed_chains(before, after):
+    """Which chains differ in every class; a chain differs in all classes or in none."""
+    differs = (before != after).unflatten(1, (CHAINS, -1)).flatten(2).any(2)  # [K, chains]
+    assert (differs == differs[:1]).all()
+    return differs[0].nonzero().flatten().tolist()
+
+
+def test_refresh_replaces_the_oldest_chains_in_turn_with_new_noise():
+    bank = build(Denoiser())
+    seen = [bank.centers.clone()]
+    for chains, slots in [(1, [0]), (2, [1, 2]), (2, [0, 3]), (4, [0, 1, 2, 3])]:
+        bank.refresh(Denoiser(), chains=chains)
+        assert changed_chains(seen[-1], bank.centers) == slots
+        seen.append(bank.centers.clone())
+    assert bank.evaluations == CLASSES * (CHAINS + 9) * STEPS
+    starts = torch.cat(seen).unflatten(1, (CHAINS, -1))[:, :, 0].flatten(0, 1).flatten(1)
+    assert len(starts.unique(dim=0)) == CLASSES * (CHAINS + 9), "a chain was drawn twice"
+
+
+def test_refresh_in_parts_is_refresh_at_once():
+    one, other = build(), build()
+    for _ in range(3):
+        one.refresh(Denoiser())
+    other.refresh(Denoiser(), chains=3, batch_size=2)
+    assert torch.equal(one.centers, other.centers)
+
+
+@pytest.mark.parametrize("config, options, channels", [({}, {}, 2), ({"variance_type": "learned_range"}, {"variance": "fixed_large"}, 4)])
+def test_a_loaded_bank_continues_bit_by_bit(tmp_path, config, options, channels):
+    bank = build(Denoiser(channels), ddpm(**config), dtype=torch.bfloat16, center="sample", **options)
+    bank.refresh(Denoiser(channels), chains=3)
+    bank.save(tmp_path / "bank.safetensors")
+    loaded = ChainBank.load(tmp_path / "bank.safetensors")
+    assert loaded.settings == bank.settings and loaded.evaluations == bank.evaluations
+    for _ in range(2):
+        assert torch.equal(loaded.centers, bank.centers) and torch.equal(loaded.std, bank.std)
+        assert torch.equal(loaded.log_likelihood(images(3)), bank.log_likelihood(images(3)))
+        for each in (loaded, bank):
+            each.refresh(Denoiser(channels), chains=2)
+    assert [file.name for file in tmp_path.iterdir()] == ["bank.safetensors"]
+
+
+def half_written(tensors, file, metadata):
+    file.write_bytes(b"half")
+    raise OSError("disk full")
+
+
+def not_replaced(file, path):
+    raise OSError("disk full")
+
+
+@pytest.mark.parametrize("module, name, failing", [(chain_bank, "save_file", half_written), (os, "replace", not_replaced)])
+def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch, module, name, failing):
+    path = tmp_path / "bank.safetensors"
+    bank = build()
+    bank.save(path)
+    before = path.read_bytes()
+    bank.refresh(Denoiser())
+    monkeypatch.setattr(module, name, failing)
+    with pytest.raises(OSError, match="disk full"):
+        bank.save(path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("content", ["truncated", "empty", "another safetensors", "text"])
+def test_a_file_that_is_no_bank_gets_one_clear_error(tmp_path, content):
+    path = tmp_path / "bank.safetensors"
+    build().save(path)
+    if content == "another safetensors":
+        save_file({"weight": torch.ones(3)}, path)
+    else:
+        path.write_bytes({"truncated": path.read_bytes()[:-100], "empty": b"", "text": b"not a bank at all"}[content])
+    with pytest.raises(ValueError, match="bank.safetensors is truncated or not a chain bank"):
+        ChainBank.load(path)
+
+
+def test_a_missing_file_is_missing(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        ChainBank.load(tmp_path / "bank.safetensors")
+
+
+def test_a_failing_refresh_changes_nothing():
+    bank = build()
+    before = bank.centers.clone()
+    with pytest.raises(ValueError, match="denoiser must return"):
+        bank.refresh(lambda x, timesteps, labels: x[:, :1], chains=2)
+    assert torch.equal(bank.centers, before)
+    bank.refresh(Denoiser())
+    assert changed_chains(before, bank.centers) == [0]
+
+
+def never(*_):
+    raise AssertionError("the network was called before the arguments were checked")
+
+
+@pytest.mark.parametrize(
+    "scheduler, changes, error, message",
+    [
+        (ddpm(), {"chains": 0}, ValueError, "chains must be at least 1"),
+        (ddpm(), {"thin": 0}, ValueError, "thin must be at least 1"),
+        (ddpm(), {"batch_size": 0}, ValueError, "batch_size must be at least 1"),
+        (ddpm(), {"burn_in": -1}, ValueError, "burn_in must be at least 0"),
+        (ddpm(), {"burn_in": STEPS}, ValueError, "burn_in must be less than num_inference_steps"),
+        (ddpm(), {"center": "x0"}, ValueError, "center must be"),
+        (ddpm(), {"seed": -1}, ValueError, "seed must be at least 0"),
+        (ddpm(), {"seed": 2**64}, ValueError, "seed must be less than"),
+        (ddpm(), {"dtype": torch.int64}, TypeError, "dtype must be a floating-point"),
+        (ddpm(variance_type="fixed_small"), {}, ValueError, r"rows \[9\].*sigma_floor"),
+        (ddpm(variance_type="learned_range"), {}, ValueError, "variance must be"),
+        (ddpm(variance_type="learned"), {"variance": "fixed_large"}, ValueError, "variance_type"),
+        (ddpm(thresholding=True), {}, ValueError, "set thresholding=False"),
+        (ddim(), {}, ValueError, "sigma_floor"),
+    ],
+)
+def test_bad_settings_raise_before_the_network_runs(scheduler, changes, error, message):
+    with pytest.raises(error, match=message):
+        build(never, scheduler, **changes)
+
+
+@pytest.mark.parametrize(
+    "options, message", [({"chains": 0}, "chains must"), ({"chains": CHAINS + 1}, "chains must"), ({"batch_size": 0}, "batch_size")]
+)
+def test_bad_refresh_arguments_raise(options, message):
+    with pytest.raises(ValueError, match=message):
+        build().refresh(never, **options)
+
+
+def test_autocast_does_not_reach_the_likelihood():
+    bank, x = build(dtype=torch.float32), images(7, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = bank.log_likelihood(x)
+    assert torch.equal(scores, bank.log_likelihood(x))

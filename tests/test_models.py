@@ -1,0 +1,341 @@
+"""GenRep over diffusers' UNet and DiT: construction, the null class, what labels reach, modulation, VAE, saving and loading."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDPMScheduler
+
+from genrep_fast.models import GenRep
+from genrep_fast.models.backbones import class_embedding_names
+from genrep_fast.training.losses import GenerationLoss, perception_loss
+
+KINDS = ("unet", "dit")
+NUM_CLASSES, NULL = 3, 3
+NEW_PARAMETERS = ("head.", "mean_modulation.", "log_std_modulation.")
+
+
+def clean_images(count=5, channels=1):
+    return torch.randn(count, channels, 8, 8, generator=torch.Generator().manual_seed(count)).clamp(-1, 1)
+
+
+def class_tables(model):
+    """The class embeddings, one row a class with the null class last; a DiT has one in every block."""
+    return [model.backbone.get_parameter(name) for name in class_embedding_names(model.backbone)]
+
+
+def assert_same_state(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+
+
+@pytest.mark.parametrize("rows", [None, NUM_CLASSES, NUM_CLASSES + 1])
+def test_unet_gets_a_null_class_where_it_has_none(tiny_backbone, rows):
+    backbone = tiny_backbone("unet", rows)
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    model = GenRep.from_backbone(backbone, NUM_CLASSES)
+    (table,) = class_tables(model)
+    assert table.shape == (NUM_CLASSES + 1, 32) and model.null_class == NULL
+    if rows is None:
+        assert not table.any()
+    else:
+        assert torch.equal(table[:rows], backbone.class_embedding.weight)
+    if rows == NUM_CLASSES:
+        expected = sum(backbone.class_embedding.weight[row].double() for row in range(rows)) / rows
+        torch.testing.assert_close(table[NULL].double(), expected, rtol=0, atol=1e-6)
+    assert_same_state(backbone.state_dict(), before)
+    others = {name: value for name, value in model.backbone.state_dict().items() if name != "class_embedding.weight"}
+    assert_same_state(others, {name: value for name, value in before.items() if name != "class_embedding.weight"})
+
+
+def test_dit_keeps_the_null_class_that_it_has(tiny_backbone):
+    backbone = tiny_backbone("dit")
+    model = GenRep.from_backbone(backbone, NUM_CLASSES)
+    assert [len(table) for table in class_tables(model)] == [NUM_CLASSES + 1] * 2
+    assert_same_state(model.backbone.state_dict(), backbone.state_dict())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_backbone_directory_equals_the_backbone(tiny_backbone, tmp_path, kind):
+    backbone = tiny_backbone(kind)
+    backbone.save_pretrained(tmp_path)
+    torch.manual_seed(5)
+    loaded = GenRep.from_backbone(tmp_path, NUM_CLASSES)
+    torch.manual_seed(5)
+    assert_same_state(loaded.state_dict(), GenRep.from_backbone(backbone, NUM_CLASSES).state_dict())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("num_classes", [2, 7])
+def test_another_number_of_classes_is_refused(tiny_backbone, kind, num_classes):
+    with pytest.raises(ValueError, match=rf"num_classes must be .*= {4 if kind == 'unet' else 3}.* got {num_classes}"):
+        GenRep.from_backbone(tiny_backbone(kind, 4 if kind == "unet" else 3), num_classes)
+
+
+def test_bad_backbones_are_refused(tiny_backbone, tiny_vae, tmp_path):
+    with pytest.raises(ValueError, match="backbone must be one of UNet2DModel, DiTTransformer2DModel, got 'AutoencoderKL'"):
+        GenRep.from_backbone(tiny_vae(), NUM_CLASSES)
+    with pytest.raises(FileNotFoundError, match="backbone: .*missing.config.json does not exist"):
+        GenRep.from_backbone(tmp_path / "missing", NUM_CLASSES)
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet3DModel"}))
+    with pytest.raises(ValueError, match="backbone must be one of .* got 'UNet3DModel'"):
+        GenRep.from_backbone(str(tmp_path), NUM_CLASSES)
+    with pytest.raises(ValueError, match="class_embed_type must be None, got 'timestep'"):
+        GenRep.from_backbone(tiny_backbone("unet", None, class_embed_type="timestep"), NUM_CLASSES)
+
+
+def test_a_missing_vae_directory_is_named(tiny_backbone, tmp_path):
+    with pytest.raises(FileNotFoundError, match="vae: .*missing.config.json does not exist"):
+        GenRep.from_backbone(tiny_backbone("dit", channels=4), NUM_CLASSES, vae=tmp_path / "missing")
+
+
+@pytest.mark.parametrize("argument", [{"semantic_block": "up_blocks.7"}, {"perception_blocks": ["mid_block", "up_blocks.7"]}])
+def test_an_unknown_block_is_refused(tiny_backbone, argument):
+    with pytest.raises(ValueError, match="must be among mid_block, up_blocks.0, up_blocks.1, got 'up_blocks.7'"):
+        GenRep.from_backbone(tiny_backbone("unet"), NUM_CLASSES, **argument)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_chosen_blocks_and_pooling_decide_what_the_head_reads(tiny_backbone, kind):
+    block = "up_blocks.1" if kind == "unet" else "transformer_blocks.0"
+    model = GenRep.from_backbone(tiny_backbone(kind), NUM_CLASSES, perception_blocks=[block], semantic_block=block, pool_size=1)
+    x = clean_images()
+    features = model.semantic_features(x)
+    pooled = features.double().mean((2, 3))  # pool_size 1 is the plain average
+    normed = (pooled - pooled.mean(1, keepdim=True)) / (pooled.var(1, keepdim=True, correction=0) + 1e-5).sqrt()
+    expected = normed @ model.head[1].weight.double().T + model.head[1].bias.double()
+    torch.testing.assert_close(model.perceive(x).double(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("train", [False, True])
+def test_class_rows_never_reach_the_perception_branch(tiny_model, kind, train):
+    model = tiny_model(kind).train(train)
+    x = clean_images(64)  # a DiT of its own accord drops one label in ten: 64 would not survive
+    logits, semantic = model.perceive(x), model.semantic_features(x)
+    with torch.no_grad():
+        for table in class_tables(model):
+            table[:NULL] += 1 + torch.rand_like(table[:NULL])
+    torch.manual_seed(99)
+    assert torch.equal(model.perceive(x), logits)
+    assert torch.equal(model.semantic_features(x), semantic)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("train", [False, True])
+def test_perception_gradients_reach_the_null_row_alone(tiny_model, kind, train):
+    model = tiny_model(kind).train(train)
+    labels = torch.tensor([0, 1, 2, 1, 0])
+    perception_loss(model.perceive(clean_images()), labels, torch.ones(5, dtype=torch.bool), None)[0].backward()
+    for table in class_tables(model):
+        assert not table.grad[:NULL].any()
+        assert table.grad[NULL].any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("train", [False, True])
+def test_generation_follows_its_labels_and_no_chance(tiny_model, kind, train):
+    model = tiny_model(kind).train(train)
+    x = clean_images(1).expand(64, -1, -1, -1)
+    labels = torch.arange(64) % (NULL + 1)
+    output = model.denoise(x, 500, labels)
+    torch.manual_seed(98)
+    assert torch.equal(model.denoise(x, 500, labels), output)
+    for label in range(1, NULL + 1):
+        assert (output[label] - output[0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("own", [False, True])
+def test_every_new_parameter_receives_a_gradient(tiny_model, kind, own):
+    model = tiny_model(kind).train()
+    scheduler = DDPMScheduler(clip_sample=False)
+    generation_loss = GenerationLoss(scheduler, alignment_weight=0.1, variance_weight=1e-3)
+    x, labels = clean_images(16), torch.arange(16) % NUM_CLASSES
+    semantic = model.frozen_copy().semantic_features(x)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(2):
+        optimizer.zero_grad()
+        generation_loss(model, x, labels, semantic=semantic, own=own)[0].backward()
+        perception_loss(model.perceive(x), labels, torch.ones(16, dtype=torch.bool), None)[0].backward()
+        behind_zero = {"log_std_modulation.0.weight", "log_std_modulation.0.bias"} if step == 0 else set()
+        new = {name: parameter for name, parameter in model.named_parameters() if name.startswith(NEW_PARAMETERS)}
+        assert {name for name, parameter in new.items() if not parameter.grad.any()} == behind_zero
+        assert len(new) == 10
+        optimizer.step()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_modulation_starts_as_the_plain_denoiser(tiny_model, kind):
+    model = tiny_model(kind)
+    x, labels = clean_images(), torch.tensor([0, 1, 2, 3, 0])
+    timesteps = torch.tensor([0, 1, 500, 998, 999])
+    modulated, plain = (model(x, timesteps, labels, modulate=modulate) for modulate in (True, False))
+    assert torch.equal(modulated.sample, plain.sample)
+    assert torch.equal(plain.sample, model.backbone(x, timesteps, class_labels=labels).sample)
+    assert not modulated.log_std_shift.any() and not plain.log_std_shift.any()
+    assert torch.equal(modulated.features, plain.features)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_modulation_is_a_timestep_dependent_linear_map_of_input_and_semantics(tiny_model, kind):
+    model = tiny_model(kind, active=True)
+    x, labels = clean_images(), torch.tensor([0, 1, 2, 3, 0])
+    timesteps = torch.tensor([0, 1, 500, 998, 999])
+    semantic = model.semantic_features(clean_images(6)[:5])
+    output = model(x, timesteps, labels, semantic=semantic)
+    direction = semantic.double() / semantic.double().norm(dim=1, keepdim=True) * semantic.shape[1] ** 0.5
+    frequencies = 10000 ** -(torch.arange(32).double() / 31)
+    for row in range(5):
+        angles = timesteps[row] * frequencies
+        time = torch.cat([angles.sin(), angles.cos()])
+        weight = (model.mean_modulation.weight.double() @ time).reshape(1, -1)  # [C', C + F]
+        large = direction[row].repeat_interleave(8 // semantic.shape[-1], 1).repeat_interleave(8 // semantic.shape[-1], 2)
+        inputs = torch.cat([x[row].double(), large])
+        expected = model.backbone(x, timesteps, class_labels=labels).sample[row].double() + (weight @ inputs.flatten(1)).view(1, 8, 8)
+        torch.testing.assert_close(output.sample[row].double(), expected, rtol=0, atol=1e-4)
+    assert (output.sample - model(x, timesteps, labels, modulate=False).sample).abs().max() > 0.05
+
+
+def test_own_features_are_the_default_semantics(tiny_model):
+    model = tiny_model("unet", active=True)
+    x, labels = clean_images(), torch.zeros(5, dtype=torch.int64)
+    own = model(x, 300, labels)
+    given = model(x, 300, labels, semantic=own.features)
+    assert torch.equal(own.sample, given.sample) and torch.equal(own.log_std_shift, given.log_std_shift)
+    assert own.log_std_shift.shape == (5,) and own.log_std_shift.unique().numel() == 5
+    # Lengths do not matter, directions do.
+    scaled = model(x, 300, labels, semantic=own.features * 7)
+    torch.testing.assert_close(scaled.sample, own.sample, rtol=0, atol=1e-5)
+    other = model(x, 300, labels, semantic=-own.features)
+    assert (other.sample - own.sample).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_log_std_shift_is_clamped(tiny_model, sign):
+    model = tiny_model("unet")
+    torch.nn.init.constant_(model.log_std_modulation[-1].bias, 5.0 * sign)
+    shift = model(clean_images(), 10, torch.zeros(5, dtype=torch.int64)).log_std_shift
+    assert torch.equal(shift, torch.full((5,), float(sign)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_learned_variance_channels_are_modulated_too(tiny_model, kind):
+    model = tiny_model(kind, active=True, out_channels=2)
+    x, labels = clean_images(), torch.zeros(5, dtype=torch.int64)
+    output, plain = (model(x, 700, labels, modulate=modulate).sample for modulate in (True, False))
+    assert output.shape == (5, 2, 8, 8)
+    assert ((output - plain).abs().amax((0, 2, 3)) > 1e-2).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_alignment_groups_are_the_attention_blocks(tiny_model, kind):
+    model = tiny_model(kind)
+    prefix = "transformer_blocks." if kind == "dit" else ".attentions."
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    groups = model.alignment_groups()
+    assert len(groups) == len(names)
+    blocks = {}
+    for name, group in zip(names, groups, strict=True):
+        assert (group is not None) == (prefix in name), name
+        if group is not None:
+            end = name.index(prefix) + len(prefix)
+            blocks.setdefault(group, set()).add(name[: name.index(".", end)])
+    # down, middle and up (two layers) of the UNet; two transformer blocks
+    assert sorted(blocks) == list(range(4 if kind == "unet" else 2))
+    assert all(len(members) == 1 for members in blocks.values())
+
+
+def test_frozen_copy_is_independent_and_gradient_free(tiny_model):
+    model = tiny_model("unet").train()
+    copy = model.frozen_copy()
+    assert not copy.training and model.training
+    assert not any(parameter.requires_grad for parameter in copy.parameters()) and all(p.requires_grad for p in model.parameters())
+    before = {name: value.clone() for name, value in copy.state_dict().items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    assert_same_state(copy.state_dict(), before)
+
+
+def test_latent_model_encodes_and_decodes_through_its_frozen_vae(tiny_model, tiny_vae):
+    vae = tiny_vae()
+    model = tiny_model("dit", vae=vae).train()
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    latents = model.encode(images)
+    assert latents.shape == (2, *model.sample_shape) == (2, 4, 8, 8)
+    expected = vae.encode(images).latent_dist.mean * vae.config.scaling_factor
+    torch.testing.assert_close(latents, expected.detach())
+    decoded = model.decode(latents)
+    assert decoded.shape == images.shape and decoded.abs().max() <= 1
+    torch.testing.assert_close(decoded, vae.decode(expected / vae.config.scaling_factor).sample.clamp(-1, 1).detach())
+    assert model.perceive(latents).shape == (2, NUM_CLASSES)
+    assert not any(parameter.requires_grad for parameter in model.vae.parameters())
+    assert not latents.requires_grad
+    copy = model.frozen_copy()
+    assert copy.vae is model.vae and copy.backbone is not model.backbone
+    assert all(parameter is not other for parameter, other in zip(copy.head.parameters(), model.head.parameters(), strict=True))
+    assert len(model.alignment_groups()) == sum(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_images_are_their_own_latents_without_a_vae(tiny_model):
+    model = tiny_model("unet")
+    images = clean_images() * 2
+    assert torch.equal(model.encode(images), images)
+    assert torch.equal(model.decode(images), images.clamp(-1, 1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("latent", [False, True])
+def test_save_and_load_are_equal_to_the_bit(tiny_model, tiny_vae, tmp_path, kind, latent):
+    model = tiny_model(kind, active=True, vae=tiny_vae() if latent else None)
+    model.register_to_config(class_names=["ape", "bee", "cat"])
+    model.save_pretrained(tmp_path)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}
+    loaded = GenRep.from_pretrained(tmp_path)
+    assert_same_state(loaded.state_dict(), model.state_dict())
+    assert list(loaded.config.class_names) == ["ape", "bee", "cat"]
+    assert isinstance(loaded.vae, AutoencoderKL) == latent
+    x, labels = clean_images(channels=4 if latent else 1), torch.tensor([0, 1, 2, 3, 0])
+    assert torch.equal(loaded.perceive(x), model.perceive(x))
+    assert torch.equal(loaded.train().denoise(x, 20, labels), model.denoise(x, 20, labels))
+    assert [p.requires_grad for p in loaded.parameters()] == [p.requires_grad for p in model.parameters()]
+
+
+def test_a_vae_directory_equals_the_vae(tiny_backbone, tiny_vae, tmp_path):
+    vae = tiny_vae()
+    vae.save_pretrained(tmp_path)
+    model = GenRep.from_backbone(tiny_backbone("unet", channels=4), NUM_CLASSES, vae=str(tmp_path))
+    assert_same_state(model.vae.state_dict(), vae.state_dict())
+
+
+def test_rectangular_samples_work(tiny_backbone):
+    model = GenRep.from_backbone(tiny_backbone("unet", sample_size=(8, 4)), NUM_CLASSES)
+    x = torch.randn(2, 1, 8, 4)
+    assert model.sample_shape == (1, 8, 4)
+    assert model.perceive(x).shape == (2, NUM_CLASSES)
+    assert model.denoise(x, 3, torch.tensor([0, 1])).shape == x.shape
+
+
+def test_alignment_loss_compares_directions_at_the_semantic_block(tiny_model):
+    model = tiny_model("unet")
+    x, labels = clean_images(16), torch.zeros(16, dtype=torch.int64)
+    semantic = model.semantic_features(x).detach()
+    loss = GenerationLoss(DDPMScheduler(clip_sample=False), alignment_weight=1.0, variance_weight=0.0)
+    torch.manual_seed(3)
+    total, parts = loss(model, x, labels, semantic=semantic)
+    torch.manual_seed(3)
+    timesteps = ((torch.arange(16) + torch.rand(16)) * (1000 / 16)).long()
+    x_t = loss.scheduler.add_noise(x, torch.randn_like(x), timesteps)
+    features = model(x_t, timesteps, labels).features
+    cosines = [
+        F.cosine_similarity(features[i, :, row, column].double(), semantic[i, :, row, column].double(), dim=0)
+        for i in range(16)
+        for row in range(features.shape[2])
+        for column in range(features.shape[3])
+    ]
+    expected = 1 - torch.stack(cosines).mean()
+    torch.testing.assert_close(parts["representation_alignment"].double(), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(total, parts["diffusion"] + parts["representation_alignment"])

@@ -1,0 +1,517 @@
+"""Likelihood, posterior, evidence, distillation loss and temperature, against torch.distributions and scipy."""
+
+import math
+
+import pytest
+import torch
+from scipy.optimize import minimize_scalar
+from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal, kl_divergence
+
+import genrep_fast as gf
+
+OPS = torch.ops.genrep_fast
+REDUCTIONS = ("mixture", "mean")
+# B, K, S, C, extra channels, spatial
+SIZES = [
+    (1, 1, 1, 1, 0, ()),
+    (2, 3, 5, 2, 0, (3, 4)),
+    (3, 2, 63, 1, 1, (13,)),
+    (2, 1, 2, 127, 2, ()),
+    (1, 20011, 3, 1, 0, ()),
+    (1, 1, 2, 3, 0, (1009, 331)),
+]
+
+
+def random(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def chain_coefficients(steps, dtype=torch.float64):
+    """r = x - (0.5 x_t + c o), std between 0.5 and 2"""
+    spread = torch.linspace(0.5, 2, steps, dtype=torch.float64)
+    tables = {
+        "data": torch.ones(steps),
+        "noisy": torch.full((steps,), -0.5),
+        "output": -spread.flip(0),
+        "inv_var": 1 / spread**2,
+        "log_norm": -0.5 * torch.log(2 * math.pi * spread**2),
+    }
+    return gf.StepCoefficients(**{name: table.to(dtype) for name, table in tables.items()})
+
+
+def inputs(batch, classes, steps, channels, extra=0, spatial=(), dtype=torch.float64):
+    x = random(batch, channels, *spatial, seed=1, dtype=dtype)
+    model_output = random(batch, classes, steps, channels + extra, *spatial, seed=2, dtype=dtype)
+    x_t = random(batch, 1, steps, channels, *spatial, seed=3, dtype=dtype)
+    return x, model_output, x_t
+
+
+def small_chunk(dtype=torch.float64, requires_grad=False):
+    tensors = [tensor.requires_grad_(requires_grad) for tensor in inputs(2, 3, 4, 2, 1, (3,), dtype=dtype)]
+    return (*tensors, chain_coefficients(4))
+
+
+def distribution_log_likelihood(x, model_output, x_t, steps, reduction, per_location):
+    """The chain's Gaussian kernels as torch.distributions, computed in x's dtype."""
+    std = torch.linspace(0.5, 2, steps, dtype=torch.float64)
+    per_step = [tensor.to(x.dtype).reshape(steps, *[1] * (x.ndim - 1)) for tensor in (std, std.flip(0))]
+    mean = 0.5 * x_t + per_step[1] * model_output[:, :, :, : x.shape[1]]  # [B, K, S, C, *spatial]
+    x = x[:, None].expand(-1, mean.shape[1], *[-1] * (x.ndim - 1))
+    scale = per_step[0].expand_as(mean)
+    if per_location:
+        mean, scale, x = mean.movedim(3, -1), scale.movedim(3, -1), x.movedim(2, -1)
+        mean, scale = mean.movedim(2, -2), scale.movedim(2, -2)  # [B, K, *spatial, S, C]
+        kernels = Independent(Normal(mean, scale), 1)
+    else:
+        kernels = Independent(Normal(mean, scale), mean.ndim - 3)
+    if reduction == "mean":
+        return kernels.log_prob(x.unsqueeze(-2) if per_location else x.unsqueeze(2)).mean(-1)
+    return MixtureSameFamily(Categorical(logits=torch.zeros(kernels.batch_shape, dtype=x.dtype)), kernels).log_prob(x)
+
+
+@pytest.mark.parametrize("per_location", [False, True])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("size", SIZES)
+def test_log_likelihood_equals_torch_distributions(size, reduction, per_location):
+    x, model_output, x_t = inputs(*size)
+    got = gf.log_likelihood(x, model_output, chain_coefficients(size[2]), x_t, reduction=reduction, per_location=per_location)
+    torch.testing.assert_close(got, distribution_log_likelihood(x, model_output, x_t, size[2], reduction, per_location), rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_shared_class_chains_equal_the_same_chains_for_every_image(reduction):
+    x, model_output, _ = inputs(3, 4, 5, 2, 0, (3,))
+    coefficients, x_t = chain_coefficients(5), random(4, 5, 2, 3)
+    shared = gf.log_likelihood(x, model_output[0], coefficients, x_t, reduction=reduction)
+    expanded = gf.log_likelihood(
+        x, model_output[:1].expand(3, -1, -1, -1, -1), coefficients, x_t.expand(3, -1, -1, -1, -1), reduction=reduction
+    )
+    torch.testing.assert_close(shared, expanded, rtol=0, atol=0)
+    assert shared.shape == (3, 4)
+
+
+def test_locations_of_the_mean_add_up_to_the_image():
+    x, model_output, x_t, coefficients = small_chunk()
+    image = gf.log_likelihood(x, model_output, coefficients, x_t, reduction="mean")
+    locations = gf.log_likelihood(x, model_output, coefficients, x_t, reduction="mean", per_location=True)
+    torch.testing.assert_close(locations.sum(-1), image)
+
+
+def test_one_class_of_outputs_serves_every_class_of_targets():
+    x, model_output, _, coefficients = small_chunk()
+    x_t = random(1, 5, 1, 2, 3)
+    got = gf.log_likelihood(x, model_output[:, :1], coefficients, x_t)
+    expected = gf.log_likelihood(x, model_output[:, :1].expand(-1, 5, -1, -1, -1), coefficients, x_t.expand(2, -1, 4, -1, -1))
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_strided_inputs_give_the_contiguous_result(reduction):
+    def strided(tensor):
+        return tensor.movedim(-1, 0).contiguous().movedim(0, -1).detach().requires_grad_()
+
+    x, model_output, x_t = inputs(2, 3, 4, 2, 0, (3, 5))
+    coefficients = chain_coefficients(4)
+    tables = (coefficients.data, coefficients.noisy, coefficients.output, coefficients.inv_var, coefficients.log_norm)
+    arguments = (strided(x), strided(model_output), strided(x_t), *tables, reduction, True)
+    torch.library.opcheck(OPS.log_likelihood.default, arguments)
+    likelihood = OPS.log_likelihood(*arguments)
+    expected = gf.log_likelihood(x, model_output, coefficients, x_t, reduction=reduction, per_location=True)
+    torch.testing.assert_close(likelihood, expected)
+    detached = [argument.detach() if isinstance(argument, torch.Tensor) else argument for argument in arguments]
+    torch.library.opcheck(OPS.log_likelihood_backward.default, (strided(likelihood).detach(), *detached, [True, True, True]))
+    torch.library.opcheck(OPS.posterior.default, (strided(expected), None, 1.0))
+    logits, scores = strided(-expected), strided(expected)
+    torch.library.opcheck(OPS.distillation_loss.default, (logits, scores, None, 1.0))
+    grad = strided(expected[:, 0]).detach()
+    torch.library.opcheck(OPS.distillation_loss_backward.default, (grad, logits.detach(), scores.detach(), None, 1.0, [True, True]))
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0)])
+def test_empty_inputs(shape):
+    batch, classes, steps = shape
+    x, model_output, x_t = (tensor.requires_grad_() for tensor in inputs(batch, classes, steps, 2, 0, (3,)))
+    got = gf.log_likelihood(x, model_output, chain_coefficients(steps), x_t)
+    assert got.shape == (batch, classes)
+    assert (got == -math.inf).all()
+    got.sum().backward()
+    assert (x.grad == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_log_likelihood_dtypes(dtype):
+    x, model_output, x_t, coefficients = small_chunk(dtype, requires_grad=True)
+    got = gf.log_likelihood(x, model_output, coefficients, x_t)
+    got.sum().backward()
+    assert got.dtype == torch.float32
+    assert {x.grad.dtype, model_output.grad.dtype, x_t.grad.dtype} == {dtype}
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("channels", [1, 63, 129, 1009])
+def test_low_precision_error_is_at_most_twice_the_naive_one(channels, dtype, reduction):
+    low = inputs(3, 4, 7, channels, dtype=dtype)
+    exact = distribution_log_likelihood(*(tensor.double() for tensor in low), 7, reduction, False)
+    naive = (distribution_log_likelihood(*low, 7, reduction, False).double() - exact).abs().max().item()
+    error = (gf.log_likelihood(low[0], low[1], chain_coefficients(7), low[2], reduction=reduction).double() - exact).abs().max().item()
+    tolerance = 2 * naive + 1e-6
+    print(f"{dtype}, {channels} channels, {reduction}: worst error {error:.3g} nats, tolerance {tolerance:.3g}")
+    assert error <= tolerance
+
+
+@pytest.mark.parametrize("per_location", [False, True])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_log_likelihood_gradients(reduction, per_location):
+    x, model_output, x_t, coefficients = small_chunk(requires_grad=True)
+
+    def run(*tensors):
+        return gf.log_likelihood(tensors[0], tensors[1], coefficients, tensors[2], reduction=reduction, per_location=per_location)
+
+    assert torch.autograd.gradcheck(run, (x, model_output, x_t))
+    shared = (x, model_output[0, :, :, :2].detach().requires_grad_(), x_t[:1, :, :1].detach().requires_grad_())
+    assert torch.autograd.gradcheck(run, shared)
+
+
+def test_only_the_gradients_asked_for_are_computed():
+    x, model_output, x_t, coefficients = small_chunk()
+    tables = (coefficients.data, coefficients.noisy, coefficients.output, coefficients.inv_var, coefficients.log_norm)
+    gradients = OPS.log_likelihood_backward(random(2, 3), x, model_output, x_t, *tables, "mixture", False, [False, True, False])
+    assert [gradient.numel() for gradient in gradients] == [0, model_output.numel(), 0]
+    gradients = OPS.distillation_loss_backward(random(2), random(2, 3), random(2, 3), None, 1.0, [True, False])
+    assert [gradient.numel() for gradient in gradients] == [6, 0]
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_nan_stays_in_its_image_and_class(reduction):
+    x, model_output, x_t, coefficients = small_chunk()
+    model_output[1, 2, 0, 0, 0] = math.nan
+    model_output.requires_grad_()
+    x.requires_grad_()
+    likelihood = gf.log_likelihood(x, model_output, coefficients, x_t, reduction=reduction)
+    expected = torch.zeros(2, 3, dtype=torch.bool)
+    expected[1, 2] = True
+    assert torch.equal(likelihood.isnan(), expected)
+    likelihood.sum().backward(retain_graph=True)
+    assert torch.equal(model_output.grad.isnan().flatten(2).any(2), expected)
+    assert torch.equal(x.grad.isnan().flatten(1).any(1), expected.any(1))
+
+    model_output.grad = None
+    logits = random(2, 3).requires_grad_()
+    loss = gf.distillation_loss(logits, likelihood, reduction="none")
+    assert loss.isnan().tolist() == gf.posterior(likelihood)[:, 0].isnan().tolist() == [False, True]
+    gf.distillation_loss(logits, likelihood).backward()
+    assert logits.grad.isnan().all(1).tolist() == [False, True]
+    assert model_output.grad.isnan().flatten(1).any(1).tolist() == [False, True]
+
+
+def test_steps_without_likelihood_pass_no_gradient():
+    x, model_output, x_t, coefficients = small_chunk(torch.float32)
+    model_output[0, 0] = 1e30  # the square overflows: -inf at every step
+    model_output[0, 1, 2] = -math.inf  # at one step
+    model_output.requires_grad_()
+    likelihood = gf.log_likelihood(x, model_output, coefficients, x_t)
+    assert likelihood[0, 0] == -math.inf and likelihood.flatten()[1:].isfinite().all()
+    likelihood.sum().backward()
+    assert (model_output.grad[0, 0] == 0).all() and (model_output.grad[0, 1, 2] == 0).all()
+    assert model_output.grad.isfinite().all() and (model_output.grad[0, 1, 0, :2] != 0).all()
+
+
+PRIORS = [None, torch.tensor([0.2, 0.5, 0.3]).log().double(), random(2, 3).log_softmax(1), random(1, 3).log_softmax(1)]
+
+
+@pytest.mark.parametrize("spatial", [(), (2, 5)])
+@pytest.mark.parametrize("prior", PRIORS)
+def test_posterior_evidence_and_loss_equal_torch_distributions(prior, spatial):
+    likelihood, logits = 30 * random(2, 3, *spatial, seed=1), 5 * random(2, 3, *spatial, seed=2)
+    per_image = torch.full((1, 3), -math.log(3), dtype=torch.float64) if prior is None else prior.reshape(-1, 3)
+    rows = likelihood.movedim(1, -1)  # [B, *spatial, K]
+    log_prior = per_image.reshape(-1, *[1] * len(spatial), 3)
+    teacher = Categorical(logits=rows / 7.5 + log_prior)
+    divergence = kl_divergence(teacher, Categorical(logits=logits.movedim(1, -1)))
+
+    posterior = gf.posterior(likelihood, log_prior=prior, temperature=7.5)
+    torch.testing.assert_close(posterior.movedim(1, -1), teacher.logits)
+    torch.testing.assert_close(gf.log_evidence(likelihood, log_prior=prior).exp(), (rows.exp() * log_prior.exp()).sum(-1))
+    options = {"log_prior": prior, "temperature": 7.5}
+    torch.testing.assert_close(gf.distillation_loss(logits, likelihood, reduction="none", **options), divergence)
+    torch.testing.assert_close(gf.distillation_loss(logits, likelihood, reduction="mean", **options), divergence.mean())
+    torch.testing.assert_close(gf.distillation_loss(logits, likelihood, **options), divergence.sum() / 2)
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+def test_posterior_evidence_and_loss_gradients(prior):
+    tensors = [random(2, 3, 2, seed=seed).requires_grad_() for seed in (1, 2)]
+    assert torch.autograd.gradcheck(lambda a, b: gf.distillation_loss(a, b, log_prior=prior, temperature=0.7, reduction="none"), tensors)
+    prior = prior if prior is None else prior.detach().clone().requires_grad_()
+    arguments = tensors[:1] if prior is None else [tensors[0], prior]
+    assert torch.autograd.gradcheck(lambda a, b=None: gf.posterior(a, log_prior=b, temperature=0.7), arguments)
+    assert torch.autograd.gradcheck(lambda a, b=None: gf.log_evidence(a, log_prior=b), arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_posterior_and_loss_of_low_precision_inputs(dtype):
+    logits, likelihood = (random(5, 7, seed=seed, dtype=dtype).requires_grad_() for seed in (1, 2))
+    posterior, loss = gf.posterior(likelihood), gf.distillation_loss(logits, likelihood)
+    assert posterior.dtype == loss.dtype == gf.log_evidence(likelihood).dtype == torch.float32
+    torch.testing.assert_close(posterior.double(), likelihood.double().log_softmax(1), rtol=1e-6, atol=1e-6)
+    expected = kl_divergence(Categorical(logits=likelihood.double()), Categorical(logits=logits.double())).mean()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
+    (posterior.sum() + loss).backward()
+    assert likelihood.grad.dtype == logits.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("classes", [1, 2, 127])
+def test_extreme_posteriors(classes):
+    tied = torch.full((1, classes), -1e6)
+    torch.testing.assert_close(gf.posterior(tied), torch.full((1, classes), -math.log(classes)))
+    torch.testing.assert_close(gf.distillation_loss(torch.zeros(1, classes), tied), torch.tensor(0.0), atol=1e-6, rtol=0)
+
+    one_hot = torch.full((1, classes), -1e6)
+    one_hot[0, -1] = 0
+    posterior = gf.posterior(one_hot)
+    assert posterior[0, -1] == 0 and (posterior[0, :-1] == -1e6).all()
+    student = one_hot.flip(1).requires_grad_()  # certain of the wrong class: q = 0 where p = 1
+    likelihood = one_hot.clone().requires_grad_()
+    loss = gf.distillation_loss(student, likelihood)
+    loss.backward()
+    assert loss == (0 if classes == 1 else 1e6)
+    expected = torch.zeros(1, classes)
+    expected[0, 0] += 1
+    expected[0, -1] -= 1
+    torch.testing.assert_close(student.grad, expected)
+    assert (likelihood.grad == 0).all()
+
+
+def test_impossible_classes_get_no_posterior_and_no_gradient():
+    likelihood, logits = random(2, 3).requires_grad_(), random(2, 3, seed=1).requires_grad_()
+    prior = torch.tensor([0.5, 0.0, 0.5]).log().double()
+    assert (gf.posterior(likelihood, log_prior=prior)[:, 1] == -math.inf).all()
+    loss = gf.distillation_loss(logits, likelihood, log_prior=prior, reduction="none")
+    torch.testing.assert_close(loss, kl_divergence(Categorical(logits=likelihood + prior.clamp(min=-1e9)), Categorical(logits=logits)))
+    loss.sum().backward()
+    assert likelihood.grad.isfinite().all() and logits.grad.isfinite().all() and (likelihood.grad[:, 1] == 0).all()
+
+
+def test_an_empty_batch_has_no_loss():
+    logits = torch.zeros(0, 3, requires_grad=True)
+    for reduction in ("batchmean", "mean"):
+        assert gf.distillation_loss(logits, torch.zeros(0, 3), reduction=reduction) == 0
+    assert gf.distillation_loss(logits, torch.zeros(0, 3), reduction="none").shape == (0,)
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 250.0])
+@pytest.mark.parametrize("spatial", [(), (3,)])
+def test_fit_temperature_minimises_the_negative_log_likelihood(temperature, spatial):
+    torch.manual_seed(0)
+    prior = torch.tensor([0.2, 0.5, 0.3]).log()
+    likelihood = temperature * 3 * torch.randn(2000, 3, *spatial) - 1e4
+    shaped = prior.reshape(3, *[1] * len(spatial))
+    labels = Categorical(logits=(likelihood / temperature + shaped).movedim(1, -1)).sample()
+
+    def negative_log_likelihood(log_temperature):
+        rows = (likelihood.double() / math.exp(log_temperature) + shaped.double()).movedim(1, -1)
+        return -Categorical(logits=rows).log_prob(labels).mean().item()
+
+    best = minimize_scalar(negative_log_likelihood, bounds=(math.log(temperature) - 3, math.log(temperature) + 3), options={"xatol": 1e-9})
+    fitted = gf.fit_temperature(likelihood, labels, log_prior=prior)
+    assert isinstance(fitted, float)
+    assert fitted == pytest.approx(math.exp(best.x), rel=1e-4)
+    assert fitted == pytest.approx(temperature, rel=0.1)
+
+
+@pytest.mark.parametrize("separable", [False, True])
+def test_fit_temperature_ignores_classes_that_cannot_be(separable):
+    likelihood = 10 * random(50, 3)
+    labels = (likelihood if separable else likelihood + 10 * random(50, 3, seed=1)).argmax(1)
+    expected = gf.fit_temperature(likelihood, labels)
+    unlikely = torch.cat((likelihood, torch.full((50, 1), -math.inf)), 1)
+    assert gf.fit_temperature(unlikely, labels) == pytest.approx(expected)
+    excluded = torch.cat((likelihood, torch.full((50, 1), 1e3)), 1)
+    assert gf.fit_temperature(excluded, labels, log_prior=torch.tensor([1.0, 1.0, 1.0, 0.0]).log()) == pytest.approx(expected)
+
+
+def test_fit_temperature_without_a_minimum():
+    likelihood = 100 * random(50, 4)
+    labels = likelihood.argmax(1)
+    fitted = gf.fit_temperature(likelihood, labels)  # separable: half a nat above the limit 0
+    assert -gf.posterior(likelihood, temperature=fitted).gather(1, labels[:, None]).sum() == pytest.approx(0.5, rel=1e-6)
+    wrong = gf.fit_temperature(likelihood, likelihood.argmin(1))
+    torch.testing.assert_close(gf.posterior(likelihood, temperature=wrong).exp(), torch.full((50, 4), 0.25).double(), rtol=1e-6, atol=0)
+    assert gf.fit_temperature(torch.zeros(5, 3), torch.zeros(5, dtype=torch.int64)) == 1.0
+
+
+ROWS = random(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "labels", "prior", "error", "match"),
+    [
+        (ROWS, torch.tensor([0, 3]), None, ValueError, r"labels must lie in 0\.\.\.2, got 0\.\.\.3"),
+        (ROWS, torch.tensor([-1, 0]), None, ValueError, "labels must lie"),
+        (ROWS, torch.tensor([0, 1, 2]), None, ValueError, r"labels must be \(2,\)"),
+        (ROWS, torch.tensor([0.0, 1.0]), None, TypeError, "labels must be a tensor of integers, got torch.float32"),
+        (ROWS, [0, 1], None, TypeError, "labels must be a tensor of integers, got list"),
+        (ROWS[:0], torch.tensor([], dtype=torch.int64), None, ValueError, "labels must hold at least one"),
+        (ROWS * math.nan, torch.tensor([0, 1]), None, ValueError, "log_likelihood must not be NaN"),
+        (-ROWS.abs() * math.inf, torch.tensor([0, 1]), None, ValueError, "log_likelihood must be finite at the labels"),
+        (ROWS, torch.tensor([0, 1]), torch.tensor([1.0, 0.0, 0.0]).log(), ValueError, "log_prior must be finite at the labels"),
+    ],
+)
+def test_fit_temperature_refuses(likelihood, labels, prior, error, match):
+    with pytest.raises(error, match=match):
+        gf.fit_temperature(likelihood, labels, log_prior=prior)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "match"),
+    [
+        ({"x": None}, TypeError, "x must be a tensor, got NoneType"),
+        ({"x": torch.zeros(2, 2, 3, dtype=torch.int64)}, TypeError, "x must be float32.*got torch.int64"),
+        ({"x": torch.zeros(2, 2, 3)}, TypeError, "model_output must be float64 if and only if x is"),
+        ({"x": torch.zeros(2).double()}, ValueError, r"x must be \[B, C, \*spatial\], got \(2,\)"),
+        ({"x": torch.zeros(2, 2, 3, device="meta").double()}, ValueError, "model_output must be on meta.*got cpu"),
+        ({"model_output": random(3, 4, 2)}, ValueError, "model_output must have x's 3 axes and 2 more"),
+        ({"model_output": random(3, 3, 4, 2, 3)}, ValueError, "model_output must have x's batch size 2 or 1, got 3"),
+        ({"model_output": random(2, 3, 5, 2, 3)}, ValueError, "model_output must have the coefficients' 4 steps, got 5"),
+        ({"model_output": random(2, 3, 4, 1, 3)}, ValueError, "model_output must have at least x's 2 channels, got 1"),
+        ({"model_output": random(2, 3, 4, 2, 4)}, ValueError, r"model_output must have x's spatial shape \(3,\), got \(4,\)"),
+        ({"x_t": None}, ValueError, "x_t must be given"),
+        ({"x_t": random(2, 2, 4, 2, 3)}, ValueError, "x_t must have model_output's 3 classes or 1, got 2"),
+        ({"x_t": random(2, 3, 2, 2, 3)}, ValueError, "x_t must have 1 step or the coefficients' 4, got 2"),
+        ({"x_t": random(2, 3, 4, 3, 3)}, ValueError, "x_t must have x's 2 channels, got 3"),
+        ({"coefficients": 1}, TypeError, "coefficients must be StepCoefficients, got int"),
+        ({"reduction": "sum"}, ValueError, "reduction must be .* got 'sum'"),
+    ],
+)
+def test_log_likelihood_refuses(changed, error, match):
+    arguments = dict(zip(("x", "model_output", "x_t", "coefficients"), small_chunk(), strict=True)) | changed
+    with pytest.raises(error, match=match):
+        gf.log_likelihood(**arguments)
+
+
+def test_the_mean_of_no_steps_is_refused():
+    x, model_output, x_t = inputs(2, 3, 0, 2)
+    with pytest.raises(ValueError, match="at least one step"):
+        gf.log_likelihood(x, model_output, chain_coefficients(0), x_t, reduction="mean")
+
+
+def test_steps_that_cannot_be_scored_are_refused():
+    one = torch.ones(1)
+    coefficients = gf.StepCoefficients(data=one, noisy=0 * one, output=-one, inv_var=one / 0, log_norm=one)
+    with pytest.raises(ValueError, match="cannot be scored"):
+        gf.log_likelihood(torch.zeros(2, 3), torch.zeros(2, 4, 1, 3), coefficients)
+
+
+@pytest.mark.parametrize("function", [gf.posterior, gf.log_evidence, lambda *args, **kwargs: gf.distillation_loss(ROWS, *args, **kwargs)])
+@pytest.mark.parametrize(
+    ("likelihood", "options", "error", "match"),
+    [
+        (torch.zeros(3), {}, ValueError, r"log_likelihood must be \[B, K, \*spatial\]"),
+        (torch.zeros(2, 0), {}, ValueError, "at least one class"),
+        (torch.zeros(2, 3, dtype=torch.int64), {}, TypeError, "log_likelihood must be float32"),
+        (ROWS, {"log_prior": torch.zeros(2)}, ValueError, r"log_prior must be \[3\] or \[2, 3\], got \(2,\)"),
+        (ROWS, {"log_prior": torch.zeros(3, 3)}, ValueError, "log_prior must be"),
+        (ROWS, {"log_prior": torch.zeros(3, device="meta")}, ValueError, "log_prior must be on cpu.*got meta"),
+        (ROWS, {"log_prior": [0.0, 0.0, 0.0]}, TypeError, "log_prior must be a tensor, got list"),
+    ],
+)
+def test_bayes_refuses(function, likelihood, options, error, match):
+    with pytest.raises(error, match=match):
+        function(likelihood, **options)
+
+
+@pytest.mark.parametrize(
+    ("logits", "options", "error", "match"),
+    [
+        (ROWS, {"temperature": 0.0}, ValueError, "temperature must be positive and finite, got 0.0"),
+        (ROWS, {"temperature": torch.tensor(1.0)}, TypeError, "temperature must be a number, got Tensor"),
+        (ROWS[:1], {}, ValueError, r"student_logits must have log_likelihood's shape \(2, 3\), got \(1, 3\)"),
+        (ROWS.to("meta"), {}, ValueError, "student_logits must be on cpu.*got meta"),
+        (ROWS, {"reduction": "sum"}, ValueError, "reduction must be .* got 'sum'"),
+        (ROWS, {"log_prior": torch.zeros(3, requires_grad=True)}, ValueError, "log_prior carries no gradient"),
+    ],
+)
+def test_distillation_loss_refuses(logits, options, error, match):
+    with pytest.raises(error, match=match):
+        gf.distillation_loss(logits, ROWS, **options)
+
+
+def operator_calls():
+    """Every operator with arguments that reach all of its branches."""
+    x, model_output, x_t, coefficients = small_chunk()
+    tables = (coefficients.data, coefficients.noisy, coefficients.output, coefficients.inv_var, coefficients.log_norm)
+    chunk = (x, model_output, x_t, *tables)
+    prior = random(1, 3)
+    grad, logits, likelihood = (random(2, 3, seed=seed) for seed in (4, 5, 6))
+    calls = {
+        "posterior": (OPS.posterior, (likelihood.requires_grad_(), prior.requires_grad_(), 2.0)),
+        "distillation_loss": (OPS.distillation_loss, (logits.requires_grad_(), likelihood, prior.detach(), 2.0)),
+        "distillation_loss_backward": (
+            OPS.distillation_loss_backward,
+            (grad[:, 0].contiguous(), logits.detach(), likelihood.detach(), None, 2.0, [True, False]),
+        ),
+    }
+    for reduction in REDUCTIONS:
+        differentiable = tuple(tensor.detach().clone().requires_grad_() for tensor in chunk[:3])
+        calls[f"log_likelihood-{reduction}"] = (OPS.log_likelihood, (*differentiable, *tables, reduction, reduction == "mean"))
+        calls[f"log_likelihood_backward-{reduction}"] = (
+            OPS.log_likelihood_backward,
+            (grad, *chunk, reduction, False, [True, reduction == "mean", True]),
+        )
+        state = random(3 if reduction == "mixture" else 2, 2, 5).abs()
+        classes = torch.tensor([4, 0, 2])
+        calls[f"score_update-{reduction}"] = (
+            OPS.score_update,
+            (*chunk, classes, reduction, False, torch.ones(5, dtype=torch.int64), state),
+        )
+    return calls
+
+
+@pytest.mark.parametrize("name", operator_calls())
+def test_opcheck(name):
+    operator, arguments = operator_calls()[name]
+    torch.library.opcheck(operator.default, arguments)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_the_whole_way_compiles_without_a_graph_break(backend, reduction):
+    x, model_output, x_t, coefficients = small_chunk(torch.float32)
+    per_location = reduction == "mean"
+    logits = random(2, 3, *(x.shape[2:] if per_location else ()), dtype=torch.float32)
+    prior = torch.tensor([0.2, 0.5, 0.3]).log()
+
+    def loss(model_output, logits):
+        likelihood = gf.log_likelihood(x, model_output, coefficients, x_t, reduction=reduction, per_location=per_location)
+        evidence, posterior = gf.log_evidence(likelihood), gf.posterior(likelihood, log_prior=prior)
+        return gf.distillation_loss(logits, likelihood, log_prior=prior, temperature=3.0) + evidence.mean() + posterior.mean()
+
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend=backend)):
+        leaves = [tensor.detach().clone().requires_grad_() for tensor in (model_output, logits)]
+        value = function(*leaves)
+        value.backward()
+        results.append((value.detach(), *(leaf.grad for leaf in leaves)))
+    torch.testing.assert_close(*results)
+
+
+def test_a_missing_x_t_is_asserted_in_compiled_code():
+    x, model_output, _, coefficients = small_chunk()
+    compiled = torch.compile(gf.log_likelihood, fullgraph=True, backend="aot_eager")
+    with pytest.raises(RuntimeError, match="x_t must be given"):
+        compiled(x, model_output, coefficients)
+
+
+def test_autocast_changes_nothing():
+    x, model_output, x_t, coefficients = small_chunk(torch.float32, requires_grad=True)
+
+    def run():
+        likelihood = gf.log_likelihood(x, model_output, coefficients, x_t)
+        loss = gf.distillation_loss(random(2, 3, dtype=torch.float32), likelihood)
+        return likelihood, gf.posterior(likelihood), loss, *torch.autograd.grad(loss, (x, model_output, x_t))
+
+    expected = run()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = run()
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
