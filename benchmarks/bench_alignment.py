@@ -9,11 +9,11 @@ float64.
 """
 
 import argparse
-import statistics
+import functools
 
 import pytest
 import torch
-from torch.utils.benchmark import Timer
+from measurement import measure, print_header, print_row
 
 import genrep_fast as gf
 from genrep_fast.reference.alignment import alignment_coefficients
@@ -95,24 +95,12 @@ def main():
     parser.add_argument("--tensors", type=int, default=1, help="tensors that they are spread over")
     options = parser.parse_args()
     p, g, out = make_gradients(options.numel, options.tensors)
-    threads = torch.get_num_threads()
-
-    def times(statement, **variables):
-        return Timer(statement, globals=variables, num_threads=threads).blocked_autorange(min_run_time=0.5).times
-
     source, target = torch.randn(options.numel), torch.empty(options.numel)
-    floor = ELEMENTS_MOVED / 2 * statistics.median(times("target.copy_(source)", source=source, target=target))
-    print(
-        f"N = {options.numel}, {options.tensors} tensors, float32, {threads} threads, torch {torch.__version__}, floor {1e3 * floor:.3f} ms"
-    )
-    print(f"{'provider':<16}{'median ms':>10}{'20%':>9}{'80%':>9}{'x floor':>9}{'GB/s':>8}")
+    floor = ELEMENTS_MOVED / 2 * measure(lambda: target.copy_(source)).median
+    print_header(f"N = {options.numel}, {options.tensors} tensors, float32, floor {floor:.3f} ms", "floor")
     for name, provider in PROVIDERS.items():
         check(provider, p, g, out)
-        seconds = times("provider(p, g, out)", provider=provider, p=p, g=g, out=out)
-        low, _, _, high = statistics.quantiles(seconds, n=5)
-        median = statistics.median(seconds)
-        bandwidth = ELEMENTS_MOVED * 4 * options.numel / median / 1e9
-        print(f"{name:<16}{1e3 * median:>10.3f}{1e3 * low:>9.3f}{1e3 * high:>9.3f}{median / floor:>9.2f}{bandwidth:>8.1f}")
+        print_row(name, measure(functools.partial(provider, p, g, out)), floor)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,11 @@ those four: 12 N. The same step without alignment moves 10 N. The floor is 6 tim
 """
 
 import argparse
-import statistics
+import functools
 
 import pytest
 import torch
-from torch.utils.benchmark import Timer
+from measurement import measure, print_header, print_row
 
 import genrep_fast as gf
 from genrep_fast.ops.optimizer import adamw_step
@@ -94,23 +94,12 @@ def main():
     parser.add_argument("--numel", type=int, default=1_000_000, help="number of parameters")
     parser.add_argument("--tensors", type=int, default=1, help="tensors that they are spread over")
     options = parser.parse_args()
-    threads = torch.get_num_threads()
-
-    def times(statement, **variables):
-        return Timer(statement, globals=variables, num_threads=threads).blocked_autorange(min_run_time=0.5).times
-
     source, target = torch.randn(options.numel), torch.empty(options.numel)
-    floor = ELEMENTS_MOVED / 2 * statistics.median(times("target.copy_(source)", source=source, target=target))
-    print(
-        f"N = {options.numel}, {options.tensors} tensors, float32, {threads} threads, torch {torch.__version__}, floor {1e3 * floor:.3f} ms"
-    )
-    print(f"{'provider':<12}{'median ms':>10}{'20%':>9}{'80%':>9}{'x floor':>9}")
+    floor = ELEMENTS_MOVED / 2 * measure(lambda: target.copy_(source)).median
+    print_header(f"N = {options.numel}, {options.tensors} tensors, float32, floor {floor:.3f} ms", "floor")
     for name, provider in PROVIDERS.items():
         check(name, options.numel, options.tensors)
-        seconds = times("provider(setting)", provider=provider, setting=Setting(options.numel, options.tensors))
-        low, _, _, high = statistics.quantiles(seconds, n=5)
-        median = statistics.median(seconds)
-        print(f"{name:<12}{1e3 * median:>10.3f}{1e3 * low:>9.3f}{1e3 * high:>9.3f}{median / floor:>9.2f}")
+        print_row(name, measure(functools.partial(provider, Setting(options.numel, options.tensors))), floor)
 
 
 if __name__ == "__main__":

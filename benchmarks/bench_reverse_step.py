@@ -7,13 +7,12 @@ pytest-benchmark.
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from measurement import measure, print_header, print_row
 
 from genrep_fast import StepCoefficients, reverse_step
 from genrep_fast.reference.reverse_step import chain_noise
@@ -56,28 +55,14 @@ def test_bench_reverse_step(benchmark, provider: str):
     benchmark(make_providers(2**18)[provider])
 
 
-def quantiles(run: Callable[[], object], repeats: int) -> list[float]:
-    """20%, 50% and 80% quantiles of the wall time, in milliseconds."""
-    run()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        times.append(1e3 * (time.perf_counter() - start))
-    fifths = statistics.quantiles(times, n=10)
-    return [fifths[1], fifths[4], fifths[7]]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--elements", type=int, default=2**20)
-    parser.add_argument("--repeats", type=int, default=9)
     options = parser.parse_args()
-    rows = {name: quantiles(run, options.repeats) for name, run in make_providers(options.elements).items()}
-    print(f"{options.elements} float32 elements, {torch.get_num_threads()} threads, torch {torch.__version__}, milliseconds")
-    print(f"{'provider':32}{'20%':>10}{'median':>10}{'80%':>10}{'÷ normal_':>12}")
-    for name, (low, median, high) in rows.items():
-        print(f"{name:32}{low:10.2f}{median:10.2f}{high:10.2f}{median / rows['normal_'][1]:12.2f}")
+    rows = {name: measure(run) for name, run in make_providers(options.elements).items()}
+    print_header(f"{options.elements} float32 elements", "normal_")
+    for name, times in rows.items():
+        print_row(name, times, rows["normal_"].median)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import argparse
 import functools
-import statistics
-import time
 from collections.abc import Callable
 
 import pytest
 import torch
+from measurement import measure, print_header, print_row
 
 import genrep_fast as gf
 from genrep_fast.reference import scoring as reference
@@ -73,17 +72,6 @@ def check(run: Callable[[], tuple], mode: str, inputs: tuple) -> None:
         torch.testing.assert_close(got.double(), expected.detach(), rtol=0, atol=1e-4 * expected.abs().max().item())
 
 
-def measure(run: Callable[[], object], repeats: int) -> list[float]:
-    """20 %, 50 % and 80 % quantiles in milliseconds"""
-    run()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.quantiles(times, n=10)[1::3]
-
-
 @functools.cache
 def default_inputs() -> tuple:
     return make_inputs(batch=4, classes=10, steps=10, size=16)
@@ -99,20 +87,18 @@ def test_scoring(benchmark, provider, mode):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    for name, default in (("batch", 4), ("classes", 10), ("steps", 10), ("size", 16), ("repeats", 20)):
+    for name, default in (("batch", 4), ("classes", 10), ("steps", 10), ("size", 16)):
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
     inputs = make_inputs(options.batch, options.classes, options.steps, options.size)
     target = torch.empty_like(inputs[2])
-    copy = measure(lambda: target.copy_(inputs[2]), options.repeats)[1]
-    print(f"outputs {tuple(target.shape)}, {target.nbytes / 1e6:.1f} MB, {torch.get_num_threads()} threads, copy_ {copy:.3f} ms")
-    print(f"{'pass':20}{'provider':20}{'20 % ms':>10}{'median':>10}{'80 %':>10}{'x floor':>10}")
+    copy = measure(lambda: target.copy_(inputs[2])).median
+    print_header(f"outputs {tuple(target.shape)}, {target.nbytes / 1e6:.1f} MB, copy_ {copy:.3f} ms", "floor")
     for mode, halves in HALF_COPIES.items():
         for provider in PROVIDERS:
             run = make_run(provider, mode, inputs)
             check(run, mode, inputs)
-            low, median, high = measure(run, options.repeats)
-            print(f"{mode:20}{provider:20}{low:10.3f}{median:10.3f}{high:10.3f}{median / (copy * halves / 2):10.2f}")
+            print_row(f"{provider}, {mode}", measure(run), copy * halves / 2)
 
 
 if __name__ == "__main__":

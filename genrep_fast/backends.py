@@ -26,7 +26,8 @@ _unavailable = dict.fromkeys(BACKENDS[1:], "this version of genrep_fast does not
 
 _implementations: dict[str, dict[str, Callable]] = {}  # operator -> backend -> function
 _insisted: contextvars.ContextVar[str | None] = contextvars.ContextVar("genrep_fast_backend", default=None)
-_library = torch.library.Library("genrep_fast", "DEF")
+# A fragment, so that an import that failed halfway can be tried again.
+_library = torch.library.Library("genrep_fast", "FRAGMENT")
 
 
 class BackendUnavailableError(RuntimeError):
@@ -40,6 +41,7 @@ def define_operator(
     fake: Callable,
     backward: Callable | None = None,
     setup_context: Callable | None = None,
+    always_float64: bool = False,
 ) -> torch._ops.OpOverload:
     """Define ``genrep_fast::<schema>`` once: schema, fake, autograd, and `reference` as its first implementation.
 
@@ -49,6 +51,7 @@ def define_operator(
         fake: function of the same arguments that returns empty outputs of the right shape, dtype and device.
         backward: ``backward(ctx, *grads)`` as `torch.library.register_autograd` wants it; None where no gradient flows.
         setup_context: ``setup_context(ctx, inputs, output)``, required with `backward`.
+        always_float64: the operator's first argument is float64 whatever the user's data, and every backend takes it.
 
     Returns:
         The callable overload, ``torch.ops.genrep_fast.<name>.default``.
@@ -58,9 +61,10 @@ def define_operator(
     register_implementation(name, "reference", reference)
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        tensor = _first_tensor((*args, *kwargs.values()))
-        device_type = tensor.device.type
-        implementation = _select(name, device_type, tensor.dtype)
+        tensors = _data_tensors((*args, *kwargs.values()))
+        device_type = tensors[0].device.type
+        float64 = not always_float64 and any(tensor.dtype == torch.float64 for tensor in tensors)
+        implementation = _select(name, device_type, float64)
         if not torch.is_autocast_enabled(device_type):
             return implementation(*args, **kwargs)
         # Autocast would run the inner matrix products of an operator in bfloat16, whatever its inputs.
@@ -127,7 +131,7 @@ def info() -> dict[str, Any]:
     }
 
 
-def _select(name: str, device_type: str, dtype: torch.dtype) -> Callable:
+def _select(name: str, device_type: str, float64: bool) -> Callable:
     by_backend = _implementations[name]
     insisted = _insisted.get() or os.environ.get("GENREP_FAST_BACKEND")
     if insisted:
@@ -136,10 +140,10 @@ def _select(name: str, device_type: str, dtype: torch.dtype) -> Callable:
             raise BackendUnavailableError(f"backend {insisted!r} was asked for, but it does not implement {name}")
         if insisted != "reference" and insisted not in _PREFERENCE.get(device_type, ()):
             raise BackendUnavailableError(f"backend {insisted!r} was asked for, but {name} got tensors on {device_type}")
-        if insisted != "reference" and dtype == torch.float64:
+        if insisted != "reference" and float64:
             raise BackendUnavailableError(f"backend {insisted!r} was asked for, but {name} in float64 runs on the reference alone")
         return by_backend[insisted]
-    if dtype != torch.float64:
+    if not float64:
         for backend in _PREFERENCE.get(device_type, ()):
             if backend in by_backend:
                 return by_backend[backend]
@@ -153,12 +157,11 @@ def _require_backend(backend: str, argument: str) -> None:
         raise BackendUnavailableError(f"backend {backend!r} was asked for, but {_unavailable[backend]}")
 
 
-def _first_tensor(values: Any) -> torch.Tensor | None:
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            return value
-        if isinstance(value, (list, tuple)) and value:
-            found = _first_tensor(value)
-            if found is not None:
-                return found
-    return None
+def _data_tensors(arguments: tuple) -> list[torch.Tensor]:
+    """The tensors of the first argument that holds any: an operator's data come first in its schema."""
+    for argument in arguments:
+        values = argument if isinstance(argument, (list, tuple)) else (argument,)
+        tensors = [value for value in values if isinstance(value, torch.Tensor)]
+        if tensors:
+            return tensors
+    raise ValueError("an operator needs at least one tensor, got none")

@@ -273,9 +273,7 @@ class ChainBank:
             std_scale = None
             if self._log_variance_ratio is not None:
                 std_scale = learned_std_scale(output, shape[0], self._log_variance_ratio[row])
-            x_t, _ = reverse_step(
-                x_t, mean, self._coefficients, row, seed=self.settings.seed, chain_ids=chain_ids, std_scale=std_scale
-            )
+            x_t, _ = reverse_step(x_t, mean, self._coefficients, row, seed=self.settings.seed, chain_ids=chain_ids, std_scale=std_scale)
         return torch.stack(kept, 1)
 
     def _predict(self, row: int, x_t: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:

@@ -51,7 +51,9 @@ def train(ablation: bool = False, seeds: int = 3, **options) -> None:
         run(config.resumed() if config.resume else config)
 
 
-def evaluate(checkpoint: str, data: str = "digits", output: str | None = None, elbo_steps: int = 32, samples_per_class: int = 50, seed: int = 0) -> None:
+def evaluate(
+    checkpoint: str, data: str = "digits", output: str | None = None, elbo_steps: int = 32, samples_per_class: int = 50, seed: int = 0
+) -> None:
     """Evaluate a trained pipeline: metrics.json, figures and report.html.
 
     Args:
@@ -101,7 +103,9 @@ def classify(checkpoint: str, images: list[str]) -> None:
         print(f"{path}\t{names[row.argmax()]}\t{row.max():.4f}")
 
 
-def generate(checkpoint: str, labels: list[int], output: str = "generated", num_inference_steps: int = 50, seed: int = 0, size: int | None = None) -> None:
+def generate(
+    checkpoint: str, labels: list[int], output: str = "generated", num_inference_steps: int = 50, seed: int = 0, size: int | None = None
+) -> None:
     """Generate one PNG a label.
 
     Args:
@@ -137,10 +141,13 @@ def info(json: bool = False) -> None:
 # Flags and lists as shells have them; the rest follows from the signatures.
 _EXPLICIT_ARGUMENTS = {
     "train": {
-        "ablation": {"action": "store_true", "help": "run the five rows of the paper's ablation, each with as many seeds, and write the table"},
+        "ablation": {
+            "action": "store_true",
+            "help": "run the five rows of the paper's ablation, each with as many seeds, and write the table",
+        },
         "resume": {
             "action": "store_true",
-            "help": "go on from the newest checkpoint in the output folder, with the options that the run was started with; start where there is none",
+            "help": "go on from the newest checkpoint in the output folder, with the options of its run; start where there is none",
         },
     },
     "classify": {"images": {"nargs": "+", "required": True, "help": "image files"}},

@@ -49,6 +49,29 @@ def test_another_backend_changes_no_caller(calls):
     torch.testing.assert_close(gf.posterior(SCORES.double()), SCORES.double().log_softmax(1))  # float64 is the reference's
 
 
+@pytest.fixture
+def alignment_calls(registry):
+    """The alignment operators that a fake "cpu" backend, which holds all three, has run; each does what the reference does."""
+    ran = []
+    for name in ("gram", "alignment_coefficients", "combine"):
+        reference = registry._implementations[name]["reference"]
+        registry.register_implementation(name, "cpu", lambda *args, name=name, reference=reference: ran.append(name) or reference(*args))
+    return ran
+
+
+def test_float64_gram_matrices_of_float32_gradients_reach_every_backend(alignment_calls):
+    with gf.use_backend("cpu"):
+        gf.align_gradients([torch.ones(3)], [torch.ones(3)])
+    assert alignment_calls == ["gram", "alignment_coefficients", "combine"]
+
+
+def test_one_float64_gradient_among_float32_ones_takes_the_reference(alignment_calls):
+    gf.gram([torch.ones(3), torch.ones(3).double()], [torch.ones(3), torch.ones(3).double()])
+    assert alignment_calls == []
+    with gf.use_backend("cpu"), pytest.raises(gf.BackendUnavailableError, match="float64 runs on the reference alone"):
+        gf.gram([torch.ones(3), torch.ones(3).double()], [torch.ones(3), torch.ones(3).double()])
+
+
 def test_use_backend_insists_and_nests(calls):
     with gf.use_backend("reference"):
         assert (gf.posterior(SCORES) != 7).all()

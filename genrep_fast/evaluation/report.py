@@ -79,7 +79,8 @@ def render_report(metrics: dict[str, Any], illustrations: Sequence[Illustration]
         summary=[(row, _formatted(metrics[row.section][row.key], row.format)) for row in SUMMARY],
         metrics=metrics,
         tables={
-            title: _flat(metrics[key]) for title, key in (("Sizes", "sizes"), ("Wall time in seconds", "seconds"), ("Distillation teacher", "teacher"))
+            title: _flat(metrics[key])
+            for title, key in (("Sizes", "sizes"), ("Wall time in seconds", "seconds"), ("Distillation teacher", "teacher"))
             if metrics[key]
         },
         recognition={name: _formatted(rate, "{:.1%}") for name, rate in metrics["generation"]["recognition_rate_per_class"].items()},

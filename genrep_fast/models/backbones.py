@@ -29,7 +29,7 @@ def load_backbone(path: str | Path) -> nn.Module:
 
 
 def require_saved(argument: str, path: str | Path, file: str) -> Path:
-    """Return the path of `file` in the directory `path`; raise FileNotFoundError where diffusers would ask the hub for a name like `path`."""
+    """Path of `file` in the directory `path`; raises FileNotFoundError where diffusers would ask the hub for a name like `path`."""
     found = Path(path) / file
     if not found.is_file():
         raise FileNotFoundError(f"{argument}: {found} does not exist; a directory written by diffusers' save_pretrained is wanted")
@@ -88,7 +88,11 @@ def with_null_class(backbone: nn.Module, num_classes: int) -> tuple[dict[str, An
 
 def class_embedding_names(backbone: nn.Module) -> list[str]:
     """Names of the parameters that hold one row a class, the null class last."""
-    return [name for name, _ in backbone.named_parameters() if name.endswith(("class_embedding.weight", "class_embedder.embedding_table.weight"))]
+    return [
+        name
+        for name, _ in backbone.named_parameters()
+        if name.endswith(("class_embedding.weight", "class_embedder.embedding_table.weight"))
+    ]
 
 
 def run_backbone(backbone: nn.Module, x: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor, blocks: list[str]):

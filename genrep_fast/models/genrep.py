@@ -49,8 +49,8 @@ class GenRepOutput(BaseOutput):
 class GenRep(ModelMixin, ConfigMixin):
     """A denoiser over a diffusers backbone with a perception branch and semantic-driven generation.
 
-    Build it with `from_backbone` or `from_pretrained`. All inputs named `x` are clean or noisy latents [B, C, H, W] in the backbone's own space: images in
-    [-1, 1] where there is no VAE, `encode(images)` where there is one.
+    Build it with `from_backbone` or `from_pretrained`. All inputs named `x` are clean or noisy latents [B, C, H, W] in the backbone's own
+    space: images in [-1, 1] where there is no VAE, `encode(images)` where there is one.
 
     Args:
         backbone_config: config of the backbone with its ``_class_name``; its class embedding ends with the null class.
@@ -88,7 +88,7 @@ class GenRep(ModelMixin, ConfigMixin):
         semantic_channels = block_channels(self.backbone, semantic_block)
         widths = [block_channels(self.backbone, name) * pool_size**2 for name in perception_blocks]
         self.head = nn.Sequential(nn.LayerNorm(sum(widths)), nn.Linear(sum(widths), num_classes))
-        # W(t) of o = o_base + W(t)·concat(x_t, x_sem), zero at the start: a 1×1 convolution whose weights are a linear map of the time embedding.
+        # W(t) of o = o_base + W(t)·concat(x_t, x_sem), zero at the start: a 1×1 convolution, its weights linear in the time embedding.
         self.mean_modulation = nn.Linear(_TIME_EMBEDDING, out_channels * (in_channels + semantic_channels))
         self.log_std_modulation = nn.Sequential(nn.Linear(semantic_channels, semantic_channels), nn.SiLU(), nn.Linear(semantic_channels, 1))
         for layer in (self.mean_modulation, self.log_std_modulation[-1]):
@@ -96,7 +96,9 @@ class GenRep(ModelMixin, ConfigMixin):
             nn.init.zeros_(layer.bias)
 
     @classmethod
-    def from_backbone(cls, backbone: nn.Module | str | Path, num_classes: int, vae: nn.Module | str | Path | None = None, **kwargs) -> GenRep:
+    def from_backbone(
+        cls, backbone: nn.Module | str | Path, num_classes: int, vae: nn.Module | str | Path | None = None, **kwargs
+    ) -> GenRep:
         """Build a GenRep over a UNet2DModel or DiTTransformer2DModel.
 
         Args:

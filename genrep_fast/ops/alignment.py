@@ -29,6 +29,7 @@ _alignment_coefficients = define_operator(
     "alignment_coefficients(Tensor gram, float[] weights, float power) -> (Tensor coefficients, Tensor cosine, Tensor alpha)",
     reference=reference.alignment_coefficients,
     fake=lambda gram, weights, power: (gram.new_empty(len(gram), 2), gram.new_empty(len(gram)), gram.new_empty(len(gram))),
+    always_float64=True,
 )
 
 _combine = define_operator(

@@ -52,9 +52,7 @@ def run_ablation(config: TrainingConfig, seeds: int) -> str:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
     results = {row: [] for row in ROWS}
     for seed in range(config.seed, config.seed + seeds):
-        base = dataclasses.replace(
-            config, seed=seed, resume=True, labelled_per_class=config.labelled_per_class or LABELLED_PER_CLASS
-        )
+        base = dataclasses.replace(config, seed=seed, resume=True, labelled_per_class=config.labelled_per_class or LABELLED_PER_CLASS)
         backbone = _shared_backbone(base)
         for row, switches in ROWS.items():
             folder = Path(config.output) / f"seed-{seed}" / row.replace(" ", "-")
@@ -95,7 +93,13 @@ def _metrics(config: TrainingConfig) -> dict:
         settings = EvaluationSettings(elbo_steps=8, seed=config.seed)
         with evaluation_progress() as progress:
             evaluate(
-                pipeline.model, pipeline.scheduler, splits, config.output, settings=settings, history=trainer.state.history, progress=progress
+                pipeline.model,
+                pipeline.scheduler,
+                splits,
+                config.output,
+                settings=settings,
+                history=trainer.state.history,
+                progress=progress,
             )
     metrics = json.loads(path.read_text())
     return {column: metrics[group][key] for column, (group, key) in COLUMNS.items()}

@@ -37,7 +37,9 @@ def load_checkpoint(checkpoint: Path, accelerator: Accelerator, state: TrainingS
         if state.teacher is not None:
             state.teacher.load(checkpoint)
     except Exception as error:
-        raise ValueError(f"checkpoint {checkpoint} cannot be read ({type(error).__name__}: {error}); delete it to resume from the one before") from error
+        raise ValueError(
+            f"checkpoint {checkpoint} cannot be read ({type(error).__name__}: {error}); delete it to resume from the one before"
+        ) from error
 
 
 def newest_checkpoint(output: Path) -> Path | None:

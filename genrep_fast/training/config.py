@@ -25,7 +25,7 @@ class TrainingConfig:
             A pretrained backbone needs no diffusion stage: see diffusion_steps.
         vae: folder of the AutoencoderKL of a latent backbone.
         scheduler: folder of the diffusers scheduler that the backbone was trained with; a linear DDPM of 1000 steps where not given.
-        steps: optimizer steps of all stages together; shares them out in the ratio of the three numbers below, and shrinks bank, samples and evaluation.
+        steps: optimizer steps of all stages together, in the ratio of the three numbers below; bank, samples and evaluation shrink with it.
         diffusion_steps: of stage 0, class-conditional diffusion (0 with a pretrained backbone).
         perception_steps: of stage 1, perception alone.
         joint_steps: of stage 2, both losses.
@@ -44,7 +44,7 @@ class TrainingConfig:
         teacher_steps: bank and image_chain: inference steps of a chain; elbo: scored timesteps an image.
         teacher_refresh: bank: optimizer steps between two refreshes, each of a quarter of the chains; 0 for none.
         semantic: semantic-driven generation, the modulation of mean and variance by x_sem.
-        semantic_rate: share of the joint steps in which x_sem comes from the momentum network; in the others it is the network's own, as at inference.
+        semantic_rate: share of the joint steps in which x_sem comes from the momentum network; else it is the network's own.
         alignment_weight: λ_r, of the representation alignment loss.
         variance_weight: of the variational bound that trains the variance modulation.
         align: damp the conflict of the two gradients on the attention blocks; the plain weighted sum otherwise.
@@ -96,7 +96,14 @@ class TrainingConfig:
 
     def __post_init__(self):
         self.gradient_weights = tuple(self.gradient_weights)
-        positive = ("batch_size", "gradient_accumulation_steps", "learning_rate", "perception_learning_rate", "teacher_chains", "teacher_steps")
+        positive = (
+            "batch_size",
+            "gradient_accumulation_steps",
+            "learning_rate",
+            "perception_learning_rate",
+            "teacher_chains",
+            "teacher_steps",
+        )
         for name in (*positive, "checkpoint_every", "log_every"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
@@ -145,7 +152,9 @@ class TrainingConfig:
             given, stored = getattr(self, field.name), saved.get(field.name)
             stored = tuple(stored) if isinstance(stored, list) else stored
             if given not in (field.default, stored):
-                raise ValueError(f"{field.name} is {given} now, but {path} says {stored}: a run is resumed with the options it was started with")
+                raise ValueError(
+                    f"{field.name} is {given} now, but {path} says {stored}: a run is resumed with the options it was started with"
+                )
         return TrainingConfig(**saved)
 
 

@@ -41,7 +41,7 @@ def perception_loss(
 
 
 def stratified_timesteps(batch: int, num_train_timesteps: int, device: torch.device) -> torch.Tensor:
-    """One uniform timestep from each of `batch` equal parts of the schedule, int64 [batch]: uniform over all, less noisy than independent ones."""
+    """One uniform timestep from each of `batch` equal parts of the schedule, int64 [batch]: less noisy than independent ones."""
     return ((torch.arange(batch, device=device) + torch.rand(batch, device=device)) * (num_train_timesteps / batch)).long()
 
 

@@ -46,7 +46,13 @@ class StageProgress:
 @contextlib.contextmanager
 def evaluation_progress() -> Iterator[Callable[[str, float], None]]:
     """A progress bar for `evaluate`, as the function that it calls with what it does and how far it is."""
-    columns = (TextColumn("{task.description:35}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description:35}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("evaluation", total=1.0)
         said = None

@@ -1,4 +1,4 @@
-"""The distillation teacher: a frozen denoiser, an estimator of log p(x|y) over it, the temperature of its posterior, and what it has cost."""
+"""The distillation teacher: a frozen denoiser, an estimator of log p(x|y) over it, the temperature of its posterior, and its cost."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Teacher:
         return self.estimator.evaluations
 
     def prepare(self, images: torch.Tensor, labels: torch.Tensor) -> None:
-        """Build the bank where there is one, and calibrate the temperature on images [N, C, H, W] with labels [N] that serve nothing else."""
+        """Build the bank where there is one, and calibrate the temperature on images [N, C, H, W], labels [N] that serve nothing else."""
         with self._timed():
             if self.config.teacher == "bank":
                 self.estimator = self._build_bank()

@@ -37,7 +37,7 @@ class Trainer:
         accelerator: one is made from the config where not given.
 
     Raises:
-        ValueError: for data, backbone and VAE that do not fit together, and for an output folder that holds a run while `config.resume` is False.
+        ValueError: for data, backbone and VAE that do not fit together, and for a folder that holds a run while `config.resume` is False.
         RuntimeError: for more than one process.
     """
 
@@ -47,7 +47,9 @@ class Trainer:
             mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.gradient_accumulation_steps
         )
         if self.accelerator.num_processes > 1:
-            raise RuntimeError(f"training runs in one process, got {self.accelerator.num_processes}: two backward passes need a reduction of both gradients")
+            raise RuntimeError(
+                f"training runs in one process, got {self.accelerator.num_processes}: both gradients would have to be reduced"
+            )
         if not config.resume and (self.output / "checkpoints").is_dir():
             raise ValueError(f"output: {self.output} holds a run already; pass --resume to go on with it, or choose another folder")
         torch.manual_seed(config.seed)
@@ -92,7 +94,12 @@ class Trainer:
                 started, taught = time.perf_counter(), state.teacher_seconds
                 metrics = self._step(stage, batches)
                 state.step += 1
-                if stage > 0 and state.teacher is not None and self.config.teacher_refresh and state.step % self.config.teacher_refresh == 0:
+                if (
+                    stage > 0
+                    and state.teacher is not None
+                    and self.config.teacher_refresh
+                    and state.step % self.config.teacher_refresh == 0
+                ):
                     state.teacher.refresh()
                 teacher_seconds = state.teacher_seconds - taught
                 state.seconds[STAGES[stage]] += time.perf_counter() - started - teacher_seconds
@@ -236,7 +243,7 @@ class Trainer:
 
 @dataclass
 class TrainingState:
-    """What a run is besides weights and optimizer: its place, its averages, its teacher, its history. Accelerate saves it in every checkpoint."""
+    """What a run is besides weights and optimizer: place, averages, teacher, history. Accelerate saves it in every checkpoint."""
 
     trainer: Trainer
     step: int = 0
@@ -262,7 +269,8 @@ class TrainingState:
         for name, value in row.items():
             if name != "gradient_norm" and not math.isfinite(value):
                 raise FloatingPointError(
-                    f"{name} is {value} at step {self.step} ({STAGES[stage]}); checkpoints up to the last finite one are kept in {self.trainer.output}"
+                    f"{name} is {value} at step {self.step} ({STAGES[stage]}); "
+                    f"checkpoints up to the last finite one are kept in {self.trainer.output}"
                 )
         if self.teacher is not None:
             row |= {"teacher_evaluations": self.teacher.evaluations, "teacher_seconds": self.teacher.seconds}
@@ -351,7 +359,9 @@ def build_model(config: TrainingConfig, splits: DataSplits) -> GenRep:
     image, _ = splits.train[0]
     latent = model.encode(image[None]).shape[1:]
     if tuple(latent) != model.sample_shape:
-        raise ValueError(f"data: images {list(image.shape)} give inputs {list(latent)}, but the backbone wants {list(model.sample_shape)}; see image_size")
+        raise ValueError(
+            f"data: images {list(image.shape)} give inputs {list(latent)}, the backbone wants {list(model.sample_shape)}; see image_size"
+        )
     return model
 
 
