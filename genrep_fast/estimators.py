@@ -29,9 +29,14 @@ class ElboEstimator:
         num_classes: K.
         num_steps: S, the midpoints of as many equal parts of the training timesteps.
         seed: of the noise.
+
+    Raises:
+        TypeError: for a scheduler without `alphas_cumprod`.
+        ValueError: for num_steps out of range.
     """
 
     def __init__(self, denoiser: Denoiser, scheduler, num_classes: int, *, num_steps: int = 16, seed: int = 0):
+        _require_noise_levels(scheduler)
         total = scheduler.config.num_train_timesteps
         if not 1 <= num_steps <= total:
             raise ValueError(f"num_steps must be between 1 and {total}, got {num_steps}")
@@ -81,6 +86,7 @@ class ImageChainEstimator:
         variance: str | None = None,
         seed: int = 0,
     ):
+        _require_noise_levels(scheduler)
         self.scheduler = copy.deepcopy(scheduler)
         self.scheduler.set_timesteps(num_inference_steps)
         self.timesteps = self.scheduler.timesteps[self.scheduler.timesteps < start * scheduler.config.num_train_timesteps]
@@ -138,3 +144,8 @@ def training_target(scheduler, x: torch.Tensor, noise: torch.Tensor, timesteps: 
     if prediction_type == "v_prediction":
         return scheduler.get_velocity(x, noise, timesteps)
     raise ValueError(f"prediction_type must be 'epsilon', 'v_prediction' or 'sample', got {prediction_type!r}")
+
+
+def _require_noise_levels(scheduler) -> None:
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise TypeError(f"scheduler must have alphas_cumprod, as DDPMScheduler and DDIMScheduler have, got {type(scheduler).__name__}")

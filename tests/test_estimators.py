@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch.distributions import Normal
 
 from genrep_fast import ChainBank
@@ -26,6 +26,12 @@ def images(count, dtype=torch.float64):
 
 def no_clipping(cls, **options):
     return cls(clip_sample=False, **options)
+
+
+@pytest.mark.parametrize("estimator", [ElboEstimator, ImageChainEstimator])
+def test_a_scheduler_without_noise_levels_is_refused(estimator):
+    with pytest.raises(TypeError, match="scheduler must have alphas_cumprod.* got FlowMatchEulerDiscreteScheduler"):
+        estimator(toy_denoiser, FlowMatchEulerDiscreteScheduler(), NUM_CLASSES)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])

@@ -543,6 +543,7 @@ def test_resuming_takes_the_options_that_were_not_given_from_the_run(finished_ru
         ({"momentum": 1.5}, "momentum must be between 0 and 1, got 1.5"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"labelled_per_class": 0}, "labelled_per_class must be at least 1, got 0"),
+        ({"diffusion_steps": 0, "perception_steps": 0, "joint_steps": 0}, "must not all be 0"),
     ],
 )
 def test_bad_options_are_refused(options, message):

@@ -22,8 +22,6 @@ def save_checkpoint(output: Path, accelerator: Accelerator, state: TrainingState
     accelerator.save_state(temporary)
     if state.teacher is not None:
         state.teacher.save(temporary)
-    if final.exists():  # written by a run that was killed after it; the same bits
-        shutil.rmtree(final)
     temporary.rename(final)
     for old in _checkpoints(output)[:-_KEPT]:
         shutil.rmtree(old)

@@ -110,6 +110,8 @@ class TrainingConfig:
         for name in ("diffusion_steps", "perception_steps", "joint_steps", "max_grad_norm", "weight_decay", "teacher_refresh"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.diffusion_steps + self.perception_steps + self.joint_steps == 0:
+            raise ValueError("diffusion_steps, perception_steps and joint_steps must not all be 0")
         for name in ("ema_decay", "momentum", "semantic_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
@@ -130,7 +132,7 @@ class TrainingConfig:
     def scale(self) -> float:
         """Size of this run against the full one, at most 1; bank, samples and evaluation shrink with it."""
         wanted = self.diffusion_steps + self.perception_steps + self.joint_steps
-        return min(1.0, sum(self.stage_steps) / max(wanted, 1))
+        return min(1.0, sum(self.stage_steps) / wanted)
 
     def save(self) -> None:
         """Write the configuration to config.json in the output folder."""

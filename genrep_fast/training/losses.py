@@ -95,12 +95,15 @@ class GenerationLoss(nn.Module):
         output = model(x_t, timesteps, labels, semantic=None if own else semantic, modulate=modulate)
         prediction = output.sample[:, : x.shape[1]]
         diffusion = F.mse_loss(prediction.float(), training_target(self.scheduler, x, noise, timesteps).float())
-        if semantic is None or not modulate:
-            return diffusion, {"diffusion": diffusion}
-        alignment = (1 - F.cosine_similarity(output.features.float(), semantic.float(), dim=1)).mean()
-        variance = self._variational_bound(x, x_t, output, timesteps)
-        loss = diffusion + self.alignment_weight * alignment + self.variance_weight * variance
-        return loss, {"diffusion": diffusion, "representation_alignment": alignment, "variational_bound": variance}
+        loss, parts = diffusion, {"diffusion": diffusion}
+        driven = modulate and semantic is not None
+        if driven:
+            parts["representation_alignment"] = (1 - F.cosine_similarity(output.features.float(), semantic.float(), dim=1)).mean()
+            loss = loss + self.alignment_weight * parts["representation_alignment"]
+        if driven or output.sample.shape[1] > x.shape[1]:  # a learned variance is trained in every stage
+            parts["variational_bound"] = self._variational_bound(x, x_t, output, timesteps)
+            loss = loss + self.variance_weight * parts["variational_bound"]
+        return loss, parts
 
     def _variational_bound(self, x, x_t, output, timesteps) -> torch.Tensor:
         # KL( N(μ̃, σ²) ‖ N(μ, σ² e^{2s}) ) a dimension in nats, μ detached: it trains s, the shift of log σ (and a learned variance).

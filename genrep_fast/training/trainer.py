@@ -267,7 +267,8 @@ class TrainingState:
         row = {"step": self.step, "stage": stage, "learning_rate": self.trainer.schedule.get_last_lr()[0]}
         row |= {name: float(value) for name, value in metrics.items()}
         for name, value in row.items():
-            if name != "gradient_norm" and not math.isfinite(value):
+            # What is read off gradients may overflow where a GradScaler then skips the step; the losses may not.
+            if name not in ("gradient_norm", "cosine", "alpha") and not math.isfinite(value):
                 raise FloatingPointError(
                     f"{name} is {value} at step {self.step} ({STAGES[stage]}); "
                     f"checkpoints up to the last finite one are kept in {self.trainer.output}"
