@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
+from ..training.config import STAGES
 from .metrics import ReliabilityBins
 
 # Okabe and Ito's palette, told apart by colour-blind readers too.
@@ -134,21 +135,22 @@ def draw_nearest_distances(generated: Tensor, test: Tensor) -> Figure:
 def draw_evidence(test: Tensor, shuffled: Tensor, uniform: Tensor) -> Figure:
     """Histograms of the log evidence of three sets of images."""
     series = {"test images": (test, BLUE), "shuffled pixels": (shuffled, ORANGE), "uniform noise": (uniform, GREY)}
-    return _histograms(series, "log evidence (nats)")
+    return _histograms(series, "log evidence, up to a constant")
 
 
 @illustration("training", "Training: losses of each stage over its optimizer steps; faint as logged, solid a running mean.")
 def draw_training(history: Sequence[dict[str, Any]]) -> Figure:
     """One panel for each stage of the logged steps, with whichever of `LOSSES` were logged."""
     stages = sorted({row["stage"] for row in history})
-    figure = Figure(figsize=(1.2 + 3.4 * len(stages), 3.4), layout="constrained")
+    figure = Figure(figsize=(1.2 + 3.4 * len(stages), 4), layout="constrained")
     for axes, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages, strict=True):
         rows = [row for row in history if row["stage"] == stage]
         positive = all([_plot_series(axes, rows, key, color) for key, color in LOSSES.items()])
-        axes.set(title=f"stage {stage}", xlabel="step", yscale="log" if positive else "linear")
-        if axes.lines:
-            axes.legend(fontsize=8)
+        axes.set(title=f"stage {stage}: {STAGES[stage]}", xlabel="step", yscale="log" if positive else "linear")
     figure.axes[0].set_ylabel("loss")
+    drawn = {line.get_label(): line for axes in figure.axes for line in axes.lines if not line.get_label().startswith("_")}
+    if drawn:
+        figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=len(drawn), fontsize=8)
     return figure
 
 
