@@ -563,9 +563,9 @@ def test_steps_are_shared_out_in_the_ratio_of_the_stages():
         (
             {"backbone": "unet"},
             (1, 10),
-            r"data: images \[1, 10, 10\] give inputs \[1, 10, 10\], but the backbone wants \[1, 8, 8\]; see image_size",
+            r"data: images \[1, 10, 10\] give inputs \[1, 10, 10\], the backbone wants \[1, 8, 8\]; see image_size",
         ),
-        ({"backbone": "unet"}, (3, 8), r"but the backbone wants \[1, 8, 8\]"),
+        ({"backbone": "unet"}, (3, 8), r"the backbone wants \[1, 8, 8\]"),
         ({"backbone": None}, (1, 9), "image_size must be even, got 9 × 9"),
         ({"backbone": None, "vae": "vae"}, (1, 8), "vae: a latent model needs a backbone, got none"),
     ],
