@@ -19,7 +19,6 @@ def short_fit():
     """The judge of generated images is fitted for a few steps: what it says is not looked at here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(classifier, "STEPS", 10)
-        patch.setattr(classifier, "CHECK_EVERY", 10)
         yield
 
 

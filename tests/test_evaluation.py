@@ -135,7 +135,7 @@ def test_shuffle_pixels_moves_whole_locations_differently_in_each_image():
 def test_classifier_is_accurate_on_digits_and_leaves_the_global_random_state():
     splits = load_data("digits")
     state = torch.random.get_rng_state()
-    judge = fit_classifier(as_tensors(splits.train), as_tensors(splits.calibration), 10, seed=0)
+    judge = fit_classifier(as_tensors(splits.train), 10, seed=0)
     assert torch.equal(state, torch.random.get_rng_state())
     images, labels = as_tensors(splits.test)
     features, predicted = judge.judge(images, batch_size=99)
@@ -208,7 +208,7 @@ def scheduler():
 def evaluate_quickly(*args, **kwargs):
     """`evaluate` with a classifier that is fitted just long enough for well separated classes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(classifier, "STEPS", classifier.CHECK_EVERY)
+        patch.setattr(classifier, "STEPS", 50)
         return evaluate(*args, **kwargs)
 
 

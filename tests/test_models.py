@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler
 
 from genrep_fast.models import GenRep
-from genrep_fast.models.backbones import class_embedding_names
+from genrep_fast.models.backbones import class_embeddings
 from genrep_fast.training.losses import GenerationLoss, perception_loss
 
 KINDS = ("unet", "dit")
@@ -22,7 +22,7 @@ def clean_images(count=5, channels=1):
 
 def class_tables(model):
     """The class embeddings, one row a class with the null class last; a DiT has one in every block."""
-    return [model.backbone.get_parameter(name) for name in class_embedding_names(model.backbone)]
+    return class_embeddings(model.backbone)
 
 
 def assert_same_state(actual, expected):

@@ -457,6 +457,13 @@ def test_averages_are_saved_and_start_anew_in_every_stage(make_config, tmp_path,
     assert max(differences) > 1e-4, "the last weights themselves would pass too"
 
 
+def test_the_null_class_of_a_new_backbone_is_the_mean_of_the_others(make_config):
+    trainer = train(make_config(backbone=None, diffusion_steps=2, perception_steps=0, joint_steps=0, teacher="none"))
+    table = trainer.model.backbone.class_embedding.weight
+    assert table[:-1].abs().max() > 0
+    torch.testing.assert_close(table[-1], table[:-1].mean(0))
+
+
 def break_loss(trainer, monkeypatch, after):
     """Make the generation loss NaN from its call number `after` on."""
     original, calls = trainer.generation_loss, []

@@ -53,6 +53,7 @@ class EvaluationSettings:
         num_inference_steps: length of the reverse chain that draws samples.
         samples_per_class: generated images of every class.
         test_images: evaluate on that many test images (and at most as many calibration images), drawn at random; None: all.
+        random_images: at most as many images of uniform noise, and as many pixel-shuffled test images, for the evidence.
         batch_size: images that pass through a network at once.
         seed: of the noise, the samples, the classifier and the random choices.
     """
@@ -61,6 +62,7 @@ class EvaluationSettings:
     num_inference_steps: int = 50
     samples_per_class: int = 50
     test_images: int | None = None
+    random_images: int = 200
     batch_size: int = 256
     seed: int = 0
 
@@ -88,7 +90,7 @@ def evaluate(
         model: GenRep; it is left in eval mode.
         scheduler: the noise scheduler that it was trained with.
         splits: training images fit the independent classifier, and samples are compared with them; calibration images fit the posterior's
-            temperature and choose the classifier's state; test images give the numbers.
+            temperature; test images give the numbers.
         output_dir: created where missing; files in it are replaced one by one, never left half-written.
         settings: sizes; None takes the defaults.
         history: logged steps of the training: dictionaries with ``stage``, ``step`` and any of the losses, ``cosine`` and ``alpha``.
@@ -128,7 +130,8 @@ class _Evaluation:
         self.calibration = self._at_most(as_tensors(splits.calibration), settings.test_images)
         self.test = self._at_most(as_tensors(splits.test), settings.test_images)
         self.estimator = ElboEstimator(model.denoise, scheduler, splits.num_classes, num_steps=settings.elbo_steps, seed=settings.seed)
-        scored_images = len(self.calibration[0]) + 3 * len(self.test[0])
+        self.others = min(settings.random_images, len(self.test[0]))
+        scored_images = len(self.calibration[0]) + len(self.test[0]) + 2 * self.others
         samples = settings.samples_per_class * splits.num_classes
         self.work_done, self.work = 0, scored_images * splits.num_classes * settings.elbo_steps + samples * settings.num_inference_steps
         self.seconds: dict[str, Any] = {}
@@ -139,7 +142,7 @@ class _Evaluation:
         with self._timed("posterior"):
             posterior_metrics, log_posteriors, test_evidence = self._posterior()
         with self._timed("classifier"):
-            classifier = fit_classifier(self.train, self.calibration, self.splits.num_classes, seed=self.settings.seed)
+            classifier = fit_classifier(self.train, self.splits.num_classes, seed=self.settings.seed)
         with self._timed("generation"):
             generation_metrics, generation_figures = self._generation(classifier)
         with self._timed("out_of_distribution"):
@@ -218,7 +221,7 @@ class _Evaluation:
         ]
 
     def _out_of_distribution(self, test_evidence: Tensor) -> tuple[dict[str, Any], Illustration]:
-        images = self.test[0]
+        images = self._subset(self.test[0], self.others)
         uniform = torch.rand(images.shape, generator=self.generator) * 2 - 1
         shuffled = shuffle_pixels(images, self.generator)
         uniform_evidence, shuffled_evidence = (
@@ -252,7 +255,7 @@ class _Evaluation:
             "samples_per_class": self.settings.samples_per_class,
             "frechet_floor_images": min(samples, len(self.train[0])),
             "frechet_floor_subsets": FLOOR_SUBSETS,
-            "random_images": len(self.test[0]),
+            "random_images": self.others,
             "batch_size": self.settings.batch_size,
             "seed": self.settings.seed,
         }
@@ -273,9 +276,10 @@ class _Evaluation:
         steps = self.settings.num_inference_steps
         labels = torch.arange(self.splits.num_classes).repeat_interleave(self.settings.samples_per_class)
         images = []
-        for number, batch in enumerate(labels.split(self.settings.batch_size)):
-            # The noise depends on the seed and the place in the batch, so every batch has a seed of its own.
-            drawn = pipeline.generate(labels=batch, num_inference_steps=steps, seed=self.settings.seed + number, output_type="pt")
+        for batch, ids in zip(
+            labels.split(self.settings.batch_size), torch.arange(len(labels)).split(self.settings.batch_size), strict=True
+        ):
+            drawn = pipeline.generate(batch, num_inference_steps=steps, seed=self.settings.seed, chain_ids=ids, output_type="pt")
             images.append(drawn.images.float().cpu())
             self._advance("generating samples", len(batch) * steps)
         return torch.cat(images), labels

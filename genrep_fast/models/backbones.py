@@ -86,13 +86,10 @@ def with_null_class(backbone: nn.Module, num_classes: int) -> tuple[dict[str, An
     return config, state
 
 
-def class_embedding_names(backbone: nn.Module) -> list[str]:
-    """Names of the parameters that hold one row a class, the null class last."""
-    return [
-        name
-        for name, _ in backbone.named_parameters()
-        if name.endswith(("class_embedding.weight", "class_embedder.embedding_table.weight"))
-    ]
+def class_embeddings(backbone: nn.Module) -> list[nn.Parameter]:
+    """The parameters that hold one row a class, the null class last."""
+    names = ("class_embedding.weight", "class_embedder.embedding_table.weight")
+    return [parameter for name, parameter in backbone.named_parameters() if name.endswith(names)]
 
 
 def run_backbone(backbone: nn.Module, x: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor, blocks: list[str]):

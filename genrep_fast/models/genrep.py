@@ -20,6 +20,7 @@ from .backbones import (
     block_channels,
     block_names,
     build_backbone,
+    class_embeddings,
     load_backbone,
     output_channels,
     require_saved,
@@ -171,7 +172,8 @@ class GenRep(ModelMixin, ConfigMixin):
         inputs = torch.cat([x_t, F.interpolate(semantic, x_t.shape[-2:])], dim=1)  # [B, C + F, H, W]
         time = get_timestep_embedding(timesteps, _TIME_EMBEDDING).to(inputs.dtype)
         weight = self.mean_modulation(time).unflatten(1, (output.shape[1], inputs.shape[1]))  # [B, C', C + F]
-        shift = self.log_std_modulation(semantic.mean((2, 3))).squeeze(1).clamp(-1, 1)
+        # Detached: the variational bound trains this network alone, not the features that it reads.
+        shift = self.log_std_modulation(semantic.detach().mean((2, 3))).squeeze(1).clamp(-1, 1)
         return GenRepOutput(sample=output + torch.einsum("boc,bchw->bohw", weight, inputs), log_std_shift=shift, features=features)
 
     def denoise(self, x_t: torch.Tensor, timestep: torch.Tensor | int | float, class_labels: torch.Tensor) -> torch.Tensor:
@@ -199,6 +201,12 @@ class GenRep(ModelMixin, ConfigMixin):
         if self.vae is not None:
             x = self.vae.decode(x / self.vae.config.scaling_factor).sample
         return x.clamp(-1, 1)
+
+    @torch.no_grad()
+    def reset_null_class(self) -> None:
+        """Set the null class to the mean of the others, as it starts in a backbone that had none."""
+        for table in class_embeddings(self.backbone):
+            table[-1] = table[:-1].mean(0)
 
     def frozen_copy(self) -> GenRep:
         """An independent copy without gradients, in eval mode; the frozen VAE is shared."""

@@ -77,13 +77,17 @@ class GenRepPipeline(DiffusionPipeline):
         return PerceptionOutput(probabilities=logits.softmax(1), logits=logits)
 
     @torch.no_grad()
-    def generate(self, labels, *, num_inference_steps: int = 50, seed: int = 0, eta: float = 0.0, output_type: str = "pil"):
+    def generate(
+        self, labels, *, num_inference_steps: int = 50, seed: int = 0, chain_ids=None, eta: float = 0.0, output_type: str = "pil"
+    ) -> ImagePipelineOutput:
         """Generate one image a label by the scheduler's own reverse chain, its mean and variance modulated by the network's own features.
 
         Args:
             labels: ints or int64 tensor [N] in [0, K).
             num_inference_steps: length of the reverse chain.
-            seed: of the counter-based noise; image i is the same in every batch that holds it at place i.
+            seed: of the counter-based noise.
+            chain_ids: ints or int64 tensor [N] in [0, 2³²) that tell the images' noise apart, 0 … N − 1 where not given: an image follows
+                from its label, its id and the seed, whatever the batch.
             eta: η of DDIM, 0 to 1; for DDIM schedulers alone.
             output_type: "pil", or "pt" for a tensor [N, C, H, W] in [-1, 1].
 
@@ -92,7 +96,8 @@ class GenRepPipeline(DiffusionPipeline):
 
         Raises:
             TypeError: for labels that are not integers.
-            ValueError: for labels out of range, no label, fewer steps than one, or another output_type.
+            ValueError: for labels out of range, no label, another number of ids than labels, fewer steps than one, another output_type,
+                and a scheduler with clip_sample=True (diffusers' default: set it to False).
         """
         if output_type not in ("pil", "pt"):
             raise ValueError(f"output_type must be 'pil' or 'pt', got {output_type!r}")
@@ -105,7 +110,10 @@ class GenRepPipeline(DiffusionPipeline):
         log_variance_ratio = learned_log_variance_ratio(scheduler, scheduler.timesteps)
         variance = None if log_variance_ratio is None else "fixed_large"
         coefficients = StepCoefficients.chain(scheduler, scheduler.timesteps, variance=variance, eta=eta).to(self.device)
-        chain_ids = torch.arange(len(labels), device=self.device)
+        chain_ids = torch.arange(len(labels)) if chain_ids is None else torch.as_tensor(chain_ids)
+        if chain_ids.shape != labels.shape:
+            raise ValueError(f"chain_ids must be one id a label, got shape {tuple(chain_ids.shape)} for {len(labels)} labels")
+        chain_ids = chain_ids.to(self.device)
         x = chain_noise(seed, chain_ids, INITIAL_ROW, self.model.sample_shape).to(self.model.dtype)
         for row, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
             output = self.model(x, timestep, labels)

@@ -7,11 +7,11 @@ import json
 import statistics
 from pathlib import Path
 
-from ..data import load_data
-from ..evaluation import EvaluationSettings, evaluate
+from ..evaluation import EvaluationSettings
+from ..models import GenRep
 from .config import TrainingConfig, write_atomically
-from .progress import console, evaluation_progress
-from .trainer import Trainer
+from .progress import console
+from .run import run
 
 LABELLED_PER_CLASS = 10
 
@@ -46,7 +46,7 @@ def run_ablation(config: TrainingConfig, seeds: int) -> str:
         The table, mean ± standard deviation over the seeds, in Markdown.
 
     Raises:
-        ValueError: for fewer than one seed.
+        ValueError: for fewer than one seed, and for options other than those of the rows that the folder holds already.
     """
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
@@ -56,9 +56,9 @@ def run_ablation(config: TrainingConfig, seeds: int) -> str:
         backbone = _shared_backbone(base)
         for row, switches in ROWS.items():
             folder = Path(config.output) / f"seed-{seed}" / row.replace(" ", "-")
-            run = dataclasses.replace(base, output=str(folder), backbone=str(backbone), steps=None, **_after_diffusion(base), **switches)
+            varied = dataclasses.replace(base, output=str(folder), backbone=str(backbone), steps=None, **_after_diffusion(base), **switches)
             console.print(f"seed {seed}: {row}")
-            results[row].append(_metrics(run))
+            results[row].append(_metrics(varied))
     table = _table(results)
     folder = Path(config.output)
     write_atomically(folder / "ablation.json", json.dumps(results, indent=2))
@@ -70,12 +70,14 @@ def run_ablation(config: TrainingConfig, seeds: int) -> str:
 def _shared_backbone(config: TrainingConfig) -> Path:
     """Stage 0 of one seed; returns the folder of its backbone."""
     output = Path(config.output) / f"seed-{config.seed}" / "diffusion"
+    steps = {"diffusion_steps": config.stage_steps[0], "perception_steps": 0, "joint_steps": 0, "steps": None}
+    config = dataclasses.replace(config, output=str(output), teacher="none", evaluate=False, **steps).resumed()
     backbone = output / "backbone"
-    if not (backbone / "config.json").is_file():
-        steps = {"diffusion_steps": config.stage_steps[0], "perception_steps": 0, "joint_steps": 0, "steps": None}
-        config = dataclasses.replace(config, output=str(output), teacher="none", **steps)
-        pipeline = Trainer(config, load_data(config.data, image_size=config.image_size)).run()
-        pipeline.model.backbone.save_pretrained(backbone)
+    if not backbone.is_dir():
+        run(config)
+        unfinished = output / "unfinished"
+        GenRep.from_pretrained(output / "model" / "model").backbone.save_pretrained(unfinished)
+        unfinished.rename(backbone)
     return backbone
 
 
@@ -85,22 +87,10 @@ def _after_diffusion(config: TrainingConfig) -> dict[str, int]:
 
 
 def _metrics(config: TrainingConfig) -> dict:
+    config = config.resumed()
     path = Path(config.output) / "metrics.json"
     if not path.is_file():
-        splits = load_data(config.data, image_size=config.image_size)
-        trainer = Trainer(config, splits)
-        pipeline = trainer.run()
-        settings = EvaluationSettings(elbo_steps=8, seed=config.seed)
-        with evaluation_progress() as progress:
-            evaluate(
-                pipeline.model,
-                pipeline.scheduler,
-                splits,
-                config.output,
-                settings=settings,
-                history=trainer.state.history,
-                progress=progress,
-            )
+        run(config, EvaluationSettings(elbo_steps=8, seed=config.seed))
     metrics = json.loads(path.read_text())
     return {column: metrics[group][key] for column, (group, key) in COLUMNS.items()}
 

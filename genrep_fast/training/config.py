@@ -65,9 +65,9 @@ class TrainingConfig:
     vae: str | None = None
     scheduler: str | None = None
     steps: int | None = None
-    diffusion_steps: int = 2000
+    diffusion_steps: int = 1500
     perception_steps: int = 200
-    joint_steps: int = 1000
+    joint_steps: int = 700
     batch_size: int = 128
     gradient_accumulation_steps: int = 1
     learning_rate: float = 2e-3

@@ -32,11 +32,15 @@ _CLOSING_ROWS = (
 )
 
 
-def run(config: TrainingConfig) -> dict | None:
-    """Train as `config` says; returns the metrics of the evaluation, or None where there is none."""
+def run(config: TrainingConfig, settings: EvaluationSettings | None = None) -> dict | None:
+    """Train as `config` says and evaluate, with the sizes of `settings` or with what fits the run's length.
+
+    Returns:
+        The metrics, or None where `config.evaluate` is False.
+    """
     splits = load_data(config.data, image_size=config.image_size)
     trainer = Trainer(config, splits)
-    settings = evaluation_settings(config)
+    settings = settings or evaluation_settings(config)
     console.print(_budget_table(trainer, settings))
     pipeline = trainer.run()
     metrics = None

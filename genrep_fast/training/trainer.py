@@ -79,7 +79,9 @@ class Trainer:
         for stage, end in enumerate(ends):
             if self.state.step < end:
                 self._run_stage(stage, end, batches)
-        self.state.ema.copy_to(self.parameters)
+        self._leave_stage()
+        # Without Accelerate's autocast, as the pipeline will be when it is loaded again.
+        self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
         pipeline = GenRepPipeline(model=self.model, scheduler=self.scheduler)
         pipeline.save_pretrained(self.output / "model")
         return pipeline
@@ -189,8 +191,7 @@ class Trainer:
 
     def _enter_stage(self, stage: int) -> None:
         state = self.state
-        if state.stage >= 0:
-            state.ema.copy_to(self.parameters)
+        self._leave_stage()
         self.optimizer.optimizer.state.clear()
         state.ema = self.average()
         if stage > 0 and state.teacher is None and self.config.teacher != "none":
@@ -201,6 +202,13 @@ class Trainer:
         if stage == 2:
             state.momentum = self.model.frozen_copy()
         state.stage = stage
+
+    def _leave_stage(self) -> None:
+        """Take over the averaged weights of the stage that ends."""
+        if self.state.stage >= 0:
+            self.state.ema.copy_to(self.parameters)
+        if self.state.stage == 0 and self.config.backbone is None:  # the null class of a pretrained backbone is initialised already
+            self.model.reset_null_class()
 
     def average(self) -> EMAModel:
         """A new moving average of the parameters."""
