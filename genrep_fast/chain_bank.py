@@ -221,7 +221,9 @@ class ChainBank:
     def save(self, path: str | os.PathLike) -> None:
         """Write the bank to one safetensors file; a file that was there is replaced as a whole or not at all."""
         path = Path(path)
-        tensors = {"centers": self.centers, "timesteps": self._timesteps, **self._kernel._asdict()}
+        # Where running and scoring have the same deviation it is one tensor, which safetensors refuses to write twice.
+        kernel = {name: table.clone() for name, table in self._kernel._asdict().items()}
+        tensors = {"centers": self.centers, "timesteps": self._timesteps, **kernel}
         if self._log_variance_ratio is not None:
             tensors["log_variance_ratio"] = self._log_variance_ratio
         tensors |= {f"coefficients.{name}": getattr(self._coefficients, name) for name in _COEFFICIENTS}

@@ -94,7 +94,8 @@ def classify(checkpoint: str, images: list[str]) -> None:
     opened = []
     for path in images:
         try:
-            opened.append(Image.open(path).convert("RGB"))
+            opened.append(Image.open(path))
+            opened[-1].load()
         except (UnidentifiedImageError, OSError) as error:
             raise ValueError(f"images: {path} cannot be read as an image ({error})") from error
     probabilities = pipeline(opened).probabilities

@@ -214,13 +214,22 @@ def _open_image(file: Path):
 def _file_to_tensor(file: Path, image_size: int, mode: str) -> Tensor:
     with _open_image(file) as image:
         try:
-            return _image_to_tensor(image, image_size, mode)
+            return image_to_tensor(image, (image_size, image_size), mode)
         except (OSError, SyntaxError, ValueError) as error:
             raise ValueError(f"cannot read image {file}: {error}") from error
 
 
-def _image_to_tensor(image, image_size: int, mode: str) -> Tensor:
-    """A PIL image, turned upright, as float32 [C, image_size, image_size] in [-1, 1]."""
+def image_to_tensor(image, size: tuple[int, int], mode: str) -> Tensor:
+    """A PIL image, turned upright, resized and centre-cropped, as float32 [C, height, width] in [-1, 1].
+
+    Args:
+        image: PIL image of any mode with 8 or 16 bits a channel.
+        size: (height, width).
+        mode: "L" for C = 1, "RGB" for C = 3.
+
+    Raises:
+        ValueError: for an image whose values have no fixed range.
+    """
     from PIL import Image, ImageOps
 
     if image.mode in ("I", "F"):
@@ -229,10 +238,11 @@ def _image_to_tensor(image, image_size: int, mode: str) -> Tensor:
     if upright.mode.startswith("I;16"):
         # convert("L") would clip at 255 instead of scaling.
         upright = Image.fromarray((np.asarray(upright) / 257).round().astype(np.uint8))
-    pixels = np.asarray(ImageOps.fit(upright.convert(mode), (image_size, image_size)), dtype=np.float32)
-    return torch.from_numpy(pixels.reshape(image_size, image_size, -1)).permute(2, 0, 1).contiguous() / 127.5 - 1
+    height, width = size
+    pixels = np.asarray(ImageOps.fit(upright.convert(mode), (width, height)), dtype=np.float32)
+    return torch.from_numpy(pixels.reshape(height, width, -1)).permute(2, 0, 1).contiguous() / 127.5 - 1
 
 
 def _pairs_to_dataset(pairs: Sequence, image_size: int, mode: str) -> ImageDataset:
     images, labels = zip(*(pairs[index] for index in range(len(pairs))), strict=True)
-    return ImageDataset(torch.stack([_image_to_tensor(image, image_size, mode) for image in images]), torch.tensor(labels))
+    return ImageDataset(torch.stack([image_to_tensor(image, (image_size, image_size), mode) for image in images]), torch.tensor(labels))

@@ -231,9 +231,18 @@ def test_refresh_in_parts_is_refresh_at_once():
     assert torch.equal(one.centers, other.centers)
 
 
-@pytest.mark.parametrize("config, options, channels", [({}, {}, 2), ({"variance_type": "learned_range"}, {"variance": "fixed_large"}, 4)])
-def test_a_loaded_bank_continues_bit_by_bit(tmp_path, config, options, channels):
-    bank = build(Denoiser(channels), ddpm(**config), dtype=torch.bfloat16, center="sample", **options)
+@pytest.mark.parametrize(
+    "scheduler, options, channels",
+    [
+        (ddpm(), {}, 2),
+        (ddpm(variance_type="learned_range"), {"variance": "fixed_large"}, 4),
+        (ddim(), {"eta": 1.0, "sigma_floor": 0.1}, 2),
+        (FlowMatchEulerDiscreteScheduler(), {"sigma_floor": 0.1}, 2),
+    ],
+    ids=["ddpm", "learned_range", "ddim", "flow"],
+)
+def test_a_loaded_bank_continues_bit_by_bit(tmp_path, scheduler, options, channels):
+    bank = build(Denoiser(channels), scheduler, dtype=torch.bfloat16, center="sample", **options)
     bank.refresh(Denoiser(channels), chains=3)
     bank.save(tmp_path / "bank.safetensors")
     loaded = ChainBank.load(tmp_path / "bank.safetensors")

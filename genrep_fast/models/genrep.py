@@ -124,6 +124,17 @@ class GenRep(ModelMixin, ConfigMixin):
             model.vae.load_state_dict(vae.state_dict())
         return model
 
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **kwargs) -> GenRep:
+        """Load a model from a directory that `save_pretrained` wrote, or from the hub; weights are read through safetensors only."""
+        return super().from_pretrained(path, **kwargs | {"use_safetensors": True})
+
+    def save_pretrained(self, path: str | Path, **kwargs) -> None:
+        """Write config.json and the weights, as safetensors; arguments are those of diffusers' `ModelMixin.save_pretrained`."""
+        if not kwargs.get("safe_serialization", True):
+            raise ValueError("safe_serialization must be True: weights are written as safetensors only")
+        super().save_pretrained(path, **kwargs)
+
     @property
     def null_class(self) -> int:
         """The label of the null class, which the perception branch sees in place of every label."""

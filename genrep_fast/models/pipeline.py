@@ -14,6 +14,7 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 
 from ..coefficients import StepCoefficients, learned_log_variance_ratio, learned_std_scale
+from ..data import image_to_tensor
 from ..ops.reverse_step import reverse_step
 from ..reference.reverse_step import INITIAL_ROW, chain_noise
 from .backbones import require_saved
@@ -55,7 +56,7 @@ class GenRepPipeline(DiffusionPipeline):
             FileNotFoundError: where the directory holds no pipeline.
         """
         require_saved("path", path, "model_index.json")
-        model = kwargs.pop("model", None) or GenRep.from_pretrained(os.path.join(path, "model"), use_safetensors=True)
+        model = kwargs.pop("model", None) or GenRep.from_pretrained(os.path.join(path, "model"), torch_dtype=kwargs.get("torch_dtype"))
         return super().from_pretrained(path, model=model, **kwargs)
 
     @torch.no_grad()
@@ -63,7 +64,8 @@ class GenRepPipeline(DiffusionPipeline):
         """Classify images.
 
         Args:
-            images: PIL images (resized to the model's input), or a float tensor [B, C, H, W] in [-1, 1].
+            images: a PIL image or a list of them, prepared as in training (turned upright, resized, centre-cropped), or a float tensor
+                [B, C, H, W] in [-1, 1].
 
         Returns:
             PerceptionOutput with probabilities [B, K].
@@ -138,10 +140,12 @@ class GenRepPipeline(DiffusionPipeline):
     def _as_tensor(self, images) -> torch.Tensor:
         channels, height, width = self.model.image_shape
         if not isinstance(images, torch.Tensor):
-            if isinstance(images, (list, tuple)) and not images:
+            images = [images] if isinstance(images, Image.Image) else list(images)
+            if not images:
                 raise ValueError("images must hold at least one image, got none")
-            processor = VaeImageProcessor(vae_scale_factor=1, do_convert_rgb=channels == 3, do_convert_grayscale=channels == 1)
-            images = processor.preprocess(images, height=height, width=width)
+            if not all(isinstance(image, Image.Image) for image in images):
+                raise TypeError(f"images must be PIL images or one tensor, got {', '.join(sorted({type(i).__name__ for i in images}))}")
+            images = torch.stack([image_to_tensor(image, (height, width), "L" if channels == 1 else "RGB") for image in images])
         if not images.is_floating_point():
             raise TypeError(f"images must be a floating-point tensor in [-1, 1], got {images.dtype}")
         if images.ndim != 4 or images.shape[1:] != (channels, height, width):
