@@ -13,7 +13,7 @@ train: $(VENV)/.installed-train
 ablation: $(VENV)/.installed-train
 	$(BIN)/genrep train --ablation --output runs/ablation
 
-# Tensors of tests are tiny: more threads only wait for each other, for minutes where the machine is busy.
+# Tensors of tests are tiny: more threads would only wait for each other.
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/pytest
 

@@ -6,7 +6,10 @@ import sys
 from json import dumps, loads
 from pathlib import Path
 
-from jsonargparse import ArgumentError, ArgumentParser
+try:
+    from jsonargparse import ArgumentError, ArgumentParser
+except ImportError:
+    sys.exit("genrep: the command needs what comes with: pip install 'genrep_fast[train]'")
 
 from .backends import info as backend_info
 from .training.config import TrainingConfig
@@ -52,14 +55,14 @@ def train(ablation: bool = False, seeds: int = 3, **options) -> None:
 
 
 def evaluate(
-    checkpoint: str, data: str = "digits", output: str | None = None, elbo_steps: int = 32, samples_per_class: int = 50, seed: int = 0
+    checkpoint: str, data: str | None = None, output: str | None = None, elbo_steps: int = 32, samples_per_class: int = 50, seed: int = 0
 ) -> None:
     """Evaluate a trained pipeline: metrics.json, figures and report.html.
 
     Args:
         checkpoint: folder of the pipeline, or of the run that holds it.
-        data: as of `genrep train`.
-        output: folder for the results; the checkpoint's own where not given.
+        data: as of `genrep train`; that of the run where not given.
+        output: folder for the results; `evaluation` in the checkpoint's where not given.
         elbo_steps: timesteps that the generative posterior scores.
         samples_per_class: generated images a class.
         seed: of the noise.
@@ -71,11 +74,13 @@ def evaluate(
     from .training.run import result_table
 
     pipeline = _load_pipeline(checkpoint)
-    splits = load_data(data, image_size=pipeline.model.image_shape[1])
+    config = Path(checkpoint) / "config.json"
+    trained_on = loads(config.read_text())["data"] if config.is_file() else "digits"
+    splits = load_data(data or trained_on, image_size=pipeline.model.image_shape[1])
     settings = EvaluationSettings(elbo_steps=elbo_steps, samples_per_class=samples_per_class, seed=seed)
     log = Path(checkpoint) / "history.jsonl"
     history = [loads(line) for line in log.read_text().splitlines()] if log.is_file() else None
-    folder = Path(output or checkpoint)
+    folder = Path(output or Path(checkpoint) / "evaluation")
     with evaluation_progress() as progress:
         metrics = run_evaluation(pipeline.model, pipeline.scheduler, splits, folder, settings=settings, history=history, progress=progress)
     console.print(result_table(metrics))

@@ -1,6 +1,7 @@
 """GenRepPipeline: classifying, generating against diffusers' own schedulers, saving and loading."""
 
 import dataclasses
+import io
 import json
 
 import numpy as np
@@ -10,6 +11,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteSchedu
 from PIL import Image
 
 from genrep_fast import GenRepPipeline
+from genrep_fast.data import image_to_tensor
 from genrep_fast.reference.reverse_step import INITIAL_ROW, chain_noise
 
 KINDS = ("unet", "dit")
@@ -65,6 +67,19 @@ def test_save_and_load_give_the_same_bits(make_pipeline, tiny_vae, tmp_path, kin
     assert type(loaded.scheduler) is DDPMScheduler and loaded.scheduler.config.clip_sample is False
 
 
+def test_loads_in_another_dtype_and_never_a_pickle(make_pipeline, tmp_path):
+    pipeline = make_pipeline()
+    pipeline.save_pretrained(tmp_path)
+    assert GenRepPipeline.from_pretrained(tmp_path, torch_dtype=torch.float16).model.dtype == torch.float16
+    with pytest.raises(ValueError, match="safe_serialization must be True"):
+        pipeline.model.save_pretrained(tmp_path / "pickle", safe_serialization=False)
+    weights = tmp_path / "model" / "diffusion_pytorch_model.safetensors"
+    torch.save(pipeline.model.state_dict(), weights.with_suffix(".bin"))
+    weights.unlink()
+    with pytest.raises(OSError, match="safetensors"):
+        GenRepPipeline.from_pretrained(tmp_path)
+
+
 def test_a_directory_without_a_pipeline_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing.model_index.json does not exist"):
         GenRepPipeline.from_pretrained(tmp_path / "nothing")
@@ -111,6 +126,18 @@ def test_perceives_colour_pictures_at_the_size_of_the_vae(make_pipeline, tiny_va
     tensor = torch.from_numpy(pixels).permute(2, 0, 1).float()[None] / 127.5 - 1
     torch.testing.assert_close(pipeline(Image.fromarray(pixels)).logits, pipeline(tensor).logits, rtol=0, atol=1e-5)
     assert pipeline([grey_image(20), Image.fromarray(pixels)]).probabilities.shape == (2, 3)
+
+
+def test_photographs_are_prepared_as_for_training(make_pipeline):
+    pipeline = make_pipeline()
+    photograph = Image.fromarray(np.random.default_rng(2).integers(0, 256, (20, 33), dtype=np.uint8))
+    turned = io.BytesIO()
+    orientation = Image.Exif()
+    orientation[0x0112] = 6  # to be turned clockwise
+    photograph.transpose(Image.Transpose.ROTATE_90).save(turned, "png", exif=orientation)
+    expected = pipeline(image_to_tensor(photograph, (8, 8), "L")[None]).logits
+    for picture in (photograph, Image.open(turned), Image.fromarray(np.asarray(photograph).astype(np.uint16) * 257)):
+        torch.testing.assert_close(pipeline(picture).logits, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (1, 8, 8), (2, 3, 8, 8), (2, 1, 8, 9)])

@@ -637,7 +637,7 @@ def test_perception_loss_equals_an_explicit_sum(labelled):
 TIMESTEPS = torch.tensor([0, 1, 2, 250, 700, 998, 999])
 
 
-def variational_bound(tiny_model, monkeypatch, learned, prediction_type):
+def variational_bound(tiny_model, monkeypatch, learned, prediction_type, own=False, variance_type="fixed_small"):
     """The loss's own value with known timesteps and noise, and all that it was made of."""
     model = tiny_model("unet", active=True, **({"out_channels": 2} if learned else {}))
     torch.nn.init.constant_(model.log_std_modulation[-1].bias, -0.4)
@@ -645,20 +645,22 @@ def variational_bound(tiny_model, monkeypatch, learned, prediction_type):
     x = torch.rand(7, 1, 8, 8, generator=generator) * 2 - 1
     labels = torch.arange(7) % NUM_CLASSES
     semantic = model.frozen_copy().semantic_features(x)
-    loss = GenerationLoss(DDPMScheduler(clip_sample=False, prediction_type=prediction_type), alignment_weight=0.0, variance_weight=1.0)
+    scheduler = DDPMScheduler(clip_sample=False, prediction_type=prediction_type, variance_type=variance_type)
+    loss = GenerationLoss(scheduler, alignment_weight=0.0, variance_weight=1.0)
     monkeypatch.setattr(losses, "stratified_timesteps", lambda *_: TIMESTEPS)
     torch.manual_seed(6)
-    _, parts = loss(model, x, labels, semantic=semantic)
+    _, parts = loss(model, x, labels, semantic=semantic, own=own)
     torch.manual_seed(6)
     x_t = loss.scheduler.add_noise(x, torch.randn_like(x), TIMESTEPS)
     return model, x, x_t, model(x_t, TIMESTEPS, labels, semantic=semantic), parts["variational_bound"]
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize("learned", [False, True])
-def test_variational_bound_is_the_divergence_of_the_reverse_steps(tiny_model, monkeypatch, learned, prediction_type):
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned"])
+def test_variational_bound_is_the_divergence_of_the_reverse_steps(tiny_model, monkeypatch, variance, prediction_type):
     """Against torch's KL of the two normal distributions, whose means and variances are diffusers' own, at every kind of timestep."""
-    _, x, x_t, output, actual = variational_bound(tiny_model, monkeypatch, learned, prediction_type)
+    fixed = "fixed_large" if variance == "fixed_large" else "fixed_small"
+    _, x, x_t, output, actual = variational_bound(tiny_model, monkeypatch, variance == "learned", prediction_type, variance_type=fixed)
     monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, **__: torch.zeros(()))
     denoised = DDPMScheduler(clip_sample=False, prediction_type=prediction_type)
     exact = DDPMScheduler(clip_sample=False, prediction_type="sample")
@@ -668,17 +670,20 @@ def test_variational_bound_is_the_divergence_of_the_reverse_steps(tiny_model, mo
         mean = denoised.step(output.sample[i, :1].detach().double(), timestep, x_t[i].double()).prev_sample
         small = exact._get_variance(max(timestep, 1)).double().sqrt()  # that of t = 0 is zero
         log_std = small.log() + output.log_std_shift[i].detach().double()
-        if learned:
-            large = exact._get_variance(timestep, variance_type="fixed_large").double().sqrt()
+        large = exact._get_variance(timestep, variance_type="fixed_large").double().sqrt()
+        if variance == "learned":
             log_std = log_std + (output.sample[i, 1:].detach().double() + 1) / 2 * (large / small).log()
+        elif variance == "fixed_large":
+            log_std = log_std + (large / small).log()
         divergence = kl_divergence(Normal(true_mean, small), Normal(mean, log_std.exp()))
         total += divergence.mean().item() / len(TIMESTEPS)
     assert actual.item() == pytest.approx(total, rel=2e-4)
 
 
+@pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("learned", [False, True])
-def test_variational_bound_trains_the_variance_alone(tiny_model, monkeypatch, learned):
-    model, *_, bound = variational_bound(tiny_model, monkeypatch, learned, "epsilon")
+def test_variational_bound_trains_the_variance_alone(tiny_model, monkeypatch, learned, own):
+    model, *_, bound = variational_bound(tiny_model, monkeypatch, learned, "epsilon", own)
     bound.backward()
     assert all(parameter.grad.any() for parameter in model.log_std_modulation.parameters())
     if learned:

@@ -113,7 +113,9 @@ class GenerationLoss(nn.Module):
         prediction = output.sample[:, : x.shape[1]].detach().float()
         difference = at(self.noisy) * x_t + at(self.output) * prediction - at(self.exact_output) * x  # μ − μ̃
         shift = output.log_std_shift.float()[:, None, None, None]
-        if output.sample.shape[1] == 2 * x.shape[1]:
+        if self.scheduler.config.variance_type == "fixed_large":  # the deviation that the shift modulates in `generate`
+            shift = shift + at(self.log_std_range)
+        elif output.sample.shape[1] == 2 * x.shape[1]:
             shift = shift + (output.sample[:, x.shape[1] :].float() + 1) / 2 * at(self.log_std_range)
         ratio = (difference / at(self.std)) ** 2
         return (shift + ((1 + ratio) * (-2 * shift).exp() - 1) / 2).mean()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -14,11 +16,18 @@ _LINES_PER_STAGE = 10
 _SHOWN = ("generation", "perception", "cosine", "alpha")
 
 
+def wall_clock(device: torch.device) -> float:
+    """Seconds, read once the device has done all that it was asked for."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
 class StageProgress:
     """Progress of one stage, from step `start` to step `end` of the run; a context manager."""
 
     def __init__(self, stage: str, start: int, end: int, length: int):
-        self.stage, self.end, self.length, self.first = stage, end, length, end - length
+        self.stage, self.length, self.first, self.printed = stage, length, end - length, 0
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         self.progress = Progress(*columns, TextColumn("{task.fields[metrics]}"), console=console, disable=not console.is_terminal)
         self.task = self.progress.add_task(f"{stage:10}", total=length, completed=start - self.first, metrics="")
@@ -39,8 +48,6 @@ class StageProgress:
         if not console.is_terminal and (done // every != self.printed // every or done == self.length):
             console.print(f"{self.stage:10} {done:6d}/{self.length}  {metrics}")
         self.printed = done
-
-    printed = 0
 
 
 @contextlib.contextmanager

@@ -11,8 +11,8 @@ from rich.table import Table
 from ..data import load_data
 from ..evaluation import EvaluationSettings, evaluate
 from .config import STAGES, TrainingConfig
-from .progress import console, evaluation_progress
-from .teacher import Teacher
+from .progress import console, evaluation_progress, wall_clock
+from .teacher import Teacher, planned_evaluations
 from .trainer import Trainer
 
 # Forward and backward passes of the backbone in a step of each stage; a forward pass alone counts a third.
@@ -91,9 +91,13 @@ def _budget_table(trainer: Trainer, settings: EvaluationSettings) -> Table:
     table = Table("stage", "steps", "time budget", title=f"{config.data} → {config.output}", title_justify="left")
     for stage, steps in zip(STAGES, config.stage_steps, strict=True):
         table.add_row(stage, str(steps), _minutes(steps * config.gradient_accumulation_steps * _PASSES[stage] * seconds))
+    if config.teacher != "none":
+        evaluations = planned_evaluations(config, splits.num_classes)
+        table.add_row("teacher", "", _minutes(evaluations / config.batch_size * _FORWARD * seconds))
     if config.evaluate:
         images = settings.test_images or len(splits.test)
-        scored = (3 * images + min(images, len(splits.calibration))) * splits.num_classes * settings.elbo_steps
+        scored = images + 2 * min(images, settings.random_images) + min(images, len(splits.calibration))
+        scored *= splits.num_classes * settings.elbo_steps
         drawn = settings.samples_per_class * splits.num_classes * settings.num_inference_steps
         table.add_row("evaluation", "", _minutes((scored + drawn) / config.batch_size * _FORWARD * seconds))
     return table
@@ -105,9 +109,11 @@ def _seconds_per_pass(trainer: Trainer) -> float:
     labels = torch.zeros(config.batch_size, dtype=torch.int64, device=model.device)
     seconds = []
     for _ in range(3):
-        started = time.perf_counter()
-        trainer.generation_loss(model, x, labels, modulate=False)[0].backward()
-        seconds.append(time.perf_counter() - started)
+        started = wall_clock(model.device)
+        with trainer.accelerator.autocast():
+            loss, _ = trainer.generation_loss(model, x, labels, modulate=False)
+        loss.backward()
+        seconds.append(wall_clock(model.device) - started)
         model.zero_grad(set_to_none=True)
     return sorted(seconds)[1]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ from ..estimators import ElboEstimator, ImageChainEstimator
 from ..models import GenRep
 from ..ops.scoring import fit_temperature
 from .config import TrainingConfig
+from .progress import wall_clock
 
 # Chosen by negative log-likelihood on the calibration split of the digits: many short chains beat few long ones at the same cost.
 _CENTER, _SIGMA_FLOOR = "sample", 0.2
@@ -21,18 +21,36 @@ _REFRESH = 4  # each refresh renews one chain in four
 _BATCH = 256
 
 
+def planned_evaluations(config: TrainingConfig, num_classes: int) -> int:
+    """Network evaluations that the teacher of a whole run will take, those of its calibration not counted."""
+    if config.teacher == "none":
+        return 0
+    steps = sum(config.stage_steps[1:])
+    if config.teacher == "bank":
+        bank = scaled_chains(config) * num_classes * config.teacher_steps
+        refreshes = steps // config.teacher_refresh if config.teacher_refresh else 0
+        return bank + refreshes * bank // _REFRESH
+    return steps * config.gradient_accumulation_steps * config.batch_size * num_classes * config.teacher_steps
+
+
+def scaled_chains(config: TrainingConfig) -> int:
+    """Chains a class of the bank, fewer in a short run."""
+    return max(2, round(config.teacher_chains * config.scale))
+
+
 class Teacher:
     """Scores images with the estimator that `config.teacher` names, over the frozen `model`.
 
     Attributes:
         temperature: τ of the posterior, calibrated by `prepare`.
+        accuracy: top-1 of the posterior on the calibration images, also of `prepare`.
         evaluations: images that went through the network, once a class and step.
         seconds: wall time spent here.
     """
 
     def __init__(self, config: TrainingConfig, model: GenRep, scheduler):
         self.config, self.model, self.scheduler = config, model, scheduler
-        self.temperature, self.seconds = 1.0, 0.0
+        self.temperature, self.accuracy, self.seconds = 1.0, 0.0, 0.0
         self.estimator = None if config.teacher == "bank" else self._online_estimator()
 
     @property
@@ -57,7 +75,7 @@ class Teacher:
         """Renew a part of the bank's chains; the other estimators keep nothing that could age."""
         if self.config.teacher == "bank":
             with self._timed():
-                self.estimator.refresh(self._denoise, chains=max(1, self._chains() // _REFRESH))
+                self.estimator.refresh(self._denoise, chains=max(1, scaled_chains(self.config) // _REFRESH))
 
     def save(self, directory: Path) -> None:
         """Write the bank, where there is one, to bank.safetensors in `directory`; `state_dict` holds the rest."""
@@ -92,7 +110,7 @@ class Teacher:
             self.model.config.num_classes,
             self.model.sample_shape,
             num_inference_steps=steps,
-            chains=self._chains(),
+            chains=scaled_chains(self.config),
             burn_in=int(steps * _BURN_IN),
             thin=_THIN,
             device=self.model.device,
@@ -110,18 +128,13 @@ class Teacher:
         variance = "fixed_large" if self.scheduler.config.variance_type == "learned_range" else None
         return {"center": _CENTER, "sigma_floor": _SIGMA_FLOOR, "variance": variance, "seed": self.config.seed}
 
-    def _chains(self) -> int:
-        return max(2, round(self.config.teacher_chains * self.config.scale))
-
     def _denoise(self, x_t: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return self.model(x_t, timesteps, labels, modulate=False).sample
 
     @contextlib.contextmanager
     def _timed(self):
-        start = time.perf_counter()
+        start = wall_clock(self.model.device)
         try:
             yield
         finally:
-            if self.model.device.type != "cpu":
-                torch.accelerator.synchronize()
-            self.seconds += time.perf_counter() - start
+            self.seconds += wall_clock(self.model.device) - start

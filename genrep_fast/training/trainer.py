@@ -88,10 +88,10 @@ class Trainer:
 
     def _run_stage(self, stage: int, end: int, batches) -> None:
         state = self.state
-        if state.stage != stage:
-            self._enter_stage(stage)
-        self.wrapped.train()
         with StageProgress(STAGES[stage], state.step, end, self.config.stage_steps[stage]) as progress:
+            if state.stage != stage:
+                self._enter_stage(stage)
+            self.wrapped.train()
             while state.step < end:
                 started, taught = time.perf_counter(), state.teacher_seconds
                 metrics = self._step(stage, batches)
@@ -181,7 +181,7 @@ class Trainer:
             aligned, found = align_gradients(
                 perception, generation, weights=self.config.gradient_weights, power=self.config.gradient_power, groups=self.groups
             )
-            if self.config.align:
+            if found.cosine.numel():
                 statistics = {"cosine": found.cosine.mean(), "alpha": found.alpha.mean()}
         else:
             aligned = [p if g is None else g for p, g in zip(perception, generation, strict=True)]
