@@ -5,6 +5,7 @@ Images are float32 [C, H, W] in [-1, 1], labels are Python ints; a data set is r
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ class DataSplits:
         test: for final numbers alone.
         class_names: one name a class, in the order of the labels.
         image_shape: (C, H, W).
+        name: as `load_data` was told it.
     """
 
     train: Dataset
@@ -57,6 +59,7 @@ class DataSplits:
     test: Dataset
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]
+    name: str = ""
 
     @property
     def num_classes(self) -> int:
@@ -83,12 +86,14 @@ def load_data(name: str, *, image_size: int | None = None, seed: int = 0) -> Dat
         raise ValueError(f"image_size must be positive, got {image_size}")
     kind, _, argument = name.partition(":")
     if kind == "digits" and not argument:
-        return _load_digits(image_size)
-    if kind == "folder" and argument:
-        return _load_folder(Path(argument).expanduser(), image_size or DEFAULT_IMAGE_SIZE, seed)
-    if kind == "torchvision" and argument:
-        return _load_torchvision(argument, image_size or DEFAULT_IMAGE_SIZE, seed)
-    raise ValueError(f"data must be 'digits', 'folder:PATH' or 'torchvision:NAME', got {name!r}")
+        splits = _load_digits(image_size)
+    elif kind == "folder" and argument:
+        splits = _load_folder(Path(argument).expanduser(), image_size or DEFAULT_IMAGE_SIZE, seed)
+    elif kind == "torchvision" and argument:
+        splits = _load_torchvision(argument, image_size or DEFAULT_IMAGE_SIZE, seed)
+    else:
+        raise ValueError(f"data must be 'digits', 'folder:PATH' or 'torchvision:NAME', got {name!r}")
+    return dataclasses.replace(splits, name=name)
 
 
 def as_tensors(dataset: Dataset) -> tuple[Tensor, Tensor]:

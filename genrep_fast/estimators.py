@@ -42,6 +42,7 @@ class ElboEstimator:
             raise ValueError(f"num_steps must be between 1 and {total}, got {num_steps}")
         self.denoiser, self.scheduler, self.num_classes, self.seed = denoiser, scheduler, num_classes, seed
         self.timesteps = ((torch.arange(num_steps) + 0.5) * (total / num_steps)).long()
+        self.coefficients = [StepCoefficients.elbo(scheduler, timestep[None]) for timestep in self.timesteps]
         self.evaluations = 0
 
     @torch.no_grad()
@@ -54,8 +55,7 @@ class ElboEstimator:
             output = denoise_classes(self.denoiser, self.scheduler.add_noise(x, noise, steps)[:, None], timestep, self.num_classes)
             self.evaluations += output.shape[0] * output.shape[1]
             target = training_target(self.scheduler, x, noise, steps)[:, None, None]
-            coefficients = StepCoefficients.elbo(self.scheduler, timestep[None])
-            scorer.update(x, output[:, :, None], coefficients.to(x.device), target)
+            scorer.update(x, output[:, :, None], self.coefficients[row].to(x.device), target)
         return scorer.log_likelihood()
 
 

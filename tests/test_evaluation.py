@@ -257,6 +257,7 @@ def test_samples_are_compared_with_training_images(evaluated, templates, splits)
 def test_metrics_state_their_sizes_evaluations_and_times(evaluated):
     metrics = evaluated.metrics
     assert metrics["sizes"] == {
+        "data": "",
         "train_images": 90,
         "calibration_images": 17,
         "test_images": 31,

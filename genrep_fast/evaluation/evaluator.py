@@ -244,6 +244,7 @@ class _Evaluation:
     def _sizes(self) -> dict[str, Any]:
         samples = self.settings.samples_per_class * self.splits.num_classes
         return {
+            "data": self.splits.name,
             "train_images": len(self.train[0]),
             "calibration_images": len(self.calibration[0]),
             "test_images": len(self.test[0]),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..files import write_atomically
 from .figures import Illustration
 
 
@@ -64,9 +64,9 @@ def write_report(output_dir: Path, metrics: dict[str, Any], illustrations: Seque
     """Write ``figures/*.png``, ``report.html`` and, last, ``metrics.json`` to `output_dir`, which is created where missing."""
     (output_dir / "figures").mkdir(parents=True, exist_ok=True)
     for illustration in illustrations:
-        _write_atomically(output_dir / "figures" / f"{illustration.name}.png", illustration.png)
-    _write_atomically(output_dir / "report.html", render_report(metrics, illustrations).encode())
-    _write_atomically(output_dir / "metrics.json", (json.dumps(metrics, indent=2, allow_nan=False) + "\n").encode())
+        write_atomically(output_dir / "figures" / f"{illustration.name}.png", illustration.png)
+    write_atomically(output_dir / "report.html", render_report(metrics, illustrations))
+    write_atomically(output_dir / "metrics.json", json.dumps(metrics, indent=2, allow_nan=False) + "\n")
 
 
 def render_report(metrics: dict[str, Any], illustrations: Sequence[Illustration]) -> str:
@@ -78,6 +78,7 @@ def render_report(metrics: dict[str, Any], illustrations: Sequence[Illustration]
     return environment.get_template("report.html.jinja").render(
         summary=[(row, _formatted(metrics[row.section][row.key], row.format)) for row in SUMMARY],
         metrics=metrics,
+        aims=metrics["sizes"]["data"] == "digits",
         tables={
             title: _flat(metrics[key])
             for title, key in (("Sizes", "sizes"), ("Wall time in seconds", "seconds"), ("Distillation teacher", "teacher"))
@@ -101,9 +102,3 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
         else:
             flat[name] = f"{value:.1f}" if isinstance(value, float) else str(value)
     return flat
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)

@@ -223,6 +223,10 @@ class GenRep(ModelMixin, ConfigMixin):
         """An independent copy without gradients, in eval mode; the frozen VAE is shared."""
         return copy.deepcopy(self, {id(self.vae): self.vae}).requires_grad_(False).eval()
 
+    def trained_state(self) -> dict[str, torch.Tensor]:
+        """The state dict without the frozen VAE."""
+        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("vae.")}
+
     def alignment_groups(self) -> list[int | None]:
         """For each parameter that is trained, the index of its attention block, or None outside of them."""
         groups = {id(p): i for i, block in enumerate(attention_blocks(self.backbone)) for p in block.parameters()}

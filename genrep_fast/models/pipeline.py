@@ -56,7 +56,8 @@ class GenRepPipeline(DiffusionPipeline):
             FileNotFoundError: where the directory holds no pipeline.
         """
         require_saved("path", path, "model_index.json")
-        model = kwargs.pop("model", None) or GenRep.from_pretrained(os.path.join(path, "model"), torch_dtype=kwargs.get("torch_dtype"))
+        dtype = {key: kwargs[key] for key in ("torch_dtype", "dtype") if key in kwargs}
+        model = kwargs.pop("model", None) or GenRep.from_pretrained(os.path.join(path, "model"), **dtype)
         return super().from_pretrained(path, model=model, **kwargs)
 
     @torch.no_grad()

@@ -8,8 +8,9 @@ import statistics
 from pathlib import Path
 
 from ..evaluation import EvaluationSettings
+from ..files import write_atomically
 from ..models import GenRep
-from .config import TrainingConfig, write_atomically
+from .config import TrainingConfig
 from .progress import console
 from .run import run
 

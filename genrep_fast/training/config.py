@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ..files import write_atomically
+
 STAGES = ("diffusion", "perception", "joint")
 
 
@@ -158,10 +160,3 @@ class TrainingConfig:
                     f"{field.name} is {given} now, but {path} says {stored}: a run is resumed with the options it was started with"
                 )
         return TrainingConfig(**saved)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write `text` so that `path` holds either the old or the new content, whenever the process dies."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)

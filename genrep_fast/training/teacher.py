@@ -89,7 +89,7 @@ class Teacher:
 
     def state_dict(self) -> dict:
         return {
-            "model": self.model.state_dict(),
+            "model": self.model.trained_state(),
             "temperature": self.temperature,
             "accuracy": self.accuracy,
             "seconds": self.seconds,
@@ -97,7 +97,7 @@ class Teacher:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        self.model.load_state_dict(state["model"])
+        self.model.load_state_dict(self.model.state_dict() | state["model"])
         self.temperature, self.accuracy, self.seconds = state["temperature"], state["accuracy"], state["seconds"]
         if self.config.teacher != "bank":  # a bank keeps its own count
             self.estimator.evaluations = state["evaluations"]

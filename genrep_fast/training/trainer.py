@@ -15,11 +15,12 @@ from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..data import DataSplits, as_tensors, few_labels
+from ..files import write_atomically
 from ..models import GenRep, GenRepPipeline
 from ..models.backbones import require_saved
 from ..ops.alignment import align_gradients
 from .checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
-from .config import STAGES, TrainingConfig, write_atomically
+from .config import STAGES, TrainingConfig
 from .losses import GenerationLoss, perception_loss
 from .progress import StageProgress
 from .teacher import Teacher
@@ -297,7 +298,7 @@ class TrainingState:
             "micro_batch": self.micro_batch,
             "stage": self.stage,
             "ema": self.ema.state_dict(),
-            "momentum": None if self.momentum is None else self.momentum.state_dict(),
+            "momentum": None if self.momentum is None else self.momentum.trained_state(),
             "teacher": None if self.teacher is None else self.teacher.state_dict(),
             "history": self.history,
             "seconds": self.seconds,
@@ -311,7 +312,7 @@ class TrainingState:
         self.ema.to(trainer.accelerator.device)
         if state["momentum"] is not None:
             self.momentum = trainer.model.frozen_copy()
-            self.momentum.load_state_dict(state["momentum"])
+            self.momentum.load_state_dict(self.momentum.state_dict() | state["momentum"])
         if state["teacher"] is not None:
             self.teacher = Teacher(trainer.config, trainer.model.frozen_copy(), trainer.scheduler)
             self.teacher.load_state_dict(state["teacher"])
