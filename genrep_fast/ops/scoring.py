@@ -217,6 +217,7 @@ def result_shape(x: Tensor, model_output: Tensor, x_t: Tensor | None, per_locati
 
 
 def check_reduction(reduction: str) -> None:
+    """Raise ValueError for a reduction that does not exist."""
     if reduction not in ("mixture", "mean"):
         raise ValueError(f'reduction must be "mixture" or "mean", got {reduction!r}')
 
