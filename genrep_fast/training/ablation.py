@@ -64,7 +64,7 @@ def run_ablation(config: TrainingConfig, seeds: int) -> str:
     folder = Path(config.output)
     write_atomically(folder / "ablation.json", json.dumps(results, indent=2))
     write_atomically(folder / "ablation.md", table)
-    console.print(table)
+    console.print(table, soft_wrap=True)
     return table
 
 
