@@ -1,6 +1,6 @@
 """A bank of class chains: the kept steps of many reverse chains a class, run once and scored against many batches.
 
-p(x|y) ≈ (1/S) Σ_s N(x; center[y, s], σ_s² I) over S = chains · kept steps (METHOD.md, *class chain*).
+p(x|y) ≈ (1/S) Σ_s N(x; center[y, s], σ_s² I) over S = chains · kept steps (GenRep's class chains).
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ class ChainBank:
         for start in range(0, components, steps):
             rows = slice(start, start + steps)
             centers = self.centers[:, rows].to(dtype).flatten(2)  # [K, s, D]
-            # The direct sum of squared differences: the matrix-product form loses digits (METHOD.md).
+            # The direct sum of squared differences: the matrix-product form ‖x‖² − 2x·μ + ‖μ‖² loses digits.
             distance = torch.cdist(images, centers, compute_mode="donot_use_mm_for_euclid_dist")  # [K, B, s]
             half_inv_var = (0.5 * self._inv_var[rows]).to(dtype)
             log_norm = (self._log_norm[rows] * images.shape[2]).to(dtype)

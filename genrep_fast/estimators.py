@@ -1,4 +1,4 @@
-"""Monte Carlo estimators of log p(x|y) for every class, from a class-conditional denoiser (METHOD §1).
+"""Monte Carlo estimators of log p(x|y) for every class, from a class-conditional denoiser.
 
 Each has `log_likelihood(x) -> [B, K]` and counts its network evaluations (one an image, class and step). `ChainBank` is the third of them.
 """
@@ -60,7 +60,7 @@ class ElboEstimator:
 
 
 class ImageChainEstimator:
-    """One reverse chain an image and class, from the image noised to `start`; its kept steps are a mixture (METHOD §1, image chain).
+    """One reverse chain an image and class, from the image noised to `start`; its kept steps are a mixture (GenRep).
 
     Args:
         denoiser, scheduler, num_classes, seed: as of `ElboEstimator`.

@@ -163,7 +163,7 @@ class GenRep(ModelMixin, ConfigMixin):
         semantic: torch.Tensor | None = None,
         modulate: bool = True,
     ) -> GenRepOutput:
-        """Denoise x_t under the given classes (METHOD §3, generation).
+        """Denoise x_t under the given classes: o = o_base + W(t)·concat(x_t, x_sem) (GenRep, semantic-driven generation).
 
         Args:
             x_t: noisy latents [B, C, H, W].

@@ -1,4 +1,4 @@
-"""`genrep train --ablation`: the five rows of the paper's table (METHOD §3), where labels are few and they can differ."""
+"""`genrep train --ablation`: the five rows of the paper's table (GenRep, ICLR 2026), where labels are few and they can differ."""
 
 from __future__ import annotations
 

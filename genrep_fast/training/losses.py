@@ -1,4 +1,4 @@
-"""The losses of GenRep (METHOD §3): perception with distillation, semantic-driven generation."""
+"""The losses of GenRep (ICLR 2026): perception with distillation, semantic-driven generation."""
 
 from __future__ import annotations
 

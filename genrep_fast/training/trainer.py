@@ -1,4 +1,4 @@
-"""The training loop of GenRep: three stages (METHOD §3) on Hugging Face Accelerate, resumable to the bit."""
+"""The training loop of GenRep: three stages on Hugging Face Accelerate, resumable to the bit."""
 
 from __future__ import annotations
 
@@ -97,12 +97,8 @@ class Trainer:
                 started, taught = time.perf_counter(), state.teacher_seconds
                 metrics = self._step(stage, batches)
                 state.step += 1
-                if (
-                    stage > 0
-                    and state.teacher is not None
-                    and self.config.teacher_refresh
-                    and state.step % self.config.teacher_refresh == 0
-                ):
+                refresh = self.config.teacher_refresh
+                if state.teacher is not None and refresh and state.step % refresh == 0:
                     state.teacher.refresh()
                 teacher_seconds = state.teacher_seconds - taught
                 state.seconds[STAGES[stage]] += time.perf_counter() - started - teacher_seconds
