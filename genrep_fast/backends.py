@@ -11,7 +11,7 @@ import contextlib
 import contextvars
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ def define_operator(
     fake: Callable,
     backward: Callable | None = None,
     setup_context: Callable | None = None,
-    always_float64: bool = False,
+    data: tuple[int, ...] = (0,),
 ) -> torch._ops.OpOverload:
     """Define ``genrep_fast::<schema>`` once: schema, fake, autograd, and `reference` as its first implementation.
 
@@ -51,7 +51,7 @@ def define_operator(
         fake: function of the same arguments that returns empty outputs of the right shape, dtype and device.
         backward: ``backward(ctx, *grads)`` as `torch.library.register_autograd` wants it; None where no gradient flows.
         setup_context: ``setup_context(ctx, inputs, output)``, required with `backward`.
-        always_float64: the operator's first argument is float64 whatever the user's data, and every backend takes it.
+        data: positions of the tensor arguments that hold the user's data: where one of their tensors is float64, the reference runs.
 
     Returns:
         The callable overload, ``torch.ops.genrep_fast.<name>.default``.
@@ -61,9 +61,9 @@ def define_operator(
     register_implementation(name, "reference", reference)
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        tensors = _data_tensors((*args, *kwargs.values()))
-        device_type = tensors[0].device.type
-        float64 = not always_float64 and any(tensor.dtype == torch.float64 for tensor in tensors)
+        arguments = (*args, *kwargs.values())
+        device_type = next(_tensors(arguments)).device.type
+        float64 = any(tensor.dtype == torch.float64 for tensor in _tensors([arguments[position] for position in data]))
         implementation = _select(name, device_type, float64)
         if not torch.is_autocast_enabled(device_type):
             return implementation(*args, **kwargs)
@@ -157,11 +157,8 @@ def _require_backend(backend: str, argument: str) -> None:
         raise BackendUnavailableError(f"backend {backend!r} was asked for, but {_unavailable[backend]}")
 
 
-def _data_tensors(arguments: tuple) -> list[torch.Tensor]:
-    """The tensors of the first argument that holds any: an operator's data come first in its schema."""
+def _tensors(arguments: Iterable) -> Iterator[torch.Tensor]:
     for argument in arguments:
-        values = argument if isinstance(argument, (list, tuple)) else (argument,)
-        tensors = [value for value in values if isinstance(value, torch.Tensor)]
-        if tensors:
-            return tensors
-    raise ValueError("an operator needs at least one tensor, got none")
+        for value in argument if isinstance(argument, (list, tuple)) else (argument,):
+            if isinstance(value, torch.Tensor):
+                yield value

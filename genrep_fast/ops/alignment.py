@@ -19,23 +19,30 @@ Gradients = Sequence[Tensor | None]  # of one loss: a tensor for each parameter,
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MAX_LOSSES = 8
 
+
+def _first(gradients: Gradients) -> Tensor:
+    return next(gradient for gradient in gradients if gradient is not None)
+
+
+
 _gram = define_operator(
-    "gram(Tensor[] gradients, int n, int[] groups, int num_groups) -> Tensor",
+    "gram(Tensor?[] gradients, int n, int[] groups, int num_groups) -> Tensor",
     reference=reference.gram,
-    fake=lambda gradients, n, groups, num_groups: gradients[0].new_empty(num_groups, n, n, dtype=torch.float64),
+    fake=lambda gradients, n, groups, num_groups: _first(gradients).new_empty(num_groups, n, n, dtype=torch.float64),
 )
 
 _alignment_coefficients = define_operator(
     "alignment_coefficients(Tensor gram, float[] weights, float power) -> (Tensor coefficients, Tensor cosine, Tensor alpha)",
     reference=reference.alignment_coefficients,
     fake=lambda gram, weights, power: (gram.new_empty(len(gram), 2), gram.new_empty(len(gram)), gram.new_empty(len(gram))),
-    always_float64=True,
+    data=(),
 )
 
 _combine = define_operator(
     "combine(Tensor?[] gradients, Tensor coefficients, int[] groups, float[] weights, Tensor(a!)[] out) -> ()",
     reference=reference.combine,
     fake=lambda gradients, coefficients, groups, weights, out: None,
+    data=(0, 4),
 )
 
 

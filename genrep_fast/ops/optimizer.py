@@ -15,9 +15,10 @@ from .alignment import Gradients, check_coefficients, check_gradients, check_len
 _adamw_step = define_operator(
     "adamw_step(Tensor(a!)[] params, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] emas, "
     "Tensor?[] gradients, Tensor coefficients, int[] groups, float[] weights, Tensor[] steps, Tensor lr, "
-    "float beta1, float beta2, float eps, float weight_decay, float ema_decay) -> ()",
+    "float beta1, float beta2, float eps, float weight_decay, float ema_decay, Tensor? found_inf) -> ()",
     reference=reference.adamw_step,
     fake=lambda *arguments: None,
+    data=(0, 1, 2, 3, 4),
 )
 
 
@@ -38,6 +39,7 @@ def adamw_step(
     weight_decay: float = 1e-2,
     emas: Sequence[Tensor] | None = None,
     ema_decay: float = 0.999,
+    found_inf: Tensor | None = None,
 ) -> None:
     """Combine the gradients of n losses, take one AdamW step with the sum, and move an exponential average of the parameters, all in place.
 
@@ -53,6 +55,8 @@ def adamw_step(
         betas, eps, weight_decay: as in `torch.optim.AdamW`.
         emas: T tensors that follow the parameters, shapes as `params`, updated; None for no average.
         ema_decay: share of the old average that is kept, 0 to 1.
+        found_inf: floating-point tensor of one element on the parameters' device; where it is not 0, nothing is changed (decided on the
+            device, as in `torch.amp.GradScaler`). None: always update.
 
     Raises:
         TypeError: for an argument of a wrong type, or a tensor of a wrong dtype.
@@ -93,6 +97,7 @@ def adamw_step(
             eps,
             weight_decay,
             ema_decay,
+            found_inf,
         )
 
 

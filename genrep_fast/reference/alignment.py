@@ -18,15 +18,19 @@ import torch
 from torch import Tensor
 
 
-def gram(gradients: list[Tensor], n: int, groups: list[int], num_groups: int) -> Tensor:
+def gram(gradients: list[Tensor | None], n: int, groups: list[int], num_groups: int) -> Tensor:
     """Gram matrices [num_groups, n, n] float64 of `n` losses' gradients; tensor t adds to the matrix of ``groups[t]``.
 
-    Products of float32 (or narrower) numbers are exact in float64, so only the float64 sum rounds, and nothing finite overflows.
+    A gradient that is None counts as zero: its row and its column get nothing from that tensor, not even another gradient's NaN. Products of float32 (or narrower) numbers are exact in float64, so only the float64 sum rounds, and nothing finite overflows.
     """
-    matrices = gradients[0].new_zeros(num_groups, n, n, dtype=torch.float64)
+    device = next(gradient.device for gradient in gradients if gradient is not None)
+    matrices = torch.zeros(num_groups, n, n, dtype=torch.float64, device=device)
     for t, group in enumerate(groups):
-        rows = torch.stack([gradient.reshape(-1).double() for gradient in gradients[t :: len(groups)]])  # [n, numel]
-        matrices[group] += rows @ rows.T
+        present = [(i, gradient) for i, gradient in enumerate(gradients[t :: len(groups)]) if gradient is not None]
+        if present:
+            rows = torch.stack([gradient.reshape(-1).double() for _, gradient in present])  # [present, numel]
+            index = torch.tensor([i for i, _ in present], device=device)
+            matrices[group, index[:, None], index] += rows @ rows.T
     return matrices
 
 

@@ -32,13 +32,18 @@ def adamw_step(
     eps: float,
     weight_decay: float,
     ema_decay: float,
+    found_inf: Tensor | None,
 ) -> None:
     """Update `params`, `exp_avgs`, `exp_avg_sqs` and `emas` (empty: none) in place.
 
     `gradients`, `coefficients`, `groups` and `weights` are those of `combine`. `steps` (this update's number, from 1) and `lr` are 0-dim
     tensors, and enter in float64: 1 - 0.999 has four digits in float32. The rest is computed in float32, or in float64 where a gradient or
-    the parameter is, and rounded where it is stored; the moving average follows the parameter as stored.
+    the parameter is, and rounded where it is stored; the moving average follows the parameter as stored. Where `found_inf` is not 0, every tensor keeps its values.
     """
+
+    def store(target: Tensor, value: Tensor) -> None:
+        target.copy_(value if found_inf is None else torch.where(found_inf.reshape(()) != 0, target, value.to(target.dtype)))
+
     lr = lr.double()
     for t, (param, exp_avg, exp_avg_sq, step, group) in enumerate(zip(params, exp_avgs, exp_avg_sqs, steps, groups, strict=True)):
         row = weights if group < 0 else coefficients[group]
@@ -49,8 +54,8 @@ def adamw_step(
         first = torch.lerp(exp_avg.to(dtype), gradient, 1 - beta1)
         second = beta2 * exp_avg_sq.to(dtype) + (1 - beta2) * gradient * gradient
         update = first / (second.sqrt() / (1 - beta2**step).sqrt() + eps)
-        exp_avg.copy_(first)
-        exp_avg_sq.copy_(second)
-        param.copy_((1 - lr * weight_decay) * param.to(dtype) - lr / (1 - beta1**step) * update)
+        store(exp_avg, first)
+        store(exp_avg_sq, second)
+        store(param, (1 - lr * weight_decay) * param.to(dtype) - lr / (1 - beta1**step) * update)
         if emas:
-            emas[t].copy_(torch.lerp(emas[t].to(dtype), param.to(dtype), 1 - ema_decay))
+            store(emas[t], torch.lerp(emas[t].to(dtype), param.to(dtype), 1 - ema_decay))
