@@ -5,7 +5,7 @@ OUTPUT ?= runs/digits
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train ablation test lint wheel clean
+.PHONY: train ablation test lint sanitize wheel clean
 
 train: $(VENV)/.installed-train
 	$(BIN)/genrep train --output $(OUTPUT) --resume
@@ -17,23 +17,32 @@ ablation: $(VENV)/.installed-train
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/pytest
 
+# The CPU kernels with AddressSanitizer and UndefinedBehaviorSanitizer, which must be loaded before Python. Python itself leaks at exit.
+SANITIZED := build/sanitized
+sanitize: $(VENV)/.installed-test
+	rm -rf $(SANITIZED)
+	GENREP_FAST_SANITIZE=1 GENREP_FAST_CUDA=0 $(BIN)/pip install --no-build-isolation --no-deps --target $(SANITIZED) .
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+		PYTHONPATH=$(SANITIZED) OMP_NUM_THREADS=2 $(BIN)/pytest tests/test_alignment.py tests/test_optimizer.py
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --diff
 
 # setuptools copies whatever lies in build/lib into the wheel, deleted modules too.
-wheel: $(BIN)/pip
+wheel: $(VENV)/.installed-test
 	rm -rf build
 	$(BIN)/pip wheel --no-deps --wheel-dir dist .
 
 # Runs stay: they took longer than anything that is deleted here.
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist *.egg-info genrep_fast/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stem is an extra of pyproject.toml. Editable: sources are read where they lie, so that only a change of these files asks for another
-# installation.
-$(VENV)/.installed-%: pyproject.toml setup.py constraints.txt | $(BIN)/pip
+# installation. torch comes first, because the native code is built with its headers.
+$(VENV)/.installed-%: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*) | $(BIN)/pip
+	$(BIN)/pip install -c constraints.txt torch
 	$(BIN)/pip install -c constraints.txt -e '.[$*]'
 	@touch $@
 

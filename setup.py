@@ -1,10 +1,45 @@
-"""The part of the build that pyproject.toml cannot say: where the packages lie."""
+"""The part of the build that pyproject.toml cannot say: where the packages lie, and the native code (csrc/build.py)."""
 
-from setuptools import find_packages, setup
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+PURE = os.environ.get("GENREP_FAST_PURE") == "1"
+
+_spec = importlib.util.spec_from_file_location("native_build", Path(__file__).parent / "csrc/build.py")
+native_build = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(native_build)
+
+
+class BuildNative(build_ext):
+    """Compiles everything with ninja, into the wheel or, for an editable installation, beside the sources."""
+
+    def run(self):
+        try:
+            native_build.build(self._folder, Path(self.build_temp))
+        except native_build.BuildError as error:
+            sys.exit(str(error))
+
+    def get_outputs(self):
+        return [str(self._folder / name) for name in native_build.libraries()]
+
+    def get_output_mapping(self):
+        return {}
+
+    @property
+    def _folder(self):
+        return Path(__file__).parent / "genrep_fast" if self.inplace or self.editable_mode else Path(self.build_lib) / "genrep_fast"
+
 
 setup(
     packages=[*find_packages(include=["genrep_fast", "genrep_fast.*"]), "genrep_fast.kernels"],
     # The Triton sources are installed as genrep_fast.kernels: a top-level package named `kernels` would shadow Hugging Face's.
     package_dir={"genrep_fast": "genrep_fast", "genrep_fast.kernels": "kernels/triton"},
     package_data={"genrep_fast": ["evaluation/*.jinja"]},
+    ext_modules=[] if PURE else [Extension("genrep_fast._introspection", sources=[])],
+    cmdclass={"build_ext": BuildNative},
 )

@@ -1,25 +1,55 @@
-"""Aligning two gradients: time against the floor that memory sets.
+"""Aligning two gradients: time against the floor that memory sets, beside eager, compiled and published ways of doing it.
 
-    python benchmarks/bench_alignment.py [--numel 1000000] [--tensors 1]
+    python benchmarks/bench_alignment.py [--numel 1000000 10000000 100000000] [--layout flat list] [--threads 1 2] [--seconds 3]
     pytest benchmarks/bench_alignment.py
 
 Gram reads both gradients, combine reads both and writes one: 5 N elements, 2.5 times what copying N elements moves. The floor is 2.5 times
-the time of such a copy in the same run. Every provider writes into preallocated tensors and must first agree with the decomposition in
-float64.
+the time of such a copy in the same run; "% of copy" is the bandwidth reached, as a share of the copy's. Every provider must first agree with
+the decomposition in float64. All of them, the copy too, are called in turn and their medians compared. "Warm" times are with an allocator that
+keeps what was freed, as on a GPU; "cold" ones with the C library's own. "list" is the 192 tensors of a transformer's 12 blocks.
+
+Providers: `decomposition` (the method as it is told), `foreach` (closed form in torch._foreach operations), `compiled` (closed form through
+torch.compile, into preallocated tensors), `pcgrad, published` (flatten, project, unflatten: Yu et al., NeurIPS 2020, restated),
+`pcgrad, torchjd` (jac_to_grad, from stacked gradients to .grad), and `gf.align_gradients` on each backend that can run, in place and into other
+tensors; the reference there is the decomposition's closed form in float64.
 """
 
 import argparse
 import functools
+import json
+from pathlib import Path
 
 import pytest
 import torch
-from measurement import measure, print_header, print_row
+from measurement import keep_freed_memory, measure_together, peak_extra_bytes, threads, transformer_shapes
 
 import genrep_fast as gf
 from genrep_fast.reference.alignment import alignment_coefficients
 
 WEIGHTS, POWER = [0.7, 0.3], 2.0
 ELEMENTS_MOVED = 5
+torch._dynamo.config.recompile_limit = 64  # every size and number of threads is compiled for itself
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Setting:
+    """Two gradients as lists of tensors, and where results go."""
+
+    def __init__(self, numel, layout, device=DEVICE):
+        self.shapes = [(numel,)] if layout == "flat" else transformer_shapes(numel)
+        generator = torch.Generator().manual_seed(0)
+        self.p, noise = ([torch.randn(shape, generator=generator).to(device) for shape in self.shapes] for _ in range(2))
+        self.g = [b - 0.5 * a for a, b in zip(self.p, noise, strict=True)]
+        self.out = [torch.full_like(tensor, torch.nan) for tensor in self.p]
+        self.numel = sum(tensor.numel() for tensor in self.p)
+
+    @functools.cached_property
+    def params(self):
+        """Parameters with stacked gradients in .jac, as TorchJD wants them."""
+        params = [torch.nn.Parameter(tensor) for tensor in self.out]
+        for param, a, b in zip(params, self.p, self.g, strict=True):
+            param.jac = torch.stack([a, b])
+        return params
 
 
 def inner_product(first, second):
@@ -31,76 +61,154 @@ def coefficients_of(squared_p, dot, squared_g):
     return alignment_coefficients(matrix, WEIGHTS, POWER)[0][0].to(squared_p.dtype)
 
 
-def decomposition(p, g, out):
-    """The method as it is told: project each gradient on the other one, damp the parallel part, recombine."""
+def decomposition(setting):
+    p, g = setting.p, setting.g
     dot, squared_p, squared_g = inner_product(p, g), inner_product(p, p), inner_product(g, g)
     rho = ((dot / (squared_p.sqrt() * squared_g.sqrt()) + 1) / 2) ** POWER
-    for a, b, result in zip(p, g, out, strict=True):
+    for a, b, result in zip(p, g, setting.out, strict=True):
         parallel_a, parallel_b = dot / squared_g * b, dot / squared_p * a
         aligned_a, aligned_b = (a - parallel_a) + rho * parallel_a, (b - parallel_b) + rho * parallel_b
         result.copy_(WEIGHTS[0] * aligned_a + WEIGHTS[1] * aligned_b)
 
 
-def foreach(p, g, out):
-    """Closed form in `torch._foreach` operations; reading the coefficients on the host saves a temporary of N elements."""
+def foreach(setting):
+    """Reading the coefficients on the host saves a temporary of N elements."""
+    p, g, out = setting.p, setting.g, setting.out
     c = coefficients_of(inner_product(p, p), inner_product(p, g), inner_product(g, g)).tolist()
     torch._foreach_copy_(out, g)
     torch._foreach_mul_(out, c[1])
     torch._foreach_add_(out, p, alpha=c[0])
 
 
-@torch.compile(fullgraph=True)
-def compiled(p, g, out):
-    """Closed form, written for the compiler to fuse."""
+@torch.compile(fullgraph=True, dynamic=False)
+def closed_form(p, g, out):
+    """Written for the compiler to fuse."""
     squared_p, dot, squared_g = (sum((a * b).sum() for a, b in zip(*pair, strict=True)) for pair in ((p, p), (p, g), (g, g)))
     c = coefficients_of(squared_p, dot, squared_g)
     for a, b, result in zip(p, g, out, strict=True):
         result.copy_(c[0] * a + c[1] * b)
 
 
-def reference(p, g, out):
-    """`gf.align_gradients` on the reference."""
-    with gf.use_backend("reference"):
-        gf.align_gradients(p, g, weights=WEIGHTS, power=POWER, out=out)
+def compiled(in_place, setting):
+    closed_form(setting.p, setting.g, setting.p if in_place else setting.out)
 
 
-PROVIDERS = {"decomposition": decomposition, "foreach": foreach, "compiled": compiled, "reference": reference}
+def published_pcgrad(setting):
+    flat = [torch.cat([tensor.flatten() for tensor in tensors]) for tensors in (setting.p, setting.g)]
+    projected = [gradient.clone() for gradient in flat]
+    for gradient, other in zip(projected, reversed(flat), strict=True):
+        dot = torch.dot(gradient, other)
+        if dot < 0:
+            gradient -= dot * other / other.norm() ** 2
+    merged = torch.stack(projected).sum(dim=0)
+    pieces = merged.split([tensor.numel() for tensor in setting.out])
+    return [piece.view(shape).clone() for piece, shape in zip(pieces, setting.shapes, strict=True)]
 
 
-def make_gradients(numel, num_tensors):
-    generator = torch.Generator().manual_seed(0)
-    p, noise = (torch.randn(numel, generator=generator) for _ in range(2))
-    return [list(flat.tensor_split(num_tensors)) for flat in (p, noise - 0.5 * p, torch.full_like(p, torch.nan))]
+def torchjd_pcgrad(setting):
+    from torchjd.aggregation import PCGrad
+    from torchjd.autojac import jac_to_grad
+
+    jac_to_grad(setting.params, PCGrad(), retain_jac=True)
+    results = [param.grad for param in setting.params]
+    for param in setting.params:
+        param.grad = None
+    return results
 
 
-def check(provider, p, g, out):
-    exact = [torch.empty_like(tensor, dtype=torch.float64) for tensor in out]
-    decomposition([tensor.double() for tensor in p], [tensor.double() for tensor in g], exact)
-    provider(p, g, out)
-    error = ((torch.cat(out) - torch.cat(exact)).norm() / torch.cat(exact).norm()).item()
+def ours(backend, in_place, setting):
+    with gf.use_backend(backend):
+        gf.align_gradients(setting.p, setting.g, weights=WEIGHTS, power=POWER, out=setting.p if in_place else setting.out)
+
+
+BACKENDS = [name for name in ("cpu", "triton", "cuda") if gf.info()["backends"][name]["available"] and (name == "cpu") == (DEVICE == "cpu")]
+PROVIDERS = {
+    "decomposition": decomposition,
+    "foreach": foreach,
+    "compiled": functools.partial(compiled, False),
+    "compiled, in place": functools.partial(compiled, True),
+    "pcgrad, published": published_pcgrad,
+    "pcgrad, torchjd": torchjd_pcgrad,
+    "gf.align_gradients, reference": functools.partial(ours, "reference", False),
+    **{f"gf.align_gradients, {name}": functools.partial(ours, name, False) for name in BACKENDS},
+    **{f"gf.align_gradients, {name}, in place": functools.partial(ours, name, True) for name in BACKENDS},
+}
+
+
+def check(name, numel, layout):
+    """The provider's result against the decomposition's, or PCGrad's, in float64."""
+    setting, exact = Setting(numel, layout), Setting(numel, layout)
+    exact.p, exact.g, exact.out = ([tensor.double() for tensor in tensors] for tensors in (exact.p, exact.g, exact.out))
+    if name.startswith("pcgrad"):
+        expected = published_pcgrad(exact)
+        results = PROVIDERS[name](setting)
+    else:
+        decomposition(exact)
+        PROVIDERS[name](setting)
+        expected, results = exact.out, setting.p if name.endswith("in place") else setting.out
+    error = sum((a.double() - b).square().sum() for a, b in zip(results, expected, strict=True)).sqrt().item()
+    error /= sum(b.square().sum() for b in expected).sqrt().item()
     if not error < 1e-3:  # float32 `torch.dot` loses 3e-5 at N = 1e7
-        raise RuntimeError(f"relative error {error:.1e}")
+        raise RuntimeError(f"{name}: relative error {error:.1e}")
 
 
+@pytest.mark.parametrize("layout", ["flat", "list"])
 @pytest.mark.parametrize("name", PROVIDERS)
-def test_alignment(benchmark, name):
-    arguments = make_gradients(1_000_000, 1)
-    check(PROVIDERS[name], *arguments)
-    benchmark(PROVIDERS[name], *arguments)
+def test_alignment(benchmark, name, layout):
+    if name.startswith("compiled") and layout == "list":
+        pytest.skip("compiling 192 tensors takes minutes")
+    check(name, 1_000_000, layout)
+    benchmark(PROVIDERS[name], Setting(1_000_000, layout))
+
+
+def time_providers(names, setting, seconds):
+    """Times of the copy and of the providers."""
+    source, target = torch.randn(setting.numel, device=DEVICE), torch.empty(setting.numel, device=DEVICE)
+    runs = {"copy": lambda: target.copy_(source)} | {name: functools.partial(PROVIDERS[name], setting) for name in names}
+    return measure_together(runs, seconds)
 
 
 def main():
     parser = argparse.ArgumentParser(description="Time of aligning two gradients, by provider.")
-    parser.add_argument("--numel", type=int, default=1_000_000, help="elements of one gradient")
-    parser.add_argument("--tensors", type=int, default=1, help="tensors that they are spread over")
+    parser.add_argument("--numel", type=int, nargs="+", default=[10**6, 10**7, 10**8], help="elements of one gradient")
+    parser.add_argument("--layout", nargs="+", choices=["flat", "list"], default=["flat", "list"])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--seconds", type=float, default=3.0, help="for each table and temper of the allocator")
+    parser.add_argument("--provider", nargs="+", choices=list(PROVIDERS), default=list(PROVIDERS))
+    parser.add_argument("--json", type=Path, help="where to write all figures")
     options = parser.parse_args()
-    p, g, out = make_gradients(options.numel, options.tensors)
-    source, target = torch.randn(options.numel), torch.empty(options.numel)
-    floor = ELEMENTS_MOVED / 2 * measure(lambda: target.copy_(source)).median
-    print_header(f"N = {options.numel}, {options.tensors} tensors, float32, floor {floor:.3f} ms", "floor")
-    for name, provider in PROVIDERS.items():
-        check(provider, p, g, out)
-        print_row(name, measure(functools.partial(provider, p, g, out)), floor)
+    cases = [(numel, layout, number) for numel in options.numel for layout in options.layout for number in options.threads]
+    names = {layout: [name for name in options.provider if layout == "flat" or not name.startswith("compiled")] for layout in options.layout}
+    for numel in options.numel:
+        for layout in options.layout:
+            for name in names[layout]:
+                check(name, numel, layout)
+    cold, warm, memory = {}, {}, {}
+    for times in (cold, warm):
+        if times is warm:
+            keep_freed_memory()
+        for case in cases:
+            numel, layout, number = case
+            with threads(number):
+                setting = Setting(numel, layout)
+                if times is cold:
+                    memory[case] = {name: peak_extra_bytes(functools.partial(PROVIDERS[name], setting)) for name in names[layout]}
+                times[case] = time_providers(names[layout], setting, options.seconds)
+    rows = []
+    for case in cases:
+        numel, layout, number = case
+        floors = [ELEMENTS_MOVED / 2 * times[case]["copy"].median for times in (warm, cold)]
+        print(f"\nN = {numel}, {layout}, float32, {number} threads, {DEVICE}, torch {torch.__version__}, floor {floors[0]:.3f} ms")
+        print(f"{'provider':36}{'warm ms':>10}{'x floor':>9}{'20-80 %':>14}{'% of copy':>11}{'cold x floor':>14}{'extra memory / 4N':>19}")
+        for name in names[layout]:
+            low, median, high = warm[case][name]
+            extra, ratio, cold_ratio = memory[case][name] / (4 * numel), median / floors[0], cold[case][name].median / floors[1]
+            spread = f"{low / floors[0]:.2f}-{high / floors[0]:.2f}"
+            print(f"{name:36}{median:10.3f}{ratio:9.2f}{spread:>14}{100 / ratio:11.0f}{cold_ratio:14.2f}{extra:19.2f}")
+            rows.append({"numel": numel, "layout": layout, "threads": number, "provider": name, "warm_ms": median, "floor_ms": floors[0]})
+            rows[-1] |= {"warm_ratio": ratio, "cold_ratio": cold_ratio, "extra_memory_ratio": extra}
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,105 +1,145 @@
 """One optimizer step on two gradients: alignment, AdamW and the moving average of the parameters.
 
-    python benchmarks/bench_optimizer.py [--numel 1000000] [--tensors 1]
+    python benchmarks/bench_optimizer.py [--numel 1000000 10000000] [--layout flat list] [--threads 1 2] [--seconds 3]
     pytest benchmarks/bench_optimizer.py
 
 The fused step reads p and g for the Gram matrix (2 N elements), then reads p, g, the parameters, both moments and the average, and writes
-those four: 12 N. The same step without alignment moves 10 N. The floor is 6 times the time of copying N elements (2 N) in the same run.
+those four: 12 N. The same step on one gradient, without alignment, moves 10 N. The floor is 6 times the time of copying N elements (2 N) in
+the same run. Every provider must first agree with the separate operations in float64; all of them, the copy too, are called in turn.
+
+Providers: `unaligned` (AdamW(fused=True) and the moving average on one gradient as it is: what a step costs without alignment), `foreach` and
+`compiled` (alignment as in bench_alignment.py, then the same), `gf.align_gradients` (likewise), and `AlignedAdamW` on each backend that can run,
+handing the gradients over included.
 """
 
 import argparse
 import functools
+import json
+from pathlib import Path
 
+import bench_alignment
 import pytest
 import torch
-from measurement import measure, print_header, print_row
+from bench_alignment import BACKENDS, DEVICE, POWER, WEIGHTS
+from measurement import keep_freed_memory, measure_together, print_header, print_row, threads
 
 import genrep_fast as gf
-from genrep_fast.ops.optimizer import adamw_step
 
 EMA_DECAY = 0.999
 ELEMENTS_MOVED = 12
 
 
-class Setting:
-    """Parameters, two gradients, and the state of both kinds of step: `torch.optim.AdamW`'s and that of `adamw_step`."""
+class Setting(bench_alignment.Setting):
+    """Parameters, two gradients, and the state of both kinds of step."""
 
-    def __init__(self, numel, num_tensors, dtype=torch.float32):
-        generator = torch.Generator().manual_seed(0)
-        flat = [torch.randn(numel, generator=generator).to(dtype) for _ in range(3)]
-        params, self.p, self.g = (list(tensor.tensor_split(num_tensors)) for tensor in flat)
-        self.params = [torch.nn.Parameter(param) for param in params]
-        self.emas = [param.detach().clone() for param in params]
-        self.aligned = [torch.empty_like(param) for param in params]
-        self.optimizer = torch.optim.AdamW(self.params, fused=True)
-        self.exp_avgs, self.exp_avg_sqs = ([torch.zeros_like(param) for param in params] for _ in range(2))
-        self.step = torch.zeros(())
+    def __init__(self, numel, layout, dtype=torch.float32):
+        super().__init__(numel, layout)
+        self.p, self.g, self.out = ([tensor.to(dtype) for tensor in tensors] for tensors in (self.p, self.g, self.out))
+        generator = torch.Generator().manual_seed(1)
+        self.weights = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(DEVICE, dtype)) for shape in self.shapes]
+        self.averages = [weight.detach().clone() for weight in self.weights]
+
+    @functools.cached_property
+    def adamw(self):
+        return torch.optim.AdamW(self.weights, fused=True)
+
+    @functools.cached_property
+    def aligned_adamw(self):
+        aligner = gf.GradientAligner(self.weights, weights=WEIGHTS, power=POWER)
+        return gf.AlignedAdamW(self.weights, aligner=aligner, ema=self.averages, ema_decay=EMA_DECAY)
 
 
 def step_with(setting, gradients):
-    for param, gradient in zip(setting.params, gradients, strict=True):
-        param.grad = gradient
-    setting.optimizer.step()
-    torch._foreach_lerp_(setting.emas, [param.detach() for param in setting.params], 1 - EMA_DECAY)
+    for weight, gradient in zip(setting.weights, gradients, strict=True):
+        weight.grad = gradient
+    setting.adamw.step()
+    torch._foreach_lerp_(setting.averages, [weight.detach() for weight in setting.weights], 1 - EMA_DECAY)
 
 
 def unaligned(setting):
-    """`AdamW(fused=True)` and the moving average on one gradient as it is: what a step costs without alignment."""
     step_with(setting, setting.p)
 
 
-def separate(setting):
-    """`gf.align_gradients`, then `AdamW(fused=True)`, then the moving average."""
-    step_with(setting, gf.align_gradients(setting.p, setting.g, out=setting.aligned)[0])
+def separate(align, setting):
+    align(setting)
+    step_with(setting, setting.out)
 
 
-def fused(setting):
-    """Gram matrix, coefficients, and `adamw_step` on the reference."""
-    setting.step += 1
-    coefficients = torch.ops.genrep_fast.alignment_coefficients(gf.gram(setting.p, setting.g), [0.7, 0.3], 2.0)[0]
-    adamw_step(
-        setting.params,
-        (setting.p, setting.g),
-        coefficients,
-        exp_avgs=setting.exp_avgs,
-        exp_avg_sqs=setting.exp_avg_sqs,
-        steps=[setting.step] * len(setting.params),
-        lr=1e-3,
-        emas=setting.emas,
-        ema_decay=EMA_DECAY,
-    )
+def fused(backend, setting):
+    aligner = setting.aligned_adamw.aligner
+    setting.aligned_adamw.zero_grad()
+    with gf.use_backend(backend):
+        for name, gradients in zip(aligner.names, (setting.p, setting.g), strict=True):
+            with aligner.collect(name):
+                for weight, gradient in zip(setting.weights, gradients, strict=True):
+                    weight.grad = gradient
+        setting.aligned_adamw.step()
 
 
-PROVIDERS = {"unaligned": unaligned, "separate": separate, "fused": fused}
+PROVIDERS = {
+    "unaligned": unaligned,
+    "foreach": functools.partial(separate, bench_alignment.foreach),
+    "compiled": functools.partial(separate, functools.partial(bench_alignment.compiled, False)),
+    **{
+        f"gf.align_gradients, {name}": functools.partial(separate, functools.partial(bench_alignment.ours, name, False))
+        for name in ("reference", *BACKENDS)
+    },
+    **{f"AlignedAdamW, {name}": functools.partial(fused, name) for name in ("reference", *BACKENDS)},
+}
 
 
-def check(name, numel, num_tensors):
+def check(name, numel, layout):
     """Three steps must agree with the separate operations in float64."""
-    setting, exact = Setting(numel, num_tensors), Setting(numel, num_tensors, torch.float64)
+    setting, exact = Setting(numel, layout), Setting(numel, layout, torch.float64)
     for _ in range(3):
         PROVIDERS[name](setting)
-        PROVIDERS["unaligned" if name == "unaligned" else "separate"](exact)
-    for results, expected in ((setting.params, exact.params), (setting.emas, exact.emas)):
-        torch.testing.assert_close(torch.cat(results).double(), torch.cat(expected), rtol=1e-5, atol=1e-6)
+        PROVIDERS["unaligned" if name == "unaligned" else "gf.align_gradients, reference"](exact)
+    for results, expected in ((setting.weights, exact.weights), (setting.averages, exact.averages)):
+        # In the norm: Adam divides by gradients of any size, small wrong ones too. Float32 `torch.dot` costs foreach 6e-6 at N = 1e7.
+        error = torch.cat([(result.double() - value).flatten() for result, value in zip(results, expected, strict=True)]).norm()
+        error = (error / torch.cat([value.flatten() for value in expected]).norm()).item()
+        if not error < 1e-4:
+            raise RuntimeError(f"{name}: relative error {error:.1e}")
 
 
-@pytest.mark.parametrize("name", PROVIDERS)
-def test_optimizer(benchmark, name):
-    check(name, 1_000_000, 1)
-    benchmark(PROVIDERS[name], Setting(1_000_000, 1))
+def providers_of(layout):
+    return [name for name in PROVIDERS if (name, layout) != ("compiled", "list")]  # compiling 192 tensors takes minutes
+
+
+@pytest.mark.parametrize(("name", "layout"), [(name, layout) for layout in ("flat", "list") for name in providers_of(layout)])
+def test_optimizer(benchmark, name, layout):
+    check(name, 1_000_000, layout)
+    benchmark(PROVIDERS[name], Setting(1_000_000, layout))
 
 
 def main():
     parser = argparse.ArgumentParser(description="Time of one optimizer step on two gradients, by provider.")
-    parser.add_argument("--numel", type=int, default=1_000_000, help="number of parameters")
-    parser.add_argument("--tensors", type=int, default=1, help="tensors that they are spread over")
+    parser.add_argument("--numel", type=int, nargs="+", default=[10**6, 10**7], help="number of parameters")
+    parser.add_argument("--layout", nargs="+", choices=["flat", "list"], default=["flat", "list"])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--seconds", type=float, default=3.0, help="for each table")
+    parser.add_argument("--json", type=Path, help="where to write all figures")
     options = parser.parse_args()
-    source, target = torch.randn(options.numel), torch.empty(options.numel)
-    floor = ELEMENTS_MOVED / 2 * measure(lambda: target.copy_(source)).median
-    print_header(f"N = {options.numel}, {options.tensors} tensors, float32, floor {floor:.3f} ms", "floor")
-    for name, provider in PROVIDERS.items():
-        check(name, options.numel, options.tensors)
-        print_row(name, measure(functools.partial(provider, Setting(options.numel, options.tensors))), floor)
+    keep_freed_memory()
+    rows = []
+    for numel in options.numel:
+        for layout in options.layout:
+            for name in providers_of(layout):
+                check(name, numel, layout)
+            for number in options.threads:
+                with threads(number):
+                    source, target = torch.randn(numel, device=DEVICE), torch.empty(numel, device=DEVICE)
+                    runs = {"copy": functools.partial(target.copy_, source)}
+                    runs |= {name: functools.partial(PROVIDERS[name], Setting(numel, layout)) for name in providers_of(layout)}
+                    times = measure_together(runs, options.seconds)
+                    floor = ELEMENTS_MOVED / 2 * times["copy"].median
+                    print_header(f"\nN = {numel}, {layout}, float32, {DEVICE}, floor {floor:.3f} ms", "unaligned")
+                for name in providers_of(layout):
+                    print_row(name, times[name], times["unaligned"].median)
+                    rows.append({"numel": numel, "layout": layout, "threads": number, "provider": name, "ms": times[name].median})
+                    rows[-1] |= {"floor_ms": floor, "unaligned_ms": times["unaligned"].median}
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import contextlib
 import contextvars
 import os
 import platform
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,8 +22,10 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 # Why a backend holds no operator at all; a backend that registers one leaves this table.
-_unavailable = dict.fromkeys(BACKENDS[1:], "this version of genrep_fast does not contain it")
+_unavailable: dict[str, str] = {}
 
+_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
+schemas: dict[str, str] = {}  # operator -> schema, as given to `define_operator`
 _implementations: dict[str, dict[str, Callable]] = {}  # operator -> backend -> function
 _insisted: contextvars.ContextVar[str | None] = contextvars.ContextVar("genrep_fast_backend", default=None)
 # A fragment, so that an import that failed halfway can be tried again.
@@ -42,7 +44,7 @@ def define_operator(
     backward: Callable | None = None,
     setup_context: Callable | None = None,
     data: tuple[int, ...] = (0,),
-) -> torch._ops.OpOverload:
+) -> Callable:
     """Define ``genrep_fast::<schema>`` once: schema, fake, autograd, and `reference` as its first implementation.
 
     Args:
@@ -54,16 +56,18 @@ def define_operator(
         data: positions of the tensor arguments that hold the user's data: where one of their tensors is float64, the reference runs.
 
     Returns:
-        The callable overload, ``torch.ops.genrep_fast.<name>.default``.
+        The operator: the overload ``torch.ops.genrep_fast.<name>.default``, or a function of the same positional arguments that goes
+        around the dispatcher where neither autograd nor tracing needs it.
     """
     name = schema.partition("(")[0]
+    schemas[name] = schema
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     register_implementation(name, "reference", reference)
 
     def run(*args: Any, **kwargs: Any) -> Any:
         arguments = (*args, *kwargs.values())
-        device_type = next(_tensors(arguments)).device.type
-        float64 = any(tensor.dtype == torch.float64 for tensor in _tensors([arguments[position] for position in data]))
+        device_type = _first_tensor(arguments).device.type
+        float64 = any(_holds_float64(arguments[position]) for position in data)
         implementation = _select(name, device_type, float64)
         if not torch.is_autocast_enabled(device_type):
             return implementation(*args, **kwargs)
@@ -75,7 +79,16 @@ def define_operator(
     torch.library.register_fake(f"genrep_fast::{name}", fake, lib=_library)
     if backward is not None:
         torch.library.register_autograd(f"genrep_fast::{name}", backward, setup_context=setup_context, lib=_library)
-    return getattr(torch.ops.genrep_fast, name).default
+    overload = getattr(torch.ops.genrep_fast, name).default
+    if backward is not None:
+        return overload
+
+    def call(*args: Any) -> Any:
+        # The dispatcher converts long lists of tensors one by one, which takes longer than a small operator: only tracing needs it.
+        tracing = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or type(_first_tensor(args)) not in _PLAIN_TENSORS
+        return overload(*args) if tracing else run(*args)
+
+    return call
 
 
 def register_implementation(name: str, backend: str, implementation: Callable) -> None:
@@ -84,6 +97,11 @@ def register_implementation(name: str, backend: str, implementation: Callable) -
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     _implementations.setdefault(name, {})[backend] = implementation
     _unavailable.pop(backend, None)
+
+
+def set_unavailable(backend: str, reason: str) -> None:
+    """Say why `backend`, which has registered nothing, cannot run; the reason continues "backend 'cuda' was asked for, but"."""
+    _unavailable[backend] = reason
 
 
 @contextlib.contextmanager
@@ -110,15 +128,19 @@ def info() -> dict[str, Any]:
 
     Returns:
         A dictionary with the keys ``genrep_fast``, ``torch``, ``python``, ``platform`` (strings) and ``backends``: for each backend
-        ``available`` (bool), ``operators`` (their names) and ``reason`` (a string where it is not available, else None).
+        ``available`` (bool), ``operators`` (their names), ``reason`` (a string where it is not available, else None) and ``build`` (what a
+        compiled library was built with, and for "cpu" the instruction set that it runs in; None where there is none, or where this Python
+        cannot ask it).
     """
     from . import __version__
+    from .native import build_information
 
     backends = {
         backend: {
             "available": backend not in _unavailable,
             "operators": sorted(name for name, by_backend in _implementations.items() if backend in by_backend),
             "reason": _unavailable.get(backend),
+            "build": build_information(backend) if backend in ("cpu", "cuda") and backend not in _unavailable else None,
         }
         for backend in BACKENDS
     }
@@ -138,7 +160,7 @@ def _select(name: str, device_type: str, float64: bool) -> Callable:
         _require_backend(insisted, "GENREP_FAST_BACKEND")
         if insisted not in by_backend:
             raise BackendUnavailableError(f"backend {insisted!r} was asked for, but it does not implement {name}")
-        if insisted != "reference" and insisted not in _PREFERENCE.get(device_type, ()):
+        if not _runs_on(insisted, device_type):
             raise BackendUnavailableError(f"backend {insisted!r} was asked for, but {name} got tensors on {device_type}")
         if insisted != "reference" and float64:
             raise BackendUnavailableError(f"backend {insisted!r} was asked for, but {name} in float64 runs on the reference alone")
@@ -150,6 +172,11 @@ def _select(name: str, device_type: str, float64: bool) -> Callable:
     return by_backend["reference"]
 
 
+def _runs_on(backend: str, device_type: str) -> bool:
+    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    return backend == "reference" or backend in _PREFERENCE.get(device_type, ()) or interpreted and device_type == "cpu"
+
+
 def _require_backend(backend: str, argument: str) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"{argument} must be one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -157,8 +184,14 @@ def _require_backend(backend: str, argument: str) -> None:
         raise BackendUnavailableError(f"backend {backend!r} was asked for, but {_unavailable[backend]}")
 
 
-def _tensors(arguments: Iterable) -> Iterator[torch.Tensor]:
+def _first_tensor(arguments: tuple) -> torch.Tensor:
     for argument in arguments:
         for value in argument if isinstance(argument, (list, tuple)) else (argument,):
             if isinstance(value, torch.Tensor):
-                yield value
+                return value
+    raise ValueError("an operator needs at least one tensor, got none")
+
+
+def _holds_float64(argument: Any) -> bool:
+    tensors = argument if isinstance(argument, (list, tuple)) else (argument,)
+    return torch.float64 in [tensor.dtype for tensor in tensors if tensor is not None]

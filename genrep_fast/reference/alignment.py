@@ -21,7 +21,8 @@ from torch import Tensor
 def gram(gradients: list[Tensor | None], n: int, groups: list[int], num_groups: int) -> Tensor:
     """Gram matrices [num_groups, n, n] float64 of `n` losses' gradients; tensor t adds to the matrix of ``groups[t]``.
 
-    A gradient that is None counts as zero: its row and its column get nothing from that tensor, not even another gradient's NaN. Products of float32 (or narrower) numbers are exact in float64, so only the float64 sum rounds, and nothing finite overflows.
+    A gradient that is None counts as zero: its row and its column get nothing from that tensor, not even another gradient's NaN. Products
+    of float32 (or narrower) numbers are exact in float64, so only the float64 sum rounds, and nothing finite overflows.
     """
     device = next(gradient.device for gradient in gradients if gradient is not None)
     matrices = torch.zeros(num_groups, n, n, dtype=torch.float64, device=device)

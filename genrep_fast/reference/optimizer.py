@@ -38,7 +38,8 @@ def adamw_step(
 
     `gradients`, `coefficients`, `groups` and `weights` are those of `combine`. `steps` (this update's number, from 1) and `lr` are 0-dim
     tensors, and enter in float64: 1 - 0.999 has four digits in float32. The rest is computed in float32, or in float64 where a gradient or
-    the parameter is, and rounded where it is stored; the moving average follows the parameter as stored. Where `found_inf` is not 0, every tensor keeps its values.
+    the parameter is, and rounded where it is stored; the moving average follows the parameter as stored. Where `found_inf` is not 0, every
+    tensor keeps its values.
     """
 
     def store(target: Tensor, value: Tensor) -> None:

@@ -1,0 +1,177 @@
+"""The native build, described once for setup.py and the tests.
+
+`build` compiles the sources beside this file with ninja into `_C_cpu.so`, `_C_cuda.so` (where there is an nvcc) and the module
+`_introspection`. The two libraries use torch's stable ABI alone, so that they outlive the torch they were built with. The build needs
+torch's headers, and no GPU.
+
+Environment: ``GENREP_FAST_CUDA`` (0: without CUDA; 1: an nvcc must be there), ``TORCH_CUDA_ARCH_LIST`` (default ``8.0;9.0+PTX``),
+``GENREP_FAST_SANITIZE`` (1: the CPU library with AddressSanitizer and UndefinedBehaviorSanitizer), ``CXX``, ``CUDACXX``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+SOURCES = Path(__file__).parent
+TORCH_TARGET = "2.11"  # the oldest torch that the libraries work with
+_TORCH_TARGET_VERSION = "0x020b000000000000"
+
+_STABLE_ABI = ["-DTORCH_STABLE_ONLY", f"-DTORCH_TARGET_VERSION={_TORCH_TARGET_VERSION}"]
+_COMPILE = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+# Neither errno nor floating-point exceptions are read; vectors are never passed to functions that are not inlined.
+_KERNEL = ["-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
+_SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g", "-O1"]
+_NVCC = ["-std=c++20", "-O3", "-DUSE_CUDA", "-Xptxas", "-v", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+
+
+class BuildError(Exception):
+    """The native build cannot start; the message is one sentence that says what is missing and what to do."""
+
+
+def libraries() -> list[str]:
+    """File names of what `build` makes."""
+    names = ["_C_cpu.so", f"_introspection{sysconfig.get_config_var('EXT_SUFFIX')}"]
+    return names + ["_C_cuda.so"] if nvcc() else names
+
+
+def build(output: Path, build_dir: Path) -> None:
+    """Compile into the folder `output`; objects, logs of the compilers and ninja's file stay in `build_dir`.
+
+    Raises:
+        BuildError: where torch's headers, a compiler, ninja or pybind11 are missing, or the compilation fails.
+    """
+    build_dir.mkdir(parents=True, exist_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
+    (build_dir / "build.ninja").write_text(_ninja_file(output.resolve()))
+    # Compilers take about 1 GB each.
+    result = subprocess.run([_executable("ninja"), "-C", str(build_dir)])
+    if result.returncode:
+        raise BuildError(_advice("the compilation failed (its messages are above)"))
+
+
+def nvcc() -> str | None:
+    """Path of the CUDA compiler, None where there is none or ``GENREP_FAST_CUDA=0`` does without it."""
+    wanted = os.environ.get("GENREP_FAST_CUDA")
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    found = None if wanted == "0" else os.environ.get("CUDACXX") or shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+    if wanted == "1" and found is None:
+        raise BuildError("GENREP_FAST_CUDA=1 asks for the CUDA library, but no nvcc was found on PATH or in CUDA_HOME.")
+    return found
+
+
+def nvcc_command(source: Path, architectures: str | None = None) -> list[str]:
+    """The command that compiles one CUDA source, up to ``-o``; `architectures` as in ``TORCH_CUDA_ARCH_LIST``."""
+    architectures = architectures or os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0+PTX"
+    flags = [*_NVCC, *_STABLE_ABI, f"-I{torch_headers()}", f'-DGENREP_FAST_CUDA_ARCHITECTURES="{architectures}"']
+    return [nvcc() or "nvcc", *flags, *_gencode(architectures), "-c", str(source)]
+
+
+def torch_headers() -> Path:
+    """The folder of torch's headers, also from a build in isolation: the interpreter's own site-packages are looked at as well."""
+    spec = importlib.util.find_spec("torch")
+    roots = list(spec.submodule_search_locations) if spec else []
+    for root in (*roots, Path(sysconfig.get_paths()["purelib"]) / "torch", Path(sysconfig.get_paths()["platlib"]) / "torch"):
+        if (Path(root) / "include/torch/csrc/stable/library.h").is_file():
+            return Path(root) / "include"
+    raise BuildError(_advice("torch is not installed"))
+
+
+def _gencode(architectures: str) -> list[str]:
+    flags = []
+    for name in re.split(r"[;, ]+", architectures.strip("; ,")):
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name)
+        if not match:
+            raise BuildError(f"TORCH_CUDA_ARCH_LIST must hold architectures like 9.0 or 9.0+PTX, separated by semicolons, got {name!r}.")
+        number = "".join(match.groups("")[:3])
+        flags += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
+        if match[4]:
+            flags += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
+    return flags
+
+
+def _ninja_file(output: Path) -> str:
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
+    if compiler is None:
+        raise BuildError(_advice("no C++ compiler was found"))
+    if importlib.util.find_spec("pybind11") is None:
+        raise BuildError(_advice("pybind11 is not installed"))
+    import pybind11
+
+    sanitize = _SANITIZE if os.environ.get("GENREP_FAST_SANITIZE") == "1" else []
+    cxx = [compiler, *_COMPILE, *_KERNEL, *_STABLE_ABI, *sanitize, "-isystem", str(torch_headers()), "-MMD", "-MF", "$out.d"]
+    python = [
+        compiler,
+        *_COMPILE,
+        "-isystem",
+        pybind11.get_include(),
+        "-isystem",
+        sysconfig.get_paths()["include"],
+        "-MMD",
+        "-MF",
+        "$out.d",
+    ]
+    link = [compiler, "-shared", *sanitize, "-Wl,--no-as-needed"]
+    # A library without symbols stands for torch's own while linking: only its name is kept, and the one that Python loaded is used.
+    stub = [compiler, "-shared", "-x", "c", "/dev/null", "-Wl,-soname,$soname"]
+    lines = [
+        *_rule("cxx", [*cxx, "-c", "$in", "-o", "$out"], depfile=True),
+        *_rule("python", [*python, "-c", "$in", "-o", "$out"], depfile=True),
+        *_rule("stub", [*stub, "-o", "$out"]),
+        *_rule("link", [*link, "-o", "$out", "$in", "$flags"]),
+    ]
+    objects = _compile(lines, "cxx", sorted((SOURCES / "cpu").glob("*.cpp")))
+    lines += ["build libtorch_cpu.so: stub", "  soname = libtorch_cpu.so"]
+    lines += [f"build {_path(output / '_C_cpu.so')}: link {' '.join(objects)} libtorch_cpu.so"]
+    objects = _compile(lines, "python", [SOURCES / "introspection.cpp"])
+    lines += [f"build {_path(output / libraries()[1])}: link {' '.join(objects)}"]
+    if nvcc():
+        lines += _rule(
+            "nvcc",
+            [*nvcc_command(Path("$in")), "-MD", "-MF", "$out.d", "-o", "$out", ">", "$out.log", "2>&1", "||", "(cat $out.log; false)"],
+            depfile=True,
+        )
+        objects = _compile(lines, "nvcc", sorted((SOURCES / "cuda").glob("*.cu")))
+        lines += _rule("link_cuda", [nvcc(), "-shared", "-cudart", "static", "-Xlinker", "--no-as-needed", "-o", "$out", "$in"])
+        lines += ["build libtorch_cuda.so: stub", "  soname = libtorch_cuda.so"]
+        lines += [f"build {_path(output / '_C_cuda.so')}: link_cuda {' '.join(objects)} libtorch_cpu.so libtorch_cuda.so"]
+    return "\n".join(lines) + "\n"
+
+
+def _rule(name: str, command: list[str], depfile: bool = False) -> list[str]:
+    dependencies = ["  depfile = $out.d", "  deps = gcc"] if depfile else []
+    quoted = " ".join(part if re.fullmatch(r"[\w$./=+:,<>|&();-]+", part) else f"'{part}'" for part in command)
+    return [f"rule {name}", f"  command = {quoted}", *dependencies]
+
+
+def _compile(lines: list[str], rule: str, sources: list[Path]) -> list[str]:
+    objects = [f"{source.parent.name}-{source.stem}.o" for source in sources]
+    lines += [f"build {target}: {rule} {_path(source)}" for target, source in zip(objects, sources, strict=True)]
+    return objects
+
+
+def _path(path: Path) -> str:
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def _executable(name: str) -> str:
+    """A command, also where the interpreter's folder of scripts is not on PATH."""
+    found = shutil.which(name) or shutil.which(
+        name, path=os.pathsep.join([sysconfig.get_path("scripts"), str(Path(sys.executable).parent)])
+    )
+    if found is None:
+        raise BuildError(_advice(f"{name} is not installed"))
+    return found
+
+
+def _advice(reason: str) -> str:
+    return (
+        f"genrep_fast cannot build its native code, because {reason}: install it and run `pip install --no-build-isolation .`, or set "
+        "GENREP_FAST_PURE=1 for an installation without native code."
+    )

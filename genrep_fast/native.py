@@ -1,0 +1,157 @@
+"""Loads the compiled libraries, and registers what they and the Triton kernels implement.
+
+Kernels see flat memory. The tensors that belong together (gradients of one parameter, its output, its optimizer state) are therefore
+handed on as they are where they share one dense memory layout, and through contiguous copies where they do not.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .backends import register_implementation, schemas, set_unavailable
+
+_OLDEST_TORCH = (2, 11)
+_FOLDER = Path(__file__).parent
+
+
+class _TensorLists(NamedTuple):
+    """Positions of the arguments that hold T tensors, or T for each loss."""
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    groups: int  # position of an argument of length T
+
+
+_LISTS = {
+    "gram": _TensorLists(inputs=(0,), outputs=(), groups=2),
+    "combine": _TensorLists(inputs=(0,), outputs=(4,), groups=2),
+    "adamw_step": _TensorLists(inputs=(4,), outputs=(0, 1, 2, 3), groups=6),
+}
+_TRITON_MODULES = {"gram": "alignment", "alignment_coefficients": "alignment", "combine": "alignment", "adamw_step": "optimizer"}
+
+
+def register_backends() -> None:
+    """Register every implementation that can run with this torch; the reason of each one that cannot goes to `genrep_fast.info`."""
+    for backend in ("cpu", "cuda"):
+        reason = _load(backend)
+        if reason is not None:
+            set_unavailable(backend, reason)
+    reason = _register_triton()
+    if reason is not None:
+        set_unavailable("triton", reason)
+
+
+def build_information(backend: str) -> dict[str, Any] | None:
+    """What the library of "cpu" or "cuda" was built with and runs as; None where it is not loaded or this Python cannot ask it."""
+    try:
+        introspection = import_module("genrep_fast._introspection")
+        return json.loads(introspection.describe(str(_library(backend)), f"genrep_fast_{backend}_build_information"))
+    except (ImportError, RuntimeError):
+        return None
+
+
+def _load(backend: str) -> str | None:
+    """Load the library of `backend` and register its operators; the reason why not, where that fails."""
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _OLDEST_TORCH:
+        return f"it is built for torch 2.11 or newer, this is torch {torch.__version__}"
+    if not _library(backend).is_file():
+        return f"it was not built: {_library(backend).name} is not in {_FOLDER}"
+    if backend == "cuda" and torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    namespace = f"genrep_fast_{backend}"
+    definitions = torch.library.Library(namespace, "FRAGMENT")
+    for schema in schemas.values():
+        definitions.define(schema)
+    try:
+        torch.ops.load_library(_library(backend))
+    except OSError as error:
+        return f"its library did not load: {error}"
+    _definitions.append(definitions)
+    for name in schemas:
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{name}", backend.upper()):
+            register_implementation(name, backend, _on_flat_memory(name, getattr(getattr(torch.ops, namespace), name).default))
+    return None
+
+
+_definitions: list[torch.library.Library] = []  # a library that is collected takes its definitions with it
+
+
+def _library(backend: str) -> Path:
+    return _FOLDER / f"_C_{backend}.so"
+
+
+def _register_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if torch.version.cuda is None and os.environ.get("TRITON_INTERPRET") != "1":
+        return "this torch is built without CUDA"
+    for name, module in _TRITON_MODULES.items():
+        register_implementation(name, "triton", _on_flat_memory(name, _imported_at_first_call(module, name)))
+    return None
+
+
+def _imported_at_first_call(module: str, name: str) -> Callable:
+    """Function `name` of a module of kernels; importing one imports Triton."""
+
+    def call(*arguments):
+        return getattr(import_module(f"genrep_fast.kernels.{module}"), name)(*arguments)
+
+    return call
+
+
+def _on_flat_memory(name: str, kernel: Callable) -> Callable:
+    lists = _LISTS.get(name)
+    if lists is None:
+        return kernel
+
+    def call(*arguments):
+        positions = (*lists.inputs, *lists.outputs)
+        written = [tensor for position in lists.outputs for tensor in arguments[position]]
+        copies: list[tuple[Tensor, Tensor]] = []
+        if not all(tensor is None or tensor.is_contiguous() for position in positions for tensor in arguments[position]):
+            arguments, copies = _flatten(list(arguments), lists)
+        result = kernel(*arguments)
+        for tensor, copy in copies:
+            tensor.copy_(copy)
+        if written:
+            torch.autograd.graph.increment_version(
+                written
+            )  # autograd sees changes of tensors that it saved, as after any operation in place
+        return result
+
+    return call
+
+
+def _flatten(arguments: list, lists: _TensorLists) -> tuple[list, list[tuple[Tensor, Tensor]]]:
+    """Arguments in which tensors that belong together have one dense layout, and the outputs that are copies, behind their originals."""
+    positions, num_tensors = (*lists.inputs, *lists.outputs), len(arguments[lists.groups])
+    for position in positions:
+        arguments[position] = list(arguments[position])
+    copies = []
+    for t in range(num_tensors):
+        places = [(p, i) for p in positions for i in range(t, len(arguments[p]), num_tensors) if arguments[p][i] is not None]
+        if _share_dense_layout([arguments[p][i] for p, i in places]):
+            continue
+        for p, i in places:
+            original = arguments[p][i]
+            arguments[p][i] = original.contiguous()
+            if p in lists.outputs and not original.is_contiguous():
+                copies.append((original, arguments[p][i]))
+    return arguments, copies
+
+
+def _share_dense_layout(tensors: list[Tensor]) -> bool:
+    if all(tensor.is_contiguous() for tensor in tensors):
+        return True
+    strides = tensors[0].stride()
+    # empty_like keeps the strides of dense tensors, and no others.
+    return all(tensor.stride() == strides for tensor in tensors) and torch.empty_like(tensors[0], device="meta").stride() == strides
