@@ -28,7 +28,7 @@ _COMPILE = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wext
 # Neither errno nor floating-point exceptions are read; vectors are never passed to functions that are not inlined.
 _KERNEL = ["-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 _SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g", "-O1"]
-_NVCC = ["-std=c++20", "-O3", "-DUSE_CUDA", "-Xptxas", "-v", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+_NVCC = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-DUSE_CUDA", "-Xptxas", "-v", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 
 
 class BuildError(Exception):

@@ -1,10 +1,16 @@
-"""Tiny, randomly initialised models of diffusers' real classes, shared by the tests of model, pipeline, training and command line."""
+"""Where kernels run, and tiny, randomly initialised models of diffusers' real classes, shared by many tests."""
+
+import os
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DModel
 
-from genrep_fast.models import GenRep
+if not torch.cuda.is_available():  # Triton then runs in its interpreter, which it decides when it is imported, by diffusers for example
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DModel  # noqa: E402
+
+from genrep_fast.models import GenRep  # noqa: E402
 
 
 def build_backbone(kind, num_classes=3, *, channels=1, **options):

@@ -26,10 +26,15 @@ struct State {
   Buffer param, exp_avg, exp_avg_sq, ema;  // ema.data may be null
 };
 
+// start + weight (end - start), exact for the weights 0 and 1.
+GENREP_FAST_INLINE float lerp(float start, float end, float weight) {
+  return weight < 0.5f ? start + weight * (end - start) : end - (end - start) * (1.0f - weight);
+}
+
 GENREP_FAST_INLINE void update(
     const Step& s, const float* __restrict h, float* __restrict param, float* __restrict m, float* __restrict v, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
-    float first = m[i] + s.beta1_complement * (h[i] - m[i]);
+    float first = lerp(m[i], h[i], s.beta1_complement);
     float second = s.beta2 * v[i] + s.beta2_complement * h[i] * h[i];
     float denominator = std::sqrt(second) * s.inverse_sqrt_correction + s.eps;
     m[i] = first;
@@ -40,7 +45,7 @@ GENREP_FAST_INLINE void update(
 
 GENREP_FAST_INLINE void follow(float weight, const float* __restrict param, float* __restrict ema, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
-    ema[i] += weight * (param[i] - ema[i]);
+    ema[i] = lerp(ema[i], param[i], weight);
   }
 }
 

@@ -1,0 +1,380 @@
+// Lists of tensors as the kernels see them: a table in the kernel's parameters, cut into chunks of a fixed number of elements.
+//
+// A table holds pointers, sizes, dtypes and groups by value, so that no launch copies anything to the device first and every launch can be
+// captured into a CUDA graph; lists that do not fit into the 4 KB of parameters that every driver takes become several launches. A thread
+// block works on one chunk and finds its tensor by a binary search. Chunks depend on the sizes alone, never on the device: so do the order
+// of every sum, and its bits.
+//
+// Threads read and write quads, four neighbouring elements: 16 bytes of float32, 8 of bfloat16 or float16. Every dtype and every alignment
+// has the same quads in the same threads. WholeQuads is the fast path for one dtype that the compiler knows and memory that is aligned;
+// AnyQuads does the rest: mixed dtypes, unaligned views, missing gradients, the end of a tensor.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+namespace genrep_fast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensors = std::vector<std::optional<Tensor>>;
+
+constexpr int kMaxLosses = 8;
+constexpr int kThreads = 256;                        // of a block
+constexpr int kQuad = 4;                             // elements that a thread reads from one tensor at once
+constexpr int kQuadsPerRun = 4;                      // of a thread; a run is what a block reads with them
+constexpr int kRun = kThreads * kQuadsPerRun * kQuad;
+constexpr size_t kParameterBytes = 4096;
+
+enum Dtype : uint32_t { kFloat32, kBFloat16, kFloat16, kFloat64 };  // kFloat64: scalars only
+
+// ---- tables ----
+
+// One parameter: the gradients of every loss first, then the tensors that the operator writes. Null pointer: there is no such tensor.
+template <int kPointers>
+struct TensorEntry {
+  void* pointers[kPointers];
+  int64_t numel;
+  int32_t group;
+  uint32_t dtypes : 29;   // two bits a pointer
+  uint32_t aligned : 1;   // every quad of every tensor can be read at once
+  uint32_t uniform : 1;   // one dtype, no missing gradient
+
+  __device__ Dtype dtype(int slot) const { return static_cast<Dtype>(dtypes >> 2 * slot & 3); }
+};
+
+template <typename Entry>
+struct TensorTable {
+  // 192 bytes are left for a kernel's other parameters.
+  static constexpr int kCapacity = (kParameterBytes - 192) / (sizeof(Entry) + sizeof(int32_t));
+
+  Entry entries[kCapacity];
+  int32_t first_chunk[kCapacity + 1];  // of each entry; then the number of chunks
+  int32_t size;
+
+  struct Place {
+    const Entry& entry;
+    int64_t begin;  // first element
+  };
+
+  // Where the block's chunk of `length` elements lies.
+  __device__ Place place(int64_t length) const {
+    const int chunk = static_cast<int>(blockIdx.x);
+    int low = 0, high = size;  // first_chunk[low] <= chunk < first_chunk[high]
+    while (high - low > 1) {
+      int middle = (low + high) / 2;
+      (first_chunk[middle] <= chunk ? low : high) = middle;
+    }
+    return {entries[low], (chunk - first_chunk[low]) * length};
+  }
+};
+
+inline Dtype dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return kFloat32;
+    case ScalarType::BFloat16:
+      return kBFloat16;
+    case ScalarType::Half:
+      return kFloat16;
+    case ScalarType::Double:
+      return kFloat64;
+    default:
+      STD_TORCH_CHECK(false, "tensors must be float32, bfloat16, float16 or float64");
+  }
+}
+
+template <typename Entry>
+Entry empty_entry(int64_t numel, int64_t group) {
+  Entry entry{};
+  entry.numel = numel;
+  entry.group = static_cast<int32_t>(group);
+  entry.aligned = entry.uniform = 1;
+  return entry;
+}
+
+template <typename Entry>
+void set_tensor(Entry& entry, int slot, const Tensor& tensor) {
+  Dtype dtype = dtype_of(tensor);
+  STD_TORCH_CHECK(dtype != kFloat64, "tensors must be float32, bfloat16 or float16, got float64");
+  const int64_t numel = tensor.numel();
+  STD_TORCH_CHECK(numel == entry.numel, "tensors of one parameter must have equal sizes, got ", numel, " and ", entry.numel);
+  entry.pointers[slot] = tensor.data_ptr();
+  entry.dtypes |= dtype << 2 * slot;
+  entry.aligned &= reinterpret_cast<uintptr_t>(entry.pointers[slot]) % (dtype == kFloat32 ? 16 : 8) == 0;
+  entry.uniform &= dtype == (entry.dtypes & 3);
+}
+
+// Number of losses of gradients that are flattened loss by loss.
+inline int64_t number_of_losses(const OptionalTensors& gradients, size_t num_tensors) {
+  int64_t n = num_tensors == 0 ? 0 : static_cast<int64_t>(gradients.size() / num_tensors);
+  STD_TORCH_CHECK(
+      2 <= n && n <= kMaxLosses && gradients.size() == n * num_tensors, "gradients must hold 2 to 8 tensors for every group index, got ",
+      gradients.size(), " for ", num_tensors);
+  return n;
+}
+
+template <typename Entry>
+void set_gradients(Entry& entry, const OptionalTensors& gradients, size_t num_tensors, size_t t) {
+  for (size_t i = 0; i * num_tensors < gradients.size(); ++i) {
+    const std::optional<Tensor>& gradient = gradients[i * num_tensors + t];
+    if (gradient.has_value()) {
+      set_tensor(entry, static_cast<int>(i), *gradient);
+    } else {
+      entry.uniform = 0;
+    }
+  }
+}
+
+// Calls launch(table) for as many tables as the entries need, in order.
+template <typename Entry, typename Launch>
+void for_each_table(const std::vector<Entry>& entries, int64_t chunk, Launch launch) {
+  constexpr size_t kCapacity = TensorTable<Entry>::kCapacity;
+  for (size_t first = 0; first < entries.size(); first += kCapacity) {
+    TensorTable<Entry> table{};
+    table.size = static_cast<int32_t>(std::min(kCapacity, entries.size() - first));
+    for (int k = 0; k < table.size; ++k) {
+      table.entries[k] = entries[first + k];
+      table.first_chunk[k + 1] = table.first_chunk[k] + static_cast<int32_t>((table.entries[k].numel + chunk - 1) / chunk);
+    }
+    launch(table);
+  }
+}
+
+// Calls function(std::integral_constant<int, N>) with a number of losses that the kernels are compiled for; further gradients stay null.
+template <typename Function>
+void with_compiled_losses(int64_t n, Function function) {
+  if (n == 2) {
+    function(std::integral_constant<int, 2>{});
+  } else if (n <= 4) {
+    function(std::integral_constant<int, 4>{});
+  } else {
+    function(std::integral_constant<int, 8>{});
+  }
+}
+
+// ---- quads ----
+
+// Four elements as they lie in memory: four float32, or four 16-bit numbers in the first two words. Unpacked only where they are used, so
+// that many loads are under way at once even where dtypes are known at run time.
+struct Quad {
+  uint32_t words[kQuad];
+};
+
+__device__ inline float unpack(const Quad& quad, Dtype dtype, int k) {
+  if (dtype == kFloat32) {
+    return __uint_as_float(quad.words[k]);
+  }
+  uint32_t bits = k % 2 == 0 ? quad.words[k / 2] & 0xffff : quad.words[k / 2] >> 16;
+  return dtype == kBFloat16 ? __uint_as_float(bits << 16) : __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
+}
+
+// Rounds to the nearest, ties to even.
+__device__ inline uint32_t narrow(float value, Dtype dtype) {
+  return dtype == kBFloat16 ? __bfloat16_as_ushort(__float2bfloat16_rn(value)) : __half_as_ushort(__float2half_rn(value));
+}
+
+__device__ inline Quad pack(const float (&values)[kQuad], Dtype dtype) {
+  Quad quad{};
+  for (int k = 0; k < kQuad; ++k) {
+    if (dtype == kFloat32) {
+      quad.words[k] = __float_as_uint(values[k]);
+    } else {
+      quad.words[k / 2] |= narrow(values[k], dtype) << 16 * (k % 2);
+    }
+  }
+  return quad;
+}
+
+__device__ inline Quad load_aligned(const void* pointer, Dtype dtype, int64_t offset) {
+  if (dtype == kFloat32) {
+    uint4 words = *reinterpret_cast<const uint4*>(static_cast<const float*>(pointer) + offset);
+    return {{words.x, words.y, words.z, words.w}};
+  }
+  uint2 words = *reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(pointer) + offset);
+  return {{words.x, words.y}};
+}
+
+__device__ inline void store_aligned(void* pointer, Dtype dtype, int64_t offset, const Quad& quad) {
+  if (dtype == kFloat32) {
+    uint4 words = make_uint4(quad.words[0], quad.words[1], quad.words[2], quad.words[3]);
+    *reinterpret_cast<uint4*>(static_cast<float*>(pointer) + offset) = words;
+  } else {
+    *reinterpret_cast<uint2*>(static_cast<uint16_t*>(pointer) + offset) = make_uint2(quad.words[0], quad.words[1]);
+  }
+}
+
+// Quads inside aligned tensors of one dtype.
+template <Dtype kDtype, typename Entry>
+struct WholeQuads {
+  const Entry& entry;
+
+  __device__ Dtype dtype(int) const { return kDtype; }
+  __device__ Quad load(int slot, int64_t offset) const { return load_aligned(entry.pointers[slot], kDtype, offset); }
+  __device__ void store(int slot, int64_t offset, const float (&values)[kQuad]) const {
+    store_aligned(entry.pointers[slot], kDtype, offset, pack(values, kDtype));
+  }
+};
+
+// Quads of any tensors; elements past the end and tensors that are not there read as zeros.
+template <typename Entry>
+struct AnyQuads {
+  const Entry& entry;
+
+  __device__ Dtype dtype(int slot) const { return entry.dtype(slot); }
+
+  __device__ Quad load(int slot, int64_t offset) const {
+    const void* pointer = entry.pointers[slot];
+    if (pointer == nullptr) {
+      return {};
+    }
+    if (is_whole(offset)) {
+      return load_aligned(pointer, dtype(slot), offset);
+    }
+    Quad quad{};
+    for (int k = 0; k < kQuad; ++k) {
+      if (offset + k < entry.numel) {
+        if (dtype(slot) == kFloat32) {
+          quad.words[k] = static_cast<const uint32_t*>(pointer)[offset + k];
+        } else {
+          quad.words[k / 2] |= static_cast<uint32_t>(static_cast<const uint16_t*>(pointer)[offset + k]) << 16 * (k % 2);
+        }
+      }
+    }
+    return quad;
+  }
+
+  __device__ void store(int slot, int64_t offset, const float (&values)[kQuad]) const {
+    void* pointer = entry.pointers[slot];
+    if (is_whole(offset)) {
+      store_aligned(pointer, dtype(slot), offset, pack(values, dtype(slot)));
+      return;
+    }
+    for (int k = 0; k < kQuad; ++k) {
+      if (offset + k < entry.numel) {
+        if (dtype(slot) == kFloat32) {
+          static_cast<float*>(pointer)[offset + k] = values[k];
+        } else {
+          static_cast<uint16_t*>(pointer)[offset + k] = static_cast<uint16_t>(narrow(values[k], dtype(slot)));
+        }
+      }
+    }
+  }
+
+  __device__ bool is_whole(int64_t offset) const { return entry.aligned && offset + kQuad <= entry.numel; }
+};
+
+// Calls work(quads) with the fastest way to read and write `length` elements from `begin` on; for two gradients, WholeQuads if possible.
+template <int N, typename Entry, typename Work>
+__device__ void with_quads(const Entry& entry, int64_t begin, int64_t length, Work work) {
+  if constexpr (N == 2) {
+    if (entry.uniform && entry.aligned && begin + length <= entry.numel) {
+      switch (entry.dtype(0)) {
+        case kFloat32:
+          return work(WholeQuads<kFloat32, Entry>{entry});
+        case kBFloat16:
+          return work(WholeQuads<kBFloat16, Entry>{entry});
+        default:
+          return work(WholeQuads<kFloat16, Entry>{entry});
+      }
+    }
+  }
+  work(AnyQuads<Entry>{entry});
+}
+
+// Element of a tensor that quad `quad` of this thread begins at, in the run that begins at element `run`.
+__device__ inline int64_t quad_offset(int64_t run, int quad) { return run + kQuad * (quad * kThreads + static_cast<int>(threadIdx.x)); }
+
+// Quads of each of N gradients that a thread loads before it uses the first.
+template <int N>
+constexpr int kBatch = 8 / N;
+
+template <int N, typename Quads>
+__device__ void load_batch(const Quads& quads, int64_t run, int first, Quad (&batch)[kBatch<N>][N]) {
+#pragma unroll
+  for (int q = 0; q < kBatch<N>; ++q) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      batch[q][i] = quads.load(i, quad_offset(run, first + q));
+    }
+  }
+}
+
+// ---- combination of gradients ----
+
+// Factors of the gradients: row `group` of `rows` [G, n], or `weights` for group -1.
+struct Coefficients {
+  const double* rows;
+  int32_t n;
+  float weights[kMaxLosses];
+
+  // A gradient that is missing has the factor 0, so that its coefficient, which may be NaN, does not enter.
+  template <int N, typename Entry>
+  __device__ void read(const Entry& entry, float (&factors)[N]) const {
+    for (int i = 0; i < N; ++i) {
+      if (entry.pointers[i] == nullptr) {
+        factors[i] = 0;
+      } else {
+        factors[i] = entry.group < 0 ? weights[i] : static_cast<float>(rows[static_cast<int64_t>(entry.group) * n + i]);
+      }
+    }
+  }
+};
+
+// `rows` must be contiguous and outlive the launches.
+inline Coefficients coefficients_of(
+    const Tensor& rows, const std::vector<int64_t>& groups, const std::vector<double>& weights, int64_t n) {
+  const bool matrix = rows.scalar_type() == ScalarType::Double && rows.dim() == 2 && rows.size(1) == n;
+  STD_TORCH_CHECK(matrix, "coefficients must be float64 [groups, ", n, "]");
+  const int64_t num_rows = rows.size(0), num_weights = static_cast<int64_t>(weights.size());
+  for (int64_t group : groups) {
+    STD_TORCH_CHECK(group < num_rows, "groups must be below the number of rows of coefficients, ", num_rows, ", got ", group);
+    STD_TORCH_CHECK(group >= 0 || num_weights == n, "weights must have ", n, " entries for group -1, got ", num_weights);
+  }
+  Coefficients coefficients{static_cast<const double*>(rows.data_ptr()), static_cast<int32_t>(n), {}};
+  std::copy(weights.begin(), weights.begin() + std::min<size_t>(weights.size(), n), coefficients.weights);
+  return coefficients;
+}
+
+// sum_i factors_i gradients_i of a quad in float32, gradient after gradient.
+template <int N, typename Quads>
+__device__ void weighted_sum(const Quads& quads, const Quad (&gradients)[N], const float (&factors)[N], float (&sum)[kQuad]) {
+  for (int k = 0; k < kQuad; ++k) {
+    sum[k] = factors[0] * unpack(gradients[0], quads.dtype(0), k);
+    for (int i = 1; i < N; ++i) {
+      sum[k] += factors[i] * unpack(gradients[i], quads.dtype(i), k);
+    }
+  }
+}
+
+// ---- launches ----
+
+// Makes a tensor's device current and gives its current stream.
+class DeviceScope {
+ public:
+  explicit DeviceScope(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+    // torch sets the device in its own CUDA runtime; this library's is linked statically and has a current device of its own.
+    STD_CUDA_CHECK(cudaSetDevice(tensor.get_device_index()));
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+
+  cudaStream_t stream() const { return stream_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_ = nullptr;
+};
+
+}  // namespace genrep_fast
