@@ -23,7 +23,7 @@ sanitize: $(VENV)/.installed-test
 	rm -rf $(SANITIZED)
 	GENREP_FAST_SANITIZE=1 GENREP_FAST_CUDA=0 $(BIN)/pip install --no-build-isolation --no-deps --target $(SANITIZED) .
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-		PYTHONPATH=$(SANITIZED) OMP_NUM_THREADS=2 $(BIN)/pytest tests/test_alignment.py tests/test_optimizer.py
+		PYTHONPATH=$(SANITIZED) OMP_NUM_THREADS=2 $(BIN)/pytest tests/test_alignment.py tests/test_kernels.py tests/test_optimizer.py -k "not triton and not inductor"
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check
