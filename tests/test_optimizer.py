@@ -159,6 +159,24 @@ def test_strided_parameters_are_updated_in_place():
     assert base[0].tolist() == [1] * 6 and (base[:, 1::2] == 1).all() and (dense != 1).any()
 
 
+@pytest.mark.parametrize("shape", [(), (1,)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_found_inf_decides_whether_anything_changes(dtype, shape):
+    gradients = gradients_of_steps(3, dtype)[0]
+    gradients[1][3] = torch.full_like(gradients[1][3], math.nan)
+    gradients[0][4][0] = math.inf
+    results = {}
+    for found in (None, 0.0, 1.0, 2.0):  # the sum over several devices may be 2
+        params, state = random_tensors(0, dtype), new_state(random_tensors(0, dtype))
+        take_step(params, gradients, state, 0.1, reached_by(gradients), found_inf=None if found is None else torch.full(shape, found))
+        results[found] = [params, *(state[name] for name in ("exp_avgs", "exp_avg_sqs", "emas"))]
+    torch.testing.assert_close(results[0.0], results[None], rtol=0, atol=0, equal_nan=True)
+    zeros, initial = [torch.zeros(shape, dtype=dtype) for shape in SHAPES], random_tensors(0, dtype)
+    for found in (1.0, 2.0):
+        torch.testing.assert_close(results[found], [initial, zeros, zeros, initial], rtol=0, atol=0)
+    assert results[None][0][4].isnan().any() and not torch.equal(results[None][0][5], initial[5])
+
+
 # Wrong arguments
 
 
@@ -181,6 +199,10 @@ def test_strided_parameters_are_updated_in_place():
         ({"betas": (0.9, 1.0)}, ValueError, r"betas must be two numbers in \[0, 1\), got \(0.9, 1.0\)"),
         ({"eps": -1e-8}, ValueError, r"eps must be finite and not negative, got -1e-08"),
         ({"weight_decay": math.inf}, ValueError, r"weight_decay must be finite and not negative, got inf"),
+        ({"found_inf": torch.zeros(2)}, ValueError, r"found_inf must have one element, got shape \(2,\)"),
+        ({"found_inf": torch.tensor(False)}, TypeError, r"found_inf must be float32, .* got torch.bool"),
+        ({"found_inf": torch.zeros((), device="meta")}, ValueError, r"found_inf must be on cpu .* got meta"),
+        ({"found_inf": 0.0}, TypeError, r"found_inf must be a tensor, got float"),
         ({"ema_decay": 1.5}, ValueError, r"ema_decay must be between 0 and 1, got 1.5"),
         ({"gradients": [[torch.ones(3)], [None]]}, ValueError, r"weights must be given where"),
         ({"coefficients": torch.ones(1, 3)}, ValueError, r"coefficients must have shape \[1 groups or more, 2\], got \(1, 3\)"),
@@ -204,12 +226,13 @@ def operator_arguments(with_emas=True):
     emas = state["emas"] if with_emas else []
     coefficients, steps = torch.ones(1, 2, dtype=torch.float64), [torch.ones(())] * 2
     lists = (params, state["exp_avgs"], state["exp_avg_sqs"], emas, [*p, *g], coefficients, [0, -1], WEIGHTS, steps)
-    return *lists, torch.tensor(0.1), 0.9, 0.999, 1e-8, 0.01, EMA_DECAY
+    found_inf = torch.zeros(()) if with_emas else None
+    return *lists, torch.tensor(0.1), 0.9, 0.999, 1e-8, 0.01, EMA_DECAY, found_inf
 
 
 @pytest.mark.parametrize("with_emas", [True, False])
 def test_opcheck(with_emas):
-    torch.library.opcheck(ops._adamw_step, operator_arguments(with_emas))
+    torch.library.opcheck(torch.ops.genrep_fast.adamw_step.default, operator_arguments(with_emas))
 
 
 def test_the_reference_never_asks_the_device():

@@ -17,12 +17,11 @@ from ..reference import alignment as reference
 Gradients = Sequence[Tensor | None]  # of one loss: a tensor for each parameter, None where the loss does not reach it
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_MAX_LOSSES = 8
+MAX_LOSSES = 8
 
 
 def _first(gradients: Gradients) -> Tensor:
     return next(gradient for gradient in gradients if gradient is not None)
-
 
 
 _gram = define_operator(
@@ -158,7 +157,7 @@ def combine(
         ValueError: for a wrong number of gradients, length, shape, device, layout or group index, or for `weights` that are missing.
     """
     layout = check_gradients(gradients, _numbered(gradients), groups)
-    weights = check_coefficients(coefficients, weights, len(gradients), layout)
+    coefficients, weights = check_coefficients(coefficients, weights, len(gradients), layout)
     _check_out(out, layout)
     return _combined(gradients, coefficients, layout, weights, out)
 
@@ -179,8 +178,8 @@ class GradientLayout(NamedTuple):
 
 def check_gradients(gradients: Sequence[Gradients], names: Sequence[str], groups: Sequence[int | None] | None) -> GradientLayout:
     """Check gradients of 2 to 8 losses, called `names` in messages, and their groups; what raises: see `align_gradients`."""
-    if not 2 <= len(gradients) <= _MAX_LOSSES:
-        raise ValueError(f"gradients of 2 to {_MAX_LOSSES} losses are needed, got {len(gradients)}")
+    if not 2 <= len(gradients) <= MAX_LOSSES:
+        raise ValueError(f"gradients of 2 to {MAX_LOSSES} losses are needed, got {len(gradients)}")
     for name, tensors in zip(names, gradients, strict=True):
         check_length(tensors, name, len(gradients[0]))
     indices, num_groups = _check_groups(groups, len(gradients[0]))
@@ -226,16 +225,17 @@ def check_writable(tensor: Tensor, name: str, shape: torch.Size, device: torch.d
         raise ValueError(f"{name} is written to and must not be an expanded tensor, got strides {tensor.stride()}")
 
 
-def check_coefficients(coefficients: Tensor, weights: Sequence[float] | None, n: int, layout: GradientLayout) -> list[float]:
-    """Check `coefficients` and `weights` of `combine`; return the weights as a list, empty where none are needed."""
+def check_coefficients(coefficients: Tensor, weights: Sequence[float] | None, n: int, layout: GradientLayout) -> tuple[Tensor, list[float]]:
+    """Check `coefficients` and `weights` of `combine`; return them as the operators take them, weights empty where none are needed."""
     check_tensor(coefficients, "coefficients", None, layout.device)
     if coefficients.ndim != 2 or coefficients.shape[1] != n or len(coefficients) < layout.num_groups:
         raise ValueError(f"coefficients must have shape [{layout.num_groups} groups or more, {n}], got {tuple(coefficients.shape)}")
+    coefficients = coefficients.double().contiguous()
     if weights is not None:
-        return check_weights(weights, n)
+        return coefficients, check_weights(weights, n)
     if any(layout.groups[t] < 0 for t in layout.reached):
         raise ValueError("weights must be given where a tensor has no group or a loss does not reach it, got None")
-    return []
+    return coefficients, []
 
 
 def check_weights(weights: Sequence[float], n: int) -> list[float]:

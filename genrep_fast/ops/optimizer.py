@@ -64,13 +64,14 @@ def adamw_step(
     """
     names = [f"gradients[{i}]" for i in range(len(gradients))]
     layout = check_gradients(gradients, names, groups)
-    weights = check_coefficients(coefficients, weights, len(gradients), layout)
-    if isinstance(lr, Tensor):
-        _check_scalar(lr, "lr", layout.device)
-    else:
-        _check_not_negative(lr, "lr")
-        lr = torch.tensor(lr, dtype=torch.float64)
-    _check_hyperparameters(betas, eps, weight_decay, ema_decay)
+    coefficients, weights = check_coefficients(coefficients, weights, len(gradients), layout)
+    check_learning_rate(lr, layout.device)
+    check_hyperparameters(betas, eps, weight_decay)
+    check_ema_decay(ema_decay)
+    if found_inf is not None:
+        check_tensor(found_inf, "found_inf", None, layout.device)
+        if found_inf.numel() != 1:
+            raise ValueError(f"found_inf must have one element, got shape {tuple(found_inf.shape)}")
     written = {"params": params, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     if emas is not None:
         written["emas"] = emas
@@ -92,7 +93,7 @@ def adamw_step(
             [layout.groups[t] for t in reached],
             weights,
             [steps[t] for t in reached],
-            lr,
+            lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64),
             *betas,
             eps,
             weight_decay,
@@ -101,19 +102,33 @@ def adamw_step(
         )
 
 
-def _check_scalar(tensor: Tensor, name: str, device: torch.device) -> None:
-    check_tensor(tensor, name, torch.Size(), None)
-    if tensor.device not in (device, torch.device("cpu")):
-        raise ValueError(f"{name} must be on {device} or on the CPU, got {tensor.device}")
+def check_learning_rate(lr: float | Tensor, device: torch.device) -> None:
+    """Check that `lr` is a finite number, not negative, or a tensor without axes on `device` or the CPU."""
+    if isinstance(lr, Tensor):
+        _check_scalar(lr, "lr", device)
+    else:
+        _check_not_negative(lr, "lr")
 
 
-def _check_hyperparameters(betas: tuple[float, float], eps: float, weight_decay: float, ema_decay: float) -> None:
+def check_hyperparameters(betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    """Check AdamW's hyperparameters but the learning rate."""
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
     _check_not_negative(eps, "eps")
     _check_not_negative(weight_decay, "weight_decay")
+
+
+def check_ema_decay(ema_decay: float) -> float:
+    """Check that `ema_decay` is between 0 and 1; return it."""
     if not 0 <= ema_decay <= 1:
         raise ValueError(f"ema_decay must be between 0 and 1, got {ema_decay}")
+    return ema_decay
+
+
+def _check_scalar(tensor: Tensor, name: str, device: torch.device) -> None:
+    check_tensor(tensor, name, torch.Size(), None)
+    if tensor.device not in (device, torch.device("cpu")):
+        raise ValueError(f"{name} must be on {device} or on the CPU, got {tensor.device}")
 
 
 def _check_not_negative(value: float, name: str) -> None:

@@ -1,0 +1,272 @@
+"""Aggregation rules: weights of the gradients of n losses from their Gram matrices alone.
+
+A rule maps Gram matrices [groups, n, n] to weights [groups, n], both float64, and the aggregate of a group is sum_i weights_i g_i. None
+calls a solver, waits for the device or branches on a value, so that a CUDA graph can hold any of them.
+
+| rule | n | paper |
+| --- | --- | --- |
+| genrep | 2 | Li, Yang, Wang: Reconciling Visual Perception and Generation in Diffusion Models, ICLR 2026 |
+| pcgrad | 2 | Yu et al.: Gradient Surgery for Multi-Task Learning, NeurIPS 2020 |
+| upgrad | 2 | Quinton, Rey: Jacobian Descent for Multi-Objective Optimization, 2024 |
+| dualproj | 2 | Lopez-Paz, Ranzato: Gradient Episodic Memory for Continual Learning, NeurIPS 2017 |
+| mgda | 2 | Désidéri: Multiple-Gradient Descent Algorithm, Comptes Rendus Mathématique 2012 |
+| nash_mtl | 2 | Navon et al.: Multi-Task Learning as a Bargaining Game, ICML 2022 |
+| imtl_g | any | Liu et al.: Towards Impartial Multi-task Learning, ICLR 2021 |
+| aligned_mtl | any | Senushkin et al.: Independent Component Alignment for Multi-Task Learning, CVPR 2023 |
+| config | any | Liu, Chu, Thuerey: ConFIG, Towards Conflict-free Training of Physics Informed Neural Networks, ICLR 2025 |
+
+Where n is 2 the rule has a closed form for two losses and otherwise depends on a quadratic program, an iteration or a random order. All but
+genrep give the aggregate of TorchJD (the package of Quinton and Rey) at its defaults, without its regularisation and, for nash_mtl, without
+its max_norm. A NaN makes the weights that depend on it NaN, and neither it nor an infinite entry affects the weights of another matrix.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .ops.alignment import check_weights
+
+Rule = Callable[[Tensor], Tensor]
+
+_NEGLIGIBLE = 1e-12  # TorchJD's: a sum or a length below it, next to numbers of order 1, is taken as 0
+_SWEEPS = 8  # of Jacobi rotations; convergence is quadratic, and 8 x 8 matrices need 5 or 6
+_NEED_GRADIENTS = ("ExcessMTLWeighting", "_NashMTLWeighting")  # TorchJD's weightings of the gradients themselves
+
+
+def pcgrad(gram: Tensor) -> Tensor:
+    """Sum of both gradients, each without its projection onto the other one where they conflict.
+
+    w_i = 1 + max(0, -<g_1,g_2>) / |g_i|^2, as g_j loses the multiple <g_1,g_2> / |g_i|^2 of g_i. A zero gradient conflicts with nothing.
+    """
+    squared_norms, dot = _entries(gram)
+    return 1 + _divide((-dot).clamp(min=0), squared_norms)
+
+
+def upgrad(gram: Tensor) -> Tensor:
+    """Mean of both gradients' projections onto the dual cone {x: <x,g_1> >= 0, <x,g_2> >= 0}.
+
+    Where two gradients conflict, projecting one onto the cone projects it onto the plane orthogonal to the other: half of `pcgrad`.
+    """
+    return pcgrad(gram) / 2
+
+
+def dualproj(gram: Tensor) -> Tensor:
+    """Projection of the mean gradient onto the dual cone: w_i = max(1, -<g_1,g_2> / |g_i|^2) / 2; (1/2, 1/2) where a gradient is zero.
+
+    Only the shorter of the two can have a negative inner product with the mean; its weight grows until that product is 0.
+    """
+    squared_norms, dot = _entries(gram)
+    return _divide(-dot, squared_norms).clamp(min=1) / 2
+
+
+def mgda(gram: Tensor) -> Tensor:
+    """Shortest convex combination: w_i proportional to max(0, |g_j|^2 - <g_1,g_2>), j the other one.
+
+    A zero gradient takes the whole weight; of equal gradients each takes half (TorchJD: the first one all, with the same aggregate).
+    """
+    squared_norms, dot = _entries(gram)
+    excess = (squared_norms - dot).clamp(min=0)  # [G, 2]
+    total = excess.sum(dim=1, keepdim=True)
+    return torch.where(total == 0, 0.5, excess.flip(1) / total)
+
+
+def nash_mtl(gram: Tensor) -> Tensor:
+    """Nash bargaining solution, Gram w = 1/w: w_i = 1 / (|g_i| sqrt(1 + cosine)).
+
+    The aggregate bisects the angle and has norm sqrt(2); TorchJD's max_norm, 1 by default, then shortens it to that norm, which is not
+    done here. A zero gradient has weight 0 and leaves 1/|g_j| to the other one; of exactly opposite gradients both have weight 0, as no
+    solution exists.
+    """
+    squared_norms, dot = _entries(gram)
+    norms = squared_norms.sqrt()
+    cosine = _divide(_divide(dot, norms[:, :1]), norms[:, 1:])
+    opposite = 1 + cosine <= 2 * torch.finfo(gram.dtype).eps
+    return torch.where(opposite, 0.0, _divide((1 + cosine).rsqrt(), norms))
+
+
+def imtl_g(gram: Tensor) -> Tensor:
+    """Equal projections of the aggregate onto all gradients' directions: w proportional to Gram^+ norms, its sum 1.
+
+    Zero gradients have weight 0. Dependent gradients take the pseudoinverse's solution, for which projections differ: (|g_1|, ±|g_2|) /
+    (|g_1| ± |g_2|) for parallel (+) and opposite (-) ones. Where the weights' sum vanishes, all of them are 0.
+    """
+    gram = _divide(gram, gram.diagonal(dim1=1, dim2=2).amax(dim=1)[:, None, None])  # to order 1
+    solution = _solve(gram, gram.diagonal(dim1=1, dim2=2).sqrt())
+    total = solution.sum(dim=1, keepdim=True)
+    return torch.where(total.abs() < _NEGLIGIBLE, 0.0, solution / total)
+
+
+def aligned_mtl(gram: Tensor) -> Tensor:
+    """Mean of the gradients after all their principal components got the smallest one's length: w = sqrt(lambda_min) Gram^(-1/2) 1/n.
+
+    lambda_min is the smallest eigenvalue of those that are not negligible, the others drop out; where none is left w = 1/n.
+    """
+    n = gram.shape[1]
+    eigenvalues, eigenvectors = _spectrum(gram)
+    smallest = eigenvalues.amin(dim=1, keepdim=True)
+    mean = gram.new_full((1, n), 1 / n)
+    return torch.where(smallest.isinf(), mean, _transform(eigenvectors, (smallest / eigenvalues).sqrt(), mean))
+
+
+def config(gram: Tensor) -> Tensor:
+    """Direction of equal cosine with all gradients, its length the sum of their projections onto it.
+
+    With cosines C and u = C^+ 1: w_i = u_i / |g_i| sum_j |g_j| (C u)_j / (u^T C u). At n = 2 that is (|g_1| + |g_2|) / (2 |g_i|), whatever
+    the angle. Zero gradients have weight 0; where the direction vanishes (two exactly opposite gradients), so have all.
+    """
+    norms = gram.diagonal(dim1=1, dim2=2).sqrt()
+    cosine = _divide(_divide(gram, norms[:, :, None]), norms[:, None, :])
+    solution = _solve(cosine, torch.ones_like(norms))
+    projections = (cosine @ solution[:, :, None])[:, :, 0]
+    squared_length = (solution * projections).sum(dim=1, keepdim=True)  # of sum_i u_i g_i / |g_i|
+    total = (norms * projections).sum(dim=1, keepdim=True)
+    return torch.where(squared_length < _NEGLIGIBLE**2, 0.0, _divide(solution, norms) * total / squared_length)
+
+
+_OF_TWO: dict[str, Rule] = {"pcgrad": pcgrad, "upgrad": upgrad, "dualproj": dualproj, "mgda": mgda, "nash_mtl": nash_mtl}
+_OF_ANY: dict[str, Rule] = {"imtl_g": imtl_g, "aligned_mtl": aligned_mtl, "config": config}
+RULES = ("genrep", *_OF_TWO, *_OF_ANY)
+
+
+def resolve_rule(rule: str | Rule, weights: Sequence[float], power: float, n: int) -> Rule:
+    """The function from Gram matrices [groups, n, n] to weights [groups, n], both float64, that `rule` stands for.
+
+    Args:
+        rule: one of `RULES`; or a callable from Gram matrices [groups, n, n] float64 to weights [groups, n] on the same device; or a
+            Weighting of TorchJD, called with one [n, n] matrix after the other. Most of these make the host wait for the device.
+        weights: of the n losses, for genrep alone.
+        power: damping exponent, >= 0, for genrep alone.
+        n: number of losses.
+
+    Returns:
+        The function. It raises TypeError where a callable returns no tensor, and ValueError for one of a wrong shape or device and for a
+        stateful Weighting that meets several groups.
+
+    Raises:
+        TypeError: for a rule that is neither a name nor callable, or a TorchJD object that cannot work from a Gram matrix.
+        ValueError: for an unknown name, a rule that does not exist for n losses, or weights or a power that genrep does not take.
+    """
+    if isinstance(rule, str):
+        return _named_rule(rule, weights, power, n)
+    if not callable(rule):
+        raise TypeError(f"rule must be a name, a callable or a TorchJD Weighting, got {type(rule).__name__}")
+    return partial(_checked, _torchjd_rule(rule) or rule)
+
+
+def genrep(gram: Tensor, weights: Sequence[float], power: float) -> Tensor:
+    """Coefficients [groups, 2] of the operator ``genrep_fast::alignment_coefficients``, which defines them."""
+    return torch.ops.genrep_fast.alignment_coefficients(gram, weights, power)[0]
+
+
+def _named_rule(name: str, weights: Sequence[float], power: float, n: int) -> Rule:
+    if name not in RULES:
+        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {name!r}")
+    if n != 2 and name not in _OF_ANY:
+        raise ValueError(f"rule {name!r} takes 2 losses, got {n}; {', '.join(_OF_ANY)} and TorchJD's weightings take any number")
+    if name == "genrep":
+        return partial(genrep, weights=check_weights(weights, 2), power=check_power(power))
+    return (_OF_TWO | _OF_ANY)[name]
+
+
+def _torchjd_rule(rule: Callable) -> Rule | None:
+    """The rule that calls a TorchJD Weighting group by group; None where `rule` is something else."""
+    torchjd = sys.modules.get("torchjd.aggregation")  # an object of TorchJD's exists only where TorchJD was imported
+    if torchjd is None:
+        return None
+    if isinstance(rule, torchjd.Aggregator):
+        name = type(rule).__name__
+        raise TypeError(f"rule must be a TorchJD Weighting such as {name}Weighting(), got the aggregator {name}")
+    if not isinstance(rule, torchjd.Weighting):
+        return None
+    if any(type(module).__name__ in _NEED_GRADIENTS for module in rule.modules()):
+        raise TypeError(f"rule must work from Gram matrices, got {type(rule).__name__}, which needs the gradients")
+    return partial(_group_by_group, rule)
+
+
+def _group_by_group(weighting: torch.nn.Module, gram: Tensor) -> Tensor:
+    stateful = sys.modules["torchjd"].Stateful
+    if len(gram) > 1 and any(isinstance(module, stateful) for module in weighting.modules()):
+        raise ValueError(
+            f"rule {type(weighting).__name__} keeps a state from call to call, which {len(gram)} groups would mix up: use one group, or a "
+            "callable that holds a weighting for each"
+        )
+    return torch.stack([weighting(matrix) for matrix in gram]) if len(gram) else gram.new_empty(gram.shape[:2])
+
+
+def _checked(rule: Rule, gram: Tensor) -> Tensor:
+    """``rule(gram)`` as float64, after a check that it is a tensor of the right shape and device."""
+    result = rule(gram)
+    if not isinstance(result, Tensor):
+        raise TypeError(f"rule must return a tensor, got {type(result).__name__}")
+    if result.shape != gram.shape[:2]:
+        raise ValueError(f"rule must return weights of shape {tuple(gram.shape[:2])}, got {tuple(result.shape)}")
+    if result.device != gram.device:
+        raise ValueError(f"rule must return weights on {gram.device}, got {result.device}")
+    return result.to(gram.dtype)
+
+
+def _entries(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared norms [G, 2] and inner products [G, 1] of Gram matrices [G, 2, 2]."""
+    return gram.diagonal(dim1=1, dim2=2), gram[:, 0, 1:]
+
+
+def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """The quotient, 0 where the denominator is 0: nothing of a zero gradient is along anything."""
+    return torch.where(denominator == 0, 0.0, numerator / denominator)
+
+
+def _solve(matrices: Tensor, vectors: Tensor) -> Tensor:
+    """Pseudoinverse of `matrices` [G, n, n] times `vectors` [G, n]."""
+    eigenvalues, eigenvectors = _spectrum(matrices)
+    return _transform(eigenvectors, 1 / eigenvalues, vectors)
+
+
+def _transform(eigenvectors: Tensor, factors: Tensor, vectors: Tensor) -> Tensor:
+    """V diag(factors) V^T vectors, for eigenvectors V [G, n, n], factors [G, n] and vectors [G or 1, n]."""
+    components = (vectors[:, None, :] @ eigenvectors)[:, 0]  # [G, n]
+    return (eigenvectors @ (factors * components)[:, :, None])[:, :, 0]
+
+
+def _spectrum(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues [G, n] and eigenvectors [G, n, n] of symmetric matrices; eigenvalues that are negligible are infinite.
+
+    Negligible is at most n eps times the largest one, the tolerance of `torch.linalg.pinv`. So a reciprocal drops them, a minimum passes
+    them over, and a NaN stays one. `torch.linalg.eigh` would make the host wait for the device.
+    """
+    n = matrices.shape[1]
+    index = torch.arange(n, device=matrices.device)
+    # Step s pairs index i with i XOR s: disjoint pairs that rotate at once, and over all steps every pair once. [n, n], ones at the pairs.
+    pairings = [((index[:, None] ^ step) == index).to(matrices.dtype) for step in range(1, 1 << (n - 1).bit_length())]
+    eigenvectors = torch.eye(n, dtype=matrices.dtype, device=matrices.device)
+    for _ in range(1 if n == 2 else _SWEEPS):  # the only pair of two needs one rotation
+        for pairs in pairings:
+            rotation = _rotation(matrices, pairs)
+            matrices = rotation.mT @ matrices @ rotation
+            eigenvectors = eigenvectors @ rotation
+    eigenvalues = matrices.diagonal(dim1=1, dim2=2)
+    negligible = eigenvalues <= n * torch.finfo(matrices.dtype).eps * eigenvalues.amax(dim=1, keepdim=True)
+    return torch.where(negligible, torch.inf, eigenvalues), eigenvectors
+
+
+def _rotation(matrices: Tensor, pairs: Tensor) -> Tensor:
+    """Jacobi rotation R [G, n, n]: R^T A R has zeros at `pairs` (Golub and Van Loan, Matrix Computations, section 8.5)."""
+    sign = (pairs.triu() - pairs.tril()).sum(dim=1)  # [n]: 1 for the first of a pair, -1 for the second, 0 for an index without a partner
+    diagonal = matrices.diagonal(dim1=1, dim2=2)  # [G, n]
+    gap = sign * (diagonal @ pairs - diagonal)  # a_jj - a_ii of the pair (i, j), at i and at j
+    entry = ((matrices + matrices.mT) * pairs).sum(dim=2)  # 2 a_ij, bit for bit the same at i and at j: else R is not orthogonal
+    angle = torch.atan2(torch.where(gap < 0, -entry, entry), gap.abs()) / 2  # at most pi/4: small ones converge
+    return torch.diag_embed(angle.cos()) + pairs * (sign * angle.sin())[:, :, None]
+
+
+def check_power(power: float) -> float:
+    """Check that `power` is a finite number, >= 0; return it as a float."""
+    if not isinstance(power, (int, float)):
+        raise TypeError(f"power must be a number, got {type(power).__name__}")
+    if not 0 <= power < torch.inf:
+        raise ValueError(f"power must be finite and not negative, got {power}")
+    return float(power)
