@@ -6,6 +6,8 @@ Importing it compiles nothing and probes no device; `GenRep` and `GenRepPipeline
 
 from __future__ import annotations
 
+from importlib import import_module
+
 from .aligned_adamw import AlignedAdamW
 from .backends import BackendUnavailableError, info, use_backend
 from .chain_bank import ChainBank
@@ -18,7 +20,8 @@ from .posterior_scorer import PosteriorScorer
 
 __version__ = "0.1.0"
 
-_MODELS = ("GenRep", "GenRepPipeline", "GenRepWeighting")
+# Where names live that need more than torch.
+_LAZY = {"GenRep": "models", "GenRepPipeline": "models", "GenRepWeighting": "genrep_weighting"}
 
 __all__ = [
     "AlignedAdamW",
@@ -47,14 +50,8 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    if name == "GenRepWeighting":
-        from .genrep_weighting import GenRepWeighting
-
-        return GenRepWeighting
-    if name in _MODELS:
-        from . import models
-
-        return getattr(models, name)
+    if name in _LAZY:
+        return getattr(import_module(f"genrep_fast.{_LAZY[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .gradient_aligner import Combination, GradientAligner, check_max_norm
 from .ops.alignment import check_length, check_writable
-from .ops.optimizer import _adamw_step, check_ema_decay, check_hyperparameters, check_learning_rate
+from .ops.optimizer import adamw_step_operator, check_ema_decay, check_hyperparameters, check_learning_rate
 
 # What torch.optim.AdamW keeps in a parameter group besides its hyperparameters. fused: step counters are on the parameters' device.
 _ADAMW_FLAGS = {
@@ -140,7 +140,7 @@ class AlignedAdamW(torch.optim.Optimizer):
         steps = [state["step"] for state in states]
         torch._foreach_add_(steps, 1.0 if found_inf is None else [(found_inf == 0).to(steps[0])] * len(steps))
         lr = group["lr"]
-        _adamw_step(
+        adamw_step_operator(
             members.params,
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .ops.alignment import check_weights
-from .rules import check_power, genrep
+from .ops.alignment import check_power, check_weights
+from .rules import genrep
 
 try:
     from torchjd.aggregation import Weighting

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .gradient_storage import Buckets, TensorGrams
-from .ops.alignment import DTYPES, MAX_LOSSES, AlignmentStats, _alignment_coefficients, _combine, check_weights
+from .ops.alignment import DTYPES, MAX_LOSSES, AlignmentStats, alignment_coefficients_operator, check_weights, combine_operator
 from .rules import resolve_rule
 
 # Parameters' elements whose Gram matrices are worth a call while backward runs: reading them takes longer than the call itself, and a few
@@ -234,7 +234,7 @@ class GradientAligner:
                 views, runs = self._buckets.views[0], layout.runs
                 results = [views[index] for index in layout.indices]
                 out = [self._buckets.span(0, runs[tensor]) if tensor in runs else views[tensor] for tensor in layout.tensors]
-            _combine(gradients, combination.coefficients, layout.tensor_rows, [], out)
+            combine_operator(gradients, combination.coefficients, layout.tensor_rows, [], out)
             for index, result in zip(layout.indices, results, strict=True):
                 self.parameters[index].grad = result
         self.finish()
@@ -440,22 +440,20 @@ class GradientAligner:
         """Coefficients, cosine, alpha and norms of the groups' Gram matrices."""
         norms = gram.diagonal(dim1=1, dim2=2).sqrt()
         if self._rule is None:
-            return *_alignment_coefficients(gram, self._weights, self._power), norms
+            return *alignment_coefficients_operator(gram, self._weights, self._power), norms
         cosine = torch.where(norms[:, :, None] * norms[:, None, :] == 0, 0.0, gram / norms[:, :, None] / norms[:, None, :]).clamp(-1, 1)
         return self._rule(gram), cosine if len(self.names) > 2 else cosine[:, 0, 1], None, norms
 
     @torch.no_grad()
     def _leave_marker(self) -> None:
-        """Leave a copy of one gradient in ``.grad``, which is NaN where any gradient is not finite.
+        """Leave one gradient in ``.grad``, or, where a GradScaler is expected, a copy that is NaN where any gradient is not finite.
 
         GradScaler looks for such values in ``.grad`` alone, and insists on finding one there.
         """
         layout = self._current_layout()
         if layout.smallest is not None:
             gradient = next(gradients[layout.smallest] for gradients in self._gradients if gradients[layout.smallest] is not None)
-            tensor = gradient.clone()
-            if self._scaler_expected:
-                tensor.add_(self.overflow())
+            tensor = gradient + self.overflow().to(gradient.dtype) if self._scaler_expected else gradient
             self.parameters[layout.smallest].grad = tensor
             self._marker = _Marker(self.parameters[layout.smallest], tensor, tensor._version, self._scaler_expected)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .ops.alignment import _gram
+from .ops.alignment import gram_operator
 
 
 class TensorGrams:
@@ -40,7 +40,7 @@ class TensorGrams:
         """Compute the matrices of what was submitted; ``gradients_of(tensors)`` returns their gradients, flattened loss by loss."""
         batch = list(self._pending)
         if batch:
-            self._batches.append(_gram(gradients_of(batch), self.n, list(range(len(batch))), len(batch)))
+            self._batches.append(gram_operator(gradients_of(batch), self.n, list(range(len(batch))), len(batch)))
             self._places.update(zip(batch, range(self._computed + 1, self._computed + len(batch) + 1), strict=True))
             self._computed += len(batch)
             self._pending, self.elements = {}, 0

@@ -29,7 +29,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .ops.alignment import check_weights
+from .ops.alignment import check_power, check_weights
 
 Rule = Callable[[Tensor], Tensor]
 
@@ -261,12 +261,3 @@ def _rotation(matrices: Tensor, pairs: Tensor) -> Tensor:
     entry = ((matrices + matrices.mT) * pairs).sum(dim=2)  # 2 a_ij, bit for bit the same at i and at j: else R is not orthogonal
     angle = torch.atan2(torch.where(gap < 0, -entry, entry), gap.abs()) / 2  # at most pi/4: small ones converge
     return torch.diag_embed(angle.cos()) + pairs * (sign * angle.sin())[:, :, None]
-
-
-def check_power(power: float) -> float:
-    """Check that `power` is a finite number, >= 0; return it as a float."""
-    if not isinstance(power, (int, float)):
-        raise TypeError(f"power must be a number, got {type(power).__name__}")
-    if not 0 <= power < torch.inf:
-        raise ValueError(f"power must be finite and not negative, got {power}")
-    return float(power)

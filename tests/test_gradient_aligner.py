@@ -267,13 +267,13 @@ def test_gradients_are_taken_over_and_written_in_place():
 
 def test_gram_matrices_start_during_the_last_pass_and_are_computed_once(monkeypatch):
     model, sizes = Model(), []
-    compute = gradient_storage._gram
+    compute = gradient_storage.gram_operator
 
     def counting(gradients, n, groups, num_groups):
         sizes.append(len(groups))
         return compute(gradients, n, groups, num_groups)
 
-    monkeypatch.setattr(gradient_storage, "_gram", counting)
+    monkeypatch.setattr(gradient_storage, "gram_operator", counting)
     monkeypatch.setattr(gradient_aligner, "_BATCH_ELEMENTS", 50)
     aligner = gf.GradientAligner(model)
     for step in range(3):
@@ -320,8 +320,8 @@ def test_flat_runs_end_where_a_loss_does_not_reach(monkeypatch):
     gradients[1][1] = None
     expected, _ = gf.align_gradients(*gradients)
     numbers = []
-    combine = gradient_aligner._combine
-    monkeypatch.setattr(gradient_aligner, "_combine", lambda *arguments: (numbers.append(len(arguments[2])), combine(*arguments)))
+    combine = gradient_aligner.combine_operator
+    monkeypatch.setattr(gradient_aligner, "combine_operator", lambda *arguments: (numbers.append(len(arguments[2])), combine(*arguments)))
     for name, side in zip(aligner.names, gradients, strict=True):
         with aligner.collect(name):
             for parameter, gradient in zip(parameters, side, strict=True):

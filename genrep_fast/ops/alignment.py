@@ -24,20 +24,20 @@ def _first(gradients: Gradients) -> Tensor:
     return next(gradient for gradient in gradients if gradient is not None)
 
 
-_gram = define_operator(
+gram_operator = define_operator(
     "gram(Tensor?[] gradients, int n, int[] groups, int num_groups) -> Tensor",
     reference=reference.gram,
     fake=lambda gradients, n, groups, num_groups: _first(gradients).new_empty(num_groups, n, n, dtype=torch.float64),
 )
 
-_alignment_coefficients = define_operator(
+alignment_coefficients_operator = define_operator(
     "alignment_coefficients(Tensor gram, float[] weights, float power) -> (Tensor coefficients, Tensor cosine, Tensor alpha)",
     reference=reference.alignment_coefficients,
     fake=lambda gram, weights, power: (gram.new_empty(len(gram), 2), gram.new_empty(len(gram)), gram.new_empty(len(gram))),
     data=(),
 )
 
-_combine = define_operator(
+combine_operator = define_operator(
     "combine(Tensor?[] gradients, Tensor coefficients, int[] groups, float[] weights, Tensor(a!)[] out) -> ()",
     reference=reference.combine,
     fake=lambda gradients, coefficients, groups, weights, out: None,
@@ -99,13 +99,10 @@ def align_gradients(
     gradients = (perception, generation)
     layout = check_gradients(gradients, ("perception", "generation"), groups)
     weights = check_weights(weights, 2)
-    if not isinstance(power, (int, float)):
-        raise TypeError(f"power must be a number, got {type(power).__name__}")
-    if not 0 <= power < math.inf:
-        raise ValueError(f"power must be finite and not negative, got {power}")
+    power = check_power(power)
     _check_out(out, layout)
     matrices = _gram_matrices(gradients, layout)
-    coefficients, cosine, alpha = _alignment_coefficients(matrices, weights, float(power))
+    coefficients, cosine, alpha = alignment_coefficients_operator(matrices, weights, power)
     stats = AlignmentStats(cosine, alpha, matrices.diagonal(dim1=1, dim2=2).sqrt(), coefficients)
     return _combined(gradients, coefficients, layout, weights, out), stats
 
@@ -186,14 +183,32 @@ def check_gradients(gradients: Sequence[Gradients], names: Sequence[str], groups
     samples: list[Tensor | None] = [None] * len(indices)
     device = None
     for name, tensors in zip(names, gradients, strict=True):
+        # Asking every tensor of a long list for one property after the other takes half as long as one tensor for all of them.
+        alike = _are_alike(tensors, samples, device)
         for t, gradient in enumerate(tensors):
             if gradient is None:
                 indices[t] = -1
-            else:
+                continue
+            if not alike:
                 check_tensor(gradient, f"{name}[{t}]", samples[t].shape if samples[t] is not None else None, device)
-                samples[t] = gradient
-                device = gradient.device
+            samples[t] = gradient
+            device = device or gradient.device
     return GradientLayout(indices, num_groups, samples, device or torch.device("cpu"))
+
+
+def _are_alike(tensors: Gradients, samples: list[Tensor | None], device: torch.device | None) -> bool:
+    """Whether `check_tensor` would pass all tensors, in the shapes of `samples` and on `device` or one of their own."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    if not all([isinstance(tensor, Tensor) for tensor in present]):
+        return False
+    pairs = zip(tensors, samples, strict=True)
+    devices = {tensor.device for tensor in present} | ({device} if device is not None else set())
+    return (
+        {tensor.layout for tensor in present} <= {torch.strided}
+        and {tensor.dtype for tensor in present} <= set(DTYPES)
+        and len(devices) <= 1
+        and all([a.shape == b.shape for a, b in pairs if a is not None and b is not None])
+    )
 
 
 def check_length(tensors: Sequence, name: str, length: int) -> None:
@@ -247,6 +262,15 @@ def check_weights(weights: Sequence[float], n: int) -> list[float]:
     return [float(weight) for weight in weights]
 
 
+def check_power(power: float) -> float:
+    """Check that `power` is a finite number, >= 0; return it as a float."""
+    if not isinstance(power, (int, float)):
+        raise TypeError(f"power must be a number, got {type(power).__name__}")
+    if not 0 <= power < math.inf:
+        raise ValueError(f"power must be finite and not negative, got {power}")
+    return float(power)
+
+
 def _check_groups(groups: Sequence[int | None] | None, num_tensors: int) -> tuple[list[int], int]:
     if groups is None:
         return [0] * num_tensors, 1
@@ -264,6 +288,8 @@ def _check_out(out: Gradients | None, layout: GradientLayout) -> None:
     if out is None:
         return
     check_length(out, "out", len(layout.samples))
+    if _are_alike(out, layout.samples, layout.device) and all([tensor.is_contiguous() for tensor in out if tensor is not None]):
+        return
     for t in layout.reached:
         if out[t] is not None:
             check_writable(out[t], f"out[{t}]", layout.samples[t].shape, layout.device)
@@ -279,7 +305,7 @@ def _gram_matrices(gradients: Sequence[Gradients], layout: GradientLayout) -> Te
     if not grouped:
         return torch.zeros(layout.num_groups, n, n, dtype=torch.float64, device=layout.device)
     tensors = [loss_gradients[t] for loss_gradients in gradients for t in grouped]
-    return _gram(tensors, n, [layout.groups[t] for t in grouped], layout.num_groups)
+    return gram_operator(tensors, n, [layout.groups[t] for t in grouped], layout.num_groups)
 
 
 def _combined(
@@ -295,5 +321,5 @@ def _combined(
     reached = layout.reached
     if reached:
         tensors = [loss_gradients[t] for loss_gradients in gradients for t in reached]
-        _combine(tensors, coefficients, [layout.groups[t] for t in reached], weights, [results[t] for t in reached])
+        combine_operator(tensors, coefficients, [layout.groups[t] for t in reached], weights, [results[t] for t in reached])
     return results

@@ -12,7 +12,7 @@ from ..backends import define_operator
 from ..reference import optimizer as reference
 from .alignment import Gradients, check_coefficients, check_gradients, check_length, check_tensor, check_writable
 
-_adamw_step = define_operator(
+adamw_step_operator = define_operator(
     "adamw_step(Tensor(a!)[] params, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] emas, "
     "Tensor?[] gradients, Tensor coefficients, int[] groups, float[] weights, Tensor[] steps, Tensor lr, "
     "float beta1, float beta2, float eps, float weight_decay, float ema_decay, Tensor? found_inf) -> ()",
@@ -83,7 +83,7 @@ def adamw_step(
             check_writable(tensors[t], f"{name}[{t}]", layout.samples[t].shape, layout.device)
         _check_scalar(steps[t], f"steps[{t}]", layout.device)
     if reached:
-        _adamw_step(
+        adamw_step_operator(
             [params[t] for t in reached],
             [exp_avgs[t] for t in reached],
             [exp_avg_sqs[t] for t in reached],
