@@ -178,7 +178,9 @@ def main():
     parser.add_argument("--json", type=Path, help="where to write all figures")
     options = parser.parse_args()
     cases = [(numel, layout, number) for numel in options.numel for layout in options.layout for number in options.threads]
-    names = {layout: [name for name in options.provider if layout == "flat" or not name.startswith("compiled")] for layout in options.layout}
+    names = {
+        layout: [name for name in options.provider if layout == "flat" or not name.startswith("compiled")] for layout in options.layout
+    }
     for numel in options.numel:
         for layout in options.layout:
             for name in names[layout]:

@@ -118,23 +118,25 @@ def main():
     parser.add_argument("--layout", nargs="+", choices=["flat", "list"], default=["flat", "list"])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--seconds", type=float, default=3.0, help="for each table")
+    parser.add_argument("--provider", nargs="+", choices=list(PROVIDERS), default=list(PROVIDERS), help="besides `unaligned`")
     parser.add_argument("--json", type=Path, help="where to write all figures")
     options = parser.parse_args()
     keep_freed_memory()
     rows = []
     for numel in options.numel:
         for layout in options.layout:
-            for name in providers_of(layout):
+            names = [name for name in providers_of(layout) if name in ("unaligned", *options.provider)]
+            for name in names:
                 check(name, numel, layout)
             for number in options.threads:
                 with threads(number):
                     source, target = torch.randn(numel, device=DEVICE), torch.empty(numel, device=DEVICE)
                     runs = {"copy": functools.partial(target.copy_, source)}
-                    runs |= {name: functools.partial(PROVIDERS[name], Setting(numel, layout)) for name in providers_of(layout)}
+                    runs |= {name: functools.partial(PROVIDERS[name], Setting(numel, layout)) for name in names}
                     times = measure_together(runs, options.seconds)
                     floor = ELEMENTS_MOVED / 2 * times["copy"].median
                     print_header(f"\nN = {numel}, {layout}, float32, {DEVICE}, floor {floor:.3f} ms", "unaligned")
-                for name in providers_of(layout):
+                for name in names:
                     print_row(name, times[name], times["unaligned"].median)
                     rows.append({"numel": numel, "layout": layout, "threads": number, "provider": name, "ms": times[name].median})
                     rows[-1] |= {"floor_ms": floor, "unaligned_ms": times["unaligned"].median}

@@ -12,6 +12,8 @@ Both kinds of step are taken in turn. Alignment holds two gradients where plain 
 
 import argparse
 import copy
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -112,11 +114,13 @@ def main():
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--seconds", type=float, default=20.0, help="for each table")
+    parser.add_argument("--json", type=Path, help="where to write all figures")
     options = parser.parse_args()
     check(options.layers, options.batch)
     settings = {"unaligned": Unaligned(options.layers, options.batch), "aligned": Aligned(options.layers, options.batch)}
     runs = {name: setting.step for name, setting in settings.items()}
     numel = sum(parameter.numel() for parameter in settings["aligned"].model.parameters())
+    rows = []
     for temper in ("cold", "warm"):
         if temper == "warm":
             keep_freed_memory()
@@ -126,6 +130,10 @@ def main():
                 print_header(f"\n{temper}: {numel} parameters, batch of {options.batch}, {DEVICE}", "unaligned")
             for name in runs:
                 print_row(name, times[name], times["unaligned"].median)
+                rows.append({"numel": numel, "layers": options.layers, "batch": options.batch, "allocator": temper, "threads": number})
+                rows[-1] |= {"provider": name, "ms": times[name].median, "unaligned_ms": times["unaligned"].median}
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

@@ -27,25 +27,47 @@ struct State {
 };
 
 // start + weight (end - start), exact for the weights 0 and 1.
-GENREP_FAST_INLINE float lerp(float start, float end, float weight) {
+GENREP_FAST_INLINE Floats lerp(Floats start, Floats end, float weight) {
   return weight < 0.5f ? start + weight * (end - start) : end - (end - start) * (1.0f - weight);
 }
 
-GENREP_FAST_INLINE void update(
-    const Step& s, const float* __restrict h, float* __restrict param, float* __restrict m, float* __restrict v, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    float first = lerp(m[i], h[i], s.beta1_complement);
-    float second = s.beta2 * v[i] + s.beta2_complement * h[i] * h[i];
-    float denominator = std::sqrt(second) * s.inverse_sqrt_correction + s.eps;
-    m[i] = first;
-    v[i] = second;
-    param[i] = s.decay * param[i] - s.step_size * (first / denominator);
+GENREP_FAST_INLINE Floats square_root(Floats values) {
+  for (int i = 0; i < kLanes; ++i) {
+    values[i] = std::sqrt(values[i]);
   }
+  return values;
 }
 
-GENREP_FAST_INLINE void follow(float weight, const float* __restrict param, float* __restrict ema, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    ema[i] = lerp(ema[i], param[i], weight);
+// Pointers to float32 values of one block, whose gradients are already there.
+struct Block {
+  const float* const* gradients;
+  float *param, *exp_avg, *exp_avg_sq, *ema;  // ema may be null
+};
+
+// 16 elements from `i` on. All of memory is walked in one loop: one array after the other would wait at the start of every page.
+GENREP_FAST_INLINE void update(const Step& s, const float* factors, int64_t n, Element param_element, const Block& block, int64_t i) {
+  Floats h = factors[0] * load<Floats>(block.gradients[0] + i);
+  prefetch(block.gradients[0] + i, kPrefetch);
+  for (int64_t j = 1; j < n; ++j) {
+    h += factors[j] * load<Floats>(block.gradients[j] + i);
+    prefetch(block.gradients[j] + i, kPrefetch);
+  }
+  prefetch(block.param + i, kPrefetch);
+  prefetch(block.exp_avg + i, kPrefetch);
+  prefetch(block.exp_avg_sq + i, kPrefetch);
+  Floats first = lerp(load<Floats>(block.exp_avg + i), h, s.beta1_complement);
+  Floats second = s.beta2 * load<Floats>(block.exp_avg_sq + i) + s.beta2_complement * h * h;
+  Floats denominator = square_root(second) * s.inverse_sqrt_correction + s.eps;
+  Floats param = s.decay * load<Floats>(block.param + i) - s.step_size * (first / denominator);
+  store(block.exp_avg + i, first);
+  store(block.exp_avg_sq + i, second);
+  store(block.param + i, param);
+  if (block.ema) {
+    prefetch(block.ema + i, kPrefetch);
+    if (param_element != Element::kFloat) {
+      param = widen(narrow(param, param_element), param_element);  // as it is stored
+    }
+    store(block.ema + i, lerp(load<Floats>(block.ema + i), param, s.ema_weight));
   }
 }
 
@@ -60,23 +82,61 @@ GENREP_FAST_INLINE void put(Buffer buffer, int64_t index, int64_t count, const f
   }
 }
 
+// `n` gradients that are there, with one factor each.
+GENREP_FAST_INLINE void update_block(
+    const Step& step, const float* factors, int64_t n, Element param_element, const Block& block, int64_t count) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    update(step, factors, n, param_element, block, i);
+  }
+  if (i == count) {
+    return;
+  }
+  // The rest, in copies that have all 16 elements.
+  alignas(64) float copies[kMaxLosses + 4][kLanes]{};
+  const float* gradients[kMaxLosses];
+  size_t bytes = sizeof(float) * (count - i);
+  for (int64_t j = 0; j < n; ++j) {
+    std::memcpy(copies[j], block.gradients[j] + i, bytes);
+    gradients[j] = copies[j];
+  }
+  float* states[] = {block.param, block.exp_avg, block.exp_avg_sq, block.ema};
+  for (int k = 0; k < 4; ++k) {
+    if (states[k]) {
+      std::memcpy(copies[kMaxLosses + k], states[k] + i, bytes);
+    }
+  }
+  float(*rest)[kLanes] = copies + kMaxLosses;
+  update(step, factors, n, param_element, {gradients, rest[0], rest[1], rest[2], block.ema ? rest[3] : nullptr}, 0);
+  for (int k = 0; k < 4; ++k) {
+    if (states[k]) {
+      std::memcpy(states[k] + i, rest[k], bytes);
+    }
+  }
+}
+
 GENREP_FAST_INLINE void adamw_chunk_kernel(
     const Buffer* gradients, const float* coefficients, int64_t n, const State& state, const Step& step, int64_t begin, int64_t length) {
-  alignas(64) float scratch[kMaxLosses][kBlock], states[4][kBlock], combined[kBlock];
+  alignas(64) float scratch[kMaxLosses][kBlock], states[4][kBlock];
   for (int64_t offset = 0; offset < length; offset += kBlock) {
     int64_t index = begin + offset, count = std::min(kBlock, length - offset);
-    combine_block(gradients, coefficients, n, index, count, scratch, combined, false);
-    float* param = take(state.param, index, count, states[0]);
-    float* exp_avg = take(state.exp_avg, index, count, states[1]);
-    float* exp_avg_sq = take(state.exp_avg_sq, index, count, states[2]);
-    update(step, combined, param, exp_avg, exp_avg_sq, count);
-    put(state.param, index, count, param);
-    put(state.exp_avg, index, count, exp_avg);
-    put(state.exp_avg_sq, index, count, exp_avg_sq);
+    Present present = read_present(gradients, coefficients, n, index, count, scratch);
+    Block block{
+        present.values,
+        take(state.param, index, count, states[0]),
+        take(state.exp_avg, index, count, states[1]),
+        take(state.exp_avg_sq, index, count, states[2]),
+        state.ema.data ? take(state.ema, index, count, states[3]) : nullptr};
+    if (present.count == 2) {  // unrolled by the compiler
+      update_block(step, present.factors, 2, state.param.element, block, count);
+    } else {
+      update_block(step, present.factors, present.count, state.param.element, block, count);
+    }
+    put(state.param, index, count, block.param);
+    put(state.exp_avg, index, count, block.exp_avg);
+    put(state.exp_avg_sq, index, count, block.exp_avg_sq);
     if (state.ema.data) {
-      float* ema = take(state.ema, index, count, states[3]);
-      follow(step.ema_weight, take(state.param, index, count, states[0]), ema, count);  // the parameter as it was rounded
-      put(state.ema, index, count, ema);
+      put(state.ema, index, count, block.ema);
     }
   }
 }

@@ -40,6 +40,11 @@ GENREP_FAST_INLINE Vector as(Other bits) {
   return load<Vector>(&bits);
 }
 
+// Asks for memory `elements` ahead of `pointer`, where there need not be any.
+GENREP_FAST_INLINE void prefetch(const float* pointer, int64_t elements) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(pointer) + 4 * elements));
+}
+
 // Past the caches, so that the line that is overwritten need not be read first; `target` is aligned to 16 bytes.
 GENREP_FAST_INLINE void stream(float* target, Floats value) {
 #if defined(__SSE2__)
