@@ -4,13 +4,14 @@
     pytest benchmarks/bench_alignment.py
 
 Gram reads both gradients, combine reads both and writes one: 5 N elements, 2.5 times what copying N elements moves. The floor is 2.5 times
-the time of such a copy in the same run; "% of copy" is the bandwidth reached, as a share of the copy's. Every provider must first agree with
-the decomposition in float64. All of them, the copy too, are called in turn and their medians compared. "Warm" times are with an allocator that
-keeps what was freed, as on a GPU; "cold" ones with the C library's own. "list" is the 192 tensors of a transformer's 12 blocks.
+the time of such a copy in the same run; "% of copy" is the bandwidth reached, as a share of the copy's. Every provider must first agree
+with the decomposition in float64. All of them, the copy too, are called in turn and their medians compared. "Warm" times are with an
+allocator that keeps what was freed, as on a GPU; "cold" ones with the C library's own. "list" is the 192 tensors of a transformer's 12
+blocks.
 
 Providers: `decomposition` (the method as it is told), `foreach` (closed form in torch._foreach operations), `compiled` (closed form through
-torch.compile, into preallocated tensors), `pcgrad, published` (flatten, project, unflatten: Yu et al., NeurIPS 2020, restated),
-`pcgrad, torchjd` (jac_to_grad, from stacked gradients to .grad), and `gf.align_gradients` on each backend that can run, in place and into other
+torch.compile, into preallocated tensors), `pcgrad, published` (flatten, project, unflatten: Yu et al., NeurIPS 2020, restated), `pcgrad,
+torchjd` (jac_to_grad, from stacked gradients to .grad), and `gf.align_gradients` on each backend that can run, in place and into other
 tensors; the reference there is the decomposition's closed form in float64.
 """
 

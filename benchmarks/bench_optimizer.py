@@ -7,9 +7,9 @@ The fused step reads p and g for the Gram matrix (2 N elements), then reads p, g
 those four: 12 N. The same step on one gradient, without alignment, moves 10 N. The floor is 6 times the time of copying N elements (2 N) in
 the same run. Every provider must first agree with the separate operations in float64; all of them, the copy too, are called in turn.
 
-Providers: `unaligned` (AdamW(fused=True) and the moving average on one gradient as it is: what a step costs without alignment), `foreach` and
-`compiled` (alignment as in bench_alignment.py, then the same), `gf.align_gradients` (likewise), and `AlignedAdamW` on each backend that can run,
-handing the gradients over included.
+Providers: `unaligned` (AdamW(fused=True) and the moving average on one gradient as it is: what a step costs without alignment), `foreach`
+and `compiled` (alignment as in bench_alignment.py, then the same), `gf.align_gradients` (likewise), and `AlignedAdamW` on each backend that
+can run, handing the gradients over included.
 """
 
 import argparse

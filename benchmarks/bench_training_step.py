@@ -3,11 +3,12 @@
     python benchmarks/bench_training_step.py [--layers 6] [--batch 32] [--threads 1 2] [--seconds 20]
     pytest benchmarks/bench_training_step.py
 
-A diffusion transformer (16 million parameters by default) computes a classification loss on clean images and a denoising loss on noisy ones.
-`unaligned` runs two plain backward passes into ``.grad``, `torch.optim.AdamW(fused=True)` and a `torch._foreach_lerp_` moving average; `aligned`
-replaces them by `GradientAligner.backward` and `AlignedAdamW`, whose first step must agree with ``align_gradients`` and AdamW in the reference.
-Both kinds of step are taken in turn. Alignment holds two gradients where plain accumulation holds one: with the C library's own allocator
-("cold") the second one costs page faults in every step, with one that keeps what was freed ("warm"), as on a GPU, it does not.
+A diffusion transformer (16 million parameters by default) computes a classification loss on clean images and a denoising loss on noisy
+ones. `unaligned` runs two plain backward passes into ``.grad``, `torch.optim.AdamW(fused=True)` and a `torch._foreach_lerp_` moving
+average; `aligned` replaces them by `GradientAligner.backward` and `AlignedAdamW`, whose first step must agree with ``align_gradients`` and
+AdamW in the reference. Both kinds of step are taken in turn. Alignment holds two gradients where plain accumulation holds one: with the C
+library's own allocator ("cold") the second one costs page faults in every step, with one that keeps what was freed ("warm"), as on a GPU,
+it does not.
 """
 
 import argparse
