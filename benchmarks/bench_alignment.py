@@ -18,6 +18,7 @@ tensors; the reference there is the decomposition's closed form in float64.
 import argparse
 import functools
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -38,8 +39,8 @@ class Setting:
 
     def __init__(self, numel, layout, device=DEVICE):
         self.shapes = [(numel,)] if layout == "flat" else transformer_shapes(numel)
-        generator = torch.Generator().manual_seed(0)
-        self.p, noise = ([torch.randn(shape, generator=generator).to(device) for shape in self.shapes] for _ in range(2))
+        generator = torch.Generator(device).manual_seed(0)
+        self.p, noise = ([torch.randn(shape, generator=generator, device=device) for shape in self.shapes] for _ in range(2))
         self.g = [b - 0.5 * a for a, b in zip(self.p, noise, strict=True)]
         self.out = [torch.full_like(tensor, torch.nan) for tensor in self.p]
         self.numel = sum(tensor.numel() for tensor in self.p)
@@ -129,7 +130,7 @@ PROVIDERS = {
     "compiled": functools.partial(compiled, False),
     "compiled, in place": functools.partial(compiled, True),
     "pcgrad, published": published_pcgrad,
-    "pcgrad, torchjd": torchjd_pcgrad,
+    **({"pcgrad, torchjd": torchjd_pcgrad} if find_spec("torchjd") else {}),
     "gf.align_gradients, reference": functools.partial(ours, "reference", False),
     **{f"gf.align_gradients, {name}": functools.partial(ours, name, False) for name in BACKENDS},
     **{f"gf.align_gradients, {name}, in place": functools.partial(ours, name, True) for name in BACKENDS},

@@ -35,8 +35,8 @@ class Setting(bench_alignment.Setting):
     def __init__(self, numel, layout, dtype=torch.float32):
         super().__init__(numel, layout)
         self.p, self.g, self.out = ([tensor.to(dtype) for tensor in tensors] for tensors in (self.p, self.g, self.out))
-        generator = torch.Generator().manual_seed(1)
-        self.weights = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(DEVICE, dtype)) for shape in self.shapes]
+        generator = torch.Generator(DEVICE).manual_seed(1)
+        self.weights = [torch.nn.Parameter(torch.randn(shape, generator=generator, device=DEVICE).to(dtype)) for shape in self.shapes]
         self.averages = [weight.detach().clone() for weight in self.weights]
 
     @functools.cached_property

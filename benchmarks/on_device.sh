@@ -1,0 +1,155 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one call of at most 9.5 minutes that needs no network: build, tests, sanitizers, benchmarks.
+#
+#     benchmarks/on_device.sh             on a machine with an NVIDIA GPU, nvcc, torch >= 2.11, Triton >= 3.6 and the package's extra "test"
+#     benchmarks/on_device.sh --dry-run   the same steps on the CPU, tiny, in about a minute
+#
+# Writes results.json (benchmarks/collect_results.py says what it holds), table.txt and the logs of every group of steps to $OUT. They are
+# written anew as steps end, so that an interrupted run leaves what it measured. Each step has its own time limit, and what no longer fits
+# is left out. The exit status is 0 where every step passed or was skipped for want of a tool. Nothing is installed: the package is copied
+# to a temporary folder, and its native code built there.
+#
+# Environment: OUT (default ./device-results), PYTHON (python3), WHEELS (.whl: a folder of wheels of what this Python lacks, e.g. diffusers
+# and torchjd), TESTS (names of files of tests, without test_ and .py), PYTEST_ADDOPTS, COMMIT (where git cannot say).
+
+set -u -o pipefail
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+OUT=${OUT:-device-results}
+PYTHON=$("${PYTHON:-python3}" -c 'import sys; print(sys.executable)') || exit 2
+WHEELS=${WHEELS:-$ROOT/.whl}
+DEADLINE=560 # seconds, and 10 more for what ignores the first signal
+
+case "${1-}" in
+    "") DRY= ;;
+    --dry-run) DRY=yes ;;
+    *) echo "usage: [OUT=folder] $0 [--dry-run]" >&2; exit 2 ;;
+esac
+if [[ $DRY ]]; then
+    export CUDA_VISIBLE_DEVICES="" GENREP_FAST_CUDA=0
+    TESTS=${TESTS:-gradient_aligner aligned_adamw rules}
+elif capability=$(nvidia-smi --id=0 --query-gpu=compute_cap --format=csv,noheader); then
+    export CUDA_VISIBLE_DEVICES=0 GENREP_FAST_CUDA=1 TORCH_CUDA_ARCH_LIST="$capability+PTX"
+    TESTS=${TESTS:-kernels triton alignment optimizer gradient_aligner aligned_adamw rules}
+else
+    echo "$0: nvidia-smi names no GPU; --dry-run runs the same steps on the CPU" >&2; exit 2
+fi
+
+mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || exit 2
+rm -f "$OUT"/{results.json,table.txt,build.log,tests.log,sanitizers.log,benchmarks.log}
+WORK=$(mktemp -d)
+SITE=$WORK/site
+mkdir -p "$WORK"/{status,logs,junit,benchmarks} "$SITE"
+WHEELS=$(cd "$ROOT" && realpath -m "$WHEELS")
+COMMIT=${COMMIT:-$(git -C "$ROOT" describe --always --abbrev=40 --dirty 2>/dev/null || echo unknown)}
+# From here on `import genrep_fast` finds the copy, in the steps' subprocesses as well: nothing runs in the source tree.
+export PYTHONPATH=$SITE${PYTHONPATH:+:$PYTHONPATH} PATH=$SITE/bin:$PATH PYTHONUNBUFFERED=1 COMMIT
+export TRITON_CACHE_DIR=$WORK/triton TORCHINDUCTOR_CACHE_DIR=$WORK/inductor
+cd "$WORK" || exit 2
+
+# The logs and results so far; fails unless everything has run and succeeded.
+publish() {
+    local folder
+    for folder in "$WORK"/logs/*; do (cd "$folder" && tail -v -n +1 -- *) >"$OUT/$(basename "$folder").log"; done
+    "$PYTHON" "$ROOT/benchmarks/collect_results.py" results "$WORK" "$OUT"
+}
+
+# step GROUP NAME SECONDS COMMAND...: the command's log and status, within the seconds and the deadline.
+step() {
+    local group=$1 name=$2 limit=$3 left=$((DEADLINE - SECONDS)) start=$SECONDS status
+    shift 3
+    if ((left < 15)); then
+        skip "$group" "$name" "no time was left"
+        return
+    fi
+    mkdir -p "$WORK/logs/$group"
+    # SIGINT, which a background job would ignore, lets pytest write what has passed.
+    timeout --signal=INT --kill-after=10 $((limit < left ? limit : left)) env --default-signal=INT "$@" >"$WORK/logs/$group/$name" 2>&1
+    status=$?
+    echo "$status $((SECONDS - start))" >"$WORK/status/$group:$name"
+    echo "$group $name: exit status $status after $((SECONDS - start)) s"
+}
+
+skip() { # GROUP NAME REASON
+    echo "skipped: $3" >"$WORK/status/$1:$2"
+    echo "$1 $2: skipped: $3"
+}
+
+trap 'publish; rm -rf "$WORK"' EXIT
+trap 'exit 130' INT TERM
+echo "commit $COMMIT"
+[[ $DRY ]] || nvidia-smi
+
+# Build
+
+build() {
+    cp -r "$ROOT/genrep_fast" "$SITE" && cp -r "$ROOT/kernels/triton" "$SITE/genrep_fast/kernels" || return
+    rm -f "$SITE"/genrep_fast/*.so
+    PYTHONPATH=$ROOT/csrc:$PYTHONPATH "$PYTHON" -c 'import sys, pathlib, build; build.build(*map(pathlib.Path, sys.argv[1:]))' \
+        "$SITE/genrep_fast" "$WORK/objects"
+}
+export -f build
+export ROOT SITE WORK PYTHON
+if compgen -G "$WHEELS/*.whl" >/dev/null; then
+    step build wheels 60 "$PYTHON" -m pip install --no-index --no-deps --no-compile --no-cache-dir --disable-pip-version-check \
+        --target "$SITE" "$WHEELS"/*.whl
+fi
+step build native_code 150 bash -c build
+step build environment 40 "$PYTHON" "$ROOT/benchmarks/collect_results.py" environment "$WORK/environment.json"
+cat "$WORK/environment.json"
+publish
+
+# Tests: a process each, as an illegal access leaves none of the process's later calls to the GPU. Beside them the sanitizers, one by one.
+
+sanitize() {
+    local tool backend sanitizer
+    if [[ $DRY ]]; then
+        step sanitizers no_tool,cpu 60 "$PYTHON" "$ROOT/benchmarks/operators_once.py" cpu
+        return
+    fi
+    sanitizer=$(PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin type -P compute-sanitizer)
+    for backend in cuda triton; do
+        for tool in memcheck racecheck; do
+            if [[ $sanitizer ]]; then
+                # Without torch's caching allocator every tensor ends where its memory does.
+                step sanitizers "$tool,$backend" 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" --error-exitcode 99 \
+                    "$PYTHON" "$ROOT/benchmarks/operators_once.py" "$backend"
+            else
+                skip sanitizers "$tool,$backend" "there is no compute-sanitizer"
+            fi
+        done
+    done
+}
+
+sanitize &
+for file in $TESTS; do
+    while (($(jobs -rp | wc -l) >= $(nproc))); do wait -n; done
+    OMP_NUM_THREADS=1 step tests "$file" 170 "$PYTHON" -m pytest -q --durations=3 -p no:cacheprovider --junitxml="$WORK/junit/$file.xml" \
+        "$ROOT/tests/test_$file.py" &
+done
+wait
+publish
+
+# Benchmarks, which have the machine for themselves; the largest sizes first.
+
+bench() { # NAME SECONDS FILE OPTION...
+    step benchmarks "$1" "$2" "$PYTHON" "$ROOT/benchmarks/bench_$3.py" --json "$WORK/benchmarks/$3,$1.json" --threads 1 "${@:4}"
+    publish
+}
+
+if [[ $DRY ]]; then
+    bench alignment_1e3 60 alignment --numel 1000 --layout list --seconds 0.02
+    bench optimizer_1e3 60 optimizer --numel 1000 --layout list --seconds 0.02
+    bench training_step 60 training_step --layers 1 --batch 2 --seconds 0.02
+else
+    bench alignment_1e8 130 alignment --numel 100000000 --seconds 2
+    bench optimizer_1e8 150 optimizer --numel 100000000 --seconds 2
+    bench training_step 60 training_step --layers 12 --batch 256 --seconds 5
+    bench alignment_1e6_1e7 80 alignment --numel 1000000 10000000 --seconds 1
+    bench optimizer_1e6_1e7 80 optimizer --numel 1000000 10000000 --seconds 1
+fi
+trap 'rm -rf "$WORK"' EXIT
+touch "$WORK/finished"
+publish
+status=$?
+cat "$OUT/table.txt"
+exit $status

@@ -1,0 +1,178 @@
+"""The one call for machines with a GPU: its dry run on the CPU, and what it makes of steps that fail."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import genrep_fast as gf
+
+ROOT = Path(__file__).parent.parent
+
+spec = importlib.util.spec_from_file_location("collect_results", ROOT / "benchmarks/collect_results.py")
+collect_results = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(collect_results)
+
+
+@pytest.fixture(scope="module")
+def dry_run(tmp_path_factory):
+    """Exit status and folder of a dry run of two files of tests, one of which does not exist."""
+    output = tmp_path_factory.mktemp("dry_run")
+    environment = {"OUT": str(output), "PYTHON": sys.executable, "COMMIT": "0123abc", "TESTS": "backends missing", "OMP_NUM_THREADS": "1"}
+    environment["WHEELS"] = str(output / "none")
+    command = [ROOT / "benchmarks/on_device.sh", "--dry-run"]
+    result = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    print(result.stdout, result.stderr)
+    return result.returncode, output
+
+
+def results_of(dry_run):
+    return json.loads((dry_run[1] / "results.json").read_text())
+
+
+def test_a_failing_step_stops_nothing_but_is_reported(dry_run):
+    status, results = dry_run[0], results_of(dry_run)
+    verdicts = {name: step["verdict"] for name, step in results["steps"].items()}
+    assert verdicts.pop("tests:missing") == "failed: exit status 4"
+    assert set(verdicts.values()) == {"passed"}
+    groups = [name.partition(":")[0] for name in verdicts]
+    assert groups == ["build"] * 2 + ["sanitizers", "tests"] + ["benchmarks"] * 3 or groups[2:4] == ["tests", "sanitizers"]
+    assert status == 1 and results["finished"] and not results["succeeded"]
+
+
+def test_environment_is_recorded(dry_run):
+    results = results_of(dry_run)
+    assert results["commit"] == "0123abc"
+    environment = results["environment"]
+    assert environment["device"] == "cpu" and environment["packages"]["torch"] == torch.__version__
+    backends = environment["info"]["backends"]
+    assert backends["cpu"]["build"] == gf.info()["backends"]["cpu"]["build"]  # built by the run itself
+    assert not backends["cuda"]["available"]
+
+
+def test_tests_are_counted(dry_run):
+    tests = results_of(dry_run)["tests"]
+    assert tests["backends"]["passed"] > 10 and tests["backends"]["failed"] == 0
+    assert tests["missing"] == {"passed": 0, "failed": 0, "skipped": 0, "failures": []}
+
+
+def test_benchmarks_are_collected(dry_run):
+    benchmarks = results_of(dry_run)["benchmarks"]
+    assert set(benchmarks) == {"alignment", "optimizer", "training_step"}
+    providers = {name: {row["provider"] for row in rows} for name, rows in benchmarks.items()}
+    assert {"foreach", "gf.align_gradients, cpu"} <= providers["alignment"]
+    assert {"unaligned", "AlignedAdamW, cpu"} <= providers["optimizer"]
+    assert providers["training_step"] == {"unaligned", "aligned"}
+    for row in benchmarks["alignment"]:
+        assert row["numel"] == 1000 and row["percent_of_copy"] == pytest.approx(100 / row["warm_ratio"])
+
+
+def test_everything_fits_into_eight_small_files(dry_run):
+    files = list(dry_run[1].iterdir())
+    assert {path.name for path in files} == {
+        "results.json",
+        "table.txt",
+        *(f"{log}.log" for log in ("build", "tests", "sanitizers", "benchmarks")),
+    }
+    assert sum(path.stat().st_size for path in files) < 2**20
+    assert "gf.align_gradients, cpu" in (dry_run[1] / "table.txt").read_text()
+    assert "not found" in (dry_run[1] / "tests.log").read_text()
+
+
+def test_asks_for_a_gpu_otherwise(tmp_path):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "OUT": str(tmp_path / "out"), "PYTHON": sys.executable}
+    result = subprocess.run([ROOT / "benchmarks/on_device.sh"], env=environment, capture_output=True, text=True)
+    assert result.returncode == 2 and "--dry-run" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+# Collected from intermediate files
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """What a run without failures leaves."""
+    for name in ("status", "logs/sanitizers", "junit", "benchmarks", "output"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "status/build:native_code").write_text("0 61\n")
+    (tmp_path / "status/sanitizers:memcheck,triton").write_text("skipped: there is no compute-sanitizer\n")
+    (tmp_path / "finished").touch()
+    return tmp_path
+
+
+def collect(folder, monkeypatch):
+    """Exit status and content of results.json."""
+    monkeypatch.setattr(sys, "argv", ["collect_results.py", "results", str(folder), str(folder / "output")])
+    status = collect_results.main()
+    return status, json.loads((folder / "output/results.json").read_text())
+
+
+def test_success(folder, monkeypatch):
+    status, results = collect(folder, monkeypatch)
+    assert status == 0 and results["succeeded"]
+    assert results["steps"]["build:native_code"] == {"verdict": "passed", "seconds": 61}
+    assert results["sanitizers"] == {"memcheck,triton": "skipped: there is no compute-sanitizer"}
+
+
+def test_an_interrupted_run_has_not_succeeded(folder, monkeypatch):
+    (folder / "finished").unlink()
+    status, results = collect(folder, monkeypatch)
+    assert status == 1 and not results["finished"] and not results["succeeded"]
+
+
+@pytest.mark.parametrize(
+    ("step", "content", "verdict", "succeeded"),
+    [
+        ("build:native_code", "1 5", "failed: exit status 1", False),
+        ("sanitizers:racecheck,cuda", "99 20", "failed: exit status 99", False),
+        ("tests:kernels", "124 170", "timed out", False),
+        ("benchmarks:optimizer_1e8", "137 160", "timed out", False),
+        ("benchmarks:optimizer_1e8", "skipped: no time was left", "skipped: no time was left", False),
+        ("tests:rules", "5 2", "skipped: no test was left to run", True),
+    ],
+)
+def test_verdicts(step, content, verdict, succeeded, folder, monkeypatch):
+    (folder / "logs/sanitizers/racecheck,cuda").write_text("========= ERROR SUMMARY: 2 errors\n")
+    (folder / "status" / step).write_text(content)
+    status, results = collect(folder, monkeypatch)
+    assert results["steps"][step]["verdict"] == verdict
+    assert results["succeeded"] == succeeded and status == (0 if succeeded else 1)
+
+
+def test_a_device_without_sanitizers_fails_nothing(folder, monkeypatch):
+    (folder / "status/sanitizers:memcheck,cuda").write_text("1 3")
+    (folder / "logs/sanitizers/memcheck,cuda").write_text("========= Error: Device not supported.\n")
+    status, results = collect(folder, monkeypatch)
+    assert status == 0
+    assert results["sanitizers"]["memcheck,cuda"] == "skipped: compute-sanitizer does not support this device"
+
+
+def test_failing_tests_are_named(folder, monkeypatch):
+    (folder / "test_some.py").write_text(
+        "import pytest\ndef test_good(): pass\ndef test_bad(): assert False\n@pytest.mark.skip\ndef test_absent(): pass\n"
+        "@pytest.fixture\ndef broken(): raise OSError\ndef test_broken(broken): pass\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--junitxml=junit/some.xml", "test_some.py"]
+    assert subprocess.run(command, cwd=folder, capture_output=True).returncode == 1
+    counts = collect(folder, monkeypatch)[1]["tests"]["some"]
+    assert counts == {"passed": 1, "failed": 2, "skipped": 1, "failures": ["test_bad", "test_broken"]}
+
+
+def test_triton_is_compared_with_cuda(folder, monkeypatch):
+    row = {"numel": 10**8, "layout": "flat", "threads": 1, "floor_ms": 1.0}
+    times = {"foreach": 9.0, "gf.x, cuda": 1.25, "gf.x, triton": 1.5, "gf.x, cuda, in place": 1.0, "gf.x, triton, in place": 4.0}
+    rows = [row | {"provider": provider, "warm_ms": time} for provider, time in times.items()]
+    (folder / "benchmarks/alignment,alignment_1e8.json").write_text(json.dumps(rows))
+    other = [row | {"layout": "list", "provider": "gf.x, cuda", "ms": 2.0}]
+    (folder / "benchmarks/alignment,alignment_2e8.json").write_text(json.dumps(other))
+    results = collect(folder, monkeypatch)[1]
+    assert {(row["operation"], row["ratio"]) for row in results["triton_over_cuda"]} == {("gf.x", 1.2), ("gf.x, in place", 4.0)}
+    assert [row["percent_of_copy"] for row in results["benchmarks"]["alignment"]] == pytest.approx([100 / 9, 80, 100 / 1.5, 100, 25, 50])
+    assert "gf.x, in place" in (folder / "output/table.txt").read_text()
