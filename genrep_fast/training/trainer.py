@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DModel
-from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ..aligned_adamw import AlignedAdamW
 from ..data import DataSplits, as_tensors, few_labels
 from ..files import write_atomically
+from ..gradient_aligner import GradientAligner
 from ..models import GenRep, GenRepPipeline
 from ..models.backbones import require_saved
-from ..ops.alignment import align_gradients
 from .checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
 from .config import STAGES, TrainingConfig
 from .losses import GenerationLoss, perception_loss
@@ -55,14 +55,23 @@ class Trainer:
             raise ValueError(f"output: {self.output} holds a run already; pass --resume to go on with it, or choose another folder")
         torch.manual_seed(config.seed)
         self.scheduler = build_scheduler(config)
-        model = build_model(config, splits)
+        model = build_model(config, splits).to(self.accelerator.device)
         named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.names, self.parameters = list(named), list(named.values())
-        optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+        self.averages = [parameter.detach().clone() for parameter in self.parameters]
+        groups = dict(zip(self.names, model.alignment_groups(), strict=True)) if config.align else {}
+        self.aligner = GradientAligner(named.items(), weights=config.gradient_weights, power=config.gradient_power, groups=groups.get)
+        optimizer = AlignedAdamW(
+            self.parameters,
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            aligner=self.aligner,
+            ema=self.averages,
+            max_norm=config.max_grad_norm or None,
+        )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._learning_rate_factor)
         self.wrapped, self.optimizer, self.schedule = self.accelerator.prepare(model, optimizer, schedule)
         self.model = self.accelerator.unwrap_model(self.wrapped)
-        self.groups = self.model.alignment_groups() if config.align else [None] * len(self.parameters)
         self.generation_loss = GenerationLoss(
             self.scheduler, alignment_weight=config.alignment_weight, variance_weight=config.variance_weight
         ).to(self.accelerator.device)
@@ -92,6 +101,8 @@ class Trainer:
         with StageProgress(STAGES[stage], state.step, end, self.config.stage_steps[stage]) as progress:
             if state.stage != stage:
                 self._enter_stage(stage)
+            # The only loss of an earlier stage counts whole.
+            self.aligner.weights = self.config.gradient_weights if stage == 2 else (1, 1)
             self.wrapped.train()
             while state.step < end:
                 started, taught = time.perf_counter(), state.teacher_seconds
@@ -110,87 +121,78 @@ class Trainer:
                     self._checkpoint()
 
     def _step(self, stage: int, batches) -> dict[str, torch.Tensor]:
-        """One optimizer step: its micro-batches, the alignment of the two gradients, clipping, update, averages."""
-        collected = {name: [None] * len(self.parameters) for name in ("perception", "generation")}
+        """One optimizer step: its micro-batches, then alignment, clipping, update and averages at once."""
+        self.optimizer.optimizer.ema_decay = self._ema_decay(stage)
         while True:
             batch = next(batches)
             # Every random number of a micro-batch follows from its index alone, so that a resumed run draws the same ones.
             torch.manual_seed(self.config.seed * 1_000_003 + self.state.micro_batch)
             self.state.micro_batch += 1
             with self.accelerator.accumulate(self.wrapped):
-                metrics = self._backward(stage, batch, collected)
-                if self.accelerator.sync_gradients:
-                    metrics |= self._write_gradients(collected)
-                    if self.config.max_grad_norm:
-                        metrics["gradient_norm"] = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+                metrics = self._backward(stage, batch)
                 self.optimizer.step()
                 self.schedule.step()
                 self.optimizer.zero_grad()
             if self.accelerator.sync_gradients:
                 break
-        self.state.ema.step(self.parameters)
+        stats = self.aligner.stats
         if stage == 2:
             self.state.follow(self.config.momentum)
+            if self.aligner.group_keys:
+                metrics |= {"cosine": stats.cosine.mean(), "alpha": stats.alpha.mean()}
+        if stats.total_norm is not None:
+            metrics["gradient_norm"] = stats.total_norm
         return metrics
 
-    def _backward(self, stage: int, batch, collected) -> dict[str, torch.Tensor]:
-        """Run the losses of a stage and add their gradients to `collected`, which takes over the tensors that autograd made."""
+    def _backward(self, stage: int, batch) -> dict[str, torch.Tensor]:
+        """Collect the gradients of both losses; one that the stage does not have reaches no parameter."""
         images, labels, labelled = batch
         x = self.model.encode(images)
         metrics = {}
-        if stage != 1:
-            arguments = {"modulate": False}
-            if stage == 2:
-                arguments = {"modulate": self.config.semantic, "own": torch.rand(()).item() >= self.config.semantic_rate}
-                if self.config.semantic:
-                    with torch.no_grad(), self.accelerator.autocast():
-                        arguments["semantic"] = self.state.momentum.semantic_features(x)
-            with self.accelerator.autocast():
-                loss, parts = self.generation_loss(self.wrapped, x, labels, **arguments)
-            self._collect(loss, collected["generation"])
-            metrics |= {"generation": loss.detach(), **parts}
-        if stage != 0:
-            teacher = self.state.teacher
-            with self.accelerator.autocast():
-                loss, parts = perception_loss(
-                    self.model.perceive(x),
-                    labels,
-                    labelled,
-                    None if teacher is None else teacher.log_likelihood(x),
-                    temperature=1.0 if teacher is None else teacher.temperature,
-                    distillation_weight=self.config.distillation_weight,
-                )
-            self._collect(loss, collected["perception"])
-            metrics |= {"perception": loss.detach(), **parts}
+        with self.aligner.collect("generation"):
+            if stage != 1:
+                metrics |= self._generation(stage, x, labels)
+        with self.aligner.collect("perception"):
+            if stage != 0:
+                metrics |= self._perception(x, labels, labelled)
         return {name: value.detach() for name, value in metrics.items()}
 
-    def _collect(self, loss: torch.Tensor, gradients: list[torch.Tensor | None]) -> None:
+    def _generation(self, stage: int, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        arguments = {"modulate": False}
+        if stage == 2:
+            arguments = {"modulate": self.config.semantic, "own": torch.rand(()).item() >= self.config.semantic_rate}
+            if self.config.semantic:
+                with torch.no_grad(), self.accelerator.autocast():
+                    arguments["semantic"] = self.state.momentum.semantic_features(x)
+        with self.accelerator.autocast():
+            loss, parts = self.generation_loss(self.wrapped, x, labels, **arguments)
         self.accelerator.backward(loss)
-        for index, parameter in enumerate(self.parameters):
-            if parameter.grad is not None:
-                gradients[index] = parameter.grad if gradients[index] is None else gradients[index] + parameter.grad
-                parameter.grad = None
+        return {"generation": loss, **parts}
 
-    def _write_gradients(self, collected) -> dict[str, torch.Tensor]:
-        perception, generation = collected["perception"], collected["generation"]
-        statistics = {}
-        if any(gradient is not None for gradient in perception) and any(gradient is not None for gradient in generation):
-            aligned, found = align_gradients(
-                perception, generation, weights=self.config.gradient_weights, power=self.config.gradient_power, groups=self.groups
+    def _perception(self, x: torch.Tensor, labels: torch.Tensor, labelled: torch.Tensor) -> dict[str, torch.Tensor]:
+        teacher = self.state.teacher
+        with self.accelerator.autocast():
+            loss, parts = perception_loss(
+                self.model.perceive(x),
+                labels,
+                labelled,
+                None if teacher is None else teacher.log_likelihood(x),
+                temperature=1.0 if teacher is None else teacher.temperature,
+                distillation_weight=self.config.distillation_weight,
             )
-            if found.cosine.numel():
-                statistics = {"cosine": found.cosine.mean(), "alpha": found.alpha.mean()}
-        else:
-            aligned = [p if g is None else g for p, g in zip(perception, generation, strict=True)]
-        for parameter, gradient in zip(self.parameters, aligned, strict=True):
-            parameter.grad = gradient
-        return statistics
+        self.accelerator.backward(loss)
+        return {"perception": loss, **parts}
+
+    def _ema_decay(self, stage: int) -> float:
+        """After n steps of a stage (1 + n) / (10 + n), up to the configured one; 0 for the first, as in diffusers' EMAModel."""
+        n = self.state.step - sum(self.config.stage_steps[:stage])
+        return min(self.config.ema_decay, (1 + n) / (10 + n)) if n else 0.0
 
     def _enter_stage(self, stage: int) -> None:
         state = self.state
         self._leave_stage()
         self.optimizer.optimizer.state.clear()
-        state.ema = self.average()
+        _copy_(self.averages, self.parameters)
         if stage > 0 and state.teacher is None and self.config.teacher != "none":
             state.teacher = Teacher(self.config, self.model.frozen_copy(), self.scheduler)
             images, labels = as_tensors(self.splits.calibration)
@@ -203,13 +205,9 @@ class Trainer:
     def _leave_stage(self) -> None:
         """Take over the averaged weights of the stage that ends."""
         if self.state.stage >= 0:
-            self.state.ema.copy_to(self.parameters)
+            _copy_(self.parameters, self.averages)
         if self.state.stage == 0 and self.config.backbone is None:  # the null class of a pretrained backbone is initialised already
             self.model.reset_null_class()
-
-    def average(self) -> EMAModel:
-        """A new moving average of the parameters."""
-        return EMAModel(self.parameters, decay=self.config.ema_decay, foreach=True)
 
     def _checkpoint(self) -> None:
         # A loss that failed between two rows of the history shows here: no useless checkpoint may take the place of a good one.
@@ -254,14 +252,10 @@ class TrainingState:
     step: int = 0
     micro_batch: int = 0
     stage: int = -1
-    ema: EMAModel = field(init=False)
     momentum: GenRep | None = None
     teacher: Teacher | None = None
     history: list[dict] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
-
-    def __post_init__(self):
-        self.ema = self.trainer.average()
 
     @property
     def teacher_seconds(self) -> float:
@@ -293,7 +287,7 @@ class TrainingState:
             "step": self.step,
             "micro_batch": self.micro_batch,
             "stage": self.stage,
-            "ema": self.ema.state_dict(),
+            "averages": self.trainer.averages,
             "momentum": None if self.momentum is None else self.momentum.trained_state(),
             "teacher": None if self.teacher is None else self.teacher.state_dict(),
             "history": self.history,
@@ -304,14 +298,18 @@ class TrainingState:
         trainer = self.trainer
         for name in ("step", "micro_batch", "stage", "history", "seconds"):
             setattr(self, name, state[name])
-        self.ema.load_state_dict(state["ema"])
-        self.ema.to(trainer.accelerator.device)
+        _copy_(trainer.averages, state["averages"])
         if state["momentum"] is not None:
             self.momentum = trainer.model.frozen_copy()
             self.momentum.load_state_dict(self.momentum.state_dict() | state["momentum"])
         if state["teacher"] is not None:
             self.teacher = Teacher(trainer.config, trainer.model.frozen_copy(), trainer.scheduler)
             self.teacher.load_state_dict(state["teacher"])
+
+
+@torch.no_grad()
+def _copy_(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    torch._foreach_copy_(targets, sources)
 
 
 class _PartlyLabelled(Dataset):
