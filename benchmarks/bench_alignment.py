@@ -12,7 +12,8 @@ blocks.
 Providers: `decomposition` (the method as it is told), `foreach` (closed form in torch._foreach operations), `compiled` (closed form through
 torch.compile, into preallocated tensors), `pcgrad, published` (flatten, project, unflatten: Yu et al., NeurIPS 2020, restated), `pcgrad,
 torchjd` (jac_to_grad, from stacked gradients to .grad), and `gf.align_gradients` on each backend that can run, in place and into other
-tensors; the reference there is the decomposition's closed form in float64.
+tensors; the reference there is the decomposition's closed form in float64. `GradientAligner` is the same in place, with the gradients
+handed over as backward passes hand them over, and with a norm to clip at that is never reached.
 """
 
 import argparse
@@ -52,6 +53,10 @@ class Setting:
         for param, a, b in zip(params, self.p, self.g, strict=True):
             param.jac = torch.stack([a, b])
         return params
+
+    @functools.cached_property
+    def aligner(self):
+        return gf.GradientAligner([torch.nn.Parameter(tensor) for tensor in self.out], weights=WEIGHTS, power=POWER)
 
 
 def inner_product(first, second):
@@ -123,6 +128,21 @@ def ours(backend, in_place, setting):
         gf.align_gradients(setting.p, setting.g, weights=WEIGHTS, power=POWER, out=setting.p if in_place else setting.out)
 
 
+def hand_over(aligner, p, g):
+    """As backward passes would."""
+    aligner.zero_grad()
+    for name, gradients in zip(aligner.names, (p, g), strict=True):
+        with aligner.collect(name):
+            for parameter, gradient in zip(aligner.parameters, gradients, strict=True):
+                parameter.grad = gradient
+
+
+def training_loop(backend, max_norm, setting):
+    with gf.use_backend(backend):
+        hand_over(setting.aligner, setting.p, setting.g)
+        setting.aligner.align(max_norm)
+
+
 BACKENDS = [name for name in ("cpu", "triton", "cuda") if gf.info()["backends"][name]["available"] and (name == "cpu") == (DEVICE == "cpu")]
 PROVIDERS = {
     "decomposition": decomposition,
@@ -134,6 +154,8 @@ PROVIDERS = {
     "gf.align_gradients, reference": functools.partial(ours, "reference", False),
     **{f"gf.align_gradients, {name}": functools.partial(ours, name, False) for name in BACKENDS},
     **{f"gf.align_gradients, {name}, in place": functools.partial(ours, name, True) for name in BACKENDS},
+    **{f"GradientAligner.align(), {name}": functools.partial(training_loop, name, None) for name in BACKENDS},
+    **{f"GradientAligner.align(max_norm), {name}": functools.partial(training_loop, name, 1e9) for name in BACKENDS},
 }
 
 
@@ -147,7 +169,7 @@ def check(name, numel, layout):
     else:
         decomposition(exact)
         PROVIDERS[name](setting)
-        expected, results = exact.out, setting.p if name.endswith("in place") else setting.out
+        expected, results = exact.out, setting.p if name.endswith("in place") or name.startswith("GradientAligner") else setting.out
     error = sum((a.double() - b).square().sum() for a, b in zip(results, expected, strict=True)).sqrt().item()
     error /= sum(b.square().sum() for b in expected).sqrt().item()
     if not error < 1e-3:  # float32 `torch.dot` loses 3e-5 at N = 1e7

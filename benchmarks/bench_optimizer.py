@@ -66,13 +66,8 @@ def separate(align, setting):
 
 
 def fused(backend, setting):
-    aligner = setting.aligned_adamw.aligner
-    setting.aligned_adamw.zero_grad()
     with gf.use_backend(backend):
-        for name, gradients in zip(aligner.names, (setting.p, setting.g), strict=True):
-            with aligner.collect(name):
-                for weight, gradient in zip(setting.weights, gradients, strict=True):
-                    weight.grad = gradient
+        bench_alignment.hand_over(setting.aligned_adamw.aligner, setting.p, setting.g)
         setting.aligned_adamw.step()
 
 
