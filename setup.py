@@ -9,6 +9,9 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 PURE = os.environ.get("GENREP_FAST_PURE") == "1"
+if PURE:  # what an earlier editable installation built would be loaded still
+    for library in (Path(__file__).parent / "genrep_fast").glob("_*.so"):
+        library.unlink()
 
 _spec = importlib.util.spec_from_file_location("native_build", Path(__file__).parent / "csrc/build.py")
 native_build = importlib.util.module_from_spec(_spec)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -53,7 +54,7 @@ def build(output: Path, build_dir: Path) -> None:
     # Compilers take about 1 GB each.
     result = subprocess.run([_executable("ninja"), "-C", str(build_dir)])
     if result.returncode:
-        raise BuildError(_advice("the compilation failed (its messages are above)"))
+        raise BuildError("genrep_fast's native code did not compile (the messages are above); GENREP_FAST_PURE=1 installs without it.")
 
 
 def nvcc() -> str | None:
@@ -68,7 +69,7 @@ def nvcc() -> str | None:
 
 def nvcc_command(source: Path, architectures: str | None = None) -> list[str]:
     """The command that compiles one CUDA source, up to ``-o``; `architectures` as in ``TORCH_CUDA_ARCH_LIST``."""
-    architectures = architectures or os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0+PTX"
+    architectures = architectures or os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip("; ,") or "8.0;9.0+PTX"
     flags = [*_NVCC, *_STABLE_ABI, f"-I{torch_headers()}", f'-DGENREP_FAST_CUDA_ARCHITECTURES="{architectures}"']
     return [nvcc() or "nvcc", *flags, *_gencode(architectures), "-c", str(source)]
 
@@ -85,7 +86,7 @@ def torch_headers() -> Path:
 
 def _gencode(architectures: str) -> list[str]:
     flags = []
-    for name in re.split(r"[;, ]+", architectures.strip("; ,")):
+    for name in re.split(r"[;, ]+", architectures):
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name)
         if not match:
             raise BuildError(f"TORCH_CUDA_ARCH_LIST must hold architectures like 9.0 or 9.0+PTX, separated by semicolons, got {name!r}.")
@@ -97,61 +98,51 @@ def _gencode(architectures: str) -> list[str]:
 
 
 def _ninja_file(output: Path) -> str:
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
-    if compiler is None:
+    compiler = shlex.split(os.environ.get("CXX", "")) or [path for path in map(shutil.which, ("g++", "c++", "clang++")) if path][:1]
+    if not compiler:
         raise BuildError(_advice("no C++ compiler was found"))
     if importlib.util.find_spec("pybind11") is None:
         raise BuildError(_advice("pybind11 is not installed"))
     import pybind11
 
     sanitize = _SANITIZE if os.environ.get("GENREP_FAST_SANITIZE") == "1" else []
-    cxx = [compiler, *_COMPILE, *_KERNEL, *_STABLE_ABI, *sanitize, "-isystem", str(torch_headers()), "-MMD", "-MF", "$out.d"]
-    python = [
-        compiler,
-        *_COMPILE,
-        "-isystem",
-        pybind11.get_include(),
-        "-isystem",
-        sysconfig.get_paths()["include"],
-        "-MMD",
-        "-MF",
-        "$out.d",
-    ]
-    link = [compiler, "-shared", *sanitize, "-Wl,--no-as-needed"]
+    depfile = ["-MMD", "-MF", "$out.d"]
+    cxx = [*compiler, *_COMPILE, *_KERNEL, *_STABLE_ABI, *sanitize, "-isystem", str(torch_headers()), *depfile]
+    python = [*compiler, *_COMPILE, "-isystem", pybind11.get_include(), "-isystem", sysconfig.get_paths()["include"], *depfile]
+    link = [*compiler, "-shared", *sanitize, "-Wl,--no-as-needed"]
     # A library without symbols stands for torch's own while linking: only its name is kept, and the one that Python loaded is used.
-    stub = [compiler, "-shared", "-x", "c", "/dev/null", "-Wl,-soname,$soname"]
+    stub = [*compiler, "-shared", "-x", "c", "/dev/null", "-Wl,-soname,$out"]
     lines = [
         *_rule("cxx", [*cxx, "-c", "$in", "-o", "$out"], depfile=True),
         *_rule("python", [*python, "-c", "$in", "-o", "$out"], depfile=True),
         *_rule("stub", [*stub, "-o", "$out"]),
-        *_rule("link", [*link, "-o", "$out", "$in", "$flags"]),
+        *_rule("link", [*link, "-o", "$out", "$in"]),
     ]
     objects = _compile(lines, "cxx", sorted((SOURCES / "cpu").glob("*.cpp")))
-    lines += ["build libtorch_cpu.so: stub", "  soname = libtorch_cpu.so"]
+    lines += ["build libtorch_cpu.so: stub"]
     lines += [f"build {_path(output / '_C_cpu.so')}: link {' '.join(objects)} libtorch_cpu.so"]
     objects = _compile(lines, "python", [SOURCES / "introspection.cpp"])
     lines += [f"build {_path(output / libraries()[1])}: link {' '.join(objects)}"]
     if nvcc():
-        lines += _rule(
-            "nvcc",
-            [*nvcc_command(Path("$in")), "-MD", "-MF", "$out.d", "-o", "$out", ">", "$out.log", "2>&1", "||", "(cat $out.log; false)"],
-            depfile=True,
-        )
+        log = "> $out.log 2>&1 || (cat $out.log; false)"  # of -Xptxas -v, which nobody wants to see where all is well
+        lines += _rule("nvcc", [*nvcc_command(Path("$in")), "-MD", "-MF", "$out.d", "-o", "$out"], depfile=True, suffix=log)
         objects = _compile(lines, "nvcc", sorted((SOURCES / "cuda").glob("*.cu")))
         lines += _rule("link_cuda", [nvcc(), "-shared", "-cudart", "static", "-Xlinker", "--no-as-needed", "-o", "$out", "$in"])
-        lines += ["build libtorch_cuda.so: stub", "  soname = libtorch_cuda.so"]
+        lines += ["build libtorch_cuda.so: stub"]
         lines += [f"build {_path(output / '_C_cuda.so')}: link_cuda {' '.join(objects)} libtorch_cpu.so libtorch_cuda.so"]
     return "\n".join(lines) + "\n"
 
 
-def _rule(name: str, command: list[str], depfile: bool = False) -> list[str]:
+def _rule(name: str, command: list[str], depfile: bool = False, suffix: str = "") -> list[str]:
+    """A rule of ninja's; $in and $out stand for its files, `suffix` is the shell's."""
     dependencies = ["  depfile = $out.d", "  deps = gcc"] if depfile else []
-    quoted = " ".join(part if re.fullmatch(r"[\w$./=+:,<>|&();-]+", part) else f"'{part}'" for part in command)
-    return [f"rule {name}", f"  command = {quoted}", *dependencies]
+    variables = {"$in", "$out", "$out.d", "-Wl,-soname,$out"}
+    quoted = " ".join(part if part in variables else shlex.quote(part).replace("$", "$$") for part in command)
+    return [f"rule {name}", f"  command = {quoted} {suffix}".rstrip(), *dependencies]
 
 
 def _compile(lines: list[str], rule: str, sources: list[Path]) -> list[str]:
-    objects = [f"{source.parent.name}-{source.stem}.o" for source in sources]
+    objects = [f"{rule}-{source.stem}.o" for source in sources]
     lines += [f"build {target}: {rule} {_path(source)}" for target, source in zip(objects, sources, strict=True)]
     return objects
 

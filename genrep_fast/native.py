@@ -20,6 +20,7 @@ from torch import Tensor
 from .backends import register_implementation, schemas, set_unavailable
 
 _OLDEST_TORCH = (2, 11)
+_CAPABILITIES = ("default", "avx2", "avx512")
 _FOLDER = Path(__file__).parent
 
 
@@ -65,6 +66,9 @@ def _load(backend: str) -> str | None:
         return f"it is built for torch 2.11 or newer, this is torch {torch.__version__}"
     if not _library(backend).is_file():
         return f"it was not built: {_library(backend).name} is not in {_FOLDER}"
+    capability = os.environ.get("GENREP_FAST_CPU_CAPABILITY") or _CAPABILITIES[-1]
+    if backend == "cpu" and capability not in _CAPABILITIES:
+        return f"GENREP_FAST_CPU_CAPABILITY must be one of {', '.join(_CAPABILITIES)}, got {capability!r}"
     if backend == "cuda" and torch.version.cuda is None:
         return "this torch is built without CUDA"
     namespace = f"genrep_fast_{backend}"

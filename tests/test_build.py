@@ -94,14 +94,20 @@ def test_no_cuda_kernel_spills(source, tmp_path):
 # Asking for something else
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512", "no such thing"])
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_environment_lowers_the_instruction_set(capability):
     code = "import genrep_fast; print(genrep_fast.info()['backends']['cpu']['build']['capability'])"
     order = ["default", "avx2", "avx512"]
     here = gf.info()["backends"]["cpu"]["build"]["capability"]
-    expected = order[min(order.index(here), order.index(capability))] if capability in order else here
+    expected = order[min(order.index(here), order.index(capability))]
     answer = output_of(sys.executable, "-c", code, env=os.environ | {"GENREP_FAST_CPU_CAPABILITY": capability})
     assert answer.strip() == expected
+
+
+def test_unknown_instruction_set_is_refused():
+    code = "import genrep_fast; print(genrep_fast.info()['backends']['cpu']['reason'])"
+    answer = output_of(sys.executable, "-c", code, env=os.environ | {"GENREP_FAST_CPU_CAPABILITY": "AVX2"})
+    assert answer.strip() == "GENREP_FAST_CPU_CAPABILITY must be one of default, avx2, avx512, got 'AVX2'"
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2"])
@@ -117,6 +123,8 @@ def test_architectures(monkeypatch):
     command = " ".join(native_build.nvcc_command(Path("x.cu")))
     for flag in ("compute_86,code=sm_86", "compute_90a,code=sm_90a", "compute_120,code=sm_120", "compute_120,code=compute_120"):
         assert f"-gencode arch={flag}" in command
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", " ")
+    assert "-gencode arch=compute_80,code=sm_80" in " ".join(native_build.nvcc_command(Path("x.cu")))
     with pytest.raises(native_build.BuildError, match="TORCH_CUDA_ARCH_LIST.*got 'Hopper'"):
         native_build.nvcc_command(Path("x.cu"), "Hopper")
 
@@ -129,6 +137,22 @@ def test_cuda_may_be_declined_or_demanded(monkeypatch):
     monkeypatch.setattr(native_build.shutil, "which", lambda *arguments, **options: None)
     with pytest.raises(native_build.BuildError, match="GENREP_FAST_CUDA=1"):
         native_build.nvcc()
+
+
+def test_compiler_with_options_and_folders_with_strange_names(monkeypatch, tmp_path):
+    monkeypatch.setenv("GENREP_FAST_CUDA", "0")
+    monkeypatch.setenv("CXX", "g++ -pipe")
+    sources = shutil.copytree(ROOT / "csrc", tmp_path / "so(ur) ce's & $x")
+    monkeypatch.setattr(native_build, "SOURCES", sources)
+    native_build.build(tmp_path / "o (u) t", tmp_path / "b")
+    assert {path.name for path in (tmp_path / "o (u) t").iterdir()} == set(native_build.libraries())
+
+
+def test_failed_compilation_says_so(monkeypatch, tmp_path):
+    monkeypatch.setenv("GENREP_FAST_CUDA", "0")
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(native_build.BuildError, match="did not compile .* GENREP_FAST_PURE=1"):
+        native_build.build(tmp_path / "out", tmp_path / "build")
 
 
 # What is missing

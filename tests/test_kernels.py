@@ -141,6 +141,34 @@ def test_gram_of_extreme_values():
         torch.testing.assert_close(operators.gram(gradients, 2, [0], 1)[0].cpu(), expected, rtol=1e-14, atol=0)
 
 
+@pytest.mark.parametrize("value", [0.0, -0.0, 1e-25, 1e25])
+def test_gram_of_blocks_of_other_sizes(value):
+    # Blocks that need another treatment, or none, beside ordinary ones: label embeddings have many rows of zeros.
+    gradients = [tensor for tensor in losses((F32, F32), sizes=[9001])]
+    gradients[0][100:5000], gradients[1][3000:9000] = value, 3 * value
+    assert_gram(operators.gram(gradients, 2, [0], 1), gradients, 2, [0], 1)
+
+
+def test_arguments_that_would_leave_memory_are_refused(backend):
+    if backend == "triton":
+        pytest.skip("its table of tensors holds no others")
+    x, row = torch.ones(8, device=DEVICE), torch.ones(1, 2, dtype=torch.float64, device=DEVICE)
+    for arguments in (
+        ([x, x], row, [1], [0.5, 0.5], [x]),
+        ([x, x], row, [-1], [], [x]),
+        ([x, x], row.float(), [0], [], [x]),
+        ([x, x], row, [0], [], [x[:4]]),
+        ([x, x], row, [0], [], []),
+        ([x, x[:4]], row, [0], [], [x]),
+    ):
+        with pytest.raises(RuntimeError):
+            operators.combine(*arguments)
+    with pytest.raises(RuntimeError, match="groups must be"):
+        operators.gram([x, x], 2, [3], 1)
+    with pytest.raises(RuntimeError, match="gram must be"):
+        operators.alignment_coefficients(torch.ones(1, 2, 2, device=DEVICE), [0.7, 0.3], 2.0)
+
+
 def test_a_nan_stays_in_its_group_and_in_its_gradient():
     p, g = ([torch.ones(100, device=DEVICE) for _ in range(3)] for _ in range(2))
     p[1][99] = math.nan

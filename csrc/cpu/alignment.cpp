@@ -29,6 +29,41 @@ GENREP_FAST_INLINE float horizontal(Floats values) {
   return ((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7]));
 }
 
+// <a,b> in float64.
+GENREP_FAST_INLINE double dot(const float* a, const float* b, int64_t count) {
+  constexpr int kUnroll = 4;
+  Doubles sums[kUnroll]{};
+  int64_t i = 0;
+  for (; i + 8 * kUnroll <= count; i += 8 * kUnroll) {
+    for (int u = 0; u < kUnroll; ++u) {
+      Doubles x = __builtin_convertvector(load<HalfFloats>(a + i + 8 * u), Doubles);
+      sums[u] += x * __builtin_convertvector(load<HalfFloats>(b + i + 8 * u), Doubles);
+    }
+  }
+  Doubles total = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  double sum = ((total[0] + total[4]) + (total[1] + total[5])) + ((total[2] + total[6]) + (total[3] + total[7]));
+  for (; i < count; ++i) {
+    sum += static_cast<double>(a[i]) * static_cast<double>(b[i]);
+  }
+  return sum;
+}
+
+// Whether the float32 sum `sum` of squares of all values is right, as it may not be after an overflow or underflow; zeros are common in gradients.
+GENREP_FAST_INLINE bool reliable(float sum, const float* values, int64_t count) {
+  if (sum != 0) {
+    return sum > kSmallest && sum < kLargest;
+  }
+  Words bits{};
+  for (int64_t i = 0; i + kLanes <= count; i += kLanes) {
+    bits |= load<Words>(values + i) & 0x7fffffff;
+  }
+  uint32_t any = 0;
+  for (int i = 0; i < kLanes; ++i) {
+    any |= bits[i];
+  }
+  return any == 0;
+}
+
 // Adds <a,a>, <a,b>, <b,b> of at most kBlock elements to `sums`: in float32, where every accumulator takes 16 products, or in float64.
 GENREP_FAST_INLINE void add_pair(const float* a, const float* b, int64_t count, double* sums) {
   constexpr int kUnroll = 4;
@@ -46,32 +81,16 @@ GENREP_FAST_INLINE void add_pair(const float* a, const float* b, int64_t count, 
   }
   float first = horizontal((aa[0] + aa[1]) + (aa[2] + aa[3]));
   float second = horizontal((bb[0] + bb[1]) + (bb[2] + bb[3]));
-  if (first > kSmallest && first < kLargest && second > kSmallest && second < kLargest) {
+  if (reliable(first, a, i) && reliable(second, b, i)) {
     sums[0] += first;
     sums[1] += horizontal((ab[0] + ab[1]) + (ab[2] + ab[3]));
     sums[2] += second;
   } else {
     i = 0;
   }
-  for (; i < count; ++i) {
-    double x = a[i], y = b[i];
-    sums[0] += x * x;
-    sums[1] += x * y;
-    sums[2] += y * y;
-  }
-}
-
-GENREP_FAST_INLINE double dot(const float* a, const float* b, int64_t count) {
-  Doubles sums{};
-  int64_t i = 0;
-  for (; i + 8 <= count; i += 8) {
-    sums += __builtin_convertvector(load<HalfFloats>(a + i), Doubles) * __builtin_convertvector(load<HalfFloats>(b + i), Doubles);
-  }
-  double sum = ((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7]));
-  for (; i < count; ++i) {
-    sum += static_cast<double>(a[i]) * static_cast<double>(b[i]);
-  }
-  return sum;
+  sums[0] += dot(a + i, a + i, count - i);
+  sums[1] += dot(a + i, b + i, count - i);
+  sums[2] += dot(b + i, b + i, count - i);
 }
 
 // Upper triangle of one chunk's Gram matrix into `sums`, row by row; rows of missing gradients are left alone.
@@ -161,6 +180,9 @@ GENREP_FAST_CLONES(
 Tensor gram(OptionalTensors gradients, int64_t n, std::vector<int64_t> groups, int64_t num_groups) {
   Gradients table(gradients, groups.size());
   STD_TORCH_CHECK(table.n == n, "gradients must hold n tensors for every group index");
+  for (int64_t group : groups) {
+    STD_TORCH_CHECK(group >= 0 && group < num_groups, "groups must be between 0 and num_groups - 1");
+  }
   std::vector<Chunk> chunks = chunks_of(table.numel);
   int64_t pairs = n * (n + 1) / 2;
   std::vector<double> partials(chunks.size() * pairs);
@@ -193,6 +215,10 @@ Tensor gram(OptionalTensors gradients, int64_t n, std::vector<int64_t> groups, i
 
 // cos, rho = ((cos + 1) / 2) ^ power and c_p = w_p - w_g (1 - rho) <p,g> / |p|^2, c_g likewise; the weights where a gradient is zero.
 std::tuple<Tensor, Tensor, Tensor> alignment_coefficients(Tensor gram, std::vector<double> weights, double power) {
+  STD_TORCH_CHECK(
+      gram.scalar_type() == ScalarType::Double && gram.dim() == 3 && gram.size(1) == 2 && gram.size(2) == 2,
+      "gram must be a float64 tensor of shape [groups, 2, 2]");
+  STD_TORCH_CHECK(weights.size() == 2, "weights must be two numbers");
   int64_t groups = gram.size(0);
   gram = torch::stable::contiguous(gram);
   Tensor coefficients = torch::stable::empty({groups, 2}, ScalarType::Double);
@@ -218,7 +244,7 @@ std::tuple<Tensor, Tensor, Tensor> alignment_coefficients(Tensor gram, std::vect
 
 void combine(OptionalTensors gradients, Tensor coefficients, std::vector<int64_t> groups, std::vector<double> weights, std::vector<Tensor> out) {
   Gradients table(gradients, groups.size());
-  std::vector<Buffer> targets = buffers_of(out);
+  std::vector<Buffer> targets = buffers_of(out, table);
   std::vector<float> factors = factors_of(coefficients, groups, weights, table.n);
   std::vector<Chunk> chunks = chunks_of(table.numel);
   int64_t bytes = 4 * std::accumulate(table.numel.begin(), table.numel.end(), int64_t{0});

@@ -57,15 +57,6 @@ inline Buffer buffer_of(const Tensor& tensor) {
   return buffer;
 }
 
-inline std::vector<Buffer> buffers_of(const std::vector<Tensor>& tensors) {
-  std::vector<Buffer> buffers;
-  buffers.reserve(tensors.size());
-  for (const Tensor& tensor : tensors) {
-    buffers.push_back(buffer_of(tensor));
-  }
-  return buffers;
-}
-
 // Gradients of n losses for T tensors, flattened loss by loss in the operators' arguments.
 struct Gradients {
   int64_t n;
@@ -81,6 +72,7 @@ struct Gradients {
       for (int64_t i = 0; i < n; ++i) {
         const std::optional<Tensor>& gradient = gradients[i * num_tensors + t];
         if (gradient.has_value()) {
+          STD_TORCH_CHECK(numel[t] == 0 || gradient->numel() == numel[t], "gradients of a tensor must have the same size");
           buffers[t * n + i] = buffer_of(*gradient);
           numel[t] = gradient->numel();
         }
@@ -91,15 +83,31 @@ struct Gradients {
   const Buffer* of(int64_t tensor) const { return &buffers[tensor * n]; }
 };
 
+// Memory of T tensors that belong to the gradients of `table`.
+inline std::vector<Buffer> buffers_of(const std::vector<Tensor>& tensors, const Gradients& table) {
+  STD_TORCH_CHECK(tensors.size() == table.numel.size(), "as many tensors are needed as there are groups");
+  std::vector<Buffer> buffers;
+  buffers.reserve(tensors.size());
+  for (size_t t = 0; t < tensors.size(); ++t) {
+    STD_TORCH_CHECK(table.numel[t] == 0 || tensors[t].numel() == table.numel[t], "tensors must have the sizes of their gradients");
+    buffers.push_back(buffer_of(tensors[t]));
+  }
+  return buffers;
+}
+
 // [T, n] float32 factors of the gradients: row groups[t] of `coefficients` [G, n] float64, or `weights` for group -1.
 inline std::vector<float> factors_of(
     const Tensor& coefficients, const std::vector<int64_t>& groups, const std::vector<double>& weights, int64_t n) {
-  STD_TORCH_CHECK(coefficients.scalar_type() == ScalarType::Double, "coefficients must be float64");
+  STD_TORCH_CHECK(
+      coefficients.scalar_type() == ScalarType::Double && coefficients.dim() == 2 && coefficients.size(1) == n,
+      "coefficients must be a float64 tensor of shape [groups, n]");
   Tensor dense = torch::stable::contiguous(coefficients);
   const double* rows = static_cast<const double*>(dense.const_data_ptr());
   std::vector<float> factors;
   factors.reserve(groups.size() * n);
   for (int64_t group : groups) {
+    STD_TORCH_CHECK(group >= -1 && group < coefficients.size(0), "groups must be rows of coefficients, or -1");
+    STD_TORCH_CHECK(group >= 0 || static_cast<int64_t>(weights.size()) == n, "weights must be n numbers where a group is -1");
     const double* row = group < 0 ? weights.data() : rows + group * n;
     factors.insert(factors.end(), row, row + n);
   }

@@ -159,16 +159,16 @@ void adamw_step(
     std::vector<Tensor> params, std::vector<Tensor> exp_avgs, std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> emas,
     OptionalTensors gradients, Tensor coefficients, std::vector<int64_t> groups, std::vector<double> weights, std::vector<Tensor> steps,
     Tensor lr, double beta1, double beta2, double eps, double weight_decay, double ema_decay, std::optional<Tensor> found_inf) {
-  if (found_inf.has_value() && scalar_of(*found_inf) != 0) {
-    return;
-  }
   Gradients table(gradients, groups.size());
   std::vector<float> factors = factors_of(coefficients, groups, weights, table.n);
+  std::vector<Buffer> param = buffers_of(params, table), exp_avg = buffers_of(exp_avgs, table), exp_avg_sq = buffers_of(exp_avg_sqs, table);
+  std::vector<Buffer> ema = emas.empty() ? std::vector<Buffer>(groups.size()) : buffers_of(emas, table);
+  STD_TORCH_CHECK(steps.size() == groups.size(), "as many steps are needed as there are groups");
   std::vector<State> states(groups.size());
   std::vector<Step> updates(groups.size());
   double rate = scalar_of(lr);
   for (size_t t = 0; t < groups.size(); ++t) {
-    states[t] = {buffer_of(params[t]), buffer_of(exp_avgs[t]), buffer_of(exp_avg_sqs[t]), emas.empty() ? Buffer{} : buffer_of(emas[t])};
+    states[t] = {param[t], exp_avg[t], exp_avg_sq[t], ema[t]};
     double step = scalar_of(steps[t]);
     updates[t] = {
         static_cast<float>(1 - beta1),
@@ -179,6 +179,9 @@ void adamw_step(
         static_cast<float>(rate / (1 - std::pow(beta1, step))),
         static_cast<float>(1 / std::sqrt(1 - std::pow(beta2, step))),
         static_cast<float>(1 - ema_decay)};
+  }
+  if (found_inf.has_value() && scalar_of(*found_inf) != 0) {
+    return;
   }
   std::vector<Chunk> chunks = chunks_of(table.numel);
   torch::stable::parallel_for(0, chunks.size(), 1, [&](int64_t first, int64_t last) {
