@@ -157,6 +157,7 @@ PROVIDERS = {
     **{f"GradientAligner.align(), {name}": functools.partial(training_loop, name, None) for name in BACKENDS},
     **{f"GradientAligner.align(max_norm), {name}": functools.partial(training_loop, name, 1e9) for name in BACKENDS},
 }
+IN_PLACE = {name for name in PROVIDERS if name.endswith("in place") or name.startswith("GradientAligner")}
 
 
 def check(name, numel, layout):
@@ -169,7 +170,7 @@ def check(name, numel, layout):
     else:
         decomposition(exact)
         PROVIDERS[name](setting)
-        expected, results = exact.out, setting.p if name.endswith("in place") or name.startswith("GradientAligner") else setting.out
+        expected, results = exact.out, setting.p if name in IN_PLACE else setting.out
     error = sum((a.double() - b).square().sum() for a, b in zip(results, expected, strict=True)).sqrt().item()
     error /= sum(b.square().sum() for b in expected).sqrt().item()
     if not error < 1e-3:  # float32 `torch.dot` loses 3e-5 at N = 1e7
@@ -185,11 +186,12 @@ def test_alignment(benchmark, name, layout):
     benchmark(PROVIDERS[name], Setting(1_000_000, layout))
 
 
-def time_providers(names, setting, seconds):
-    """Times of the copy and of the providers."""
-    source, target = torch.randn(setting.numel, device=DEVICE), torch.empty(setting.numel, device=DEVICE)
-    runs = {"copy": lambda: target.copy_(source)} | {name: functools.partial(PROVIDERS[name], setting) for name in names}
-    return measure_together(runs, seconds)
+def runs_of(names, numel, layout):
+    """Providers by name, behind the copy; those that write over a gradient have gradients of their own, which soon conflict no more."""
+    settings = {in_place: Setting(numel, layout) for in_place in {name in IN_PLACE for name in names}}
+    source, target = torch.randn(numel, device=DEVICE), torch.empty(numel, device=DEVICE)
+    runs = {name: functools.partial(PROVIDERS[name], settings[name in IN_PLACE]) for name in names}
+    return {"copy": functools.partial(target.copy_, source)} | runs
 
 
 def main():
@@ -216,10 +218,10 @@ def main():
         for case in cases:
             numel, layout, number = case
             with threads(number):
-                setting = Setting(numel, layout)
+                runs = runs_of(names[layout], numel, layout)
                 if times is cold:
-                    memory[case] = {name: peak_extra_bytes(functools.partial(PROVIDERS[name], setting)) for name in names[layout]}
-                times[case] = time_providers(names[layout], setting, options.seconds)
+                    memory[case] = {name: peak_extra_bytes(run) for name, run in runs.items()}
+                times[case] = measure_together(runs, options.seconds)
     rows = []
     for case in cases:
         numel, layout, number = case
