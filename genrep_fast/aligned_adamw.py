@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from .gradient_aligner import Combination, GradientAligner, check_max_norm
-from .ops.alignment import check_length, check_writable
+from .ops.alignment import check_length, check_tensor, check_writable
 from .ops.optimizer import adamw_step_operator, check_ema_decay, check_hyperparameters, check_learning_rate
 
-# What torch.optim.AdamW keeps in a parameter group besides its hyperparameters. fused: step counters are on the parameters' device.
+# What torch.optim.AdamW keeps in a parameter group besides its hyperparameters. None of it changes anything here.
 _ADAMW_FLAGS = {
     "amsgrad": False,
     "maximize": False,
     "foreach": None,
     "capturable": False,
     "differentiable": False,
-    "fused": True,
+    "fused": None,
     "decoupled_weight_decay": True,
 }
 
@@ -31,13 +31,14 @@ class AlignedAdamW(torch.optim.Optimizer):
     and ``ema.lerp_(param, 1 - ema_decay)`` do one after the other, without writing the combined gradient. Statistics are in
     ``aligner.stats``. A parameter that no loss reached is left alone, with its state and its average.
 
-    State dicts have the keys of `torch.optim.AdamW`'s and load both ways; the averages are not in them. With a GradScaler, ``scaler.step``
+    State dicts are those of `torch.optim.AdamW` and load both ways; the averages are not in them. With a GradScaler, ``scaler.step``
     works and ``scaler.unscale_`` does not: `max_norm` clips, in unscaled units. Between the collection and the step one parameter's
     ``.grad`` holds a copy of a gradient, for a GradScaler to look at and for nothing else.
 
     Args:
         params: parameters, named parameters or groups of them, as `torch.optim.AdamW` takes them; all of the aligner's.
-        lr: learning rate, a number or a tensor without axes.
+        lr: learning rate, a number or a tensor without axes. A CUDA graph keeps the number of its capture: to change the rate between
+            replays, give a tensor on the parameters' device.
         betas, eps, weight_decay: as in `torch.optim.AdamW`.
         aligner: GradientAligner, which from now on keeps gradients for this optimizer.
         ema: tensors to follow the parameters, in the order of `params`; or a module with the same parameter names; None for none.
@@ -86,15 +87,39 @@ class AlignedAdamW(torch.optim.Optimizer):
         self._members = None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state of an `AlignedAdamW` or a `torch.optim.AdamW`."""
+        """Load the state of an `AlignedAdamW` or a `torch.optim.AdamW`.
+
+        Raises:
+            ValueError: for ``amsgrad`` or ``maximize``, and for a state of another shape than its parameter; nothing is changed then.
+        """
         for group in state_dict["param_groups"]:
             _check_flags(group)
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for number, parameter in zip(numbers, parameters, strict=False):  # of different lengths: torch's own message
+            for name in ("exp_avg", "exp_avg_sq"):
+                tensor = state_dict["state"].get(number, {}).get(name, parameter)
+                check_tensor(tensor, f"{name} of {self.aligner.describe(self._index[id(parameter)])}", parameter.shape, None)
         super().load_state_dict(state_dict)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as `torch.optim.AdamW` keeps it: step counters are on the CPU unless a group is ``fused`` or ``capturable``."""
+        state_dict = super().state_dict()
+        for group in state_dict["param_groups"]:
+            for number in group["params"]:
+                values = state_dict["state"].get(number)
+                if values and not (group["fused"] or group["capturable"]):
+                    state_dict["state"][number] = {**values, "step": values["step"].cpu()}
+        return state_dict
+
+    def __reduce_ex__(self, protocol: int) -> NoReturn:
+        raise TypeError("an AlignedAdamW, which belongs to its aligner, cannot be copied or pickled: load its state_dict() into a new one")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
-            group.update(_ADAMW_FLAGS)
+            for flag, value in _ADAMW_FLAGS.items():
+                group.setdefault(flag, value)
             for parameter in group["params"]:
                 values = self.state.get(parameter)
                 if values:
@@ -175,7 +200,12 @@ class AlignedAdamW(torch.optim.Optimizer):
             raise RuntimeError("a .grad was written to, which does not change the gradients that the aligner holds: clip with max_norm")
         check_ema_decay(self.ema_decay)
         for group in self.param_groups:
-            _check_flags(group)
+            self._check_hyperparameters(group)
+
+    def _check_hyperparameters(self, group: dict[str, Any]) -> None:
+        _check_flags(group)
+        check_learning_rate(group["lr"], self.aligner.parameters[0].device)
+        check_hyperparameters(group["betas"], group["eps"], group["weight_decay"])
 
     def _members_of_groups(self, combination: Combination) -> list[_Members]:
         """For each parameter group what `combination` says of it; as long as the same parameters are reached, the same list."""
@@ -195,9 +225,7 @@ class AlignedAdamW(torch.optim.Optimizer):
         return self._members[1]
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        _check_flags(group)
-        check_learning_rate(group["lr"], self.aligner.parameters[0].device)
-        check_hyperparameters(group["betas"], group["eps"], group["weight_decay"])
+        self._check_hyperparameters(group)
         for position, parameter in enumerate(group["params"]):
             if id(parameter) not in self._index:
                 name = group.get("param_names", {position: f"params[{position}]"})[position]

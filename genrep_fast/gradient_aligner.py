@@ -13,17 +13,26 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import itertools
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
-from .gradient_storage import Buckets, TensorGrams
-from .ops.alignment import DTYPES, MAX_LOSSES, AlignmentStats, alignment_coefficients_operator, check_weights, combine_operator
+from .gradient_storage import Buckets, HeldMemory, TensorGrams
+from .ops.alignment import (
+    DTYPES,
+    MAX_LOSSES,
+    AlignmentStats,
+    alignment_coefficients_operator,
+    check_number,
+    check_weights,
+    combine_operator,
+)
 from .rules import resolve_rule
 
 # Parameters' elements whose Gram matrices are worth a call while backward runs: reading them takes longer than the call itself, and a few
@@ -72,8 +81,8 @@ class GradientAligner:
             "blocks.3.norm.weight", or its module where it has no number), or a function from a parameter's name to a key (None: no group).
         rule: a name in `genrep_fast.rules.RULES`, a function from Gram matrices [groups, n, n] to coefficients [groups, n], both of
             float64, or a Weighting of TorchJD.
-        flat: copy the gradients of a loss into one buffer as they come, group by group. It costs the copies, and buffers that stay
-            allocated; it pays where tensors are many and tiny, or where whole buffers are communicated.
+        flat: copy the gradients of a loss into one contiguous buffer as they come, group by group, as communication wants them. It costs
+            the copies, and buffers that stay allocated.
 
     Raises:
         TypeError: for an argument of a wrong type, or a parameter of a wrong dtype.
@@ -104,25 +113,28 @@ class GradientAligner:
         self._assign_groups()
         self._buckets = Buckets(len(self.names)) if flat else None
         self._grams = TensorGrams(len(self.names))
+        self._memory = HeldMemory()
         self._elements = sum(parameter.numel() for parameter in self.parameters)
         self._hooks = [partial(self._take, index) for index in range(len(self.parameters))]
         self._layout: _Layout | None = None
         self._optimizer: Callable[[], torch.optim.Optimizer | None] = lambda: None  # a weak reference
         self._marker: _Marker | None = None
         self._collecting: int | None = None  # which loss
+        self._stream: Any = None
+        self._context: contextvars.Context | None = None
         self._expected_passes = len(self.names)  # of a whole step, known from the last one
         self._rest_expected = False  # whether the last step asked for the norms of gradients that are not aligned
         self._scaler_expected = True
         self._reset()
 
     @property
-    def weights(self) -> list[float]:
+    def weights(self) -> tuple[float, ...]:
         """One a loss; a new sequence of n numbers may be set between two alignments."""
         return self._weights
 
     @weights.setter
     def weights(self, weights: Sequence[float]) -> None:
-        self._weights = check_weights(weights, len(self.names))
+        self._weights = tuple(check_weights(weights, len(self.names)))
         self._weight_row: Tensor | None = None
 
     @property
@@ -136,19 +148,25 @@ class GradientAligner:
         With an `AlignedAdamW` attached the gradients are kept for its `step`, and those of further calls are added.
 
         Args:
-            losses: n scalars, in the order of `names`.
+            losses: n tensors of one element, in the order of `names`.
             backward: called as ``backward(loss, retain_graph=...)``, e.g. ``accelerator.backward``; None: ``loss.backward``.
 
         Returns:
             The statistics; None with an `AlignedAdamW`, whose `step` puts them into `GradientAligner.stats`.
 
         Raises:
-            ValueError: for a wrong number of losses.
+            TypeError: for a loss that is not a tensor.
+            ValueError: for a wrong number of losses, and for a loss of more than one element.
             RuntimeError: in a process group of more than one process, where wrappers reduce the gradient of one backward pass alone; and as
                 `collect` and `align`.
         """
         if len(losses) != len(self.names):
             raise ValueError(f"losses must be one for each of {', '.join(self.names)}, got {len(losses)}")
+        for name, loss in zip(self.names, losses, strict=True):
+            if not isinstance(loss, Tensor):
+                raise TypeError(f"the loss {name} must be a tensor, got {type(loss).__name__}")
+            if loss.numel() != 1:
+                raise ValueError(f"the loss {name} must have one element, got shape {tuple(loss.shape)}")
         if _world_size() > 1:
             raise RuntimeError(
                 f"backward runs several backward passes over one graph, of which data-parallel wrappers reduce but one, and "
@@ -177,7 +195,8 @@ class GradientAligner:
         """Take over the gradients that the block leaves in ``.grad`` as those of the loss `name`.
 
         Several blocks of the same name in one step, as for micro-batches, add their gradients up. If the block raises, its gradients are
-        dropped.
+        dropped. Gradients are taken over as they are and written to: what else still holds their memory, as the caller of
+        ``parameter.view(-1).backward(gradient)`` holds ``gradient``, sees that. Only where they overlap each other they are copied.
 
         Raises:
             ValueError: for an unknown name, and for a sparse gradient.
@@ -202,7 +221,7 @@ class GradientAligner:
             self._abandon()
             raise
         finally:
-            self._collecting = None
+            self._collecting = self._stream = self._context = None
             for handle in handles:
                 handle.remove()
         if self._optimizer() is not None and all(self._passes):
@@ -222,7 +241,7 @@ class GradientAligner:
 
         Raises:
             RuntimeError: where a loss has not been collected.
-            ValueError: for a `max_norm` that is not positive.
+            TypeError, ValueError: for a `max_norm` that is not a number, or not positive.
         """
         combination = self.combination(max_norm)
         layout = self._layout
@@ -245,6 +264,12 @@ class GradientAligner:
         self._reset()
         for parameter in self.parameters:
             parameter.grad = None
+
+    def __reduce_ex__(self, protocol: int) -> NoReturn:
+        raise TypeError(
+            "a GradientAligner, which belongs to its parameters, cannot be copied or pickled: save state_dict() of model and "
+            "optimizer, and make a new aligner"
+        )
 
     # For optimizers that consume collected gradients
 
@@ -317,15 +342,17 @@ class GradientAligner:
         for index, parameter in enumerate(self.parameters):
             if parameter.grad is not None and parameter.grad is not own:
                 raise RuntimeError(
-                    f"{self.describe(index)} holds a .grad already, to which backward would add: call optimizer.zero_grad() first. To add "
-                    f"up micro-batches, collect all of them before align(), or attach an AlignedAdamW"
+                    f"{self.describe(index)} holds a .grad already, to which backward would add: call "
+                    f"optimizer.zero_grad(set_to_none=True) first. To add up micro-batches, collect all of them before align(), or attach "
+                    f"an AlignedAdamW"
                 )
         self._remove_marker()
         self._assign_groups()
         if self._buckets is not None:
             self._grams.clear()  # pieces of the buckets may change
-            if not any(self._passes):
-                self._buckets.arrange({i: p for i, p in enumerate(self.parameters) if p.requires_grad}, self._groups)
+            requiring = {index: parameter for index, parameter in enumerate(self.parameters) if parameter.requires_grad}
+            if not any(self._passes) and self._buckets.arrange(requiring, self._groups):
+                self._layout = None  # its runs are neighbours in the buckets of before
         self._collecting = self.names.index(name)
         # Gradients of several passes are complete in the last one alone, which the last step tells.
         last = sum(self._passes) + 1 == self._expected_passes
@@ -343,17 +370,17 @@ class GradientAligner:
         if not gradient.is_contiguous() and gradient.stride() != parameter.stride():  # set by hand; it may be an expanded tensor
             gradient = torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
         losses = [gradients[index] for gradients in self._gradients]
-        if any(other is not None and other.is_set_to(gradient) for other in losses):
-            raise ValueError(
-                f"the gradient of {self.describe(index)} lies where one that was collected before does: clone it, or use flat=True"
-            )
         collected = losses[self._collecting]
         self._grams.forget(index)
         if collected is not None:
+            self._check_new(index, gradient)
             collected.add_(gradient)
         else:
             if self._buckets is not None:
-                gradient = self._bucket(index).copy_(gradient)
+                gradient = self._bucket(index, gradient.dtype).copy_(gradient)
+            elif not self._memory.claim(gradient):
+                self._check_new(index, gradient)
+                gradient = torch.empty_like(gradient).copy_(gradient)
             self._gradients[self._collecting][index] = losses[self._collecting] = gradient
         if self._early and (self._groups[index] >= 0 or self._rest_expected) and all(loss is not None for loss in losses):
             self._grams.submit(index, gradient.numel())
@@ -361,10 +388,18 @@ class GradientAligner:
             if self._grams.elements >= _BATCH_ELEMENTS and self._stream == _current_stream(gradient.device):
                 self._context.run(self._grams.compute, self._gradients_of)
 
-    def _bucket(self, index: int) -> Tensor:
+    def _check_new(self, index: int, gradient: Tensor) -> None:
+        if any(gradients[index] is not None and gradients[index].is_set_to(gradient) for gradients in self._gradients):
+            raise ValueError(
+                f"the gradient of {self.describe(index)} lies where one that was collected before does: clone it, or use flat=True"
+            )
+
+    def _bucket(self, index: int, dtype: torch.dtype) -> Tensor:
         bucket = self._buckets.views[self._collecting].get(index)
         if bucket is None:
             raise RuntimeError(f"{self.describe(index)} began to require a gradient within a step, which flat=True does not allow")
+        if bucket.dtype != dtype:
+            raise ValueError(f"the gradient of {self.describe(index)} must be {bucket.dtype} like its flat buffer, got {dtype}")
         return bucket
 
     def _abandon(self) -> None:
@@ -376,6 +411,10 @@ class GradientAligner:
             self._broken = True
         else:
             self._gradients[self._collecting] = [None] * len(self.parameters)
+            self._memory.clear()
+            for gradient in itertools.chain(*self._gradients):
+                if gradient is not None:
+                    self._memory.claim(gradient)
 
     def _check_whole(self) -> None:
         if self._broken:
@@ -468,6 +507,7 @@ class GradientAligner:
         self._broken = False  # whether gradients of a pass that raised have been added to others
         self._rest_used = False
         self._grams.clear()
+        self._memory.clear()
         self._remove_marker()
 
     def _assign_groups(self) -> None:
@@ -509,8 +549,10 @@ class _Marker(NamedTuple):
 
 def check_max_norm(max_norm: float | None) -> float | None:
     """Check that `max_norm` is None or a positive number."""
-    if max_norm is not None and not max_norm > 0:
-        raise ValueError(f"max_norm must be positive or None, got {max_norm}")
+    if max_norm is not None:
+        check_number(max_norm, "max_norm")
+        if not max_norm > 0:
+            raise ValueError(f"max_norm must be positive or None, got {max_norm}")
     return max_norm
 
 
@@ -524,7 +566,7 @@ def _current_stream(device: torch.device) -> Any:
 
 
 def _check_names(names: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+    if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"names must be a sequence of strings, got {names!r}")
     if not 2 <= len(names) <= MAX_LOSSES or len(set(names)) < len(names):
         raise ValueError(f"names must be 2 to {MAX_LOSSES} different ones, got {names!r}")
@@ -532,8 +574,8 @@ def _check_names(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _named_parameters(params: torch.nn.Module | Iterable) -> tuple[list[Tensor], list[str | None]]:
-    if isinstance(params, Tensor):
-        raise TypeError("params must be parameters, named parameters or a module, got a tensor")
+    if isinstance(params, Tensor) or not isinstance(params, (torch.nn.Module, Iterable)):
+        raise TypeError(f"params must be parameters, named parameters or a module, got {type(params).__name__}")
     items = list(params.named_parameters() if isinstance(params, torch.nn.Module) else params)
     named = [item if isinstance(item, (tuple, list)) else (None, item) for item in items]
     for position, (name, parameter) in enumerate(named):

@@ -1,7 +1,8 @@
-"""What `GradientAligner` keeps of gradients: Gram matrices of single tensors, and flat buckets."""
+"""What `GradientAligner` keeps of gradients: Gram matrices of single tensors, the memory they occupy, and flat buckets."""
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable
 
 import torch
@@ -71,6 +72,41 @@ class TensorGrams:
         self._rest = torch.tensor(members[groups], dtype=torch.int64, device=device)
 
 
+class HeldMemory:
+    """The memory that gradients occupy, to find those that share some: autograd may give several parameters views of one tensor."""
+
+    def __init__(self):
+        self.clear()
+
+    def clear(self) -> None:
+        """Hold nothing."""
+        self._first: dict[int, Tensor] = {}  # of each storage, which it keeps alive: no other one gets its address
+        self._ranges: dict[int, list[tuple[int, int]]] = {}  # of storages that hold several tensors: first byte and end, in order
+
+    def claim(self, tensor: Tensor) -> bool:
+        """Hold the memory of `tensor` if none of it is held; whether that is so."""
+        storage = tensor.untyped_storage()._cdata
+        if storage not in self._first:
+            self._first[storage] = tensor
+            return True
+        ranges = self._ranges.setdefault(storage, [])
+        if not ranges:
+            ranges.append(_byte_range(self._first[storage]))
+        start, end = _byte_range(tensor)
+        place = bisect.bisect(ranges, (start, end))
+        if (place > 0 and ranges[place - 1][1] > start) or (place < len(ranges) and ranges[place][0] < end):
+            return False
+        ranges.insert(place, (start, end))
+        return True
+
+
+def _byte_range(tensor: Tensor) -> tuple[int, int]:
+    """First byte and end of `tensor` in its storage."""
+    span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1 if tensor.numel() else 0
+    start = tensor.storage_offset()
+    return start * tensor.element_size(), (start + span) * tensor.element_size()
+
+
 class Buckets:
     """For each loss (and dtype) one flat buffer, in which parameters lie group by group."""
 
@@ -78,11 +114,11 @@ class Buckets:
         self.views: list[dict[int, Tensor]] = [{} for _ in range(n)]  # for each loss, parameter -> its part of the buffer
         self._key: list[tuple] | None = None
 
-    def arrange(self, parameters: dict[int, Tensor], groups: list[int | None]) -> None:
-        """Allocate buffers for `parameters`, the ones without a group (-1) last, unless they are there."""
-        key = [(index, groups[index], parameter.dtype, parameter.device) for index, parameter in parameters.items()]
+    def arrange(self, parameters: dict[int, Tensor], groups: list[int | None]) -> bool:
+        """Allocate buffers for `parameters`, the ones without a group (-1) last, unless they are there; whether that was necessary."""
+        key = [(index, groups[index], _gradient_dtype(parameter), parameter.device) for index, parameter in parameters.items()]
         if self._key == key:
-            return
+            return False
         self._key = key
         self._dtypes = {index: dtype for index, _, dtype, _ in key}
         self._order = sorted(parameters, key=lambda index: (str(self._dtypes[index]), groups[index] < 0, groups[index], index))
@@ -98,6 +134,7 @@ class Buckets:
             for index, parameter in parameters.items():
                 strides = torch.empty_like(parameter, device="meta").stride()
                 views[index] = buffers[self._dtypes[index]].as_strided(parameter.shape, strides, self._starts[index])
+        return True
 
     def runs(self, rows: dict[int, int], whole: set[int]) -> list[list[int]]:
         """The parameters of `rows`, in the buffers' order: neighbours of the same row are one run if all losses reach them (`whole`)."""
@@ -117,3 +154,7 @@ class Buckets:
         first, last = run[0], run[-1]
         end = self._starts[last] + self.views[loss][last].numel()
         return self._buffers[loss][self._dtypes[first]][self._starts[first] : end]
+
+
+def _gradient_dtype(parameter: Tensor) -> torch.dtype:
+    return getattr(parameter, "grad_dtype", None) or parameter.dtype  # grad_dtype None: any dtype

@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+import pickle
 
 import pytest
 import torch
@@ -226,9 +227,39 @@ def test_state_dicts_load_both_ways(kinds):
     tolerance = {"rtol": 0, "atol": 0} if kinds == (Fused, Fused) else {}
     assert_same(target, source, **tolerance)
     assert target.optimizer.param_groups[0]["lr"] == 0.02
-    assert target.optimizer.param_groups[0]["fused"] is True  # as torch names the place of our counters
     ours, theirs = (set(run.optimizer.param_groups[0]) for run in (source, target))
     assert ours == theirs
+
+
+@pytest.mark.parametrize("flags", [{}, {"fused": True}, {"foreach": True, "capturable": True}])
+def test_state_dicts_keep_the_flags_of_adamw(flags):
+    model = Model()
+    fused, plain, loaded = Fused(model), torch.optim.AdamW(model.parameters(), **flags), torch.optim.AdamW(model.parameters())
+    fused.optimizer.load_state_dict(plain.state_dict())
+    fused.step([0])
+    loaded.load_state_dict(fused.optimizer.state_dict())
+    assert loaded.param_groups == plain.param_groups
+    assert all(state["step"].item() == 1 for state in loaded.state.values())
+
+
+def test_a_state_that_does_not_fit_is_refused():
+    model = Model()
+    fused = Fused(model, lr=0.02)
+    fused.step([0])
+    state_dict = copy.deepcopy(fused.optimizer.state_dict())
+    state_dict["param_groups"][0]["lr"] = 0.5
+    state_dict["state"][1]["exp_avg_sq"] = torch.ones(7, 8)
+    with pytest.raises(ValueError, match=r"exp_avg_sq of blocks.0.weight must have shape .*, got \(7, 8\)"):
+        fused.optimizer.load_state_dict(state_dict)
+    assert fused.optimizer.param_groups[0]["lr"] == 0.02
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_an_optimizer_is_not_copied(duplicate):
+    fused = Fused(Model())
+    fused.step([0])
+    with pytest.raises(TypeError, match=r"cannot be copied or pickled: load its state_dict\(\)"):
+        duplicate(fused.optimizer)
 
 
 def test_a_resumed_run_equals_one_that_was_not_interrupted_to_the_bit():
@@ -431,6 +462,20 @@ def test_attributes_are_checked_before_anything_changes(attribute, value):
     assert not fused.optimizer.state
 
 
+@pytest.mark.parametrize(("name", "value"), [("lr", math.nan), ("lr", torch.tensor(-1.0)), ("betas", (0.9, 1.0)), ("eps", "x")])
+def test_hyperparameters_of_all_groups_are_checked_before_anything_changes(name, value):
+    model = Model()
+    heads = [*model.perception.parameters(), *model.generation.parameters()]
+    fused = Fused(model, params=[{"params": [*model.blocks.parameters(), model.unused]}, {"params": heads}])
+    fused.step([0])
+    before = [parameter.clone() for parameter in parameters_of(model)]
+    fused.optimizer.param_groups[1][name] = value
+    with pytest.raises((TypeError, ValueError), match=f"{name} must be"):
+        fused.step([1])
+    torch.testing.assert_close(parameters_of(model), before, rtol=0, atol=0)
+    assert all(state["step"].item() == 1 for state in fused.optimizer.state.values())
+
+
 def test_a_step_without_gradients_changes_nothing():
     fused = Fused(Model())
     with fused.aligner.collect("perception"):
@@ -497,11 +542,18 @@ def test_never_asks_the_device():
     [
         ({"aligner": None}, TypeError, "aligner must be a GradientAligner, got NoneType"),
         ({"lr": -1.0}, ValueError, "lr must be finite and not negative, got -1.0"),
+        ({"lr": torch.tensor(-1.0)}, ValueError, "lr must be finite and not negative, got -1.0"),
+        ({"lr": "1e-3"}, TypeError, "lr must be a number, got str"),
         ({"lr": torch.ones(2)}, ValueError, r"lr must have shape \(\), got \(2,\)"),
         ({"betas": (0.9, 1.0)}, ValueError, r"betas must be two numbers in \[0, 1\)"),
+        ({"betas": None}, TypeError, "betas must be two numbers, got None"),
+        ({"betas": ("a", 0.9)}, TypeError, r"betas must be two numbers, got \('a', 0.9\)"),
+        ({"eps": None}, TypeError, "eps must be a number, got NoneType"),
         ({"eps": math.nan}, ValueError, "eps must be finite and not negative, got nan"),
         ({"weight_decay": -0.1}, ValueError, "weight_decay must be finite and not negative, got -0.1"),
         ({"ema_decay": 2.0}, ValueError, "ema_decay must be between 0 and 1, got 2.0"),
+        ({"ema_decay": "x"}, TypeError, "ema_decay must be a number, got str"),
+        ({"max_norm": "1"}, TypeError, "max_norm must be a number, got str"),
         ({"max_norm": -1.0}, ValueError, "max_norm must be positive or None, got -1.0"),
         ({"ema": [torch.ones(3)]}, ValueError, "ema must have 2 entries, got 1"),
         ({"ema": [torch.ones(3), torch.ones(4)]}, ValueError, r"ema\[1\] must have shape \(2,\), got \(4,\)"),

@@ -1,7 +1,9 @@
 """GradientAligner against `torch.autograd.grad` and `align_gradients`, through every way in which gradients come about."""
 
 import contextlib
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -208,6 +210,13 @@ def test_weights_may_change_between_steps():
         aligner.zero_grad()
 
 
+def test_weights_change_as_a_whole():
+    aligner = gf.GradientAligner(Model())
+    assert aligner.weights == WEIGHTS
+    with pytest.raises(TypeError):
+        aligner.weights[0] = 100.0
+
+
 def test_a_nan_reaches_its_own_group_alone():
     model = Model()
     aligner = gf.GradientAligner(model, groups="block")
@@ -263,6 +272,61 @@ def test_gradients_are_taken_over_and_written_in_place():
             for parameter, gradient in first.items():
                 assert parameter.grad is gradient
         model.zero_grad()
+
+
+SUMS = {  # of two parameters, to which autograd hands out views of one gradient
+    "broadcast": lambda a, b: (a[None] + b[None]).reshape(-1, 30),
+    "stack": lambda a, b: torch.stack([a, b]).sum(0),
+    "view": lambda a, b: a.view(6, 5) + b.view(6, 5),
+    "constant": lambda a, b: torch.ones(5, 6, dtype=a.dtype) + (a[None] + b[None]),
+}
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("total", SUMS)
+@pytest.mark.parametrize("micro_batches", [0, 1, 2])  # 0: joint
+def test_gradients_that_share_memory(micro_batches, total, flat):
+    a, b = parameters = [nn.Parameter(torch.randn(5, 6, dtype=torch.float64)) for _ in range(2)]
+    aligner = gf.GradientAligner(parameters, groups="tensor", flat=flat)
+
+    def losses():
+        result = SUMS[total](a, b).sin().reshape(-1)
+        return result @ torch.arange(30, dtype=a.dtype), result.cos().sum()
+
+    gradients = [torch.autograd.grad(loss, parameters, retain_graph=True) for loss in losses()]
+    expected, _ = gf.align_gradients(*gradients, groups=[0, 1])
+    if micro_batches:
+        for _ in range(micro_batches):
+            for loss, name in enumerate(NAMES):
+                with aligner.collect(name):
+                    losses()[loss].backward()
+        aligner.align()
+    else:
+        aligner.backward(*losses())
+    expected = [max(1, micro_batches) * gradient for gradient in expected]
+    torch.testing.assert_close([parameter.grad for parameter in parameters], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_only_gradients_that_overlap_are_copied():
+    parameters = [nn.Parameter(torch.zeros(size)) for size in (3, 2, 4, 3, 0)]
+    buffers = [torch.arange(10.0), 1 - torch.arange(10.0)]
+    places = [(2, 3), (0, 2), (5, 4), (7, 3), (6, 0)]  # the fourth overlaps the third
+    expected, _ = gf.align_gradients(*[[buffer[start : start + size].clone() for start, size in places] for buffer in buffers])
+    aligner = gf.GradientAligner(parameters)
+    for attempt in range(2):  # what a block that raised had taken is free again
+        with contextlib.suppress(ZeroDivisionError), aligner.collect("perception"):
+            for parameter, (start, size) in zip(parameters, places, strict=True):
+                parameter.grad = buffers[0][start : start + size]
+            if attempt == 0:
+                aligner._take(0, parameters[0])
+                raise ZeroDivisionError
+    with aligner.collect("generation"):
+        for parameter, (start, size) in zip(parameters, places, strict=True):
+            parameter.grad = buffers[1][start : start + size]
+    aligner.align()
+    torch.testing.assert_close([parameter.grad for parameter in parameters], expected)
+    in_buffer = [parameter.grad.untyped_storage().data_ptr() == buffers[0].data_ptr() for parameter in parameters]
+    assert in_buffer[:4] == [True, True, True, False]
 
 
 def test_gram_matrices_start_during_the_last_pass_and_are_computed_once(monkeypatch):
@@ -361,6 +425,53 @@ def test_flat_keeps_strides_and_dtypes():
     for parameter, gradient in zip(parameters.values(), expected, strict=True):
         assert parameter.grad.stride() == parameter.stride()
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-6 if parameter.dtype == torch.float32 else 0, atol=0)
+
+
+@pytest.fixture
+def nan_filled_memory():
+    """`torch.empty` returns NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("nan_filled_memory")
+def test_flat_buckets_that_are_rearranged():
+    parameters = [nn.Parameter(torch.full((5,), 1.0 + t, dtype=torch.float64)) for t in range(3)]
+    parameters[1].requires_grad_(False)
+    aligner = gf.GradientAligner(parameters, flat=True)
+
+    def losses():
+        a, _, c = parameters
+        return a.square().sum() + c.sin().sum(), a.cos().sum() + (a * c).sum()
+
+    for _ in range(2):
+        gradients = [torch.autograd.grad(loss, [parameters[0], parameters[2]], retain_graph=True) for loss in losses()]
+        expected, expected_stats = gf.align_gradients(*gradients)
+        assert_stats(aligner.backward(*losses()), expected_stats)
+        torch.testing.assert_close([parameters[0].grad, parameters[2].grad], expected, rtol=1e-12, atol=1e-14)
+        aligner.zero_grad()
+        parameters[1].requires_grad_(True)  # and still not reached
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this torch gives every gradient the dtype of its parameter")
+def test_flat_gradients_of_another_dtype_than_their_parameter():
+    parameter = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    parameter.grad_dtype = torch.float32
+    gradients = [torch.tensor([1.0, 1e-3, 1.001]), torch.tensor([1.0, 2.0, 3.0])]
+    expected, _ = gf.align_gradients(*[[gradient] for gradient in gradients])
+    aligner = gf.GradientAligner([parameter], flat=True)
+    for name, gradient in zip(NAMES, gradients, strict=True):
+        with aligner.collect(name):
+            parameter.grad = gradient
+    aligner.align()
+    torch.testing.assert_close(parameter.grad, expected[0], rtol=0, atol=0)
+    parameter.grad = parameter.grad_dtype = None  # any
+    with (
+        pytest.raises(ValueError, match=r"the gradient of params\[0\] must be torch.bfloat16 like its flat buffer, got torch.float32"),
+        aligner.collect("perception"),
+    ):
+        parameter.grad = gradients[0]
 
 
 def test_the_graph_is_freed_by_the_last_pass():
@@ -642,7 +753,7 @@ def test_a_held_gradient_is_named():
     model = Model()
     aligner = gf.GradientAligner(model)
     aligner.backward(*model(batch()))
-    with pytest.raises(RuntimeError, match=r"blocks\.0\.weight holds a \.grad already.*zero_grad\(\).*AlignedAdamW"):
+    with pytest.raises(RuntimeError, match=r"blocks\.0\.weight holds a \.grad already.*zero_grad\(set_to_none=True\).*AlignedAdamW"):
         aligner.backward(*model(batch()))
     unnamed = gf.GradientAligner(model.parameters())
     with pytest.raises(RuntimeError, match=r"params\[2\] holds a \.grad already"), unnamed.collect("perception"):
@@ -720,6 +831,12 @@ def test_flat_refuses_a_parameter_in_the_middle_of_a_step():
         model(batch())[1].backward()
 
 
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_an_aligner_is_not_copied(duplicate):
+    with pytest.raises(TypeError, match=r"cannot be copied or pickled: save state_dict\(\)"):
+        duplicate(gf.GradientAligner(Model()))
+
+
 def aligner_of(params=None, **options):
     return gf.GradientAligner([nn.Parameter(torch.ones(2))] if params is None else params, **options)
 
@@ -728,7 +845,8 @@ def aligner_of(params=None, **options):
     ("call", "exception", "message"),
     [
         (lambda: aligner_of([]), ValueError, "params must hold at least one parameter, got none"),
-        (lambda: aligner_of(torch.ones(2)), TypeError, "params must be .* or a module, got a tensor"),
+        (lambda: aligner_of(torch.ones(2)), TypeError, "params must be .* or a module, got Tensor"),
+        (lambda: aligner_of(3), TypeError, "params must be .* or a module, got int"),
         (lambda: aligner_of([1.0]), TypeError, r"params\[0\] must be a parameter, got float"),
         (lambda: aligner_of([("a", None)]), TypeError, "a must be a parameter, got NoneType"),
         (lambda: aligner_of([torch.ones(2, requires_grad=True) * 2]), ValueError, r"params\[0\] must be a leaf tensor"),
@@ -742,6 +860,12 @@ def aligner_of(params=None, **options):
         (lambda: aligner_of(names=("a",)), ValueError, r"names must be 2 to 8 different ones, got \('a',\)"),
         (lambda: aligner_of(names=("a", "a")), ValueError, "names must be 2 to 8 different ones"),
         (lambda: aligner_of(names="ab"), TypeError, "names must be a sequence of strings, got 'ab'"),
+        (lambda: aligner_of(names=2), TypeError, "names must be a sequence of strings, got 2"),
+        (
+            lambda: aligner_of(names=("a", "b", "c")),
+            ValueError,
+            r"weights must be 3 finite numbers, got \(0.7, 0.3\); give one for each loss, the default is for two",
+        ),
         (lambda: aligner_of(weights=(1.0,)), ValueError, "weights must be 2 finite numbers"),
         (lambda: aligner_of(power=-1.0), ValueError, "power must be finite and not negative, got -1.0"),
         (lambda: aligner_of(rule="genrap"), ValueError, "rule must be one of genrep, .* got 'genrap'"),
@@ -755,8 +879,15 @@ def aligner_of(params=None, **options):
             "groups must return a hashable key or None, got list for weight",
         ),
         (lambda: aligner_of().backward(torch.ones(())), ValueError, "losses must be one for each of perception, generation, got 1"),
+        (lambda: aligner_of().backward(torch.ones(()), None), TypeError, "the loss generation must be a tensor, got NoneType"),
+        (
+            lambda: aligner_of().backward(torch.ones(2), torch.ones(())),
+            ValueError,
+            r"the loss perception must have one element, got shape \(2,\)",
+        ),
         (lambda: aligner_of().collect("classes").__enter__(), ValueError, "name must be one of perception, generation, got 'classes'"),
         (lambda: aligner_of().align(), RuntimeError, "no gradients of perception, generation to align"),
+        (lambda: aligner_of().align(max_norm="1"), TypeError, "max_norm must be a number, got str"),
         (lambda: aligner_of().align(max_norm=0.0), ValueError, "max_norm must be positive or None, got 0.0"),
         (lambda: aligner_of().align(max_norm=math.nan), ValueError, "max_norm must be positive or None, got nan"),
     ],

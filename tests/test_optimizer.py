@@ -196,6 +196,7 @@ def test_found_inf_decides_whether_anything_changes(dtype, shape):
         ({"lr": torch.ones((), device="meta")}, ValueError, r"lr must be on cpu or on the CPU, got meta"),
         ({"lr": -0.1}, ValueError, r"lr must be finite and not negative, got -0.1"),
         ({"lr": math.nan}, ValueError, r"lr must be finite and not negative, got nan"),
+        ({"lr": torch.tensor(-0.1)}, ValueError, r"lr must be finite and not negative, got -0.1"),
         ({"betas": (0.9, 1.0)}, ValueError, r"betas must be two numbers in \[0, 1\), got \(0.9, 1.0\)"),
         ({"eps": -1e-8}, ValueError, r"eps must be finite and not negative, got -1e-08"),
         ({"weight_decay": math.inf}, ValueError, r"weight_decay must be finite and not negative, got inf"),

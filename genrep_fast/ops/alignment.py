@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -18,6 +19,7 @@ Gradients = Sequence[Tensor | None]  # of one loss: a tensor for each parameter,
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_LOSSES = 8
+MAX_GROUPS = 1 << 20  # a wrong index ends in a message, not in gigabytes of Gram matrices
 
 
 def _first(gradients: Gradients) -> Tensor:
@@ -258,17 +260,28 @@ def check_weights(weights: Sequence[float], n: int) -> list[float]:
     if not isinstance(weights, Sequence) or not all(isinstance(weight, (int, float)) for weight in weights):
         raise TypeError(f"weights must be a sequence of numbers, got {weights!r}")
     if len(weights) != n or not all(abs(weight) < math.inf for weight in weights):
-        raise ValueError(f"weights must be {n} finite numbers, got {weights!r}")
+        note = "" if n == 2 else "; give one for each loss, the default is for two"
+        raise ValueError(f"weights must be {n} finite numbers, got {weights!r}{note}")
     return [float(weight) for weight in weights]
 
 
 def check_power(power: float) -> float:
     """Check that `power` is a finite number, >= 0; return it as a float."""
-    if not isinstance(power, (int, float)):
-        raise TypeError(f"power must be a number, got {type(power).__name__}")
-    if not 0 <= power < math.inf:
-        raise ValueError(f"power must be finite and not negative, got {power}")
+    check_not_negative(power, "power")
     return float(power)
+
+
+def check_not_negative(value: float, name: str) -> None:
+    """Check that `value` is a finite number, >= 0."""
+    check_number(value, name)
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be finite and not negative, got {value}")
+
+
+def check_number(value: float, name: str) -> None:
+    """Check that `value` is a real number."""
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
 
 def _check_groups(groups: Sequence[int | None] | None, num_tensors: int) -> tuple[list[int], int]:
@@ -276,10 +289,14 @@ def _check_groups(groups: Sequence[int | None] | None, num_tensors: int) -> tupl
         return [0] * num_tensors, 1
     check_length(groups, "groups", num_tensors)
     for t, index in enumerate(groups):
-        if index is not None and not isinstance(index, int):
+        if index is None:
+            continue
+        if not isinstance(index, int) or isinstance(index, bool):
             raise TypeError(f"groups[{t}] must be an int or None, got {type(index).__name__}")
-        if index is not None and index < 0:
+        if index < 0:
             raise ValueError(f"groups[{t}] must not be negative, got {index}")
+        if index >= MAX_GROUPS:
+            raise ValueError(f"groups[{t}] must be below {MAX_GROUPS}, got {index}")
     indices = [-1 if index is None else index for index in groups]
     return indices, max(indices, default=-1) + 1
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +10,16 @@ from torch import Tensor
 
 from ..backends import define_operator
 from ..reference import optimizer as reference
-from .alignment import Gradients, check_coefficients, check_gradients, check_length, check_tensor, check_writable
+from .alignment import (
+    Gradients,
+    check_coefficients,
+    check_gradients,
+    check_length,
+    check_not_negative,
+    check_number,
+    check_tensor,
+    check_writable,
+)
 
 adamw_step_operator = define_operator(
     "adamw_step(Tensor(a!)[] params, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] emas, "
@@ -103,23 +112,28 @@ def adamw_step(
 
 
 def check_learning_rate(lr: float | Tensor, device: torch.device) -> None:
-    """Check that `lr` is a finite number, not negative, or a tensor without axes on `device` or the CPU."""
+    """Check that `lr` is a finite number, not negative, or a tensor without axes on `device` or the CPU; its value where it is at hand."""
     if isinstance(lr, Tensor):
         _check_scalar(lr, "lr", device)
-    else:
-        _check_not_negative(lr, "lr")
+        if type(lr) is not Tensor or lr.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        lr = lr.item()
+    check_not_negative(lr, "lr")
 
 
 def check_hyperparameters(betas: tuple[float, float], eps: float, weight_decay: float) -> None:
     """Check AdamW's hyperparameters but the learning rate."""
+    if not isinstance(betas, Sequence) or not all(isinstance(beta, numbers.Real) for beta in betas):
+        raise TypeError(f"betas must be two numbers, got {betas!r}")
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
-    _check_not_negative(eps, "eps")
-    _check_not_negative(weight_decay, "weight_decay")
+    check_not_negative(eps, "eps")
+    check_not_negative(weight_decay, "weight_decay")
 
 
 def check_ema_decay(ema_decay: float) -> float:
     """Check that `ema_decay` is between 0 and 1; return it."""
+    check_number(ema_decay, "ema_decay")
     if not 0 <= ema_decay <= 1:
         raise ValueError(f"ema_decay must be between 0 and 1, got {ema_decay}")
     return ema_decay
@@ -129,8 +143,3 @@ def _check_scalar(tensor: Tensor, name: str, device: torch.device) -> None:
     check_tensor(tensor, name, torch.Size(), None)
     if tensor.device not in (device, torch.device("cpu")):
         raise ValueError(f"{name} must be on {device} or on the CPU, got {tensor.device}")
-
-
-def _check_not_negative(value: float, name: str) -> None:
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be finite and not negative, got {value}")
