@@ -5,9 +5,9 @@
 
 Gram reads both gradients, combine reads both and writes one: 5 N elements, 2.5 times what copying N elements moves. The floor is 2.5 times
 the time of such a copy in the same run; "% of copy" is the bandwidth reached, as a share of the copy's. Every provider must first agree
-with the decomposition in float64. All of them, the copy too, are called in turn and their medians compared. "Warm" times are with an
-allocator that keeps what was freed, as on a GPU; "cold" ones with the C library's own. "list" is the 192 tensors of a transformer's 12
-blocks.
+with the decomposition in float64. All of them, the copy too, are called in turn, with empty caches, and their medians compared. "Warm"
+times are with an allocator that keeps what was freed, as on a GPU; "cold" ones with the C library's own. "list" is the 192 tensors of a
+transformer's 12 blocks.
 
 Providers: `decomposition` (the method as it is told), `foreach` (closed form in torch._foreach operations), `compiled` (closed form through
 torch.compile, into preallocated tensors), `pcgrad, published` (flatten, project, unflatten: Yu et al., NeurIPS 2020, restated), `pcgrad,
@@ -173,7 +173,7 @@ def check(name, numel, layout):
         expected, results = exact.out, setting.p if name in IN_PLACE else setting.out
     error = sum((a.double() - b).square().sum() for a, b in zip(results, expected, strict=True)).sqrt().item()
     error /= sum(b.square().sum() for b in expected).sqrt().item()
-    if not error < 1e-3:  # float32 `torch.dot` loses 3e-5 at N = 1e7
+    if not error < 5e-3:  # in float32 `torch.dot` loses 3e-5 at N = 1e7, and a matrix product 2.4e-3 at N = 1e8
         raise RuntimeError(f"{name}: relative error {error:.1e}")
 
 

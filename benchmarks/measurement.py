@@ -16,6 +16,7 @@ import torch
 from torch.utils.benchmark import Timer
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of mallopt(3)
+_CACHE_BYTES = 512 << 20  # more than the caches hold
 
 
 class Quantiles(NamedTuple):
@@ -33,16 +34,21 @@ def measure(run: Callable[[], object], seconds: float = 0.5) -> Quantiles:
 
 
 def measure_together(runs: dict[str, Callable[[], object]], seconds: float) -> dict[str, Quantiles]:
-    """Call every one of `runs` in turn, after two calls that do not count, for about `seconds` and five times at least.
+    """Call every one of `runs` in turn, after two calls that do not count, for about `seconds` and seven times at least.
 
-    What disturbs the machine for a while disturbs all of them, so that their ratios hold although their times wander.
+    What disturbs the machine for a while disturbs all of them, so that their ratios hold although their times wander. Before each call the
+    caches are emptied, lest it profit, or suffer, from what the one before it left there.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
+    filler = torch.zeros(_CACHE_BYTES // 4, device="cuda" if torch.cuda.is_available() else "cpu")
     for run in 2 * list(runs.values()):
         run()
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(times.values()))) < 5:
+    while time.perf_counter() < end or len(next(iter(times.values()))) < 7:
         for name, run in runs.items():
+            filler.add_(1)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             start = time.perf_counter()
             run()
             if torch.cuda.is_available():

@@ -35,9 +35,9 @@ from .ops.alignment import (
 )
 from .rules import resolve_rule
 
-# Parameters' elements whose Gram matrices are worth a call while backward runs: reading them takes longer than the call itself, and a few
-# megabytes are still in cache.
-_BATCH_ELEMENTS = 1 << 20
+# Parameters' elements whose Gram matrices are worth a call while backward runs: reading them takes much longer than the call itself, and
+# they are still in the last-level cache. With a quarter of it the calls cost 1 % of a small transformer's training step on the CPU.
+_BATCH_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True)
