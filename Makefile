@@ -18,7 +18,7 @@ test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/pytest
 
 # The CPU kernels with AddressSanitizer and UndefinedBehaviorSanitizer, which must be loaded before Python. Python itself leaks at exit.
-SANITIZED := build/sanitized
+SANITIZED := $(CURDIR)/build/sanitized
 sanitize: $(VENV)/.installed-test
 	rm -rf $(SANITIZED)
 	GENREP_FAST_SANITIZE=1 GENREP_FAST_CUDA=0 $(BIN)/pip install --no-build-isolation --no-deps --target $(SANITIZED) .
