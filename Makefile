@@ -17,13 +17,14 @@ ablation: $(VENV)/.installed-train
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/pytest
 
-# The CPU kernels with AddressSanitizer and UndefinedBehaviorSanitizer, which must be loaded before Python. Python itself leaks at exit.
+# The CPU kernels with AddressSanitizer and UndefinedBehaviorSanitizer, which must be loaded before Python. Python itself leaks at exit. Their
+# reports are written where pytest would not show them without --capture=sys.
 SANITIZED := $(CURDIR)/build/sanitized
 sanitize: $(VENV)/.installed-test
 	rm -rf $(SANITIZED)
 	GENREP_FAST_SANITIZE=1 GENREP_FAST_CUDA=0 $(BIN)/pip install --no-build-isolation --no-deps --target $(SANITIZED) .
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-		PYTHONPATH=$(SANITIZED) OMP_NUM_THREADS=2 $(BIN)/pytest tests/test_alignment.py tests/test_kernels.py tests/test_optimizer.py -k "not triton and not inductor"
+		PYTHONPATH=$(SANITIZED) OMP_NUM_THREADS=2 $(BIN)/pytest --capture=sys tests/test_alignment.py tests/test_kernels.py tests/test_optimizer.py -k "not triton and not inductor"
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check
