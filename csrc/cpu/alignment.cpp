@@ -3,10 +3,11 @@
 //     Gram[k, i, j] = sum over the tensors of group k of <g_i, g_j>          reads n N elements, n (n + 1) / 2 N multiply-adds
 //     out = sum_i c_i g_i                                                    reads n N, writes N, n N multiply-adds
 //
-// Both are bound by memory. Gram of two gradients multiplies in float32, where every accumulator takes 16 products, and adds up in float64; a block
-// of 1024 elements whose sum of squares may have overflowed or lost terms to underflow is done again in float64. Every chunk has a partial sum of its
-// own, and the partial sums of a group are added in the order of the chunks, so that the result does not depend on the number of threads. Combine
-// writes past the caches unless its output is small or one of its inputs: that saves reading the lines it overwrites.
+// Both are bound by memory. Gram of two gradients multiplies in float32, where every accumulator takes 16 products, and adds up in float64;
+// a block of 1024 elements whose sum of squares may have overflowed or lost terms to underflow is done again in float64. Every chunk has a
+// partial sum of its own, and the partial sums of a group are added in the order of the chunks, so that the result does not depend on the
+// number of threads. Combine writes past the caches unless its output is small or one of its inputs: that saves reading the lines it
+// overwrites.
 #include <cmath>
 #include <numeric>
 #include <tuple>
@@ -48,7 +49,8 @@ GENREP_FAST_INLINE double dot(const float* a, const float* b, int64_t count) {
   return sum;
 }
 
-// Whether the float32 sum `sum` of squares of all values is right, as it may not be after an overflow or underflow; zeros are common in gradients.
+// Whether the float32 sum `sum` of squares of all values is right, as it may not be after an overflow or underflow; zeros, which are
+// common in gradients, have the right one.
 GENREP_FAST_INLINE bool reliable(float sum, const float* values, int64_t count) {
   if (sum != 0) {
     return sum > kSmallest && sum < kLargest;

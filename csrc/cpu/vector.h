@@ -76,8 +76,8 @@ Capability capability();
 #if defined(__x86_64__)
 #define GENREP_FAST_CLONES(name, parameters, kernel, arguments)                                                          \
   void name##_baseline parameters { kernel arguments; }                                                                  \
-  __attribute__((target("avx2,fma,f16c"))) void name##_avx2 parameters { kernel arguments; }                             \
-  __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512"))) void name##_avx512 \
+  __attribute__((target("avx2,fma"))) void name##_avx2 parameters { kernel arguments; }                             \
+  __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512"))) void name##_avx512 \
       parameters {                                                                                                       \
     kernel arguments;                                                                                                    \
   }                                                                                                                      \
