@@ -372,6 +372,36 @@ def test_the_average_follows_the_parameter_as_stored():
     assert_equal_bits(arguments[3], [param.float() for param in arguments[0]])
 
 
+# Memory that is not flat
+
+LAYOUTS = {
+    "transposed": lambda values: values.clone().T.contiguous().T,
+    "every other": lambda values: torch.stack([values, torch.full_like(values, 7.0)], dim=-1)[..., 0],
+    "contiguous": lambda values: values.clone(),
+}
+
+
+@pytest.mark.parametrize("second", LAYOUTS)
+@pytest.mark.parametrize("first", LAYOUTS)
+def test_any_strides(first, second):
+    p, g, *state = (torch.randn(6, 11, generator=torch.Generator().manual_seed(i)).to(DEVICE) for i in range(6))
+    state[2] = state[2].square()
+    a, b = LAYOUTS[first](p), LAYOUTS[second](g)
+    coefficients = random_coefficients(2, 1)
+    assert_gram(operators.gram([a, b], 2, [0], 1), [p, g], 2, [0], 1)
+    out, expected = LAYOUTS[second](torch.full_like(p, math.nan)), torch.empty_like(p)
+    alignment_reference.combine([p, g], coefficients, [0], [], [expected])
+    version = out._version
+    operators.combine([a, b], coefficients, [0], [], [out])
+    torch.testing.assert_close(out, expected)
+    assert out._version > version  # autograd notices
+    results = [LAYOUTS[name](values) for name, values in zip((first, second, first, second), state, strict=True)]
+    rest = ([p, g], coefficients, [0], [], [torch.ones(())], torch.tensor(0.1), 0.9, 0.99, 1e-8, 0.1, 0.9, None)
+    optimizer_reference.adamw_step(*([value] for value in state), *rest)
+    operators.adamw_step(*([value] for value in results), [a, b], *rest[1:])
+    torch.testing.assert_close(results, state, rtol=1e-5, atol=1e-6)
+
+
 # Repeated and captured
 
 
