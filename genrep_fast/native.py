@@ -126,10 +126,8 @@ def _on_flat_memory(name: str, kernel: Callable) -> Callable:
         result = kernel(*arguments)
         for tensor, copy in copies:
             tensor.copy_(copy)
-        if written:
-            torch.autograd.graph.increment_version(
-                written
-            )  # autograd sees changes of tensors that it saved, as after any operation in place
+        if written:  # autograd is to see changes of tensors that it saved, as after any operation in place
+            torch.autograd.graph.increment_version(written)
         return result
 
     return call
