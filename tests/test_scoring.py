@@ -115,11 +115,12 @@ def test_strided_inputs_give_the_contiguous_result(reduction):
     tables = (coefficients.data, coefficients.noisy, coefficients.output, coefficients.inv_var, coefficients.log_norm)
     arguments = (strided(x), strided(model_output), strided(x_t), *tables, reduction, True)
     torch.library.opcheck(OPS.log_likelihood.default, arguments)
-    likelihood = OPS.log_likelihood(*arguments)
+    likelihood, remainder = OPS.log_likelihood(*arguments)
     expected = gf.log_likelihood(x, model_output, coefficients, x_t, reduction=reduction, per_location=True)
     torch.testing.assert_close(likelihood, expected)
     detached = [argument.detach() if isinstance(argument, torch.Tensor) else argument for argument in arguments]
-    torch.library.opcheck(OPS.log_likelihood_backward.default, (strided(likelihood).detach(), *detached, [True, True, True]))
+    grads = (strided(likelihood).detach(), likelihood.detach(), remainder.detach())
+    torch.library.opcheck(OPS.log_likelihood_backward.default, (*grads, *detached, [True, True, True]))
     torch.library.opcheck(OPS.posterior.default, (strided(expected), None, 1.0))
     logits, scores = strided(-expected), strided(expected)
     torch.library.opcheck(OPS.distillation_loss.default, (logits, scores, None, 1.0))
@@ -176,7 +177,8 @@ def test_log_likelihood_gradients(reduction, per_location):
 def test_only_the_gradients_asked_for_are_computed():
     x, model_output, x_t, coefficients = small_chunk()
     tables = (coefficients.data, coefficients.noisy, coefficients.output, coefficients.inv_var, coefficients.log_norm)
-    gradients = OPS.log_likelihood_backward(random(2, 3), x, model_output, x_t, *tables, "mixture", False, [False, True, False])
+    arguments = (x, model_output, x_t, *tables, "mixture", False)
+    gradients = OPS.log_likelihood_backward(random(2, 3), *OPS.log_likelihood(*arguments), *arguments, [False, True, False])
     assert [gradient.numel() for gradient in gradients] == [0, model_output.numel(), 0]
     gradients = OPS.distillation_loss_backward(random(2), random(2, 3), random(2, 3), None, 1.0, [True, False])
     assert [gradient.numel() for gradient in gradients] == [6, 0]
@@ -457,7 +459,7 @@ def operator_calls():
         calls[f"log_likelihood-{reduction}"] = (OPS.log_likelihood, (*differentiable, *tables, reduction, reduction == "mean"))
         calls[f"log_likelihood_backward-{reduction}"] = (
             OPS.log_likelihood_backward,
-            (grad, *chunk, reduction, False, [True, reduction == "mean", True]),
+            (grad, *OPS.log_likelihood(*chunk, reduction, False), *chunk, reduction, False, [True, reduction == "mean", True]),
         )
         state = random(3 if reduction == "mixture" else 2, 2, 5).abs()
         classes = torch.tensor([4, 0, 2])

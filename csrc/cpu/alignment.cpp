@@ -13,6 +13,7 @@
 #include <tuple>
 
 #include "multi_tensor.h"
+#include "vector_math.h"
 
 namespace genrep_fast {
 namespace {
@@ -21,14 +22,6 @@ constexpr int64_t kStreamingBytes = int64_t{1} << 20;  // of output; smaller one
 
 // A float32 sum of squares outside this range may have overflowed, or lost terms to underflow.
 constexpr float kSmallest = 1e-28f, kLargest = 1e38f;
-
-GENREP_FAST_INLINE float horizontal(Floats values) {
-  float sums[8];
-  for (int i = 0; i < 8; ++i) {
-    sums[i] = values[i] + values[i + 8];
-  }
-  return ((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7]));
-}
 
 // <a,b> in float64.
 GENREP_FAST_INLINE double dot(const float* a, const float* b, int64_t count) {
@@ -81,11 +74,11 @@ GENREP_FAST_INLINE void add_pair(const float* a, const float* b, int64_t count, 
       bb[u] += y * y;
     }
   }
-  float first = horizontal((aa[0] + aa[1]) + (aa[2] + aa[3]));
-  float second = horizontal((bb[0] + bb[1]) + (bb[2] + bb[3]));
+  float first = horizontal_sum((aa[0] + aa[1]) + (aa[2] + aa[3]));
+  float second = horizontal_sum((bb[0] + bb[1]) + (bb[2] + bb[3]));
   if (reliable(first, a, i) && reliable(second, b, i)) {
     sums[0] += first;
-    sums[1] += horizontal((ab[0] + ab[1]) + (ab[2] + ab[3]));
+    sums[1] += horizontal_sum((ab[0] + ab[1]) + (ab[2] + ab[3]));
     sums[2] += second;
   } else {
     i = 0;

@@ -10,52 +10,21 @@
 #include <optional>
 #include <vector>
 
-#include "vector.h"
+#include "elements.h"
 
 namespace genrep_fast {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using OptionalTensors = std::vector<std::optional<Tensor>>;
 
 constexpr int64_t kMaxLosses = 8;
 constexpr int64_t kChunk = 16384;  // elements; the order of every sum follows from it, and never from the number of threads
-constexpr int64_t kBlock = 1024;     // elements that are worked on together; their copies in float32 stay in the first-level cache
 constexpr int64_t kPrefetch = 2048;  // elements that are asked for ahead of their use: memory then delivers 5 to 10 % more
-
-enum class Element : int32_t { kFloat, kBFloat16, kHalf };
-
-// Memory of one tensor; null where a loss does not reach the parameter.
-struct Buffer {
-  char* data = nullptr;
-  Element element = Element::kFloat;
-
-  char* at(int64_t index) const { return data + index * (element == Element::kFloat ? 4 : 2); }
-};
 
 struct Chunk {
   int64_t tensor;
   int64_t begin;  // elements
   int64_t length;
 };
-
-inline Buffer buffer_of(const Tensor& tensor) {
-  Buffer buffer{static_cast<char*>(tensor.data_ptr())};
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      buffer.element = Element::kFloat;
-      break;
-    case ScalarType::BFloat16:
-      buffer.element = Element::kBFloat16;
-      break;
-    case ScalarType::Half:
-      buffer.element = Element::kHalf;
-      break;
-    default:
-      STD_TORCH_CHECK(false, "tensors must be float32, bfloat16 or float16");
-  }
-  return buffer;
-}
 
 // Gradients of n losses for T tensors, flattened loss by loss in the operators' arguments.
 struct Gradients {
@@ -123,68 +92,6 @@ inline std::vector<Chunk> chunks_of(const std::vector<int64_t>& numel) {
     }
   }
   return chunks;
-}
-
-// Integer arithmetic, because the baseline has no instructions for float16 and the others spend less time on it than on memory.
-GENREP_FAST_INLINE Floats widen(HalfWords words, Element element) {
-  Words bits = __builtin_convertvector(words, Words);
-  if (element == Element::kBFloat16) {
-    return as<Floats>(bits << 16);
-  }
-  // The exponent's bias differs by 112; the multiplication gives subnormal numbers their exponent, too.
-  Words magnitude = as<Words>(as<Floats>((bits & 0x7fff) << 13) * 0x1p112f);
-  magnitude |= (bits & 0x7c00) == 0x7c00 ? Words{} + 0x7f800000 : Words{};
-  return as<Floats>(magnitude | (bits & 0x8000) << 16);
-}
-
-GENREP_FAST_INLINE HalfWords narrow(Floats values, Element element) {
-  Words bits = as<Words>(values), magnitude = bits & 0x7fffffff, sign = bits >> 16 & 0x8000;
-  if (element == Element::kBFloat16) {
-    Words rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    // Rounding would carry some NaNs over to infinity or zero.
-    return __builtin_convertvector(magnitude > 0x7f800000 ? bits >> 16 | 0x40 : rounded, HalfWords);
-  }
-  Words normal = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
-  // Below 2^-14, adding 1/2 leaves the rounded multiple of 2^-24 in the last bits of the sum.
-  Words subnormal = as<Words>(as<Floats>(magnitude) + 0.5f) - 0x3f000000;
-  Words half = magnitude < 0x38800000 ? subnormal : normal;
-  half = magnitude >= 0x47800000 ? Words{} + 0x7c00 : half;
-  half = magnitude > 0x7f800000 ? Words{} + 0x7e00 : half;
-  return __builtin_convertvector(half | sign, HalfWords);
-}
-
-// `count` <= kBlock elements from `index` on as float32: the memory itself, or a copy in `scratch`.
-GENREP_FAST_INLINE const float* read(Buffer buffer, int64_t index, int64_t count, float* scratch) {
-  const char* source = buffer.at(index);
-  if (buffer.element == Element::kFloat) {
-    return reinterpret_cast<const float*>(source);
-  }
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    store(scratch + i, widen(load<HalfWords>(source + 2 * i), buffer.element));
-  }
-  if (i < count) {
-    HalfWords rest{};
-    std::memcpy(&rest, source + 2 * i, 2 * (count - i));
-    Floats values = widen(rest, buffer.element);
-    std::memcpy(scratch + i, &values, 4 * (count - i));
-  }
-  return scratch;
-}
-
-// Rounds `count` elements to the nearest bfloat16 or float16, ties to even, and stores them from `index` on.
-GENREP_FAST_INLINE void write(Buffer buffer, int64_t index, int64_t count, const float* source) {
-  char* target = buffer.at(index);
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    store(target + 2 * i, narrow(load<Floats>(source + i), buffer.element));
-  }
-  if (i < count) {
-    Floats rest{};
-    std::memcpy(&rest, source + i, 4 * (count - i));
-    HalfWords values = narrow(rest, buffer.element);
-    std::memcpy(target + 2 * i, &values, 2 * (count - i));
-  }
 }
 
 // The gradients that are there, as float32, and their factors.

@@ -12,6 +12,7 @@
 #endif
 
 #define GENREP_FAST_INLINE __attribute__((always_inline)) inline
+#define GENREP_FAST_LAMBDA __attribute__((always_inline))
 
 namespace genrep_fast {
 

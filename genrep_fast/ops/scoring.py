@@ -52,7 +52,7 @@ def log_likelihood(
     arguments = chunk_arguments(x, model_output, coefficients, x_t)
     if reduction == "mean" and len(coefficients) == 0:
         raise ValueError('reduction "mean" needs at least one step, got coefficients of 0 steps')
-    return _log_likelihood(*arguments, reduction, per_location)
+    return _log_likelihood(*arguments, reduction, per_location)[0]
 
 
 def posterior(log_likelihood: Tensor, *, log_prior: Tensor | None = None, temperature: float = 1.0) -> Tensor:
@@ -203,9 +203,10 @@ def chunk_arguments(
             raise ValueError(f"x_t must have x's {channels} channels, got {x_t.shape[3]}")
         if x_t.shape[1] != model_output.shape[1] and 1 not in (x_t.shape[1], model_output.shape[1]):
             raise ValueError(f"x_t must have model_output's {model_output.shape[1]} classes or 1, got {x_t.shape[1]}")
-    tables = (coefficients.data, coefficients.noisy, coefficients.output, coefficients.inv_var, coefficients.log_norm)
     _check_device(x.device, model_output=model_output, x_t=x_t, coefficients=coefficients.data)
-    return x, model_output, x_t, *tables
+    dtype = reference.accumulation_dtype(x)
+    tables = (coefficients.data, coefficients.noisy, coefficients.output, coefficients.inv_var, coefficients.log_norm)
+    return x, model_output, x_t, *(table.to(dtype) for table in tables)
 
 
 def result_shape(x: Tensor, model_output: Tensor, x_t: Tensor | None, per_location: bool) -> tuple[int, ...]:
@@ -275,6 +276,7 @@ def _check_scores(log_likelihood: Tensor, log_prior: Tensor | None, temperature:
     if log_prior.ndim not in (1, 2) or log_prior.shape[-1] != shape[1] or log_prior.shape[:-1] not in ((), (1,), shape[:1]):
         raise ValueError(f"log_prior must be [{shape[1]}] or [{shape[0]}, {shape[1]}], got {tuple(log_prior.shape)}")
     _check_device(log_likelihood.device, log_prior=log_prior)
+    log_prior = log_prior.to(reference.accumulation_dtype(log_likelihood))
     return log_prior.reshape(-1, shape[1], *[1] * (len(shape) - 2))
 
 
@@ -305,10 +307,12 @@ def _calibration_rows(log_likelihood: Tensor, labels: Tensor, log_prior: Tensor 
 
 
 def _log_likelihood_fake(x, model_output, x_t, *tables_and_options):
-    return x.new_empty(result_shape(x, model_output, x_t, tables_and_options[-1]), dtype=reference.accumulation_dtype(x))
+    *_, reduction, per_location = tables_and_options
+    result = x.new_empty(result_shape(x, model_output, x_t, per_location), dtype=reference.accumulation_dtype(x))
+    return result, torch.empty_like(result) if reduction == "mixture" else result.new_empty(0)
 
 
-def _log_likelihood_backward_fake(grad, x, model_output, x_t, *tables_and_options):
+def _log_likelihood_backward_fake(grad, log_likelihood, remainder, x, model_output, x_t, *tables_and_options):
     mask = tables_and_options[-1]
     return tuple(
         torch.empty(tensor.shape, dtype=tensor.dtype, device=x.device) if needed else x.new_empty(0)
@@ -316,12 +320,12 @@ def _log_likelihood_backward_fake(grad, x, model_output, x_t, *tables_and_option
     )
 
 
-def _setup_log_likelihood(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def _setup_log_likelihood(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.reduction, ctx.per_location = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*output, *tensors)
 
 
-def _differentiate_log_likelihood(ctx: Any, grad: Tensor) -> tuple:
+def _differentiate_log_likelihood(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
     mask = list(ctx.needs_input_grad[:3])
     gradients = _log_likelihood_backward(grad, *ctx.saved_tensors, ctx.reduction, ctx.per_location, mask)
     return *(gradient if needed else None for gradient, needed in zip(gradients, mask, strict=True)), *[None] * 7
@@ -363,12 +367,13 @@ def _distillation_loss_backward_fake(grad, student_logits, log_likelihood, log_p
 
 
 _log_likelihood_backward = define_operator(
-    f"log_likelihood_backward(Tensor grad, {_CHUNK}, str reduction, bool per_location, bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
+    f"log_likelihood_backward(Tensor grad, Tensor log_likelihood, Tensor remainder, {_CHUNK}, str reduction, bool per_location, "
+    "bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
     reference=reference.log_likelihood_backward,
     fake=_log_likelihood_backward_fake,
 )
 _log_likelihood = define_operator(
-    f"log_likelihood({_CHUNK}, str reduction, bool per_location) -> Tensor",
+    f"log_likelihood({_CHUNK}, str reduction, bool per_location) -> (Tensor, Tensor)",
     reference=reference.log_likelihood,
     fake=_log_likelihood_fake,
     backward=_differentiate_log_likelihood,

@@ -87,7 +87,7 @@ def reverse_step(
     state, prediction = x_t.to(dtype), model_output[:, : x_t.shape[1]].to(dtype)
     scale = torch.ones((), dtype=dtype, device=x_t.device) if std_scale is None else std_scale.to(dtype)
     z = chain_noise(seed, chain_ids, step, x_t.shape[1:]).to(dtype)
-    x_prev = (mean_noisy * state + mean_output * prediction + std * scale * z).to(x_t.dtype)
+    x_prev = (mean_noisy * state + mean_output * prediction + std * scale * z).to(x_t.dtype).contiguous()
     if x is None:
         return x_prev, x_t.new_empty(0, dtype=dtype)
     r = data * x.to(dtype) + noisy * state + output * prediction

@@ -29,17 +29,25 @@ def log_likelihood(
     log_norm: Tensor,
     reduction: str,
     per_location: bool,
-) -> Tensor:
-    """L = logsumexp_s l - log S ("mixture") or the mean of l over the steps ("mean"). -> [B, K, *loc]"""
+) -> tuple[Tensor, Tensor]:
+    """L = logsumexp_s l - log S ("mixture") or the mean of l over the steps ("mean"), and what rounding took from it. -> [B, K, *loc] each
+
+    The remainder is for kernels: in backward they get softmax_s(l) = exp(l - L - remainder) / S from one step at a time. "mean", which has
+    no such weights, has an empty one.
+    """
     r = _residual(x, model_output, x_t, data, noisy, output)
     steps = _step_log_likelihood(r, inv_var, log_norm, per_location)  # [B, K, S, *loc]
     if reduction == "mean":
-        return steps.mean(2)
-    return steps.logsumexp(2) - math.log(max(steps.shape[2], 1))
+        return steps.mean(2), steps.new_empty(0)
+    exact = steps.double().logsumexp(2) - math.log(max(steps.shape[2], 1))
+    rounded = exact.to(steps.dtype)
+    return rounded, torch.where(exact.isinf(), 0, exact - rounded).to(steps.dtype)
 
 
 def log_likelihood_backward(
     grad: Tensor,
+    log_likelihood: Tensor,
+    remainder: Tensor,
     x: Tensor,
     model_output: Tensor,
     x_t: Tensor | None,
@@ -54,7 +62,8 @@ def log_likelihood_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, model_output and x_t, each in its input's shape and dtype; an empty tensor where `output_mask` is False.
 
-    dl/dr = -v r, times softmax_s(l) ("mixture") or 1/S ("mean"); r's derivatives are the tables a, c and b.
+    dl/dr = -v r, times softmax_s(l) ("mixture") or 1/S ("mean"); r's derivatives are the tables a, c and b. What `log_likelihood` returned
+    is for kernels: see there.
     """
     r = _residual(x, model_output, x_t, data, noisy, output)
     if reduction == "mean":

@@ -1,0 +1,270 @@
+// One reverse step of B chains with counter-based noise, and the score of the same step (see genrep_fast/reference/reverse_step.py).
+//
+//     x' = mean_noisy x_t + mean_output o + std scale z,        r = data x + noisy x_t + output o
+//     score = sum(-1/2 inv_var r^2 / scale^2 + log_norm - log scale)
+//
+// Reads x_t, o and x once and writes x': 4 B D elements. Noise is Philox 4x32-10 (Salmon et al., SC 2011), 10 rounds of two products for four
+// elements, and Box and Muller's transformation: about 40 vector instructions for 16 elements, which is more than memory takes.
+#include <cmath>
+#include <tuple>
+
+#include "rows.h"
+#include "vector_math.h"
+
+namespace genrep_fast {
+namespace {
+
+constexpr int64_t kChunk = 16 * kBlock;                // elements; partial scores follow from it, never from the number of threads
+constexpr int64_t kStreamingBytes = int64_t{1} << 20;  // of output; smaller ones are better left in the caches
+
+// ---- noise ----
+
+using Wide = uint64_t __attribute__((vector_size(64)));  // 32-bit words, each in the lower half of its lane
+
+constexpr uint64_t kWord = 0xffffffff;
+
+// The four output words of eight counters, whose third and fourth words are the same.
+GENREP_FAST_INLINE void philox(Wide index, uint64_t chain, uint64_t row, uint64_t seed, Wide (&words)[4]) {
+  Wide c0 = index & kWord, c1 = index >> 32, c2 = Wide{} + chain, c3 = Wide{} + row;
+  uint64_t k0 = seed & kWord, k1 = seed >> 32;
+  for (int round = 0; round < 10; ++round) {
+    Wide product0 = c0 * uint64_t{0xD2511F53}, product1 = c2 * uint64_t{0xCD9E8D57};
+    c0 = (product1 >> 32) ^ c1 ^ k0;
+    c2 = (product0 >> 32) ^ c3 ^ k1;
+    c1 = product1 & kWord;
+    c3 = product0 & kWord;
+    k0 = (k0 + 0x9E3779B9) & kWord;
+    k1 = (k1 + 0xBB67AE85) & kWord;
+  }
+  words[0] = c0;
+  words[1] = c1;
+  words[2] = c2;
+  words[3] = c3;
+}
+
+// sqrt(-2 ln u) of u = (word + 1/2) 2^-32. Next to 1, ln u comes from 1 - u, which float32 has in full where it rounds u.
+GENREP_FAST_INLINE Floats radius(Words word) {
+  Floats complement = (__builtin_convertvector(~word, Floats) + 0.5f) * 0x1p-32f;
+  Floats uniform = (__builtin_convertvector(word, Floats) + 0.5f) * 0x1p-32f;
+  Integers exponent = (as<Integers>(uniform) - 0x3f3504f3) >> 23;
+  Floats mantissa = as<Floats>(as<Integers>(uniform) - (exponent << 23));
+  auto near_one = complement <= 0.29289321f;
+  Floats logarithm =
+      log1p_scaled(near_one ? -complement : mantissa - 1.0f, near_one ? Floats{} : __builtin_convertvector(exponent, Floats));
+  return square_root(logarithm * -2.0f);
+}
+
+struct Direction {
+  Floats cosine, sine;
+};
+
+// Of the angle 2 pi (word + 1/2) 2^-32: the nearest quarter turn by integers, the rest, at most pi / 4, by polynomials.
+GENREP_FAST_INLINE Direction direction(Words word) {
+  Words quarter = (word + 0x20000000) >> 30;
+  Integers rest = as<Integers>(word - (quarter << 30));
+  Floats angle = (__builtin_convertvector(rest, Floats) + 0.5f) * 1.46291807926715968e-9f;  // 2 pi 2^-32
+  Floats square = angle * angle;
+  Floats sine = polynomial(square, {-1.9515295891e-4f, 8.3321608736e-3f, -1.6666654611e-1f}) * square * angle + angle;
+  Floats cosine = polynomial(square, {2.443315711809948e-5f, -1.388731625493765e-3f, 4.166664568298827e-2f}) * square * square;
+  cosine = cosine - square * 0.5f + 1.0f;
+  auto odd = (quarter & 1) != 0;
+  Words cosine_sign = ((quarter + 1) & 2) << 30, sine_sign = (quarter & 2) << 30;
+  Floats turned_cosine = odd ? sine : cosine, turned_sine = odd ? cosine : sine;
+  return {as<Floats>(as<Words>(turned_cosine) ^ cosine_sign), as<Floats>(as<Words>(turned_sine) ^ sine_sign)};
+}
+
+GENREP_FAST_INLINE Words narrow_words(Wide low, Wide high) {
+  using Half = uint32_t __attribute__((vector_size(32)));
+  Half halves[2] = {__builtin_convertvector(low, Half), __builtin_convertvector(high, Half)};
+  return load<Words>(halves);
+}
+
+// 64 elements of a chain's noise, from element 4 * `index` on.
+GENREP_FAST_INLINE void draw(int64_t index, uint64_t chain, uint64_t row, uint64_t seed, float* noise) {
+  Wide lanes = {0, 1, 2, 3, 4, 5, 6, 7}, low[4], high[4];
+  philox(lanes + static_cast<uint64_t>(index), chain, row, seed, low);
+  philox(lanes + static_cast<uint64_t>(index + 8), chain, row, seed, high);
+  Floats pairs[2][2];  // [pair][cosine or sine]
+  for (int pair = 0; pair < 2; ++pair) {
+    Floats length = radius(narrow_words(low[2 * pair], high[2 * pair]));
+    Direction of = direction(narrow_words(low[2 * pair + 1], high[2 * pair + 1]));
+    pairs[pair][0] = length * of.cosine;
+    pairs[pair][1] = length * of.sine;
+  }
+  // The four draws of a counter become neighbours.
+  constexpr Words kFirst = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+  constexpr Words kTwoFirst = {0, 1, 16, 17, 2, 3, 18, 19, 4, 5, 20, 21, 6, 7, 22, 23};
+  for (uint32_t half = 0; half < 2; ++half) {
+    Floats a = __builtin_shuffle(pairs[0][0], pairs[0][1], kFirst + 8 * half);
+    Floats b = __builtin_shuffle(pairs[1][0], pairs[1][1], kFirst + 8 * half);
+    store(noise + 32 * half, __builtin_shuffle(a, b, kTwoFirst));
+    store(noise + 32 * half + kLanes, __builtin_shuffle(a, b, kTwoFirst + 8));
+  }
+}
+
+// ---- step ----
+
+struct Step {
+  int64_t elements, locations;  // of a chain
+  Source x_t, output, x, std_scale;  // the last two may not be there
+  Buffer target;
+  float data, noisy, output_factor, inv_var, mean_noisy, mean_output, std;
+  double log_norm;
+  uint64_t row, seed;
+  const int64_t* chain_ids;
+  bool streaming;
+};
+
+// `count` <= kBlock elements, or zeros where there is no such tensor; padded to a multiple of 16 by whatever is there.
+GENREP_FAST_INLINE const float* read_padded(const Step& step, const Source& source, int64_t b, int64_t begin, int64_t count, float* scratch) {
+  const float* values = read_row(source, source.offset(b, 0, 0), step.locations, begin, count, scratch);
+  if (count % kLanes != 0 && values != scratch) {
+    std::copy_n(values, count, scratch);
+    values = scratch;
+  }
+  if (count % kLanes != 0) {
+    std::fill(scratch + count, scratch + (count + kLanes - 1) / kLanes * kLanes, 0.0f);
+  }
+  return values;
+}
+
+GENREP_FAST_INLINE void write_values(const Step& step, int64_t index, int64_t count, const float* values) {
+  if (step.target.element != Element::kFloat) {
+    return write(step.target, index, count, values);
+  }
+  float* target = reinterpret_cast<float*>(step.target.at(index));
+  int64_t i = 0;
+  for (; step.streaming && reinterpret_cast<uintptr_t>(target) % 16 == 0 && i + kLanes <= count; i += kLanes) {
+    stream(target + i, load<Floats>(values + i));
+  }
+  std::memcpy(target + i, values + i, 4 * (count - i));
+}
+
+// Sums over one block: of r^2 / scale^2, and of log scale.
+struct Sums {
+  float squares = 0, logarithms = 0;
+};
+
+// Moves a block of a chain, and adds up its score where `x` is there. Elements past `count` are zeros with a scale of 1.
+GENREP_FAST_INLINE Sums move_block(const Step& step, int64_t b, int64_t begin, int64_t count) {
+  alignas(64) float scratch[4][kBlock], noise[kBlock], moved[kBlock];
+  const float* x_t = read_padded(step, step.x_t, b, begin, count, scratch[0]);
+  const float* output = read_padded(step, step.output, b, begin, count, scratch[1]);
+  const float* x = step.x.buffer.data ? read_padded(step, step.x, b, begin, count, scratch[2]) : nullptr;
+  const float* scale = step.std_scale.buffer.data ? read_padded(step, step.std_scale, b, begin, count, scratch[3]) : nullptr;
+  if (scale && count % kLanes != 0) {
+    std::fill(scratch[3] + count, scratch[3] + (count + kLanes - 1) / kLanes * kLanes, 1.0f);
+  }
+  for (int64_t i = 0; i < count; i += 64) {
+    draw((begin + i) / 4, static_cast<uint64_t>(step.chain_ids[b]), step.row, step.seed, noise + i);
+  }
+  Floats squares{}, logarithms{};
+  for (int64_t i = 0; i < count; i += kLanes) {
+    Floats sample = load<Floats>(x_t + i), prediction = load<Floats>(output + i);
+    Floats scales = scale ? load<Floats>(scale + i) : broadcast(1.0f);
+    Floats mean = sample * step.mean_noisy + prediction * step.mean_output;
+    store(moved + i, mean + load<Floats>(noise + i) * (scales * step.std));
+    if (x) {
+      Floats r = load<Floats>(x + i) * step.data + sample * step.noisy + prediction * step.output_factor;
+      squares += scale ? r * r / (scales * scales) : r * r;
+      logarithms += scale ? logarithm(scales) : Floats{};
+    }
+  }
+  write_values(step, b * step.elements + begin, count, moved);
+  return {horizontal_sum(squares), horizontal_sum(logarithms)};
+}
+
+GENREP_FAST_INLINE void move_chunk_kernel(const Step& step, int64_t b, int64_t begin, int64_t end, double& score) {
+  double squares = 0, logarithms = 0;
+  for (int64_t first = begin; first < end; first += kBlock) {
+    Sums sums = move_block(step, b, first, std::min(kBlock, end - first));
+    squares += sums.squares;
+    logarithms += sums.logarithms;
+  }
+  score = -0.5 * static_cast<double>(step.inv_var) * squares + step.log_norm * static_cast<double>(end - begin) - logarithms;
+}
+
+GENREP_FAST_CLONES(
+    move_chunk, (const Step& step, int64_t b, int64_t begin, int64_t end, double& score), move_chunk_kernel, (step, b, begin, end, score))
+
+float entry(const Tensor& table, int64_t step) {
+  STD_TORCH_CHECK(
+      table.scalar_type() == ScalarType::Float && table.is_contiguous() && 0 <= step && step < table.numel(),
+      "tables must be contiguous float32 tensors with a row ", step);
+  return static_cast<const float*>(table.const_data_ptr())[step];
+}
+
+// Elements of x_t's shape, those of its channels where the tensor has more, broadcast where it has fewer.
+Source chains_of(Tensor tensor, const Tensor& x_t, std::vector<Tensor>& copies) {
+  std::vector<int64_t> sizes = sizes_of(tensor), wanted = sizes_of(x_t);
+  if (sizes.size() == wanted.size() && sizes[1] > wanted[1]) {
+    sizes[1] = wanted[1];
+  }
+  if (sizes != wanted) {
+    Tensor whole = torch::stable::empty(wanted, tensor.scalar_type());
+    tensor = torch::stable::copy_(whole, tensor);
+    copies.push_back(tensor);
+  }
+  int64_t locations = 1;
+  for (size_t axis = 2; axis < wanted.size(); ++axis) {
+    locations *= wanted[axis];
+  }
+  return source_of(view_of(tensor, 1, false, copies), wanted[1], locations);
+}
+
+std::tuple<Tensor, Tensor> reverse_step(
+    Tensor x_t, Tensor model_output, Tensor data, Tensor noisy, Tensor output, Tensor inv_var, Tensor log_norm, Tensor mean_noisy,
+    Tensor mean_output, Tensor std, int64_t row, int64_t seed, Tensor chain_ids, std::optional<Tensor> x, std::optional<Tensor> std_scale) {
+  const int64_t batch = x_t.size(0);
+  STD_TORCH_CHECK(
+      chain_ids.scalar_type() == ScalarType::Long && chain_ids.numel() == batch, "chain_ids must be int64, one for each chain");
+  Tensor x_prev = torch::stable::empty(sizes_of(x_t), x_t.scalar_type());
+  Tensor score = torch::stable::empty({x ? batch : 0}, ScalarType::Float);
+  Tensor chains = torch::stable::contiguous(chain_ids);
+  std::vector<Tensor> copies;
+
+  Step step{};
+  step.elements = batch == 0 ? 0 : x_t.numel() / batch;
+  step.locations = step.elements / std::max<int64_t>(x_t.size(1), 1);
+  step.x_t = chains_of(x_t, x_t, copies);
+  step.output = chains_of(model_output, x_t, copies);
+  step.x = x ? chains_of(*x, x_t, copies) : Source{};
+  step.std_scale = std_scale ? chains_of(*std_scale, x_t, copies) : Source{};
+  step.target = buffer_of(x_prev);
+  step.data = entry(data, row);
+  step.noisy = entry(noisy, row);
+  step.output_factor = entry(output, row);
+  step.inv_var = entry(inv_var, row);
+  step.log_norm = entry(log_norm, row);
+  step.mean_noisy = entry(mean_noisy, row);
+  step.mean_output = entry(mean_output, row);
+  step.std = entry(std, row);
+  step.row = static_cast<uint64_t>(row);
+  step.seed = static_cast<uint64_t>(seed);
+  step.chain_ids = static_cast<const int64_t*>(chains.const_data_ptr());
+  step.streaming = 4 * x_t.numel() >= kStreamingBytes;
+
+  const int64_t chunks = (step.elements + kChunk - 1) / kChunk;
+  std::vector<double> partials(batch * chunks);
+  torch::stable::parallel_for(0, batch * chunks, 1, [&](int64_t first, int64_t last) {
+    for (int64_t task = first; task < last; ++task) {
+      int64_t begin = task % chunks * kChunk;
+      move_chunk(step, task / chunks, begin, std::min(begin + kChunk, step.elements), partials[task]);
+    }
+    stream_fence();
+  });
+  for (int64_t b = 0; x && b < batch; ++b) {
+    double sum = 0;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      sum += partials[b * chunks + chunk];
+    }
+    static_cast<float*>(score.mutable_data_ptr())[b] = static_cast<float>(sum);
+  }
+  return {x_prev, score};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(genrep_fast_cpu, CPU, m) { m.impl("reverse_step", TORCH_BOX(&reverse_step)); }
+
+}  // namespace genrep_fast
