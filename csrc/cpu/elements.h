@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "vector.h"
 
@@ -98,18 +99,49 @@ GENREP_FAST_INLINE const float* read(Buffer buffer, int64_t index, int64_t count
   return scratch;
 }
 
-// Rounds `count` elements to the nearest bfloat16 or float16, ties to even, and stores them from `index` on.
-GENREP_FAST_INLINE void write(Buffer buffer, int64_t index, int64_t count, const float* source) {
-  char* target = buffer.at(index);
+template <Element kElement>
+GENREP_FAST_INLINE void narrow_all(char* target, int64_t count, const float* source) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
-    store(target + 2 * i, narrow(load<Floats>(source + i), buffer.element));
+    store(target + 2 * i, narrow(load<Floats>(source + i), kElement));
   }
   if (i < count) {
     Floats rest{};
     std::memcpy(&rest, source + i, 4 * (count - i));
-    HalfWords values = narrow(rest, buffer.element);
+    HalfWords values = narrow(rest, kElement);
     std::memcpy(target + 2 * i, &values, 2 * (count - i));
+  }
+}
+
+// Rounds `count` elements to the nearest bfloat16 or float16, ties to even, and stores them from `index` on.
+GENREP_FAST_INLINE void write(Buffer buffer, int64_t index, int64_t count, const float* source) {
+  if (buffer.element == Element::kBFloat16) {
+    narrow_all<Element::kBFloat16>(buffer.at(index), count, source);
+  } else {
+    narrow_all<Element::kHalf>(buffer.at(index), count, source);
+  }
+}
+
+// 16 elements as float32.
+template <Element kElement>
+GENREP_FAST_INLINE Floats load_as(const char* source, int64_t i) {
+  if constexpr (kElement == Element::kFloat) {
+    return load<Floats>(source + 4 * i);
+  } else {
+    return widen(load<HalfWords>(source + 2 * i), kElement);
+  }
+}
+
+// Calls function(std::integral_constant<Element, element>).
+template <typename Function>
+GENREP_FAST_INLINE auto with_element(Element element, const Function& function) {
+  switch (element) {
+    case Element::kBFloat16:
+      return function(std::integral_constant<Element, Element::kBFloat16>{});
+    case Element::kHalf:
+      return function(std::integral_constant<Element, Element::kHalf>{});
+    default:
+      return function(std::integral_constant<Element, Element::kFloat>{});
   }
 }
 

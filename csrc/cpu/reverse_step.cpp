@@ -8,6 +8,10 @@
 #include <cmath>
 #include <tuple>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include "rows.h"
 #include "vector_math.h"
 
@@ -19,27 +23,79 @@ constexpr int64_t kStreamingBytes = int64_t{1} << 20;  // of output; smaller one
 
 // ---- noise ----
 
-using Wide = uint64_t __attribute__((vector_size(64)));  // 32-bit words, each in the lower half of its lane
+constexpr int64_t kCounters = kBlock / 4;  // that draw a block's noise
+constexpr uint32_t kMultipliers[2] = {0xD2511F53, 0xCD9E8D57}, kIncrements[2] = {0x9E3779B9, 0xBB67AE85};
+constexpr int kRounds = 10;
 
-constexpr uint64_t kWord = 0xffffffff;
+// What a block's counters and keys have in common; the counters themselves count from `index` on.
+struct Draw {
+  uint64_t index;
+  uint32_t chain, row, keys[2];
+};
 
-// The four output words of eight counters, whose third and fourth words are the same.
-GENREP_FAST_INLINE void philox(Wide index, uint64_t chain, uint64_t row, uint64_t seed, Wide (&words)[4]) {
-  Wide c0 = index & kWord, c1 = index >> 32, c2 = Wide{} + chain, c3 = Wide{} + row;
-  uint64_t k0 = seed & kWord, k1 = seed >> 32;
-  for (int round = 0; round < 10; ++round) {
-    Wide product0 = c0 * uint64_t{0xD2511F53}, product1 = c2 * uint64_t{0xCD9E8D57};
-    c0 = (product1 >> 32) ^ c1 ^ k0;
-    c2 = (product0 >> 32) ^ c3 ^ k1;
-    c1 = product1 & kWord;
-    c3 = product0 & kWord;
-    k0 = (k0 + 0x9E3779B9) & kWord;
-    k1 = (k1 + 0xBB67AE85) & kWord;
+// The four output words of each of `count` counters, rounded up to a multiple of 16.
+using PhiloxWords = uint32_t[4][kCounters];
+
+GENREP_FAST_INLINE void philox_kernel(const Draw& draw, int64_t count, PhiloxWords& words) {
+  using Wide = uint64_t __attribute__((vector_size(64)));  // 32-bit words, each in the lower half of its lane
+  using Half = uint32_t __attribute__((vector_size(32)));
+  constexpr uint64_t kWord = 0xffffffff;
+  for (int64_t i = 0; i < count; i += 8) {
+    Wide index = Wide{0, 1, 2, 3, 4, 5, 6, 7} + (draw.index + i);
+    Wide c[4] = {index & kWord, index >> 32, Wide{} + draw.chain, Wide{} + draw.row};
+    uint32_t keys[2] = {draw.keys[0], draw.keys[1]};
+    for (int round = 0; round < kRounds; ++round) {
+      Wide first = c[0] * kMultipliers[0], second = c[2] * kMultipliers[1];
+      c[0] = (second >> 32) ^ c[1] ^ keys[0];
+      c[1] = second & kWord;
+      c[2] = (first >> 32) ^ c[3] ^ keys[1];
+      c[3] = first & kWord;
+      keys[0] += kIncrements[0];
+      keys[1] += kIncrements[1];
+    }
+    for (int k = 0; k < 4; ++k) {
+      store(words[k] + i, __builtin_convertvector(c[k], Half));
+    }
   }
-  words[0] = c0;
-  words[1] = c1;
-  words[2] = c2;
-  words[3] = c3;
+}
+
+GENREP_FAST_CLONES(philox, (const Draw& draw, int64_t count, PhiloxWords& words), philox_kernel, (draw, count, words))
+
+#if defined(__x86_64__)
+// The same with the product of two 32-bit words, of which AVX-512 has eight in one instruction; the compiler takes three from a 64-bit one.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // in GCC's own header
+__attribute__((target("avx512f"))) void philox_avx512f(const Draw& draw, int64_t count, PhiloxWords& words) {
+  const __m512i multipliers[2] = {_mm512_set1_epi64(kMultipliers[0]), _mm512_set1_epi64(kMultipliers[1])};
+  for (int64_t i = 0; i < count; i += 8) {
+    __m512i index = _mm512_add_epi64(_mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi64(draw.index + i));
+    // Upper halves of lanes are never read: a product takes the lower ones, and so does the result.
+    __m512i c[4] = {index, _mm512_srli_epi64(index, 32), _mm512_set1_epi64(draw.chain), _mm512_set1_epi64(draw.row)};
+    uint32_t keys[2] = {draw.keys[0], draw.keys[1]};
+    for (int round = 0; round < kRounds; ++round) {
+      __m512i first = _mm512_mul_epu32(c[0], multipliers[0]), second = _mm512_mul_epu32(c[2], multipliers[1]);
+      c[0] = _mm512_xor_epi64(_mm512_xor_epi64(_mm512_srli_epi64(second, 32), c[1]), _mm512_set1_epi64(keys[0]));
+      c[1] = second;
+      c[2] = _mm512_xor_epi64(_mm512_xor_epi64(_mm512_srli_epi64(first, 32), c[3]), _mm512_set1_epi64(keys[1]));
+      c[3] = first;
+      keys[0] += kIncrements[0];
+      keys[1] += kIncrements[1];
+    }
+    for (int k = 0; k < 4; ++k) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(words[k] + i), _mm512_cvtepi64_epi32(c[k]));
+    }
+  }
+}
+#pragma GCC diagnostic pop
+#endif
+
+void draw_words(const Draw& draw, int64_t count, PhiloxWords& words) {
+#if defined(__x86_64__)
+  if (capability() == Capability::kAvx512) {
+    return philox_avx512f(draw, count, words);
+  }
+#endif
+  philox(draw, count, words);
 }
 
 // sqrt(-2 ln u) of u = (word + 1/2) 2^-32. Next to 1, ln u comes from 1 - u, which float32 has in full where it rounds u.
@@ -73,21 +129,12 @@ GENREP_FAST_INLINE Direction direction(Words word) {
   return {as<Floats>(as<Words>(turned_cosine) ^ cosine_sign), as<Floats>(as<Words>(turned_sine) ^ sine_sign)};
 }
 
-GENREP_FAST_INLINE Words narrow_words(Wide low, Wide high) {
-  using Half = uint32_t __attribute__((vector_size(32)));
-  Half halves[2] = {__builtin_convertvector(low, Half), __builtin_convertvector(high, Half)};
-  return load<Words>(halves);
-}
-
-// 64 elements of a chain's noise, from element 4 * `index` on.
-GENREP_FAST_INLINE void draw(int64_t index, uint64_t chain, uint64_t row, uint64_t seed, float* noise) {
-  Wide lanes = {0, 1, 2, 3, 4, 5, 6, 7}, low[4], high[4];
-  philox(lanes + static_cast<uint64_t>(index), chain, row, seed, low);
-  philox(lanes + static_cast<uint64_t>(index + 8), chain, row, seed, high);
+// 64 elements of noise from the words of 16 counters, from `counter` on.
+GENREP_FAST_INLINE void transform(const PhiloxWords& words, int64_t counter, float* noise) {
   Floats pairs[2][2];  // [pair][cosine or sine]
   for (int pair = 0; pair < 2; ++pair) {
-    Floats length = radius(narrow_words(low[2 * pair], high[2 * pair]));
-    Direction of = direction(narrow_words(low[2 * pair + 1], high[2 * pair + 1]));
+    Floats length = radius(load<Words>(words[2 * pair] + counter));
+    Direction of = direction(load<Words>(words[2 * pair + 1] + counter));
     pairs[pair][0] = length * of.cosine;
     pairs[pair][1] = length * of.sine;
   }
@@ -110,7 +157,7 @@ struct Step {
   Buffer target;
   float data, noisy, output_factor, inv_var, mean_noisy, mean_output, std;
   double log_norm;
-  uint64_t row, seed;
+  Draw draw;  // without its place
   const int64_t* chain_ids;
   bool streaming;
 };
@@ -155,8 +202,13 @@ GENREP_FAST_INLINE Sums move_block(const Step& step, int64_t b, int64_t begin, i
   if (scale && count % kLanes != 0) {
     std::fill(scratch[3] + count, scratch[3] + (count + kLanes - 1) / kLanes * kLanes, 1.0f);
   }
+  PhiloxWords words;
+  Draw draw = step.draw;
+  draw.index = begin / 4;
+  draw.chain = static_cast<uint32_t>(step.chain_ids[b]);
+  draw_words(draw, (count + 63) / 64 * 16, words);
   for (int64_t i = 0; i < count; i += 64) {
-    draw((begin + i) / 4, static_cast<uint64_t>(step.chain_ids[b]), step.row, step.seed, noise + i);
+    transform(words, i / 4, noise + i);
   }
   Floats squares{}, logarithms{};
   for (int64_t i = 0; i < count; i += kLanes) {
@@ -239,8 +291,9 @@ std::tuple<Tensor, Tensor> reverse_step(
   step.mean_noisy = entry(mean_noisy, row);
   step.mean_output = entry(mean_output, row);
   step.std = entry(std, row);
-  step.row = static_cast<uint64_t>(row);
-  step.seed = static_cast<uint64_t>(seed);
+  step.draw.row = static_cast<uint32_t>(row);
+  step.draw.keys[0] = static_cast<uint32_t>(seed);
+  step.draw.keys[1] = static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32);
   step.chain_ids = static_cast<const int64_t*>(chains.const_data_ptr());
   step.streaming = 4 * x_t.numel() >= kStreamingBytes;
 

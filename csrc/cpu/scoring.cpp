@@ -24,6 +24,8 @@ constexpr int64_t kSteps = 128;                           // of a row's states t
 constexpr int64_t kParallelElements = 32768;              // a thread's least share
 constexpr int64_t kTasks = 32;                            // that the steps of few images and classes are cut into
 constexpr int64_t kTileImages = 64, kTileSteps = 16, kTileBlock = 512;
+constexpr int64_t kTogether = 4;                          // steps that are added to the states of locations together
+constexpr int64_t kChannels = 4;                          // whose squares at a location are added up together
 constexpr int64_t kStreamingBytes = int64_t{1} << 20;     // of gradients; smaller ones are better left in the caches
 constexpr int64_t kPrefetch = 2048;                       // elements that are asked for ahead of their use
 constexpr double kMinusInfinity = -std::numeric_limits<double>::infinity();
@@ -73,25 +75,44 @@ Problem::Problem(ScoredChunk arguments) : chunk(std::move(arguments)) {
 
 // x, o and x_t of a block of a row, and what they are multiplied with.
 struct Residual {
-  const float *x, *output, *noisy;  // noisy is null where there is none
+  const float* x;
+  const char* output;  // as it lies in memory, or gathered
+  Element element;     // of output
+  const float* noisy;  // null where there is none
   float data_factor, output_factor, noisy_factor;
 
+  template <Element kElement, bool kNoisy>
   GENREP_FAST_INLINE Floats at(int64_t i) const {
-    Floats r = load<Floats>(x + i) * data_factor + load<Floats>(output + i) * output_factor;
-    return noisy ? r + load<Floats>(noisy + i) * noisy_factor : r;
+    Floats r = load<Floats>(x + i) * data_factor + load_as<kElement>(output, i) * output_factor;
+    return kNoisy ? r + load<Floats>(noisy + i) * noisy_factor : r;
   }
 
+  // Of the last `count` < 16 elements.
+  template <Element kElement, bool kNoisy>
   GENREP_FAST_INLINE Floats rest(int64_t i, int64_t count) const {
+    constexpr int64_t kBytes = kElement == Element::kFloat ? 4 : 2;
     Floats parts[3]{};
     std::memcpy(&parts[0], x + i, 4 * count);
-    std::memcpy(&parts[1], output + i, 4 * count);
-    if (noisy) {
+    std::memcpy(&parts[1], output + kBytes * i, kBytes * count);
+    if (kNoisy) {
       std::memcpy(&parts[2], noisy + i, 4 * count);
     }
-    Floats r = parts[0] * data_factor + parts[1] * output_factor;
-    return noisy ? r + parts[2] * noisy_factor : r;
+    Floats r = parts[0] * data_factor + load_as<kElement>(reinterpret_cast<const char*>(&parts[1]), 0) * output_factor;
+    return kNoisy ? r + parts[2] * noisy_factor : r;
   }
 };
+
+// Calls work(element, noisy), two constants, with which the residual's `at` and `rest` are called.
+template <typename Work>
+GENREP_FAST_INLINE void with_layout(const Residual& block, const Work& work) {
+  with_element(block.element, [&](auto element) GENREP_FAST_LAMBDA {
+    if (block.noisy) {
+      work(element, std::true_type{});
+    } else {
+      work(element, std::false_type{});
+    }
+  });
+}
 
 struct Scratch {
   alignas(64) float output[kBlock], noisy[kBlock];
@@ -104,7 +125,14 @@ GENREP_FAST_INLINE Residual residual(
   const int64_t inner = chunk.inner_size;
   Residual result;
   result.x = problem.image(b) + begin;
-  result.output = read_row(problem.output, problem.output.offset(b, k, s), inner, begin, count, scratch.output);
+  const int64_t output = problem.output.offset(b, k, s);
+  if (problem.output.flat) {
+    result.output = problem.output.buffer.at(output + begin);
+    result.element = problem.output.buffer.element;
+  } else {
+    result.output = reinterpret_cast<const char*>(read_row(problem.output, output, inner, begin, count, scratch.output));
+    result.element = Element::kFloat;
+  }
   result.noisy = nullptr;
   if (problem.noisy.buffer.data) {
     result.noisy = read_row(problem.noisy, problem.noisy.offset(b, k, s), inner, begin, count, scratch.noisy);
@@ -115,28 +143,26 @@ GENREP_FAST_INLINE Residual residual(
   return result;
 }
 
-template <bool kNoisy>
-GENREP_FAST_INLINE float sum_of_squares(const Residual& given, int64_t count) {
+template <Element kElement, bool kNoisy>
+GENREP_FAST_INLINE float sum_of_squares(const Residual& block, int64_t count) {
   constexpr int kUnroll = 4;
-  Residual block = given;
-  if (!kNoisy) {
-    block.noisy = nullptr;
-  }
   Floats sums[kUnroll]{};
   int64_t i = 0;
   for (; i + kUnroll * kLanes <= count; i += kUnroll * kLanes) {
     for (int u = 0; u < kUnroll; ++u) {
-      prefetch(block.output + i + u * kLanes, kPrefetch);
-      Floats r = block.at(i + u * kLanes);
+      if (kElement == Element::kFloat || u % 2 == 0) {  // once a line
+        prefetch(block.output + (kElement == Element::kFloat ? 4 : 2) * (i + u * kLanes), kPrefetch);
+      }
+      Floats r = block.at<kElement, kNoisy>(i + u * kLanes);
       sums[u] += r * r;
     }
   }
   for (; i + kLanes <= count; i += kLanes) {
-    Floats r = block.at(i);
+    Floats r = block.at<kElement, kNoisy>(i);
     sums[0] += r * r;
   }
   if (i < count) {
-    Floats r = block.rest(i, count - i);
+    Floats r = block.rest<kElement, kNoisy>(i, count - i);
     sums[1] += r * r;
   }
   return horizontal_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
@@ -151,7 +177,9 @@ GENREP_FAST_INLINE double step_log_likelihood(const Problem& problem, int64_t b,
   for (int64_t begin = 0; begin < elements; begin += kBlock) {
     int64_t count = std::min(kBlock, elements - begin);
     Residual block = residual(problem, b, k, s, begin, count, scratch);
-    sum += block.noisy ? sum_of_squares<true>(block, count) : sum_of_squares<false>(block, count);
+    with_layout(block, [&](auto element, auto has_noisy) GENREP_FAST_LAMBDA {
+      sum += sum_of_squares<decltype(element)::value, decltype(has_noisy)::value>(block, count);
+    });
   }
   return -0.5 * static_cast<double>(chunk.inv_var[s]) * sum + static_cast<double>(chunk.log_norm[s]) * static_cast<double>(elements);
 }
@@ -490,23 +518,40 @@ struct LocationStates {
   alignas(64) double sum[kBlock], squares[kBlock];  // of weights and their squares, or mean and sum of squared deviations
 };
 
+// Adds the squared residuals of `channels` <= kChannels channels to `sums`.
+template <Element kElement, bool kNoisy>
+GENREP_FAST_INLINE void add_channels(const Residual* blocks, int64_t channels, int64_t count, float* sums) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    Floats sum = load<Floats>(sums + i);
+    for (int64_t c = 0; c < channels; ++c) {
+      prefetch(blocks[c].output + (kElement == Element::kFloat ? 4 : 2) * i, kPrefetch);
+      Floats r = count - i < kLanes ? blocks[c].rest<kElement, kNoisy>(i, count - i) : blocks[c].at<kElement, kNoisy>(i);
+      sum += r * r;
+    }
+    store(sums + i, sum);
+  }
+}
+
 // l of one step at `count` <= kBlock locations; 16 more may be written.
 GENREP_FAST_INLINE void location_log_likelihoods(
     const Problem& problem, int64_t b, int64_t k, int64_t s, int64_t begin, int64_t count, float* l) {
   const ScoredChunk& chunk = problem.chunk;
-  Scratch scratch;
-  std::fill_n(l, (count + kLanes - 1) / kLanes * kLanes, 0.0f);
-  for (int64_t c = 0; c < chunk.channels; ++c) {
-    Residual block = residual(problem, b, k, s, c * chunk.locations + begin, count, scratch);
-    int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) {
-      Floats r = block.at(i);
-      store(l + i, load<Floats>(l + i) + r * r);
+  Scratch scratch[kChannels];
+  Residual blocks[kChannels];
+  std::fill_n(l, ceil_div(count, kLanes) * kLanes, 0.0f);
+  for (int64_t first = 0; first < chunk.channels; first += kChannels) {
+    int64_t channels = std::min(kChannels, chunk.channels - first);
+    for (int64_t c = 0; c < channels; ++c) {
+      blocks[c] = residual(problem, b, k, s, (first + c) * chunk.locations + begin, count, scratch[c]);
     }
-    if (i < count) {
-      Floats r = block.rest(i, count - i);
-      store(l + i, load<Floats>(l + i) + r * r);
-    }
+    with_layout(blocks[0], [&](auto element, auto has_noisy) GENREP_FAST_LAMBDA {
+      constexpr bool kNoisy = decltype(has_noisy)::value;
+      if (channels == kChannels) {  // unrolled by the compiler
+        add_channels<decltype(element)::value, kNoisy>(blocks, kChannels, count, l);
+      } else {
+        add_channels<decltype(element)::value, kNoisy>(blocks, channels, count, l);
+      }
+    });
   }
   Floats factor = broadcast(-0.5f * chunk.inv_var[s]), shift = broadcast(chunk.log_norm[s] * static_cast<float>(chunk.channels));
   for (int64_t i = 0; i < count; i += kLanes) {
@@ -525,15 +570,23 @@ GENREP_FAST_INLINE void rescale_and_add(double* sums, Floats scale, Floats value
   }
 }
 
-GENREP_FAST_INLINE void add_to_mixture(const float* l, int64_t count, LocationStates& states) {
+// Adds kTogether steps, some of which may be -inf, as if they were not there.
+GENREP_FAST_INLINE void add_to_mixture(const float (*l)[kBlock], int64_t count, LocationStates& states) {
   for (int64_t i = 0; i < count; i += kLanes) {
-    Floats value = load<Floats>(l + i), old = load<Floats>(states.maximum + i), gap = value - old;
-    // Either the old weights shrink, or the new one is smaller than 1; from -inf, nothing is added to nothing.
-    Floats smaller = exponential(value == -kInfinity ? broadcast(-kInfinity) : gap > 0.0f ? -gap : gap);
-    Floats scale = gap > 0.0f ? smaller : broadcast(1.0f), weight = gap > 0.0f ? broadcast(1.0f) : smaller;
-    store(states.maximum + i, larger(old, value));
-    rescale_and_add(states.sum + i, scale, weight);
-    rescale_and_add(states.squares + i, scale * scale, weight * weight);
+    Floats values[kTogether], old = load<Floats>(states.maximum + i), maximum = old;
+    for (int64_t u = 0; u < kTogether; ++u) {
+      values[u] = load<Floats>(l[u] + i);
+      maximum = larger(maximum, values[u]);
+    }
+    Floats level = maximum == -kInfinity ? Floats{} : maximum, scale = exponential(old - level), sum{}, squares{};
+    for (int64_t u = 0; u < kTogether; ++u) {
+      Floats weight = exponential(values[u] - level);
+      sum += weight;
+      squares += weight * weight;
+    }
+    store(states.maximum + i, maximum);
+    rescale_and_add(states.sum + i, scale, sum);
+    rescale_and_add(states.squares + i, scale * scale, squares);
   }
 }
 
@@ -548,16 +601,23 @@ GENREP_FAST_INLINE void add_to_mean(const float* l, int64_t count, int64_t seen,
 
 GENREP_FAST_INLINE void score_locations_kernel(
     const Problem& problem, int64_t b, int64_t k, int64_t begin, int64_t count, LocationStates& states) {
-  alignas(64) float l[kBlock];
+  alignas(64) float l[kTogether][kBlock];
   std::fill_n(states.maximum, kBlock, -kInfinity);
   std::fill_n(states.sum, kBlock, 0.0);
   std::fill_n(states.squares, kBlock, 0.0);
-  for (int64_t s = 0; s < problem.chunk.steps; ++s) {
-    location_log_likelihoods(problem, b, k, s, begin, count, l);
+  for (int64_t first = 0; first < problem.chunk.steps; first += kTogether) {
+    for (int64_t u = 0; u < kTogether; ++u) {
+      if (first + u >= problem.chunk.steps) {
+        std::fill_n(l[u], kBlock, -kInfinity);
+        continue;
+      }
+      location_log_likelihoods(problem, b, k, first + u, begin, count, l[u]);
+      if (!problem.chunk.mixture) {
+        add_to_mean(l[u], count, first + u, states);
+      }
+    }
     if (problem.chunk.mixture) {
       add_to_mixture(l, count, states);
-    } else {
-      add_to_mean(l, count, s, states);
     }
   }
 }
@@ -719,12 +779,12 @@ struct Contribution {
 // The rows that an element of the target's gradient adds up: `index` below their number, in a fixed order.
 struct Owner {
   int64_t b, k, s;                       // place in the gradient
-  int64_t batch, classes, steps, first;  // ranges of the contributions; the first step
+  int64_t batch, classes, steps;         // ranges of the contributions
 
   int64_t contributions() const { return batch * classes * steps; }
 
   Contribution at(int64_t index) const {
-    return {b + index / steps / classes, k + index / steps % classes, s + first + index % steps};
+    return {b + index / steps / classes, k + index / steps % classes, s + index % steps};
   }
 };
 
@@ -770,13 +830,17 @@ GENREP_FAST_INLINE void write_row(
 
 // factor times the residual, for `count` <= kBlock elements; 16 more may be written.
 GENREP_FAST_INLINE void scaled_residual(const Residual& block, float factor, int64_t count, float* values) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    store(values + i, block.at(i) * factor);
-  }
-  if (i < count) {
-    store(values + i, block.rest(i, count - i) * factor);
-  }
+  with_layout(block, [&](auto element, auto has_noisy) GENREP_FAST_LAMBDA {
+    constexpr Element kElement = decltype(element)::value;
+    constexpr bool kNoisy = decltype(has_noisy)::value;
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+      store(values + i, block.at<kElement, kNoisy>(i) * factor);
+    }
+    if (i < count) {
+      store(values + i, block.rest<kElement, kNoisy>(i, count - i) * factor);
+    }
+  });
 }
 
 // Gradient of a row that has one contribution.
@@ -847,20 +911,42 @@ GENREP_FAST_INLINE void location_scales(
   }
 }
 
+// Gradient of a block of locations, of rows that have one contribution.
+GENREP_FAST_INLINE void write_location_gradient_kernel(
+    const Backward& backward, const Target& target, const Contribution& from, int64_t row, int64_t begin, int64_t count, bool streaming) {
+  const ScoredChunk& chunk = backward.problem.chunk;
+  alignas(64) float scales[kBlock], values[kBlock + kLanes];
+  Scratch scratch;
+  location_scales(backward, from, begin, count, scales);
+  for (int64_t c = 0; c < chunk.channels; ++c) {
+    int64_t place = c * chunk.locations + begin;
+    Residual block = residual(backward.problem, from.b, from.k, from.s, place, count, scratch);
+    scaled_residual(block, target.table[from.s], count, values);
+    for (int64_t i = 0; i < count; i += kLanes) {
+      Floats scale = load<Floats>(scales + i);
+      store(values + i, scale == 0.0f ? Floats{} : load<Floats>(values + i) * scale);
+    }
+    write_row(chunk, target.gradient, row, place, count, values, streaming);
+  }
+}
+
+GENREP_FAST_CLONES(
+    write_location_gradient,
+    (const Backward& backward, const Target& target, const Contribution& from, int64_t row, int64_t begin, int64_t count, bool streaming),
+    write_location_gradient_kernel, (backward, target, from, row, begin, count, streaming))
+
 // Gradient of a block of locations: every channel's sum over the owner's contributions, [C, count].
-GENREP_FAST_INLINE void location_gradient_kernel(
+GENREP_FAST_INLINE void add_location_gradients_kernel(
     const Backward& backward, const Target& target, const Owner& owner, int64_t begin, int64_t count, double* sums) {
   const ScoredChunk& chunk = backward.problem.chunk;
   alignas(64) float scales[kBlock], values[kBlock + kLanes];
   Scratch scratch;
-  std::fill_n(sums, chunk.channels * count, 0.0);
   for (int64_t index = 0; index < owner.contributions(); ++index) {
     Contribution from = owner.at(index);
     location_scales(backward, from, begin, count, scales);
-    float factor = target.table[from.s];
     for (int64_t c = 0; c < chunk.channels; ++c) {
       Residual block = residual(backward.problem, from.b, from.k, from.s, c * chunk.locations + begin, count, scratch);
-      scaled_residual(block, factor, count, values);
+      scaled_residual(block, target.table[from.s], count, values);
       for (int64_t i = 0; i < count; ++i) {
         sums[c * count + i] += scales[i] == 0 ? 0.0f : values[i] * scales[i];
       }
@@ -869,9 +955,9 @@ GENREP_FAST_INLINE void location_gradient_kernel(
 }
 
 GENREP_FAST_CLONES(
-    location_gradient,
+    add_location_gradients,
     (const Backward& backward, const Target& target, const Owner& owner, int64_t begin, int64_t count, double* sums),
-    location_gradient_kernel, (backward, target, owner, begin, count, sums))
+    add_location_gradients_kernel, (backward, target, owner, begin, count, sums))
 
 void write_sums(const ScoredChunk& chunk, Buffer gradient, int64_t row, int64_t begin, int64_t count, const double* sums) {
   float values[kBlock];
@@ -892,12 +978,19 @@ void differentiate_locations(const Backward& backward, const Target& target) {
   const ScoredChunk& chunk = backward.problem.chunk;
   const int64_t rows = target.batch * target.classes * target.steps, blocks = ceil_div(chunk.locations, kBlock);
   const int64_t row_elements = target.channels * chunk.locations;
+  const bool streaming = 4 * rows * row_elements >= kStreamingBytes;
   parallel(rows * blocks, row_elements, [&](int64_t task) {
     int64_t row = task / blocks, begin = task % blocks * kBlock, count = std::min(kBlock, chunk.locations - begin);
-    std::vector<double> sums(chunk.channels * count);
-    location_gradient(backward, target, owner_of(chunk, target, row), begin, count, sums.data());
-    for (int64_t c = 0; c < chunk.channels; ++c) {
-      write_sums(chunk, target.gradient, row * row_elements, c * chunk.locations + begin, count, &sums[c * count]);
+    Owner owner = owner_of(chunk, target, row);
+    if (owner.contributions() == 1) {
+      write_location_gradient(backward, target, owner.at(0), row * row_elements, begin, count, streaming);
+      stream_fence();
+    } else {
+      std::vector<double> sums(chunk.channels * count);
+      add_location_gradients(backward, target, owner, begin, count, sums.data());
+      for (int64_t c = 0; c < chunk.channels; ++c) {
+        write_sums(chunk, target.gradient, row * row_elements, c * chunk.locations + begin, count, &sums[c * count]);
+      }
     }
     if (begin == 0) {
       zero_further_channels(chunk, target, row * row_elements);

@@ -41,8 +41,8 @@ GENREP_FAST_INLINE Vector as(Other bits) {
   return load<Vector>(&bits);
 }
 
-// Asks for memory `elements` ahead of `pointer`, where there need not be any.
-GENREP_FAST_INLINE void prefetch(const float* pointer, int64_t elements) {
+// Asks for memory `elements` float32 numbers ahead of `pointer`, where there need not be any.
+GENREP_FAST_INLINE void prefetch(const void* pointer, int64_t elements) {
   __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(pointer) + 4 * elements));
 }
 
