@@ -1,8 +1,8 @@
 // A chunk of scored steps as the kernels of both libraries see it: pointers and strides, in elements, whatever the memory format.
 //
-// The elements of one image are in an order of two levels, `outer` times `inner`, which follows the memory of the denoiser's output: channels
-// outside, locations inside for contiguous tensors, the other way round for channels_last ones. Where the likelihood is kept for each
-// location it is always channels outside, locations inside.
+// The elements of one image are in an order of two levels, `outer` times `inner`, which follows the memory of the denoiser's output:
+// channels outside, locations inside for contiguous tensors, the other way round for channels_last ones. Where the likelihood is kept for
+// each location it is always channels outside, locations inside.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

@@ -237,7 +237,8 @@ std::tuple<Tensor, Tensor, Tensor> alignment_coefficients(Tensor gram, std::vect
   return {coefficients, cosine, alpha};
 }
 
-void combine(OptionalTensors gradients, Tensor coefficients, std::vector<int64_t> groups, std::vector<double> weights, std::vector<Tensor> out) {
+void combine(
+    OptionalTensors gradients, Tensor coefficients, std::vector<int64_t> groups, std::vector<double> weights, std::vector<Tensor> out) {
   Gradients table(gradients, groups.size());
   std::vector<Buffer> targets = buffers_of(out, table);
   std::vector<float> factors = factors_of(coefficients, groups, weights, table.n);
@@ -246,7 +247,8 @@ void combine(OptionalTensors gradients, Tensor coefficients, std::vector<int64_t
   // Where an output is one of the inputs, its lines are in the caches already.
   std::vector<char> streaming(groups.size());
   for (size_t t = 0; t < groups.size(); ++t) {
-    streaming[t] = bytes >= kStreamingBytes && std::none_of(table.of(t), table.of(t) + table.n, [&](Buffer b) { return b.data == targets[t].data; });
+    auto is_output = [&](Buffer gradient) { return gradient.data == targets[t].data; };
+    streaming[t] = bytes >= kStreamingBytes && std::none_of(table.of(t), table.of(t) + table.n, is_output);
   }
   torch::stable::parallel_for(0, chunks.size(), 1, [&](int64_t first, int64_t last) {
     for (int64_t c = first; c < last; ++c) {

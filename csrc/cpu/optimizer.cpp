@@ -4,8 +4,8 @@
 //     param <- (1 - lr weight_decay) param - lr / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) + eps)
 //     ema <- ema + (1 - ema_decay) (param - ema)
 //
-// Reads n gradients, param, m, v and ema, and writes the last four: 10 N elements for two gradients, with some 20 operations an element, a square
-// root and a division among them; bound by memory.
+// Reads n gradients, param, m, v and ema, and writes the last four: 10 N elements for two gradients, with some 20 operations an element, a
+// square root and a division among them; bound by memory.
 #include <cmath>
 
 #include "multi_tensor.h"

@@ -3,8 +3,8 @@
 //     s = L / temperature + log prior,   log p = log_softmax_y s,   log q = log_softmax_y z
 //     KL = sum_y p (log p - log q),      dKL/dz = q - p,            dKL/dL = p (log p - log q - KL) / temperature
 //
-// Each reads L, and the student's logits z, from memory once, B K numbers a location, and writes its result; the passes for maximum, sum and
-// result find them in the caches. The 16 lanes of a vector are 16 locations, or 16 classes where a likelihood is of a whole image.
+// Each reads L, and the student's logits z, from memory once, B K numbers a location, and writes its result; the passes for maximum, sum
+// and result find them in the caches. The 16 lanes of a vector are 16 locations, or 16 classes where a likelihood is of a whole image.
 #include <algorithm>
 #include <cmath>
 #include <optional>

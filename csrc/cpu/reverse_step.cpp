@@ -3,8 +3,8 @@
 //     x' = mean_noisy x_t + mean_output o + std scale z,        r = data x + noisy x_t + output o
 //     score = sum(-1/2 inv_var r^2 / scale^2 + log_norm - log scale)
 //
-// Reads x_t, o and x once and writes x': 4 B D elements. Noise is Philox 4x32-10 (Salmon et al., SC 2011), 10 rounds of two products for four
-// elements, and Box and Muller's transformation: about 40 vector instructions for 16 elements, which is more than memory takes.
+// Reads x_t, o and x once and writes x': 4 B D elements. Noise is Philox 4x32-10 (Salmon et al., SC 2011), 10 rounds of two products for
+// four elements, and Box and Muller's transformation: about 60 vector instructions for 16 elements, as long as memory takes or longer.
 #include <cmath>
 #include <tuple>
 
@@ -163,7 +163,8 @@ struct Step {
 };
 
 // `count` <= kBlock elements, or zeros where there is no such tensor; padded to a multiple of 16 by whatever is there.
-GENREP_FAST_INLINE const float* read_padded(const Step& step, const Source& source, int64_t b, int64_t begin, int64_t count, float* scratch) {
+GENREP_FAST_INLINE const float* read_padded(
+    const Step& step, const Source& source, int64_t b, int64_t begin, int64_t count, float* scratch) {
   const float* values = read_row(source, source.offset(b, 0, 0), step.locations, begin, count, scratch);
   if (count % kLanes != 0 && values != scratch) {
     std::copy_n(values, count, scratch);

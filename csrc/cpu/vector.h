@@ -1,7 +1,7 @@
 // Vectors that every instruction set has, and the choice among the copies of a kernel at run time.
 //
-// A kernel is written once, in the vectors of 16 floats below, which the compiler lowers to one AVX-512 register, two of AVX2 or four of SSE2.
-// GENREP_FAST_CLONES compiles it for all three; only functions that carry a target attribute may use what the baseline lacks.
+// A kernel is written once, in the vectors of 16 floats below, which the compiler lowers to one AVX-512 register, two of AVX2 or four of
+// SSE2. GENREP_FAST_CLONES compiles it for all three; only functions that carry a target attribute may use what the baseline lacks.
 #pragma once
 
 #include <cstdint>

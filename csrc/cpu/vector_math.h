@@ -32,7 +32,8 @@ GENREP_FAST_INLINE Floats exponential(Floats x) {
   Floats shifted = clamped * 1.44269504f + rounder;  // its last bits are the power of two
   Floats power = shifted - rounder;
   Floats rest = clamped - power * 0.693359375f + power * 2.12194440e-4f;
-  Floats series = polynomial(rest, {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f});
+  Floats series = polynomial(
+      rest, {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f});
   Floats mantissa = series * rest * rest + rest + 1.0f;
   Floats scale = as<Floats>((as<Words>(shifted) + 127) << 23);
   return x < -87.0f ? Floats{} : mantissa * scale;

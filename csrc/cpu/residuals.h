@@ -1,0 +1,228 @@
+// Residuals of scored steps, and what they add up to: the log-likelihood of a step.
+#pragma once
+
+#include "rows.h"
+#include "vector_math.h"
+
+namespace genrep_fast {
+
+constexpr int64_t kParallelElements = 32768;  // a thread's least share
+constexpr int64_t kTasks = 32;                // that the steps of few images and classes are cut into
+constexpr int64_t kChannels = 4;              // whose squares at a location are added up together
+constexpr int64_t kPrefetch = 2048;           // elements that are asked for ahead of their use
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct __attribute__((visibility("hidden"))) Problem {
+  ScoredChunk chunk;
+  std::vector<float> floats;  // x, where it is not float32 memory in the order of the elements
+  const float* x;
+  int64_t x_stride;
+  Source output, noisy;  // noisy.buffer.data is null where there is none
+
+  explicit Problem(ScoredChunk arguments);
+
+  const float* image(int64_t b) const { return x + b * x_stride; }
+  int64_t groups(int64_t tasks, int64_t most) const {
+    return std::max<int64_t>(1, std::min(ceil_div(kTasks, std::max<int64_t>(tasks, 1)), most));
+  }
+};
+
+inline Problem::Problem(ScoredChunk arguments) : chunk(std::move(arguments)) {
+  output = source_of(chunk.output, chunk.outer_size, chunk.inner_size);
+  if (chunk.noisy.data) {
+    noisy = source_of(chunk.noisy, chunk.outer_size, chunk.inner_size);
+  }
+  Source images = source_of(chunk.x, chunk.outer_size, chunk.inner_size);
+  x = reinterpret_cast<const float*>(images.buffer.data);
+  x_stride = chunk.x.batch;
+  if (!images.flat || images.buffer.element != Element::kFloat) {
+    // A K S-th of the outputs: less work than converting it again for every row.
+    floats.resize(chunk.batch * chunk.elements());
+    x = floats.data();
+    x_stride = chunk.elements();
+    float scratch[kBlock];
+    for (int64_t b = 0; b < chunk.batch; ++b) {
+      for (int64_t begin = 0; begin < chunk.elements(); begin += kBlock) {
+        int64_t count = std::min(kBlock, chunk.elements() - begin);
+        const float* block = read_row(images, images.offset(b, 0, 0), chunk.inner_size, begin, count, scratch);
+        std::copy_n(block, count, floats.data() + b * x_stride + begin);
+      }
+    }
+  }
+}
+
+// x, o and x_t of a block of a row, and what they are multiplied with.
+struct Residual {
+  const float* x;
+  const char* output;  // as it lies in memory, or gathered
+  Element element;     // of output
+  const float* noisy;  // null where there is none
+  float data_factor, output_factor, noisy_factor;
+
+  template <Element kElement, bool kNoisy>
+  GENREP_FAST_INLINE Floats at(int64_t i) const {
+    Floats r = load<Floats>(x + i) * data_factor + load_as<kElement>(output, i) * output_factor;
+    return kNoisy ? r + load<Floats>(noisy + i) * noisy_factor : r;
+  }
+
+  // Of the last `count` < 16 elements.
+  template <Element kElement, bool kNoisy>
+  GENREP_FAST_INLINE Floats rest(int64_t i, int64_t count) const {
+    constexpr int64_t kBytes = kElement == Element::kFloat ? 4 : 2;
+    Floats parts[3]{};
+    std::memcpy(&parts[0], x + i, 4 * count);
+    std::memcpy(&parts[1], output + kBytes * i, kBytes * count);
+    if (kNoisy) {
+      std::memcpy(&parts[2], noisy + i, 4 * count);
+    }
+    Floats r = parts[0] * data_factor + load_as<kElement>(reinterpret_cast<const char*>(&parts[1]), 0) * output_factor;
+    return kNoisy ? r + parts[2] * noisy_factor : r;
+  }
+};
+
+// Calls work(element, noisy), two constants, with which the residual's `at` and `rest` are called.
+template <typename Work>
+GENREP_FAST_INLINE void with_layout(const Residual& block, const Work& work) {
+  with_element(block.element, [&](auto element) GENREP_FAST_LAMBDA {
+    if (block.noisy) {
+      work(element, std::true_type{});
+    } else {
+      work(element, std::false_type{});
+    }
+  });
+}
+
+struct Scratch {
+  alignas(64) float output[kBlock], noisy[kBlock];
+};
+
+// Reads `count` <= kBlock elements from `begin` on.
+GENREP_FAST_INLINE Residual residual(
+    const Problem& problem, int64_t b, int64_t k, int64_t s, int64_t begin, int64_t count, Scratch& scratch) {
+  const ScoredChunk& chunk = problem.chunk;
+  const int64_t inner = chunk.inner_size;
+  Residual result;
+  result.x = problem.image(b) + begin;
+  const int64_t output = problem.output.offset(b, k, s);
+  if (problem.output.flat) {
+    result.output = problem.output.buffer.at(output + begin);
+    result.element = problem.output.buffer.element;
+  } else {
+    result.output = reinterpret_cast<const char*>(read_row(problem.output, output, inner, begin, count, scratch.output));
+    result.element = Element::kFloat;
+  }
+  result.noisy = nullptr;
+  if (problem.noisy.buffer.data) {
+    result.noisy = read_row(problem.noisy, problem.noisy.offset(b, k, s), inner, begin, count, scratch.noisy);
+  }
+  result.data_factor = chunk.data_table[s];
+  result.output_factor = chunk.output_table[s];
+  result.noisy_factor = chunk.noisy_table[s];
+  return result;
+}
+
+template <Element kElement, bool kNoisy>
+GENREP_FAST_INLINE float sum_of_squares(const Residual& block, int64_t count) {
+  constexpr int kUnroll = 4;
+  Floats sums[kUnroll]{};
+  int64_t i = 0;
+  for (; i + kUnroll * kLanes <= count; i += kUnroll * kLanes) {
+    for (int u = 0; u < kUnroll; ++u) {
+      if (kElement == Element::kFloat || u % 2 == 0) {  // once a line
+        prefetch(block.output + (kElement == Element::kFloat ? 4 : 2) * (i + u * kLanes), kPrefetch);
+      }
+      Floats r = block.at<kElement, kNoisy>(i + u * kLanes);
+      sums[u] += r * r;
+    }
+  }
+  for (; i + kLanes <= count; i += kLanes) {
+    Floats r = block.at<kElement, kNoisy>(i);
+    sums[0] += r * r;
+  }
+  if (i < count) {
+    Floats r = block.rest<kElement, kNoisy>(i, count - i);
+    sums[1] += r * r;
+  }
+  return horizontal_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+// l of one image, class and step. The same bits in forward and backward: backward's weights then add up to 1.
+GENREP_FAST_INLINE double step_log_likelihood(const Problem& problem, int64_t b, int64_t k, int64_t s) {
+  const ScoredChunk& chunk = problem.chunk;
+  const int64_t elements = chunk.elements();
+  Scratch scratch;
+  double sum = 0;
+  for (int64_t begin = 0; begin < elements; begin += kBlock) {
+    int64_t count = std::min(kBlock, elements - begin);
+    Residual block = residual(problem, b, k, s, begin, count, scratch);
+    with_layout(block, [&](auto element, auto has_noisy) GENREP_FAST_LAMBDA {
+      sum += sum_of_squares<decltype(element)::value, decltype(has_noisy)::value>(block, count);
+    });
+  }
+  return -0.5 * static_cast<double>(chunk.inv_var[s]) * sum + static_cast<double>(chunk.log_norm[s]) * static_cast<double>(elements);
+}
+
+// Adds the squared residuals of `channels` <= kChannels channels to `sums`.
+template <Element kElement, bool kNoisy>
+GENREP_FAST_INLINE void add_channels(const Residual* blocks, int64_t channels, int64_t count, float* sums) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    Floats sum = load<Floats>(sums + i);
+    for (int64_t c = 0; c < channels; ++c) {
+      prefetch(blocks[c].output + (kElement == Element::kFloat ? 4 : 2) * i, kPrefetch);
+      Floats r = count - i < kLanes ? blocks[c].rest<kElement, kNoisy>(i, count - i) : blocks[c].at<kElement, kNoisy>(i);
+      sum += r * r;
+    }
+    store(sums + i, sum);
+  }
+}
+
+// l of one step at `count` <= kBlock locations; 16 more may be written.
+GENREP_FAST_INLINE void location_log_likelihoods(
+    const Problem& problem, int64_t b, int64_t k, int64_t s, int64_t begin, int64_t count, float* l) {
+  const ScoredChunk& chunk = problem.chunk;
+  Scratch scratch[kChannels];
+  Residual blocks[kChannels];
+  std::fill_n(l, ceil_div(count, kLanes) * kLanes, 0.0f);
+  for (int64_t first = 0; first < chunk.channels; first += kChannels) {
+    int64_t channels = std::min(kChannels, chunk.channels - first);
+    for (int64_t c = 0; c < channels; ++c) {
+      blocks[c] = residual(problem, b, k, s, (first + c) * chunk.locations + begin, count, scratch[c]);
+    }
+    with_layout(blocks[0], [&](auto element, auto has_noisy) GENREP_FAST_LAMBDA {
+      constexpr bool kNoisy = decltype(has_noisy)::value;
+      if (channels == kChannels) {  // unrolled by the compiler
+        add_channels<decltype(element)::value, kNoisy>(blocks, kChannels, count, l);
+      } else {
+        add_channels<decltype(element)::value, kNoisy>(blocks, channels, count, l);
+      }
+    });
+  }
+  Floats factor = broadcast(-0.5f * chunk.inv_var[s]), shift = broadcast(chunk.log_norm[s] * static_cast<float>(chunk.channels));
+  for (int64_t i = 0; i < count; i += kLanes) {
+    store(l + i, load<Floats>(l + i) * factor + shift);
+  }
+}
+
+// Calls work(i) for every i below `tasks`, each of which takes about `elements` elements.
+template <typename Work>
+void parallel(int64_t tasks, int64_t elements, const Work& work) {
+  int64_t grain = std::max<int64_t>(1, kParallelElements / std::max<int64_t>(elements, 1));
+  torch::stable::parallel_for(0, tasks, grain, [&](int64_t first, int64_t last) {
+    for (int64_t task = first; task < last; ++task) {
+      work(task);
+    }
+  });
+}
+
+// Centres are shared by the images.
+inline bool is_tiled(const ScoredChunk& chunk) {
+  return !chunk.per_location && chunk.batch > 1 && chunk.output.batch == 0 && (!chunk.noisy.data || chunk.noisy.batch == 0);
+}
+
+// First step of group `group` of `groups`.
+inline int64_t first_step(int64_t steps, int64_t groups, int64_t group) { return steps * group / groups; }
+
+inline int64_t kept_locations(const ScoredChunk& chunk) { return chunk.per_location ? chunk.locations : 1; }
+
+}  // namespace genrep_fast

@@ -1,0 +1,371 @@
+// Gradients of the log-likelihood (see genrep_fast/reference/scoring.py).
+//
+//     dL/dr = -v_s r softmax_s(l)  or  -v_s r / S,       and from there to x, o and x_t by the tables a, c and b
+//
+// The gradient of o reads every row once from memory and once more from the caches, because its weight exp(l - logsumexp) needs the whole
+// row, and writes as much: 2 B K S D elements. An input that images, classes or steps share gets the sum over them, in a fixed order.
+#include <algorithm>
+#include <cmath>
+#include <tuple>
+
+#include "score_states.h"
+
+namespace genrep_fast {
+namespace {
+
+constexpr int64_t kStreamingBytes = int64_t{1} << 20;  // of gradients; smaller ones are better left in the caches
+
+// Gradient of one of the operator's inputs, and the table that its part of the residual is multiplied with.
+struct Target {
+  const float* table;
+  Buffer gradient;                  // contiguous [B or 1, K or 1, S or 1, channels, locations]
+  int64_t batch, classes, steps;    // of the gradient
+  int64_t channels;                 // of the gradient, C or more
+};
+
+struct __attribute__((visibility("hidden"))) Backward {
+  Problem problem;
+  const float *grad, *likelihood, *remainder;  // [B, K, *loc]; the last two for "mixture"
+  std::vector<double> recomputed;              // log-likelihoods [B, K] where forward had another order of summation
+
+  // exp(l - logsumexp_s l), or 1/S, times the gradient and -v: what the residual is multiplied with.
+  GENREP_FAST_INLINE double scale(int64_t b, int64_t k, int64_t s) const {
+    const ScoredChunk& chunk = problem.chunk;
+    const int64_t pair = b * chunk.classes + k;
+    double weight = 1.0 / static_cast<double>(chunk.steps);
+    if (chunk.mixture) {
+      if (likelihood[pair] == -kInfinity) {
+        return 0;
+      }
+      double total = recomputed.empty() ? static_cast<double>(likelihood[pair]) + remainder[pair] : recomputed[pair];
+      weight *= std::exp(step_log_likelihood(problem, b, k, s) - total);
+    }
+    return -static_cast<double>(chunk.inv_var[s]) * weight * grad[pair];
+  }
+};
+
+struct Contribution {
+  int64_t b, k, s;
+};
+
+// The rows that an element of the target's gradient adds up: `index` below their number, in a fixed order.
+struct Owner {
+  int64_t b, k, s;                       // place in the gradient
+  int64_t batch, classes, steps;         // ranges of the contributions
+
+  int64_t contributions() const { return batch * classes * steps; }
+
+  Contribution at(int64_t index) const {
+    return {b + index / steps / classes, k + index / steps % classes, s + index % steps};
+  }
+};
+
+Owner owner_of(const ScoredChunk& chunk, const Target& target, int64_t row) {
+  Owner owner{};
+  owner.s = row % target.steps;
+  owner.k = row / target.steps % target.classes;
+  owner.b = row / target.steps / target.classes;
+  owner.batch = target.batch == 1 ? chunk.batch : 1;
+  owner.classes = target.classes == 1 ? chunk.classes : 1;
+  owner.steps = target.steps == 1 ? chunk.steps : 1;
+  return owner;
+}
+
+// Writes `count` <= kBlock elements of a gradient's row from `begin` on, in the order of the problem's elements.
+GENREP_FAST_INLINE void write_row(
+    const ScoredChunk& chunk, Buffer gradient, int64_t row, int64_t begin, int64_t count, const float* values, bool streaming) {
+  if (chunk.channels_inner) {  // the gradient is [channels, locations]
+    for (int64_t i = 0; i < count; ++i) {
+      int64_t index = begin + i, place = row + index % chunk.inner_size * chunk.outer_size + index / chunk.inner_size;
+      if (gradient.element == Element::kFloat) {
+        std::memcpy(gradient.at(place), values + i, 4);
+      } else {
+        write(gradient, place, 1, values + i);
+      }
+    }
+    return;
+  }
+  if (gradient.element != Element::kFloat) {
+    return write(gradient, row + begin, count, values);
+  }
+  float* target = reinterpret_cast<float*>(gradient.at(row + begin));
+  if (streaming && reinterpret_cast<uintptr_t>(target) % 16 == 0) {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+      stream(target + i, load<Floats>(values + i));
+    }
+    std::memcpy(target + i, values + i, 4 * (count - i));
+  } else {
+    std::memcpy(target, values, 4 * count);
+  }
+}
+
+// factor times the residual, for `count` <= kBlock elements; 16 more may be written.
+GENREP_FAST_INLINE void scaled_residual(const Residual& block, float factor, int64_t count, float* values) {
+  with_layout(block, [&](auto element, auto has_noisy) GENREP_FAST_LAMBDA {
+    constexpr Element kElement = decltype(element)::value;
+    constexpr bool kNoisy = decltype(has_noisy)::value;
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+      store(values + i, block.at<kElement, kNoisy>(i) * factor);
+    }
+    if (i < count) {
+      store(values + i, block.rest<kElement, kNoisy>(i, count - i) * factor);
+    }
+  });
+}
+
+// Gradient of a row that has one contribution.
+GENREP_FAST_INLINE void write_gradient_kernel(
+    const Backward& backward, const Target& target, const Contribution& from, int64_t row, bool streaming) {
+  const ScoredChunk& chunk = backward.problem.chunk;
+  alignas(64) float values[kBlock + kLanes];
+  Scratch scratch;
+  double scale = backward.scale(from.b, from.k, from.s);
+  float factor = static_cast<float>(scale * target.table[from.s]);
+  for (int64_t begin = 0; begin < chunk.elements(); begin += kBlock) {
+    int64_t count = std::min(kBlock, chunk.elements() - begin);
+    if (scale == 0) {  // even where the residual is infinite
+      std::fill_n(values, count, 0.0f);
+    } else {
+      scaled_residual(residual(backward.problem, from.b, from.k, from.s, begin, count, scratch), factor, count, values);
+    }
+    write_row(chunk, target.gradient, row, begin, count, values, streaming);
+  }
+}
+
+GENREP_FAST_CLONES(
+    write_gradient, (const Backward& backward, const Target& target, const Contribution& from, int64_t row, bool streaming),
+    write_gradient_kernel, (backward, target, from, row, streaming))
+
+// Adds one contribution to `sums` [D].
+GENREP_FAST_INLINE void add_gradient_kernel(const Backward& backward, const Target& target, const Contribution& from, double* sums) {
+  const ScoredChunk& chunk = backward.problem.chunk;
+  double scale = backward.scale(from.b, from.k, from.s);
+  if (scale == 0) {
+    return;
+  }
+  alignas(64) float values[kBlock + kLanes];
+  Scratch scratch;
+  float factor = static_cast<float>(scale * target.table[from.s]);
+  for (int64_t begin = 0; begin < chunk.elements(); begin += kBlock) {
+    int64_t count = std::min(kBlock, chunk.elements() - begin);
+    scaled_residual(residual(backward.problem, from.b, from.k, from.s, begin, count, scratch), factor, count, values);
+    for (int64_t i = 0; i < count; ++i) {
+      sums[begin + i] += values[i];
+    }
+  }
+}
+
+GENREP_FAST_CLONES(
+    add_gradient, (const Backward& backward, const Target& target, const Contribution& from, double* sums), add_gradient_kernel,
+    (backward, target, from, sums))
+
+// What the residual at `count` <= kBlock locations is multiplied with.
+GENREP_FAST_INLINE void location_scales(
+    const Backward& backward, const Contribution& from, int64_t begin, int64_t count, float* scales) {
+  const ScoredChunk& chunk = backward.problem.chunk;
+  const int64_t first = (from.b * chunk.classes + from.k) * chunk.locations + begin;
+  if (chunk.mixture) {
+    location_log_likelihoods(backward.problem, from.b, from.k, from.s, begin, count, scales);
+  }
+  float share = -chunk.inv_var[from.s] / static_cast<float>(chunk.steps);
+  for (int64_t i = 0; i < count; i += kLanes) {
+    int64_t rest = std::min(kLanes, count - i);
+    Floats grad{}, total{}, remainder{}, weight = broadcast(1.0f);
+    std::memcpy(&grad, backward.grad + first + i, 4 * rest);
+    if (chunk.mixture) {
+      std::memcpy(&total, backward.likelihood + first + i, 4 * rest);
+      std::memcpy(&remainder, backward.remainder + first + i, 4 * rest);
+      weight = exponential(load<Floats>(scales + i) - total - remainder);
+      weight = total == -kInfinity ? Floats{} : weight;
+    }
+    store(scales + i, weight * share * grad);
+  }
+}
+
+// Gradient of a block of locations, of rows that have one contribution.
+GENREP_FAST_INLINE void write_location_gradient_kernel(
+    const Backward& backward, const Target& target, const Contribution& from, int64_t row, int64_t begin, int64_t count, bool streaming) {
+  const ScoredChunk& chunk = backward.problem.chunk;
+  alignas(64) float scales[kBlock], values[kBlock + kLanes];
+  Scratch scratch;
+  location_scales(backward, from, begin, count, scales);
+  for (int64_t c = 0; c < chunk.channels; ++c) {
+    int64_t place = c * chunk.locations + begin;
+    Residual block = residual(backward.problem, from.b, from.k, from.s, place, count, scratch);
+    scaled_residual(block, target.table[from.s], count, values);
+    for (int64_t i = 0; i < count; i += kLanes) {
+      Floats scale = load<Floats>(scales + i);
+      store(values + i, scale == 0.0f ? Floats{} : load<Floats>(values + i) * scale);
+    }
+    write_row(chunk, target.gradient, row, place, count, values, streaming);
+  }
+}
+
+GENREP_FAST_CLONES(
+    write_location_gradient,
+    (const Backward& backward, const Target& target, const Contribution& from, int64_t row, int64_t begin, int64_t count, bool streaming),
+    write_location_gradient_kernel, (backward, target, from, row, begin, count, streaming))
+
+// Gradient of a block of locations: every channel's sum over the owner's contributions, [C, count].
+GENREP_FAST_INLINE void add_location_gradients_kernel(
+    const Backward& backward, const Target& target, const Owner& owner, int64_t begin, int64_t count, double* sums) {
+  const ScoredChunk& chunk = backward.problem.chunk;
+  alignas(64) float scales[kBlock], values[kBlock + kLanes];
+  Scratch scratch;
+  for (int64_t index = 0; index < owner.contributions(); ++index) {
+    Contribution from = owner.at(index);
+    location_scales(backward, from, begin, count, scales);
+    for (int64_t c = 0; c < chunk.channels; ++c) {
+      Residual block = residual(backward.problem, from.b, from.k, from.s, c * chunk.locations + begin, count, scratch);
+      scaled_residual(block, target.table[from.s], count, values);
+      for (int64_t i = 0; i < count; ++i) {
+        sums[c * count + i] += scales[i] == 0 ? 0.0f : values[i] * scales[i];
+      }
+    }
+  }
+}
+
+GENREP_FAST_CLONES(
+    add_location_gradients,
+    (const Backward& backward, const Target& target, const Owner& owner, int64_t begin, int64_t count, double* sums),
+    add_location_gradients_kernel, (backward, target, owner, begin, count, sums))
+
+void write_sums(const ScoredChunk& chunk, Buffer gradient, int64_t row, int64_t begin, int64_t count, const double* sums) {
+  float values[kBlock];
+  for (int64_t done = 0; done < count; done += kBlock) {
+    int64_t length = std::min(kBlock, count - done);
+    std::copy_n(sums + done, length, values);
+    write_row(chunk, gradient, row, begin + done, length, values, false);
+  }
+}
+
+void zero_further_channels(const ScoredChunk& chunk, const Target& target, int64_t row) {
+  char* begin = target.gradient.at(row + chunk.elements());
+  char* end = target.gradient.at(row + target.channels * chunk.locations);
+  std::fill(begin, end, char{0});
+}
+
+void differentiate_locations(const Backward& backward, const Target& target) {
+  const ScoredChunk& chunk = backward.problem.chunk;
+  const int64_t rows = target.batch * target.classes * target.steps, blocks = ceil_div(chunk.locations, kBlock);
+  const int64_t row_elements = target.channels * chunk.locations;
+  const bool streaming = 4 * rows * row_elements >= kStreamingBytes;
+  parallel(rows * blocks, row_elements, [&](int64_t task) {
+    int64_t row = task / blocks, begin = task % blocks * kBlock, count = std::min(kBlock, chunk.locations - begin);
+    Owner owner = owner_of(chunk, target, row);
+    if (owner.contributions() == 1) {
+      write_location_gradient(backward, target, owner.at(0), row * row_elements, begin, count, streaming);
+      stream_fence();
+    } else {
+      std::vector<double> sums(chunk.channels * count);
+      add_location_gradients(backward, target, owner, begin, count, sums.data());
+      for (int64_t c = 0; c < chunk.channels; ++c) {
+        write_sums(chunk, target.gradient, row * row_elements, c * chunk.locations + begin, count, &sums[c * count]);
+      }
+    }
+    if (begin == 0) {
+      zero_further_channels(chunk, target, row * row_elements);
+    }
+  });
+}
+
+// Rows with many contributions: these are cut into groups, whose sums are added in order.
+void differentiate_shared(const Backward& backward, const Target& target) {
+  const ScoredChunk& chunk = backward.problem.chunk;
+  const int64_t rows = target.batch * target.classes * target.steps, row_elements = target.channels * chunk.locations;
+  const int64_t contributions = owner_of(chunk, target, 0).contributions();
+  const int64_t groups = backward.problem.groups(rows, contributions);
+  std::vector<std::vector<double>> sums(rows * groups);
+  auto finish = [&](int64_t row) {
+    std::vector<double>& total = sums[row * groups];
+    for (int64_t group = 1; group < groups; ++group) {
+      std::transform(total.begin(), total.end(), sums[row * groups + group].begin(), total.begin(), std::plus<>());
+    }
+    write_sums(chunk, target.gradient, row * row_elements, 0, chunk.elements(), total.data());
+    zero_further_channels(chunk, target, row * row_elements);
+    total = {};
+  };
+  parallel(rows * groups, contributions / groups * chunk.elements(), [&](int64_t task) {
+    Owner owner = owner_of(chunk, target, task / groups);
+    sums[task].resize(chunk.elements());
+    for (int64_t i = first_step(contributions, groups, task % groups); i < first_step(contributions, groups, task % groups + 1); ++i) {
+      add_gradient(backward, target, owner.at(i), sums[task].data());
+    }
+    if (groups == 1) {
+      finish(task);
+    }
+  });
+  for (int64_t row = 0; groups > 1 && row < rows; ++row) {
+    finish(row);
+  }
+}
+
+void differentiate_rows(const Backward& backward, const Target& target) {
+  const ScoredChunk& chunk = backward.problem.chunk;
+  const int64_t rows = target.batch * target.classes * target.steps, row_elements = target.channels * chunk.locations;
+  const bool streaming = 4 * rows * row_elements >= kStreamingBytes;
+  parallel(rows, row_elements, [&](int64_t row) {
+    write_gradient(backward, target, owner_of(chunk, target, row).at(0), row * row_elements, streaming);
+    zero_further_channels(chunk, target, row * row_elements);
+    stream_fence();
+  });
+}
+
+Tensor gradient_of(const Backward& backward, const Tensor& input, int64_t channel_axis, const float* table) {
+  const ScoredChunk& chunk = backward.problem.chunk;
+  Tensor gradient = torch::stable::empty(sizes_of(input), input.scalar_type());
+  auto size = [&](int64_t axis) { return axis < channel_axis ? input.size(axis) : 1; };
+  Target target{table, buffer_of(gradient), size(0), size(1), size(2), input.size(channel_axis)};
+  if (gradient.numel() == 0) {
+    return gradient;
+  }
+  if (chunk.per_location) {
+    differentiate_locations(backward, target);
+  } else if (owner_of(chunk, target, 0).contributions() == 1) {
+    differentiate_rows(backward, target);
+  } else {
+    differentiate_shared(backward, target);
+  }
+  return gradient;
+}
+
+std::tuple<Tensor, Tensor, Tensor> log_likelihood_backward(
+    Tensor grad, Tensor log_likelihood, Tensor remainder, Tensor x, Tensor model_output, std::optional<Tensor> x_t, Tensor data,
+    Tensor noisy, Tensor output, Tensor inv_var, Tensor log_norm, std::string reduction, bool per_location, std::vector<bool> output_mask) {
+  ScoredChunk arguments = scored_chunk(x, model_output, x_t, data, noisy, output, inv_var, log_norm, reduction, per_location);
+  Backward backward{Problem(std::move(arguments)), nullptr, nullptr, nullptr, {}};
+  const Problem& problem = backward.problem;
+  const ScoredChunk& chunk = problem.chunk;
+  const int64_t likelihoods = chunk.batch * chunk.classes * kept_locations(chunk);
+  grad = torch::stable::contiguous(grad);
+  log_likelihood = torch::stable::contiguous(log_likelihood);
+  remainder = torch::stable::contiguous(remainder);
+  for (const Tensor* tensor : {&grad, &log_likelihood, &remainder}) {
+    bool unused = tensor == &remainder && !chunk.mixture;
+    STD_TORCH_CHECK(
+        unused || (tensor->scalar_type() == ScalarType::Float && tensor->numel() == likelihoods),
+        "grad, log_likelihood and remainder must be float32 tensors of the likelihood's shape");
+  }
+  STD_TORCH_CHECK(output_mask.size() == 3, "output_mask must have 3 entries");
+  backward.grad = static_cast<const float*>(grad.const_data_ptr());
+  backward.likelihood = static_cast<const float*>(log_likelihood.const_data_ptr());
+  backward.remainder = static_cast<const float*>(remainder.const_data_ptr());
+  if (chunk.mixture && is_tiled(chunk)) {
+    for (const State& state : row_states(problem)) {
+      backward.recomputed.push_back(log_likelihood_of(state, true));
+    }
+  }
+  Tensor none = torch::stable::empty({0}, x.scalar_type());
+  Tensor grad_x = output_mask[0] ? gradient_of(backward, x, 1, chunk.data_table) : none;
+  Tensor grad_output = output_mask[1] ? gradient_of(backward, model_output, 3, chunk.output_table) : none;
+  Tensor grad_x_t = x_t && output_mask[2] ? gradient_of(backward, *x_t, 3, chunk.noisy_table) : none;
+  return {grad_x, grad_output, grad_x_t};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(genrep_fast_cpu, CPU, m) { m.impl("log_likelihood_backward", TORCH_BOX(&log_likelihood_backward)); }
+
+}  // namespace genrep_fast
