@@ -33,13 +33,17 @@ GENREP_FAST_INLINE Floats sums_of(Floats (&vectors)[16]) {
 
 // Adds the squared residuals of four images x and four steps, whose other terms are y; `count` is a multiple of 16.
 GENREP_FAST_INLINE void add_tile(
-    const float* const (&x)[4], const float (*y)[kTileBlock], const float* data_factors, int64_t count, TileSums& sums) {
+    const float* const (&x)[4], const float (*y)[kTileBlock], const float* data_factors, int64_t count,
+    const char* next, TileSums& sums) {
   Floats totals[16]{};
   Floats factors[4];
   for (int j = 0; j < 4; ++j) {
     factors[j] = broadcast(data_factors[j]);
   }
   for (int64_t i = 0; i < count; i += kLanes) {
+    if (i % (4 * kLanes) == 0) {
+      __builtin_prefetch(next + i, 0, 2);  // a line now and then: in bursts they stall the loads
+    }
     Floats rest[4];
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
@@ -85,18 +89,11 @@ GENREP_FAST_INLINE void read_centers(
   }
 }
 
-// Asks for the block of a center that comes after the one from `begin` on: of the same step, or of the next tile of steps.
-GENREP_FAST_INLINE void prefetch_center(const Problem& problem, int64_t k, int64_t s, int64_t begin) {
+// The block of a center that comes after the one from `begin` on, of the same step or of the next tile of steps.
+GENREP_FAST_INLINE const char* next_center(const Problem& problem, int64_t k, int64_t s, int64_t begin) {
   bool ends = begin + kTileBlock >= problem.chunk.elements();
-  s += ends ? kTileSteps : 0;
-  if (!problem.output.flat || s >= problem.chunk.steps) {
-    return;
-  }
-  const char* block = problem.output.buffer.at(problem.output.offset(0, k, s) + (ends ? 0 : begin + kTileBlock));
-  const int64_t bytes = problem.output.buffer.element == Element::kFloat ? 4 * kTileBlock : 2 * kTileBlock;
-  for (int64_t line = 0; line < bytes; line += 64) {
-    __builtin_prefetch(block + line, 0, 2);
-  }
+  int64_t next = ends ? std::min(s + kTileSteps, problem.chunk.steps - 1) : s;
+  return problem.output.buffer.at(problem.output.offset(0, k, next) + (ends ? 0 : begin + kTileBlock));
 }
 
 // Images that end within a vector are copied a block at a time.
@@ -110,16 +107,12 @@ struct Tile {
 GENREP_FAST_INLINE void score_tile_block(
     const Problem& problem, int64_t first_image, int64_t images, int64_t k, int64_t first, int64_t begin, int64_t count, Tile& tile) {
   const ScoredChunk& chunk = problem.chunk;
-  const int64_t quads = ceil_div(images, 4);
   float data_factors[kTileSteps]{};
   for (int64_t j = 0; j < std::min(kTileSteps, chunk.steps - first); ++j) {
     data_factors[j] = chunk.data_table[first + j];
   }
   int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
   for (int64_t i = 0; i < images; i += 4) {
-    for (int64_t j = i / 4; j < kTileSteps; j += quads) {
-      prefetch_center(problem, k, first + j, begin);
-    }
     const float* x[4];
     for (int64_t q = 0; q < 4; ++q) {
       int64_t image = std::min(i + q, images - 1);
@@ -130,8 +123,9 @@ GENREP_FAST_INLINE void score_tile_block(
         x[q] = tile.x[image];
       }
     }
+    const char* next = next_center(problem, k, std::min(first + i / 4, chunk.steps - 1), begin);
     for (int64_t j = 0; j < kTileSteps; j += 4) {
-      add_tile(x, tile.y + j, data_factors + j, padded, tile.sums[i / 4][j / 4]);
+      add_tile(x, tile.y + j, data_factors + j, padded, next + j * kTileBlock / 4, tile.sums[i / 4][j / 4]);
     }
   }
 }
