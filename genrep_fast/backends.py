@@ -68,7 +68,7 @@ def define_operator(
         arguments = (*args, *kwargs.values())
         device_type = _first_tensor(arguments).device.type
         float64 = any(_holds_float64(arguments[position]) for position in data)
-        implementation = _select(name, device_type, float64)
+        implementation = select_implementation(name, device_type, float64)
         if not torch.is_autocast_enabled(device_type):
             return implementation(*args, **kwargs)
         # Autocast would run the inner matrix products of an operator in bfloat16, whatever its inputs.
@@ -153,7 +153,12 @@ def info() -> dict[str, Any]:
     }
 
 
-def _select(name: str, device_type: str, float64: bool) -> Callable:
+def select_implementation(name: str, device_type: str, float64: bool) -> Callable:
+    """The function that the operator `name` runs now, for tensors on `device_type`, with user's data in float64 or not.
+
+    Raises:
+        BackendUnavailableError: where a backend is insisted on that cannot run it.
+    """
     by_backend = _implementations[name]
     insisted = _insisted.get() or os.environ.get("GENREP_FAST_BACKEND")
     if insisted:

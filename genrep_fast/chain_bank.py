@@ -8,9 +8,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .backends import select_implementation
 from .coefficients import (
     ReverseKernel,
     StepCoefficients,
@@ -28,13 +28,14 @@ from .coefficients import (
     reverse_kernel,
 )
 from .ops.reverse_step import reverse_step
+from .ops.scoring import log_likelihood
+from .reference import scoring as reference
 from .reference.reverse_step import INITIAL_ROW, chain_noise
-from .reference.scoring import accumulation_dtype
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-# Elements of one chunk of centres, or of its distances to a batch: 8 MiB in float32, and a handful of temporaries of that size.
-_CHUNK_ELEMENTS = 2**21
+# Residuals [b, k, S, D] that the reference, which writes them out, gets at once: 16 MiB in float64, and a handful of temporaries like it.
+_REFERENCE_ELEMENTS = 2**21
 _COEFFICIENTS = tuple(field.name for field in dataclasses.fields(StepCoefficients) if field.init)
 
 
@@ -77,7 +78,10 @@ class ChainBank:
         self._kept = range(settings.burn_in, len(timesteps), settings.thin)
         std = kernel.score_std[list(self._kept)].clamp(min=settings.sigma_floor).repeat(settings.chains)
         self.std = std.to(centers.device, _run_dtype(centers.dtype))
-        self._inv_var, self._log_norm = normal_tables(self.std.double())
+        inv_var, log_norm = normal_tables(self.std.double())
+        one = torch.ones_like(inv_var)
+        scores = StepCoefficients(data=one, noisy=0 * one, output=-one, inv_var=inv_var, log_norm=log_norm)
+        self._scores = {dtype: scores.to(dtype=dtype) for dtype in (torch.float32, torch.float64)}
 
     @classmethod
     def build(
@@ -150,7 +154,7 @@ class ChainBank:
             coefficients = StepCoefficients.chain(scheduler, timesteps, variance="fixed_large", **as_mean)
         centers = torch.empty(num_classes, chains * len(kept), *sample_shape, dtype=dtype, device=device)
         bank = cls(centers, timesteps, kernel, coefficients, settings, log_variance_ratio)
-        bank.refresh(denoiser, chains=chains, batch_size=batch_size)
+        bank._replace(bank._draw(denoiser, chains, batch_size), chains)
         return bank
 
     @torch.no_grad()
@@ -169,19 +173,8 @@ class ChainBank:
         if not 1 <= chains <= self.settings.chains:
             raise ValueError(f"chains must be between 1 and the bank's {self.settings.chains}, got {chains}")
         _require_at_least(1, batch_size=batch_size)
-        device, num_classes = self.centers.device, len(self.centers)
-        number = torch.arange(self._drawn, self._drawn + chains, device=device)  # counts every chain of a class ever drawn
-        slot, generation = number % self.settings.chains, number // self.settings.chains
-        labels = torch.arange(num_classes, device=device)[:, None]  # [K, 1]
-        chain_ids = (generation * num_classes + labels) * self.settings.chains + slot  # [K, chains], never used twice
-        new = [
-            self._run(denoiser, *batch)
-            for batch in zip(labels.expand_as(chain_ids).flatten().split(batch_size), chain_ids.flatten().split(batch_size), strict=True)
-        ]
-        by_chain = self.centers.unflatten(1, (self.settings.chains, -1))  # [K, chains, kept, *sample_shape], a view
-        by_chain[:, slot] = torch.cat(new).unflatten(0, chain_ids.shape)
-        self._drawn += chains
-        self.evaluations += chain_ids.numel() * len(self._timesteps)
+        # All of them before the first is written: a network that fails leaves the bank as it is.
+        self._replace(list(self._draw(denoiser, chains, batch_size)), chains)
 
     def log_likelihood(self, x: Tensor) -> Tensor:
         """Log of the mixture of every class's centres, log (1/S) Σ_s N(x; center, σ_s² I), in nats; differentiable in x.
@@ -190,7 +183,8 @@ class ChainBank:
             x: [B, *sample_shape], floating point, on the bank's device.
 
         Returns:
-            [B, K] float32 (float64 where x or the bank is). Memory beyond it is bounded, whatever the bank's size.
+            [B, K] float32 (float64 where x or the bank is). A kernel reads the bank as it is kept; the reference, which computes in
+            float64, gets an image and a class at a time where they are large.
 
         Raises:
             TypeError, ValueError: for a wrong dtype, shape or device.
@@ -201,22 +195,11 @@ class ChainBank:
             raise ValueError(f"x must be [B, {', '.join(map(str, self.centers.shape[2:]))}], got {tuple(x.shape)}")
         if x.device != self.centers.device:
             raise ValueError(f"x must be on the bank's device {self.centers.device}, got {x.device}")
-        dtype = accumulation_dtype(x, self.centers)
-        images = x.to(dtype).reshape(1, len(x), self.centers[0, 0].numel())  # [1, B, D]
-        num_classes, components = self.centers.shape[:2]
-        steps = max(1, _CHUNK_ELEMENTS // (num_classes * max(images.shape[1:])))
-        chunks = []
-        for start in range(0, components, steps):
-            rows = slice(start, start + steps)
-            centers = self.centers[:, rows].to(dtype).flatten(2)  # [K, s, D]
-            # The direct sum of squared differences: the matrix-product form ‖x‖² − 2x·μ + ‖μ‖² loses digits.
-            distance = torch.cdist(images, centers, compute_mode="donot_use_mm_for_euclid_dist")  # [K, B, s]
-            half_inv_var = (0.5 * self._inv_var[rows]).to(dtype)
-            log_norm = (self._log_norm[rows] * images.shape[2]).to(dtype)
-            scores = log_norm - half_inv_var * distance**2
-            # Components e⁻⁸⁰ below the nearest change no digit, but their exponentials are subnormal numbers, slow on a CPU.
-            chunks.append(scores.clamp(min=scores.amax(2, keepdim=True) - 80).logsumexp(2))  # [K, B]
-        return torch.stack(chunks).logsumexp(0).T - math.log(components)
+        if reference.accumulation_dtype(x, self.centers) == torch.float64:
+            x = x.double()
+        if _runs_on_the_reference(x):
+            return self._log_likelihood_in_parts(x)
+        return log_likelihood(x, self.centers, self._scores[torch.float32])
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the bank to one safetensors file; a file that was there is replaced as a whole or not at all."""
@@ -260,6 +243,35 @@ class ChainBank:
         except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is truncated or not a chain bank: {error!r}") from error
 
+    def _log_likelihood_in_parts(self, x: Tensor) -> Tensor:
+        """`log_likelihood` from parts of the images and of the classes, `_REFERENCE_ELEMENTS` residuals at once."""
+        dtype, elements = reference.accumulation_dtype(x), max(self.centers[0].numel(), 1)
+        classes = min(max(_REFERENCE_ELEMENTS // elements, 1), len(self.centers))
+        images = max(_REFERENCE_ELEMENTS // (elements * classes), 1)
+
+        def score(part: Tensor, centers: Tensor) -> Tensor:
+            return log_likelihood(part, centers.to(dtype) if dtype == torch.float64 else centers, self._scores[dtype])
+
+        return torch.cat([torch.cat([score(part, group) for group in self.centers.split(classes)], 1) for part in x.split(images)])
+
+    def _draw(self, denoiser: Denoiser, chains: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The next `chains` chains of every class: their labels [N], places among the class's chains [N] and centres [N, kept, ...]."""
+        device, num_classes = self.centers.device, len(self.centers)
+        number = torch.arange(self._drawn, self._drawn + chains, device=device)  # counts every chain of a class ever drawn
+        slots, generation = number % self.settings.chains, number // self.settings.chains
+        labels = torch.arange(num_classes, device=device)[:, None]  # [K, 1]
+        chain_ids = (generation * num_classes + labels) * self.settings.chains + slots  # [K, chains], never used twice
+        rows = (tensor.expand_as(chain_ids).flatten().split(batch_size) for tensor in (labels, slots, chain_ids))
+        for batch_labels, batch_slots, batch_ids in zip(*rows, strict=True):
+            yield batch_labels, batch_slots, self._run(denoiser, batch_labels, batch_ids)
+
+    def _replace(self, drawn: Iterable[tuple[Tensor, Tensor, Tensor]], chains: int) -> None:
+        by_chain = self.centers.unflatten(1, (self.settings.chains, -1))  # [K, chains, kept, *sample_shape], a view
+        for labels, slots, centers in drawn:
+            by_chain[labels, slots] = centers
+        self._drawn += chains
+        self.evaluations += len(self.centers) * chains * len(self._timesteps)
+
     def _run(self, denoiser: Denoiser, labels: Tensor, chain_ids: Tensor) -> Tensor:
         """Kept centres [N, kept, *sample_shape] of N whole chains from pure noise."""
         shape = self.centers.shape[2:]
@@ -285,6 +297,13 @@ class ChainBank:
         if self.settings.clip_range is not None:
             sample = sample.clamp(-self.settings.clip_range, self.settings.clip_range)
         return sample, step.mean_sample * sample + step.mean_noisy * x_t + step.mean_output * output
+
+
+def _runs_on_the_reference(x: Tensor) -> bool:
+    """Whether no kernel scores x, but the reference, which writes out the residual of every image, class and step."""
+    if x.dtype == torch.float64 or torch.compiler.is_compiling():
+        return x.dtype == torch.float64
+    return select_implementation("log_likelihood", x.device.type, float64=False) is reference.log_likelihood
 
 
 def _clip_range(scheduler: Any) -> float | None:

@@ -6,6 +6,7 @@ computed in float64 and rounded once. Schedulers are recognised by class name, s
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -37,6 +38,10 @@ class StepCoefficients:
         log_norm: the normalisation per element, −½ log 2πσ² for a chain, 0 for an evidence lower bound.
         mean_noisy, mean_output, std: a chain's own step x′ = mean_noisy·x_s + mean_output·o + std·z; all three or none. std may be 0.
 
+    Attributes:
+        unscorable: rows whose standard deviation is too small to score.
+        needs_noisy: whether any residual contains x_s.
+
     Raises:
         TypeError: for anything but floating-point tensors of one dtype.
         ValueError: for tables that differ in length or device, or hold values outside their range; the message names the table.
@@ -51,6 +56,7 @@ class StepCoefficients:
     mean_output: Tensor | None = None
     std: Tensor | None = None
     unscorable: tuple[int, ...] = dataclasses.field(init=False)
+    needs_noisy: bool = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
         given = [name for name in _MEAN_TABLES if getattr(self, name) is not None]
@@ -70,6 +76,7 @@ class StepCoefficients:
             raise ValueError(f"std must not be negative, got {self.std.tolist()}")
         # Kept in Python, so that no call has to ask the device.
         object.__setattr__(self, "unscorable", tuple((~finite).nonzero().flatten().tolist()))
+        object.__setattr__(self, "needs_noisy", bool((self.noisy != 0).any()))
 
     def __len__(self) -> int:
         return self.data.shape[0]
@@ -79,7 +86,18 @@ class StepCoefficients:
         if self.data.to(device, dtype) is self.data:
             return self
         tables = {name: getattr(self, name) for name in (*_TABLES, *_MEAN_TABLES)}
-        return StepCoefficients(**{name: table if table is None else table.to(device, dtype) for name, table in tables.items()})
+        tables = {name: table if table is None else table.to(device, dtype) for name, table in tables.items()}
+        if dtype not in (None, self.data.dtype):
+            return StepCoefficients(**tables)
+        # Values that were checked once are not read again: on a device that would wait for it a dozen times.
+        moved = copy.copy(self)
+        vars(moved).update(tables)
+        return moved
+
+    def scoring_tables(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The five tables that score, in the order of the operators' arguments; themselves where they have that dtype already."""
+        tables = (self.data, self.noisy, self.output, self.inv_var, self.log_norm)
+        return tables if self.data.dtype == dtype else tuple(table.to(dtype) for table in tables)
 
     def require_scorable(self, step: int | None = None) -> None:
         """Raise ValueError where the row `step` (None: any row) has too small a standard deviation; reads nothing from the device."""

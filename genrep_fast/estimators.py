@@ -48,6 +48,7 @@ class ElboEstimator:
     @torch.no_grad()
     def log_likelihood(self, x: torch.Tensor) -> torch.Tensor:
         """−(1/S) Σ_s ‖target_s − o_s‖² [B, K] for clean latents x [B, C, ...], up to a constant that all classes share."""
+        self.coefficients = [tables.to(x.device) for tables in self.coefficients]
         scorer = PosteriorScorer(self.num_classes, reduction="mean")
         for row, timestep in enumerate(self.timesteps):
             noise = chain_noise(self.seed, torch.zeros(1, dtype=torch.int64, device=x.device), row, x.shape[1:]).to(x.dtype).expand_as(x)
@@ -55,7 +56,7 @@ class ElboEstimator:
             output = denoise_classes(self.denoiser, self.scheduler.add_noise(x, noise, steps)[:, None], timestep, self.num_classes)
             self.evaluations += output.shape[0] * output.shape[1]
             target = training_target(self.scheduler, x, noise, steps)[:, None, None]
-            scorer.update(x, output[:, :, None], self.coefficients[row].to(x.device), target)
+            scorer.update(x, output[:, :, None], self.coefficients[row], target)
         return scorer.log_likelihood()
 
 
@@ -112,13 +113,13 @@ class ImageChainEstimator:
         images = x.repeat_interleave(classes, 0)
         x_t = self.scheduler.add_noise(images, noise, self.timesteps[0].to(x.device).expand(len(images)))
         scorer = PosteriorScorer(classes, reduction="mixture")
-        chain = self.chain.to(x.device)
+        self.chain, self.scores = self.chain.to(x.device), {row: tables.to(x.device) for row, tables in self.scores.items()}
         for row, timestep in enumerate(self.timesteps):
             output = denoise_classes(self.denoiser, x_t.unflatten(0, (batch, classes)), timestep, classes)
             self.evaluations += batch * classes
             if row in self.kept:
-                scorer.update(x, output[:, :, None], self.scores[row].to(x.device), x_t.unflatten(0, (batch, classes))[:, :, None])
-            x_t, _ = reverse_step(x_t, output.flatten(0, 1), chain, row, seed=self.seed, chain_ids=chain_ids)
+                scorer.update(x, output[:, :, None], self.scores[row], x_t.unflatten(0, (batch, classes))[:, :, None])
+            x_t, _ = reverse_step(x_t, output.flatten(0, 1), self.chain, row, seed=self.seed, chain_ids=chain_ids)
         return scorer.log_likelihood()
 
 

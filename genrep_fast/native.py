@@ -37,7 +37,19 @@ _LISTS = {
     "combine": _TensorLists(inputs=(0,), outputs=(4,), groups=2),
     "adamw_step": _TensorLists(inputs=(4,), outputs=(0, 1, 2, 3), groups=6),
 }
-_TRITON_MODULES = {"gram": "alignment", "alignment_coefficients": "alignment", "combine": "alignment", "adamw_step": "optimizer"}
+_TRITON_MODULES = {  # file of kernels -> operators
+    "alignment": ("gram", "alignment_coefficients", "combine"),
+    "optimizer": ("adamw_step",),
+    "scoring": (
+        "log_likelihood",
+        "log_likelihood_backward",
+        "posterior",
+        "distillation_loss",
+        "distillation_loss_backward",
+        "score_update",
+    ),
+    "reverse_step": ("reverse_step",),
+}
 
 
 def register_backends() -> None:
@@ -98,8 +110,9 @@ def _register_triton() -> str | None:
         return "triton is not installed"
     if torch.version.cuda is None and os.environ.get("TRITON_INTERPRET") != "1":
         return "this torch is built without CUDA"
-    for name, module in _TRITON_MODULES.items():
-        register_implementation(name, "triton", _on_flat_memory(name, _imported_at_first_call(module, name)))
+    for module, names in _TRITON_MODULES.items():
+        for name in names:
+            register_implementation(name, "triton", _on_flat_memory(name, _imported_at_first_call(module, name)))
     return None
 
 

@@ -19,12 +19,17 @@ from .reference.scoring import (
     state_standard_error,
 )
 
+_KEPT_CLASS_LISTS = 256  # lists of classes whose tensors are kept: a stream comes back to the same few
+
 
 class PosteriorScorer:
     """Likelihoods and posterior of one batch of images, from chunks of scored steps and of classes in any order.
 
     Keeps float64 running sums of 3 ("mixture") or 2 ("mean") numbers an image and class (and location), never a chunk: the memory does not
-    grow with the number of steps. They are allocated by the first `update`, which fixes the batch. Nothing carries a gradient.
+    grow with the number of steps. They are allocated by the first `update`, which fixes the batch's shape. Nothing carries a gradient.
+
+    An update of the same shapes, dtypes and devices as the one before is not checked again. It waits for no device, so that a CUDA graph
+    can capture it.
 
     Args:
         num_classes: K >= 1.
@@ -47,6 +52,9 @@ class PosteriorScorer:
         self._dtype = torch.float32
         self._count: Tensor | None = None  # [K] int64, steps seen
         self._state: Tensor | None = None  # [3 or 2, B, K, *loc] float64
+        self._checked: tuple | None = None  # `_signature` of the last update
+        self._class_lists: dict[tuple, Tensor] = {}  # checked lists of classes, as tensors on the device
+        self._class_tensor: tuple[Tensor, int, Tensor] | None = None  # the last tensor of classes, its version, itself on the device
 
     @torch.no_grad()
     def update(
@@ -69,17 +77,25 @@ class PosteriorScorer:
             TypeError, ValueError: as in `log_likelihood`, for images that do not fit the earlier ones, and for classes out of range or
                 given twice.
         """
-        arguments = chunk_arguments(x, model_output, coefficients, x_t)
-        batch, chunk_classes, *locations = result_shape(*arguments[:3], self.per_location)
-        classes = self._check_classes(classes, chunk_classes, x.device)
-        shape = (batch, self.num_classes, *locations)
-        if self._state is not None:
-            self._check_state(shape, x.device, "x")
-        self._allocate(shape, x.device)
-        if accumulation_dtype(x) == torch.float64:
-            self._dtype = torch.float64
+        signature = _signature(x, model_output, x_t, coefficients)
+        if signature is None or signature != self._checked:
+            self._check_chunk(x, model_output, x_t, coefficients)
+        chunk = (x, _with_batch_axis(model_output, x), None if x_t is None else _with_batch_axis(x_t, x))
+        classes = self._check_classes(classes, result_shape(*chunk, False)[1], x.device)
+        self._allocate(self._result_shape(x), x.device)
+        self._checked = signature
+        dtype = accumulation_dtype(x)
+        if dtype == torch.float64:
+            self._dtype = dtype
         if len(coefficients) > 0:
-            score_update(*arguments, classes, self.reduction, self.per_location, self._count, self._state)
+            tables = coefficients.scoring_tables(dtype)
+            score_update(*chunk, *tables, classes, self.reduction, self.per_location, self._count, self._state)
+
+    def reset(self) -> None:
+        """Forget the steps seen, in place: the next batch has the same shape and device."""
+        if self._state is not None:
+            self._count.zero_()
+            self._state.copy_(empty_state(self._state.shape[1:], self.reduction, self._state.device))
 
     def merge(self, other: PosteriorScorer) -> None:
         """Add the steps that `other` has seen, which stays as it is; associative.
@@ -155,22 +171,51 @@ class PosteriorScorer:
         if device != self._state.device:
             raise ValueError(f"{name} must be on {self._state.device} like the images seen so far, got {device}")
 
+    def _check_chunk(self, x: Tensor, model_output: Tensor, x_t: Tensor | None, coefficients: StepCoefficients) -> None:
+        chunk_arguments(x, model_output, coefficients, x_t)
+        if self._state is not None:
+            self._check_state(self._result_shape(x), x.device, "x")
+
+    def _result_shape(self, x: Tensor) -> tuple[int, ...]:
+        return (x.shape[0], self.num_classes, *(x.shape[2:] if self.per_location else ()))
+
     def _check_classes(self, classes: Sequence[int] | Tensor | None, chunk_classes: int, device: torch.device) -> Tensor | None:
         if classes is None:
             if chunk_classes != self.num_classes:
                 raise ValueError(f"model_output must have all {self.num_classes} classes where classes is None, got {chunk_classes}")
             return None
-        if not isinstance(classes, Tensor):
-            if not all(isinstance(index, int) for index in classes):
-                raise TypeError(f"classes must be ints or an int64 tensor, got {classes!r}")
-            classes = torch.tensor(classes, dtype=torch.int64)
-        if classes.dtype != torch.int64:
-            raise TypeError(f"classes must be int64, got {classes.dtype}")
-        if classes.shape != (chunk_classes,):
-            raise ValueError(f"classes must be [{chunk_classes}] like the chunk's class axis, got {tuple(classes.shape)}")
+        index = self._classes_of_tensor(classes, device) if isinstance(classes, Tensor) else self._classes_of_list(tuple(classes), device)
+        if index.shape[0] != chunk_classes:
+            raise ValueError(f"classes must be [{chunk_classes}] like the chunk's class axis, got {tuple(index.shape)}")
+        return index
+
+    def _classes_of_list(self, classes: tuple[int, ...], device: torch.device) -> Tensor:
+        index = self._class_lists.get((classes, device))
+        if index is None:
+            if not all(isinstance(label, int) for label in classes):
+                raise TypeError(f"classes must be ints or an int64 tensor, got {list(classes)!r}")
+            index = torch.tensor(classes, dtype=torch.int64)
+            self._require_classes(index)
+            index = index.to(device)
+            if len(self._class_lists) == _KEPT_CLASS_LISTS:
+                self._class_lists.clear()
+            self._class_lists[classes, device] = index
+        return index
+
+    def _classes_of_tensor(self, classes: Tensor, device: torch.device) -> Tensor:
+        version = None if classes.is_inference() else classes._version  # which changes with its values
+        if version is None or self._class_tensor is None or self._class_tensor[0] is not classes or self._class_tensor[1] != version:
+            if classes.dtype != torch.int64:
+                raise TypeError(f"classes must be int64, got {classes.dtype}")
+            if classes.ndim != 1:
+                raise ValueError(f"classes must have one dimension, got {tuple(classes.shape)}")
+            self._require_classes(classes)
+            self._class_tensor = (classes, version, classes.to(device))
+        return self._class_tensor[2]
+
+    def _require_classes(self, classes: Tensor) -> None:
         require(((classes >= 0) & (classes < self.num_classes)).all(), f"classes must lie in 0...{self.num_classes - 1}", classes)
         require((classes.sort().values.diff() != 0).all(), "classes must be distinct", classes)
-        return classes.to(device)
 
     def _agree_on_shape(self, group: dist.ProcessGroup | None) -> None:
         """Allocate a state where only other processes have one; raise on all of them where they differ."""
@@ -205,3 +250,16 @@ class PosteriorScorer:
         squares += count * (mean - common).square()
         dist.all_reduce(squares, group=group)
         mean.copy_(common)
+
+
+def _signature(x: Tensor, model_output: Tensor, x_t: Tensor | None, coefficients: StepCoefficients) -> tuple | None:
+    """All that `chunk_arguments` asks of a chunk; None for one that has no such thing, which it then refuses."""
+    try:
+        tensors = (x, model_output, coefficients.data) if x_t is None else (x, model_output, coefficients.data, x_t)
+        return coefficients.unscorable, coefficients.needs_noisy, *[(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
+    except AttributeError:
+        return None
+
+
+def _with_batch_axis(tensor: Tensor, x: Tensor) -> Tensor:
+    return tensor if tensor.ndim == x.ndim + 2 else tensor.unsqueeze(0)

@@ -3,11 +3,14 @@
 import importlib
 import math
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import genrep_fast as gf
 from genrep_fast import ChainBank, StepCoefficients, chain_bank
@@ -141,26 +144,68 @@ def images(batch, dtype=torch.float64):
     return torch.randn(batch, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(batch)).to(dtype)
 
 
-@pytest.mark.parametrize("chunk", [None, 1, 250])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("elements", [None, 1, 1000, 4000])
 @pytest.mark.parametrize("batch", [1, 7, 63])
-def test_likelihood_is_the_mixture_of_torch_distributions(monkeypatch, batch, chunk):
-    if chunk:
-        monkeypatch.setattr(chain_bank, "_CHUNK_ELEMENTS", chunk)
-    bank, x = build(), images(batch)
+def test_likelihood_is_the_mixture_of_torch_distributions(monkeypatch, batch, elements, dtype):
+    if elements:
+        monkeypatch.setattr(chain_bank, "_REFERENCE_ELEMENTS", elements)
+    bank, x = build(dtype=dtype), images(batch)
     torch.testing.assert_close(bank.log_likelihood(x), mixture(bank, x), rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_residuals_that_are_written_out_are_few(monkeypatch, dtype, backend):
+    """Only the reference writes them out: one image and one class at a time where more would be too many; kernels get all at once."""
+    monkeypatch.setenv("GENREP_FAST_BACKEND", backend)  # empty: whatever is fastest
+    monkeypatch.setattr(chain_bank, "_REFERENCE_ELEMENTS", 1000)
+    parts, original = [], chain_bank.log_likelihood
+
+    def record(x, centers, tables):
+        parts.append(len(x) * centers.numel())
+        return original(x, centers, tables)
+
+    monkeypatch.setattr(chain_bank, "log_likelihood", record)
+    bank = build(dtype=dtype)
+    bank.log_likelihood(images(5, dtype))
+    kernel = dtype == torch.float32 and not backend and gf.info()["backends"]["cpu"]["available"]
+    class_elements = bank.centers[0].numel()  # 480
+    assert parts == ([5 * CLASSES * class_elements] if kernel else [2 * class_elements, class_elements] * 5)
 
 
 def test_no_images_have_no_likelihood():
     assert build().log_likelihood(images(0)).shape == (0, CLASSES)
 
 
-def test_likelihood_is_the_scoring_operators():
-    bank, x = build(), images(7)
-    scheduler = ddpm()
-    scheduler.set_timesteps(STEPS)
-    timesteps = scheduler.timesteps[3::2].repeat(CHAINS)
-    coefficients = StepCoefficients.chain(scheduler, timesteps, parameterization="mean", dtype=torch.float64)
-    torch.testing.assert_close(bank.log_likelihood(x), gf.log_likelihood(x, bank.centers, coefficients), rtol=1e-10, atol=0)
+class RecordedOutputs(TorchDispatchMode):
+    """The dtype and the number of elements of every tensor that an operator makes anew."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        known = {value.untyped_storage().data_ptr() for value in tree_leaves((arguments, keywords)) if isinstance(value, torch.Tensor)}
+        outputs = [value for value in tree_leaves(result) if isinstance(value, torch.Tensor)]
+        self.made += [(value.dtype, value.numel()) for value in outputs if value.untyped_storage().data_ptr() not in known]
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_bank_is_read_as_it_is_kept(dtype):
+    bank, x = build(dtype=dtype), images(3, torch.float32)
+    with RecordedOutputs() as recorded:
+        bank.log_likelihood(x)
+    assert max(elements for _, elements in recorded.made) <= x.numel()
+
+
+def test_refreshing_one_chain_does_not_copy_the_bank():
+    bank = build(dtype=torch.float32)
+    with RecordedOutputs() as recorded:
+        bank.refresh(Denoiser())
+    assert max(elements for dtype, elements in recorded.made if dtype == torch.float32) <= bank.centers.numel() // CHAINS
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -175,6 +220,49 @@ def test_float32_error_of_the_likelihood(dtype):
 def test_likelihood_is_differentiable_in_the_images():
     bank = build()
     assert torch.autograd.gradcheck(bank.log_likelihood, images(2).requires_grad_())
+
+
+def test_gradients_of_float32_images():
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        x = images(7).to(dtype).requires_grad_()
+        build(dtype=dtype).log_likelihood(x).sum().backward()
+        gradients.append(x.grad.double())
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("centers", "expected"),
+    [
+        ([0.0, 300.0, 400.0], [1, 0, 0]),  # gaps of 1e6 nats
+        ([300.0, 400.0, 300.0], [1 / 2, 0, 1 / 2]),  # tied at -1e6 nats
+        ([7.0, 7.0, 7.0], [1 / 3, 1 / 3, 1 / 3]),
+    ],
+)
+def test_one_hot_tied_and_uniform_posteriors(centers, expected, dtype):
+    bank = build(dtype=dtype)
+    bank.centers.copy_(torch.tensor(centers, dtype=dtype).reshape(CLASSES, 1, 1, 1, 1).expand_as(bank.centers))
+    likelihood = bank.log_likelihood(torch.zeros(1, *SHAPE, dtype=dtype))
+    torch.testing.assert_close(likelihood, mixture(bank, torch.zeros(1, *SHAPE)).to(dtype))
+    torch.testing.assert_close(gf.posterior(likelihood).exp(), torch.tensor([expected], dtype=dtype))
+
+
+def test_many_classes():
+    bank = ChainBank.build(
+        lambda x, timesteps, labels: x * labels[:, None] / 20_000,
+        ddpm(),
+        20_000,
+        (2,),
+        num_inference_steps=2,
+        chains=1,
+        burn_in=0,
+        thin=1,
+        seed=0,
+        batch_size=20_000,
+    )
+    x = torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(bank.log_likelihood(x).double(), mixture(bank, x), rtol=1e-5, atol=1e-5)
 
 
 def test_a_nan_stays_in_its_class_and_image():
@@ -289,6 +377,15 @@ def test_a_file_that_is_no_bank_gets_one_clear_error(tmp_path, content):
         ChainBank.load(path)
 
 
+def test_a_loaded_bank_is_mapped_into_memory_and_leaves_its_file_alone(tmp_path):
+    path = tmp_path / "bank.safetensors"
+    build().save(path)
+    before, loaded = path.read_bytes(), ChainBank.load(path)
+    assert "bank.safetensors" in Path("/proc/self/maps").read_text()
+    loaded.refresh(Denoiser(), chains=CHAINS)
+    assert path.read_bytes() == before and not torch.equal(loaded.centers, ChainBank.load(path).centers)
+
+
 def test_a_missing_file_is_missing(tmp_path):
     with pytest.raises(FileNotFoundError):
         ChainBank.load(tmp_path / "bank.safetensors")
@@ -297,8 +394,12 @@ def test_a_missing_file_is_missing(tmp_path):
 def test_a_failing_refresh_changes_nothing():
     bank = build()
     before = bank.centers.clone()
+
+    def wrong_for_the_last_class(x, timesteps, labels):
+        return x[:, :1] if labels[0] == CLASSES - 1 else x
+
     with pytest.raises(ValueError, match="denoiser must return"):
-        bank.refresh(lambda x, timesteps, labels: x[:, :1], chains=2)
+        bank.refresh(wrong_for_the_last_class, chains=2, batch_size=2)
     assert torch.equal(bank.centers, before)
     bank.refresh(Denoiser())
     assert changed_chains(before, bank.centers) == [0]

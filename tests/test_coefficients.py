@@ -419,6 +419,29 @@ def test_tables_given_directly_are_kept():
     assert len(StepCoefficients(**{name: table[:0] for name, table in tables().items()})) == 0
 
 
+def test_another_device_gets_the_tables_without_a_second_check():
+    """meta holds no values that could be read."""
+    coefficients = StepCoefficients(**tables(inv_var=torch.tensor([1.0, math.inf, 2.0])))
+    moved = coefficients.to("meta")
+    assert moved.data.device.type == moved.log_norm.device.type == "meta" and moved.unscorable == (1,) and moved.needs_noisy
+    assert coefficients.data.device.type == "cpu"
+
+
+def test_tables_know_whether_the_noisy_input_is_needed():
+    assert StepCoefficients(**tables(noisy=torch.tensor([0.0, 0.0, 1e-30]))).needs_noisy
+    assert not StepCoefficients(**tables(noisy=torch.zeros(3))).needs_noisy
+    assert not StepCoefficients.elbo(ddpm(prediction_type="sample"), [5, 500]).needs_noisy
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scoring_tables_stand_in_the_order_of_the_operators(dtype):
+    coefficients = StepCoefficients(**tables())
+    given = (coefficients.data, coefficients.noisy, coefficients.output, coefficients.inv_var, coefficients.log_norm)
+    for table, expected in zip(coefficients.scoring_tables(dtype), given, strict=True):
+        assert table.dtype == dtype and torch.equal(table.float(), expected)
+        assert (table is expected) == (dtype == torch.float32)
+
+
 def test_normal_tables_normalise_the_density():
     std = torch.tensor([0.3, 1e-6, 0.0, 2.0], dtype=torch.float64)
     inv_var, log_norm = normal_tables(std)

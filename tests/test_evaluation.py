@@ -227,6 +227,7 @@ def evaluated(tmp_path_factory, templates, splits, scheduler):
             settings=SETTINGS,
             history=HISTORY,
             timings={"stage_0": 1.5},
+            teacher={"percent_of_a_training_step": 3.14159, "seconds_in_steps": 2.0},
             progress=lambda what, fraction: progress.append(fraction),
         )
     return SimpleNamespace(metrics=metrics, output_dir=output_dir, progress=progress, fits=fits, model=model)
@@ -277,6 +278,7 @@ def test_metrics_state_their_sizes_evaluations_and_times(evaluated):
     assert metrics["seconds"].pop("training") == {"stage_0": 1.5}
     assert set(metrics["seconds"]) == {"head", "posterior", "classifier", "generation", "out_of_distribution"}
     assert metrics["training"]["stage_2"] == HISTORY[-1]
+    assert metrics["teacher"] == {"percent_of_a_training_step": 3.14159, "seconds_in_steps": 2.0}
 
 
 def test_posterior_is_calibrated_on_the_calibration_split(evaluated, templates, splits, scheduler):
@@ -308,6 +310,7 @@ def test_files_are_complete_and_the_report_is_self_contained(evaluated):
     assert not re.search(r'(src|href)="(?!data:)', report)
     for row in SUMMARY:
         assert row.name in report
+    assert "<p>Teacher: 3.1% of a training step.</p>" in report
     assert "not measured" not in report and "&lt;c&gt;" in report and "<c>" not in report
 
 
@@ -354,6 +357,7 @@ def test_smallest_evaluation_runs(tmp_path, templates, splits, scheduler):
         "generation.frechet_ratio",
     ]
     assert {path.stem for path in (tmp_path / "figures").iterdir()} == FIGURES
+    assert "Teacher:" not in (tmp_path / "report.html").read_text()
 
 
 def test_interrupted_writing_leaves_the_former_file_whole(tmp_path, evaluated, monkeypatch):

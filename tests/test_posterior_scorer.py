@@ -10,16 +10,18 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import genrep_fast as gf
+from genrep_fast import posterior_scorer
 
 REDUCTIONS = ("mixture", "mean")
 LOCATIONS = (False, True)
 BATCH, CLASSES, STEPS, SHAPE = 2, 5, 7, (3, 4)  # SHAPE: C, location
 
 
-def coefficients(steps):
-    std = torch.linspace(0.5, 2, max(steps, 1), dtype=torch.float64)[:steps]
+def coefficients(steps, smallest=0.5):
+    std = torch.linspace(smallest, 2, max(steps, 1), dtype=torch.float64)[:steps]
     log_norm = -0.5 * torch.log(2 * math.pi * std**2)
     tables = {"data": torch.ones(steps), "noisy": -std, "output": -std.flip(0), "inv_var": 1 / std**2, "log_norm": log_norm}
     return gf.StepCoefficients(**{name: table.double() for name, table in tables.items()})
@@ -202,10 +204,9 @@ def test_a_hundred_thousand_updates_lose_nothing(reduction):
     output = torch.randn(updates, 1, 2, 1, 1, generator=generator) + torch.tensor([0.0, 141.0]).reshape(2, 1, 1)
     scorer = gf.PosteriorScorer(2, reduction=reduction)
     one = torch.ones(1)
-    x, tables = torch.zeros(1, 1), (0 * one, 0 * one, one, one, 0 * one)
-    scorer.update(x, output[0], gf.StepCoefficients(*tables))
-    for step in range(1, updates):  # the operator alone: the checks of `update` would take as long again
-        torch.ops.genrep_fast.score_update(x, output[step], None, *tables, None, reduction, False, scorer._count, scorer._state)
+    x, tables = torch.zeros(1, 1), gf.StepCoefficients(data=0 * one, noisy=0 * one, output=one, inv_var=one, log_norm=0 * one)
+    for step in range(updates):
+        scorer.update(x, output[step], tables)
     steps = (-0.5 * output.square()).double().reshape(updates, 2)
     expected = steps.mean(0) if reduction == "mean" else steps.logsumexp(0) - math.log(updates)
     error = (
@@ -214,6 +215,172 @@ def test_a_hundred_thousand_updates_lose_nothing(reduction):
     print(f"{reduction}: relative error {error.max().item():.3g}, tolerance 1e-6")
     assert error.max() < 1e-6
     torch.testing.assert_close(scorer.log_likelihood()[0].double(), expected, rtol=1e-6, atol=0)
+
+
+def distances(x, output, std):
+    """Log-likelihoods of N(x; o, std² I), float64 [B, K, S], for x [B, D], o [K, S, D], std [S]"""
+    squares = (x.double()[:, None, None] - output.double()).square().sum(-1)
+    return -0.5 * squares / std**2 - x.shape[1] * (std.log() + 0.5 * math.log(2 * math.pi))
+
+
+@pytest.mark.parametrize(("classes", "steps"), [(20_000, 3), (3, 1000)])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_many_classes_and_many_steps(reduction, classes, steps):
+    generator = torch.Generator().manual_seed(0)
+    x, output = torch.randn(2, 5, generator=generator), torch.randn(classes, steps, 5, generator=generator)
+    std = torch.linspace(0.3, 3, steps, dtype=torch.float64)
+    one = torch.ones_like(std)
+    tables = {"data": one, "noisy": 0 * one, "output": -one, "inv_var": 1 / std**2, "log_norm": -(std.log() + 0.5 * math.log(2 * math.pi))}
+    scorer = gf.PosteriorScorer(classes, reduction=reduction)
+    half = classes // 2
+    for labels in (list(range(half, classes)), torch.arange(half)):
+        for chunk in torch.arange(steps).split(400):
+            part = gf.StepCoefficients(**{name: table[chunk].float() for name, table in tables.items()})
+            scorer.update(x, output[labels][:, chunk], part, classes=labels)
+    expected = distances(x, output, std)
+    expected = expected.mean(2) if reduction == "mean" else expected.logsumexp(2) - math.log(steps)
+    torch.testing.assert_close(scorer.log_likelihood().double(), expected, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(scorer.posterior().double().exp(), expected.softmax(1), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("centers", "expected"),
+    [
+        ([0.0, 1500.0, 2000.0, 2500.0], [1, 0, 0, 0]),  # gaps of more than 1e6 nats
+        ([1500.0, 2000.0, 1500.0, 1500.0], [1 / 3, 0, 1 / 3, 1 / 3]),  # tied at -1e6 nats
+        ([7.0, 7.0, 7.0, 7.0], [1 / 4, 1 / 4, 1 / 4, 1 / 4]),
+    ],
+)
+def test_one_hot_tied_and_uniform_posteriors(centers, expected):
+    one = torch.ones(2)
+    tables = gf.StepCoefficients(data=one, noisy=0 * one, output=-one, inv_var=one, log_norm=0 * one)
+    scorer = gf.PosteriorScorer(4)
+    scorer.update(torch.zeros(1, 1), torch.tensor(centers).reshape(4, 1, 1).expand(4, 2, 1), tables)
+    torch.testing.assert_close(scorer.posterior().exp(), torch.tensor([expected], dtype=torch.float32))
+    excluded = scorer.posterior(log_prior=torch.tensor([-math.inf, 0, 0, 0])).exp()
+    assert excluded[0, 0] == 0 and excluded.sum().item() == pytest.approx(1)
+
+
+def test_nan_reaches_the_posterior_of_its_own_image_alone():
+    x, model_output, x_t = example(torch.float32)
+    model_output[1, 2, 3] = math.nan
+    scorer = gf.PosteriorScorer(CLASSES)
+    scorer.update(x, model_output, coefficients(STEPS), x_t)
+    likelihood, clean = scorer.log_likelihood(), one_shot("mixture").float()
+    assert likelihood.isnan().nonzero().tolist() == [[1, 2]]
+    torch.testing.assert_close(likelihood[~likelihood.isnan()], clean[~likelihood.isnan()])
+    assert scorer.posterior()[1].isnan().all() and scorer.posterior()[0].isfinite().all()
+
+
+class RecordedOperators(TorchDispatchMode):
+    """Names of the operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        self.names.append(function.overloadpacket._qualified_op_name)
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize("classes", [None, [4, 0, 2, 1, 3], torch.arange(CLASSES)])
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_repeated_update_calls_the_kernel_and_nothing_else(monkeypatch, classes, shared):
+    """Nothing else that a CUDA graph could not capture or that a device would have to be waited for."""
+    x, model_output, x_t = example(torch.float32)
+    chunks = [gf.StepCoefficients(*coefficients(STEPS).scoring_tables(torch.float32)) for _ in range(2)]
+    scorer = gf.PosteriorScorer(CLASSES)
+    model_output, x_t = (model_output[0], x_t[0]) if shared else (model_output, x_t)
+    scorer.update(x, model_output, chunks[0], x_t, classes)
+    monkeypatch.setattr(posterior_scorer, "chunk_arguments", None)
+    with RecordedOperators() as recorded:
+        scorer.update(x, model_output, chunks[1], x_t, classes)
+    assert [name for name in recorded.names if name != "aten::unsqueeze"] == ["genrep_fast::score_update"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "match"),
+    [
+        ({"x": example(torch.bfloat16)[0].double()}, TypeError, "float64 if and only if"),
+        ({"x": example(torch.float32)[0].tolist()}, TypeError, "x must be a tensor, got list"),
+        ({"model_output": example(torch.float32)[1][:, :4]}, ValueError, "all 5 classes"),
+        ({"model_output": example(torch.float32)[1].to("meta")}, ValueError, "model_output must be on cpu"),
+        ({"x_t": None}, ValueError, "x_t must be given"),
+        ({"x_t": example(torch.float32)[2].long()}, TypeError, "x_t must be float32"),
+        ({"coefficients": None}, TypeError, "coefficients must be StepCoefficients"),
+        ({"coefficients": coefficients(STEPS - 1)}, ValueError, "model_output must have the coefficients' 6 steps"),
+        ({"coefficients": coefficients(STEPS, smallest=0.0)}, ValueError, r"rows \[0\] .* cannot be scored"),
+        ({"coefficients": coefficients(STEPS).to("meta")}, ValueError, "coefficients must be on cpu"),
+    ],
+)
+def test_an_update_unlike_the_one_before_is_checked(changed, error, match):
+    arguments = dict(zip(("x", "model_output", "x_t"), example(torch.float32), strict=True)) | {"coefficients": coefficients(STEPS)}
+    scorer = gf.PosteriorScorer(CLASSES)
+    for _ in range(2):
+        scorer.update(**arguments)
+        with pytest.raises(error, match=match):
+            scorer.update(**arguments | changed)
+
+
+def test_a_tensor_of_classes_is_checked_again_when_it_has_changed():
+    x, model_output, x_t = example()
+    classes = torch.arange(CLASSES)
+    scorer = gf.PosteriorScorer(CLASSES)
+    scorer.update(x, model_output, coefficients(STEPS), x_t, classes)
+    classes[0] = CLASSES
+    for given in (classes, classes.clone()):
+        with pytest.raises(ValueError, match="classes must lie in"):
+            scorer.update(x, model_output, coefficients(STEPS), x_t, given)
+    with torch.inference_mode():
+        classes = torch.arange(CLASSES).flip(0)
+        scorer.update(x, model_output, coefficients(STEPS), x_t, classes)
+        classes[0] = 0
+        with pytest.raises(ValueError, match="classes must be distinct"):
+            scorer.update(x, model_output, coefficients(STEPS), x_t, classes)
+
+
+def test_lists_of_classes_do_not_pile_up(monkeypatch):
+    monkeypatch.setattr(posterior_scorer, "_KEPT_CLASS_LISTS", 3)
+    scorer = feed(gf.PosteriorScorer(CLASSES), [(list(labels), [0]) for labels in itertools.permutations(range(CLASSES), 2)])
+    assert len(scorer._class_lists) <= 3
+    torch.testing.assert_close(scorer._count, torch.full((CLASSES,), 2 * (CLASSES - 1)))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_reset_starts_anew_in_the_same_memory(reduction):
+    scorer = gf.PosteriorScorer(CLASSES, reduction=reduction)
+    scorer.reset()
+    feed(scorer, random_chunks(2))
+    memory = scorer._state.data_ptr(), scorer._count.data_ptr()
+    scorer.reset()
+    assert (scorer.log_likelihood() == -math.inf).all()
+    feed(scorer, [(None, [1, 4])])
+    torch.testing.assert_close(scorer.log_likelihood(), one_shot(reduction, steps=[1, 4]))
+    assert (scorer._state.data_ptr(), scorer._count.data_ptr()) == memory
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_cuda_graph_captures_updates():
+    x, model_output, x_t = (tensor.cuda() for tensor in example(torch.float32))
+    tables = coefficients(STEPS).to("cuda", torch.float32)
+    chunks = [(labels, model_output[:, labels].contiguous()) for labels in ([4, 0, 2], torch.tensor([1, 3], device="cuda"))]
+    scorer = gf.PosteriorScorer(CLASSES)
+
+    def score():
+        scorer.reset()
+        for labels, chunk in chunks:
+            scorer.update(x, chunk, tables, x_t, labels)
+        return scorer.posterior(temperature=3.0)
+
+    score()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = score()
+    x.copy_(x.flip(0))
+    graph.replay()
+    expected = gf.posterior(gf.log_likelihood(x, model_output, tables, x_t), temperature=3.0)
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_state_is_small_and_carries_no_gradient():
@@ -310,8 +477,7 @@ def test_queries_before_the_first_update_are_refused(query):
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_update_compiles_without_a_graph_break(backend):
     x, model_output, x_t = example(torch.float32)
-    tables = coefficients(STEPS)
-    chunk = (x, model_output, x_t, tables.data, tables.noisy, tables.output, tables.inv_var, tables.log_norm)
+    chunk = (x, model_output, x_t, *coefficients(STEPS).scoring_tables(torch.float32))
 
     def update(count, state):
         torch.ops.genrep_fast.score_update(*chunk, None, "mixture", False, count, state)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -19,15 +20,19 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import DDPMScheduler
 from PIL import Image
+from rich.console import Console
 from torch.distributions import Normal, kl_divergence
 
 import genrep_fast as gf
 from genrep_fast import GenRepPipeline, cli
 from genrep_fast.data import DataSplits, ImageDataset
-from genrep_fast.training import Trainer, TrainingConfig, losses
+from genrep_fast.training import Trainer, TrainingConfig, losses, progress
 from genrep_fast.training import trainer as trainer_module
 from genrep_fast.training.losses import GenerationLoss, perception_loss, stratified_timesteps
+from genrep_fast.training.run import closing_table
+from genrep_fast.training.teacher import Teacher
 
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 NUM_CLASSES = 3
 TIMES = ("teacher_seconds",)
 
@@ -278,6 +283,62 @@ def test_every_teacher_and_precision_trains(make_config, teacher, precision):
         return
     assert history[-1]["teacher_evaluations"] > history[1]["teacher_evaluations"] > 0
     assert trainer.state.teacher.temperature > 0 and 0 <= trainer.state.teacher.accuracy <= 1
+
+
+def test_the_teachers_share_of_a_step_is_told(make_config, monkeypatch):
+    """The scores of 6 batches in the steps of the last stages; the calibration's one batch and 3 refreshes are told apart."""
+    clock = SimpleNamespace(seconds=0.0)
+    monkeypatch.setattr(progress, "wall_clock", lambda device: clock.seconds)
+    monkeypatch.setattr(trainer_module, "time", SimpleNamespace(perf_counter=lambda: clock.seconds))
+
+    def takes(seconds, owner, name):
+        original = getattr(owner, name)
+
+        def slow(*arguments, **options):
+            clock.seconds += seconds
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, slow)
+
+    takes(3, gf.ChainBank, "log_likelihood")
+    takes(50, gf.ChainBank, "refresh")
+    takes(7, Trainer, "_step")
+    trainer = train(make_config())
+    teacher = trainer.state.teacher
+    assert (teacher.in_steps.seconds, teacher.apart.seconds) == (6 * 3, 3 * 50 + 3)
+    assert trainer.state.seconds == {"diffusion": 3 * 7, "perception": 2 * 10, "joint": 4 * 10}
+    assert trainer.state.teacher_percent == pytest.approx(30)
+    terminal = Console(record=True, width=120)
+    terminal.print(closing_table(trainer, None, 0.0))
+    assert re.search("teacher +│ 30.0% of a training step", terminal.export_text())
+
+
+def test_the_teachers_share_survives_a_checkpoint(finished_run):
+    config, _ = finished_run
+    trainer = resume(config, config.output)
+    again = Teacher(config, trainer.model.frozen_copy(), trainer.scheduler)
+    again.load_state_dict(trainer.state.teacher.state_dict())
+    for name in ("in_steps", "apart"):
+        assert getattr(again, name).seconds == getattr(trainer.state.teacher, name).seconds > 0
+    assert 0 < trainer.state.teacher_percent < 100
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+def test_a_stopwatch_adds_up_its_blocks(device):
+    """On a GPU the seconds of the device, which are many more than those of the calls that ask for its work."""
+    stopwatch, matrix = progress.Stopwatch(torch.device(device)), torch.ones(8192, 8192, device=device) if device == "cuda" else None
+    for _ in range(2):
+        with stopwatch:
+            if device == "cuda":
+                matrix @ matrix
+            else:
+                time.sleep(0.01)
+    first = stopwatch.seconds
+    assert (0.02 if device == "cpu" else 0.001) < first == stopwatch.seconds
+    stopwatch.seconds = 3.0
+    with stopwatch:
+        pass
+    assert 3 <= stopwatch.seconds < 3.5
 
 
 @pytest.mark.parametrize("teacher", ["image_chain", "elbo", "none"])
@@ -700,7 +761,8 @@ def test_perception_loss_equals_an_explicit_sum(labelled):
     generator = torch.Generator().manual_seed(0)
     logits, teacher = torch.randn(5, 4, generator=generator), 30 * torch.randn(5, 4, generator=generator)
     labels = torch.tensor([3, 1, 0, 2, 2])
-    loss, parts = perception_loss(logits, labels, torch.tensor(labelled), teacher, temperature=20.0, distillation_weight=0.6)
+    distillation = gf.distillation_loss(logits, teacher, temperature=20.0)
+    loss, parts = perception_loss(logits, labels, torch.tensor(labelled), distillation, distillation_weight=0.6)
     student = logits.double().log_softmax(1)
     target = (teacher.double() / 20).softmax(1)
     losses_of_labelled = [-student[i, labels[i]].item() for i in range(5) if labelled[i]]

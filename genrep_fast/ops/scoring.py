@@ -195,7 +195,8 @@ def chunk_arguments(
     if model_output.shape[3] < channels:
         raise ValueError(f"model_output must have at least x's {channels} channels, got {model_output.shape[3]}")
     if x_t is None:
-        require((coefficients.noisy == 0).all(), "x_t must be given: the coefficients' noisy is not zero")
+        if coefficients.needs_noisy:
+            raise ValueError("x_t must be given: the coefficients' noisy is not zero")
     else:
         if x_t.shape[2] not in (1, steps):
             raise ValueError(f"x_t must have 1 step or the coefficients' {steps}, got {x_t.shape[2]}")
@@ -204,16 +205,14 @@ def chunk_arguments(
         if x_t.shape[1] != model_output.shape[1] and 1 not in (x_t.shape[1], model_output.shape[1]):
             raise ValueError(f"x_t must have model_output's {model_output.shape[1]} classes or 1, got {x_t.shape[1]}")
     _check_device(x.device, model_output=model_output, x_t=x_t, coefficients=coefficients.data)
-    dtype = reference.accumulation_dtype(x)
-    tables = (coefficients.data, coefficients.noisy, coefficients.output, coefficients.inv_var, coefficients.log_norm)
-    return x, model_output, x_t, *(table.to(dtype) for table in tables)
+    return x, model_output, x_t, *coefficients.scoring_tables(reference.accumulation_dtype(x))
 
 
 def result_shape(x: Tensor, model_output: Tensor, x_t: Tensor | None, per_location: bool) -> tuple[int, ...]:
     """[B, K, *loc] of the likelihoods of `chunk_arguments`."""
     classes = model_output.shape[1]
-    if x_t is not None:
-        classes = torch.broadcast_shapes((classes,), (x_t.shape[1],))[0]
+    if x_t is not None and classes == 1:
+        classes = x_t.shape[1]
     return (x.shape[0], classes, *(x.shape[2:] if per_location else ()))
 
 

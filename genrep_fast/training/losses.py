@@ -9,24 +9,21 @@ from torch import nn
 from ..coefficients import StepCoefficients
 from ..estimators import training_target
 from ..models import GenRep
-from ..ops.scoring import distillation_loss
 
 
 def perception_loss(
     logits: torch.Tensor,
     labels: torch.Tensor,
     labelled: torch.Tensor,
-    teacher: torch.Tensor | None,
+    distillation: torch.Tensor | None,
     *,
-    temperature: float = 1.0,
     distillation_weight: float = 1.0,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """L_percept = L_disc + λ·L_distil.
 
     Args:
         logits: [B, K] of the head; labels: int64 [B]; labelled: bool [B], which of the labels L_disc may use.
-        teacher: log p(x|y) [B, K] of an estimator, or None for no distillation.
-        temperature: τ of the teacher's posterior.
+        distillation: L_distil of the same logits (`Teacher.distillation_loss`), or None for no distillation.
         distillation_weight: λ.
 
     Returns:
@@ -34,9 +31,8 @@ def perception_loss(
     """
     per_image = F.cross_entropy(logits, labels, reduction="none")
     discrimination = (per_image * labelled).sum() / labelled.sum().clamp(min=1)
-    if teacher is None:
+    if distillation is None:
         return discrimination, {"discrimination": discrimination}
-    distillation = distillation_loss(logits, teacher, temperature=temperature)
     return discrimination + distillation_weight * distillation, {"discrimination": discrimination, "distillation": distillation}
 
 

@@ -23,6 +23,49 @@ def wall_clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
+class Stopwatch:
+    """Seconds spent in its ``with`` blocks; on a GPU those between events in its stream, so that nothing waits for it before they are read.
+
+    Args:
+        device: where the timed work runs.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self._seconds, self._running = device, 0.0, None
+        self._blocks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # not read yet
+
+    def __enter__(self) -> None:
+        self._running = self._mark()
+
+    def __exit__(self, *exception) -> None:
+        start, end = self._running, self._mark()
+        if self.device.type == "cuda":
+            self._blocks.append((start, end))
+        else:
+            self._seconds += end - start
+
+    @property
+    def seconds(self) -> float:
+        """Sum over all blocks; waits for the device where one of them may not be done."""
+        for start, end in self._blocks:
+            end.synchronize()
+            self._seconds += start.elapsed_time(end) / 1000
+        self._blocks.clear()
+        return self._seconds
+
+    @seconds.setter
+    def seconds(self, value: float) -> None:
+        self._seconds = value
+        self._blocks.clear()
+
+    def _mark(self) -> float | torch.cuda.Event:
+        if self.device.type != "cuda":
+            return wall_clock(self.device)
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+
 class StageProgress:
     """Progress of one stage, from step `start` to step `end` of the run; a context manager."""
 

@@ -12,8 +12,8 @@ from ..data import load_data
 from ..evaluation import EvaluationSettings, evaluate
 from .config import STAGES, TrainingConfig
 from .progress import console, evaluation_progress, wall_clock
-from .teacher import Teacher, planned_evaluations
-from .trainer import Trainer
+from .teacher import planned_evaluations
+from .trainer import Trainer, TrainingState
 
 # Forward and backward passes of the backbone in a step of each stage; a forward pass alone counts a third.
 _PASSES = {"diffusion": 1.0, "perception": 1.0, "joint": 2 + 1 / 3}
@@ -55,10 +55,10 @@ def run(config: TrainingConfig, settings: EvaluationSettings | None = None) -> d
                 settings=settings,
                 history=trainer.state.history,
                 timings=trainer.state.seconds,
-                teacher=_teacher_facts(trainer.state.teacher),
+                teacher=_teacher_facts(trainer.state),
                 progress=progress,
             )
-    console.print(_closing_table(trainer, metrics, time.perf_counter() - started))
+    console.print(closing_table(trainer, metrics, time.perf_counter() - started))
     console.print(f"wrote {config.output}: model/, history.jsonl" + (", metrics.json, report.html, figures/" if metrics else ""))
     return metrics
 
@@ -74,12 +74,15 @@ def evaluation_settings(config: TrainingConfig) -> EvaluationSettings:
     )
 
 
-def _teacher_facts(teacher: Teacher | None) -> dict[str, float]:
+def _teacher_facts(state: TrainingState) -> dict[str, float]:
+    teacher = state.teacher
     if teacher is None:
         return {}
     return {
+        "percent_of_a_training_step": state.teacher_percent,
         "network_evaluations": teacher.evaluations,
-        "seconds": teacher.seconds,
+        "seconds_in_steps": teacher.in_steps.seconds,
+        "seconds_apart": teacher.apart.seconds,
         "temperature": teacher.temperature,
         "calibration_top1": teacher.accuracy,
     }
@@ -127,13 +130,15 @@ def result_table(metrics: dict | None) -> Table:
     return table
 
 
-def _closing_table(trainer: Trainer, metrics: dict | None, evaluation_seconds: float) -> Table:
+def closing_table(trainer: Trainer, metrics: dict | None, evaluation_seconds: float) -> Table:
+    """Results, where there are any, and the times of a finished run."""
     table = result_table(metrics)
     for stage in STAGES:
         table.add_row(f"time, {stage}", _minutes(trainer.state.seconds[stage]))
     teacher = trainer.state.teacher
     if teacher is not None:
-        table.add_row(f"time, teacher ({teacher.evaluations} network evaluations)", _minutes(teacher.seconds))
+        table.add_row(f"time, teacher outside the steps ({teacher.evaluations} evaluations)", _minutes(teacher.apart.seconds))
+        table.add_row("teacher", f"{trainer.state.teacher_percent:.1f}% of a training step")
     if metrics:
         table.add_row("time, evaluation", _minutes(evaluation_seconds))
     return table

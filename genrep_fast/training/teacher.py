@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 
 import torch
@@ -10,9 +9,9 @@ import torch
 from ..chain_bank import ChainBank
 from ..estimators import ElboEstimator, ImageChainEstimator
 from ..models import GenRep
-from ..ops.scoring import fit_temperature
+from ..ops.scoring import distillation_loss, fit_temperature
 from .config import TrainingConfig
-from .progress import wall_clock
+from .progress import Stopwatch
 
 # Chosen by negative log-likelihood on the calibration split of the digits: many short chains beat few long ones at the same cost.
 _CENTER, _SIGMA_FLOOR = "sample", 0.2
@@ -45,12 +44,14 @@ class Teacher:
         temperature: τ of the posterior, calibrated by `prepare`.
         accuracy: top-1 of the posterior on the calibration images, also of `prepare`.
         evaluations: images that went through the network, once a class and step.
-        seconds: wall time spent here.
+        in_steps: stopwatch of the training steps: the scores of their images and the distillation loss (its forward pass).
+        apart: stopwatch of everything else, the bank's chains and the calibration.
     """
 
     def __init__(self, config: TrainingConfig, model: GenRep, scheduler):
         self.config, self.model, self.scheduler = config, model, scheduler
-        self.temperature, self.accuracy, self.seconds = 1.0, 0.0, 0.0
+        self.temperature, self.accuracy = 1.0, 0.0
+        self.in_steps, self.apart = Stopwatch(model.device), Stopwatch(model.device)
         self.estimator = None if config.teacher == "bank" else self._online_estimator()
 
     @property
@@ -59,22 +60,22 @@ class Teacher:
 
     def prepare(self, images: torch.Tensor, labels: torch.Tensor) -> None:
         """Build the bank where there is one, and calibrate the temperature on images [N, C, H, W], labels [N] that serve nothing else."""
-        with self._timed():
+        with self.apart:
             if self.config.teacher == "bank":
                 self.estimator = self._build_bank()
-        scores = torch.cat([self.log_likelihood(batch) for batch in images.split(_BATCH)])
-        self.temperature = fit_temperature(scores, labels)
-        self.accuracy = (scores.argmax(1) == labels).float().mean().item()
+            scores = torch.cat([self.estimator.log_likelihood(batch) for batch in images.split(_BATCH)])
+            self.temperature = fit_temperature(scores, labels)
+            self.accuracy = (scores.argmax(1) == labels).float().mean().item()
 
-    def log_likelihood(self, x: torch.Tensor) -> torch.Tensor:
-        """log p(x|y) [B, K] of clean latents [B, C, H, W], up to a constant that all classes share."""
-        with self._timed():
-            return self.estimator.log_likelihood(x)
+    def distillation_loss(self, logits: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """L_distil = KL(p ‖ softmax(logits)) in nats, with the teacher's posterior p of clean latents x [B, C, H, W]; logits [B, K]."""
+        with self.in_steps:
+            return distillation_loss(logits, self.estimator.log_likelihood(x), temperature=self.temperature)
 
     def refresh(self) -> None:
         """Renew a part of the bank's chains; the other estimators keep nothing that could age."""
         if self.config.teacher == "bank":
-            with self._timed():
+            with self.apart:
                 self.estimator.refresh(self._denoise, chains=max(1, scaled_chains(self.config) // _REFRESH))
 
     def save(self, directory: Path) -> None:
@@ -92,13 +93,15 @@ class Teacher:
             "model": self.model.trained_state(),
             "temperature": self.temperature,
             "accuracy": self.accuracy,
-            "seconds": self.seconds,
+            "seconds_in_steps": self.in_steps.seconds,
+            "seconds_apart": self.apart.seconds,
             "evaluations": self.evaluations,
         }
 
     def load_state_dict(self, state: dict) -> None:
         self.model.load_state_dict(self.model.state_dict() | state["model"])
-        self.temperature, self.accuracy, self.seconds = state["temperature"], state["accuracy"], state["seconds"]
+        self.temperature, self.accuracy = state["temperature"], state["accuracy"]
+        self.in_steps.seconds, self.apart.seconds = state["seconds_in_steps"], state["seconds_apart"]
         if self.config.teacher != "bank":  # a bank keeps its own count
             self.estimator.evaluations = state["evaluations"]
 
@@ -130,11 +133,3 @@ class Teacher:
 
     def _denoise(self, x_t: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return self.model(x_t, timesteps, labels, modulate=False).sample
-
-    @contextlib.contextmanager
-    def _timed(self):
-        start = wall_clock(self.model.device)
-        try:
-            yield
-        finally:
-            self.seconds += wall_clock(self.model.device) - start

@@ -105,18 +105,15 @@ class Trainer:
             self.aligner.weights = self.config.gradient_weights if stage == 2 else (1, 1)
             self.wrapped.train()
             while state.step < end:
-                started, taught = time.perf_counter(), state.teacher_seconds
+                started = time.perf_counter()
                 metrics = self._step(stage, batches)
                 state.step += 1
-                refresh = self.config.teacher_refresh
-                if state.teacher is not None and refresh and state.step % refresh == 0:
-                    state.teacher.refresh()
-                teacher_seconds = state.teacher_seconds - taught
-                state.seconds[STAGES[stage]] += time.perf_counter() - started - teacher_seconds
+                refreshing = self._refresh_teacher()
                 last = state.step == end
                 if last or state.step % self.config.log_every == 0:
-                    state.log(stage, metrics)
+                    state.log(stage, metrics)  # which waits for the device, so the sum of the times is right on a GPU too
                     progress.update(state.step, state.history[-1])
+                state.seconds[STAGES[stage]] += time.perf_counter() - started - refreshing
                 if last or state.step % self.config.checkpoint_every == 0:
                     self._checkpoint()
 
@@ -172,16 +169,20 @@ class Trainer:
     def _perception(self, x: torch.Tensor, labels: torch.Tensor, labelled: torch.Tensor) -> dict[str, torch.Tensor]:
         teacher = self.state.teacher
         with self.accelerator.autocast():
-            loss, parts = perception_loss(
-                self.model.perceive(x),
-                labels,
-                labelled,
-                None if teacher is None else teacher.log_likelihood(x),
-                temperature=1.0 if teacher is None else teacher.temperature,
-                distillation_weight=self.config.distillation_weight,
-            )
+            logits = self.model.perceive(x)
+            distillation = None if teacher is None else teacher.distillation_loss(logits, x)
+            loss, parts = perception_loss(logits, labels, labelled, distillation, distillation_weight=self.config.distillation_weight)
         self.accelerator.backward(loss)
         return {"perception": loss, **parts}
+
+    def _refresh_teacher(self) -> float:
+        """Renew a part of the teacher's bank where it is time to; the seconds that this took."""
+        teacher, every = self.state.teacher, self.config.teacher_refresh
+        if teacher is None or not every or self.state.step % every != 0:
+            return 0.0
+        before = teacher.apart.seconds
+        teacher.refresh()
+        return teacher.apart.seconds - before
 
     def _ema_decay(self, stage: int) -> float:
         """After n steps of a stage (1 + n) / (10 + n), up to the configured one; 0 for the first, as in diffusers' EMAModel."""
@@ -258,8 +259,10 @@ class TrainingState:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
 
     @property
-    def teacher_seconds(self) -> float:
-        return 0.0 if self.teacher is None else self.teacher.seconds
+    def teacher_percent(self) -> float:
+        """What the teacher takes of a training step of the stages that it teaches, in per cent of the step's time."""
+        taught = self.seconds["perception"] + self.seconds["joint"]
+        return 100 * self.teacher.in_steps.seconds / taught
 
     def log(self, stage: int, metrics: dict[str, torch.Tensor]) -> None:
         """Append a row to the history; raise FloatingPointError where a loss is not finite."""
@@ -273,7 +276,8 @@ class TrainingState:
                     f"checkpoints up to the last finite one are kept in {self.trainer.output}"
                 )
         if self.teacher is not None:
-            row |= {"teacher_evaluations": self.teacher.evaluations, "teacher_seconds": self.teacher.seconds}
+            seconds = self.teacher.in_steps.seconds + self.teacher.apart.seconds
+            row |= {"teacher_evaluations": self.teacher.evaluations, "teacher_seconds": seconds}
         self.history.append(row)
 
     @torch.no_grad()
