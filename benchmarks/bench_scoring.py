@@ -1,104 +1,280 @@
-"""Scoring: denoiser outputs through the mixture likelihood to the distillation loss, forward and with backward.
+"""Scoring: a denoiser's outputs through the mixture likelihood to the distillation loss; forward, with backward, and streamed.
 
-`python benchmarks/bench_scoring.py` prints a table; `pytest benchmarks/bench_scoring.py` runs the same under pytest-benchmark. A floor is
-the time in which the outputs can be moved: half of `copy_` for the forward pass (read), three halves with backward (read, read, write),
-measured in the same run.
+    python benchmarks/bench_scoring.py [--size latent imagenet segmentation] [--direction forward backward streamed] [--cold]
+    pytest benchmarks/bench_scoring.py
+
+The outputs [B, K, S, C, H, W] must be read once: the read floor is half the time of `copy_` on them, in the same run. "backward" means both
+passes, to the gradients of outputs and logits: read, read and write, three read floors. "streamed" hands over one step at a time and ends
+with the same loss; its floor is one read. All providers of a table are called in turn, with empty caches, and their medians compared; "% of
+read" is the floor as a share of the time. Each must first agree with the reference in float64. Precisions are such that every step and
+class carries weight: no gradient vanishes. Freed memory is kept, as on a GPU, unless --cold asks for the C library's own allocator.
+
+Providers: `eager reference` (genrep_fast.reference, which materialises the residuals), `eager, preallocated` (with out= and in place),
+`eager, mse_loss` (F.mse_loss for the residuals), `compiled reference` (torch.compile on the whole of it; where streamed, on its update of
+the running state), and genrep_fast's operators on each backend that can run. By default the large sizes are left to the last two.
 """
 
-from __future__ import annotations
-
-import argparse
 import functools
-from collections.abc import Callable
+import json
+import math
+from typing import NamedTuple
 
 import pytest
 import torch
-from measurement import measure, print_header, print_row
+from measurement import DEVICE, benchmark_options, compiled_backends, measure_cases, print_table, tables_of
 
 import genrep_fast as gf
 from genrep_fast.reference import scoring as reference
 
-TEMPERATURE = 50.0
-HALF_COPIES = {"forward": 1, "forward + backward": 3}
-
-
-def make_inputs(batch: int, classes: int, steps: int, size: int, dtype: torch.dtype = torch.float32) -> tuple:
-    """Logits [B, K], images [B, 4, H, W], outputs [B, K, S, 4, H, W] and the tables of a chain whose outputs are its means; D = 4 H W."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(batch, 4, size, size, generator=generator).to(dtype)
-    model_output = torch.randn(batch, classes, steps, 4, size, size, generator=generator).to(dtype)
-    one, std = torch.ones(steps), torch.linspace(0.3, 1, steps)
-    log_norm = torch.distributions.Normal(0, std).log_prob(torch.zeros(1))
-    coefficients = gf.StepCoefficients(data=one, noisy=0 * one, output=-one, inv_var=std**-2, log_norm=log_norm)
-    return torch.randn(batch, classes, generator=generator), x, model_output, coefficients
-
-
-def reference_loss(logits, x, model_output, coefficients):
-    tables = (coefficients.data, coefficients.noisy, coefficients.output, coefficients.inv_var, coefficients.log_norm)
-    likelihood = reference.log_likelihood(x, model_output, None, *tables, "mixture", False)
-    return reference.distillation_loss(logits, likelihood, None, TEMPERATURE).mean()
-
-
-def operator_loss(logits, x, model_output, coefficients):
-    return gf.distillation_loss(logits, gf.log_likelihood(x, model_output, coefficients), temperature=TEMPERATURE)
-
-
-PROVIDERS = {
-    "eager reference": reference_loss,
-    "compiled reference": torch.compile(reference_loss, fullgraph=True),
-    "genrep_fast": operator_loss,
+torch._dynamo.config.recompile_limit = 64  # every size, dtype and number of threads is compiled for itself
+READS = {"forward": 1, "backward": 3, "streamed": 1}  # writing costs what reading does
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+COLUMNS = {
+    "median ms": ("ms", ".3f"),
+    "x floor": ("ratio", ".2f"),
+    "at 20 %": ("low_ratio", ".2f"),
+    "at 80 %": ("high_ratio", ".2f"),
+    "% of read": ("read_percent", ".0f"),
+    "x float32": ("float32_ratio", ".2f"),
+    "extra MB": ("extra_mb", ".2f"),
 }
 
 
-def make_run(provider: str, mode: str, inputs: tuple) -> Callable[[], tuple]:
-    """A call that returns the loss, and the outputs' gradient where `mode` has it."""
-    logits, x, model_output, coefficients = inputs
-    if mode == "forward":
-        return lambda: (PROVIDERS[provider](*inputs),)
+class Size(NamedTuple):
+    """B, K, S and [C, H, W]; what is measured by default."""
 
-    def run() -> tuple:
-        leaf = model_output.detach().requires_grad_()
-        loss = PROVIDERS[provider](logits, x, leaf, coefficients)
-        return loss, *torch.autograd.grad(loss, leaf)
-
-    return run
-
-
-def check(run: Callable[[], tuple], mode: str, inputs: tuple) -> None:
-    """The correctness gate: against the eager reference in float64, within 1e-4 of the largest value."""
-    logits, x, model_output, coefficients = inputs
-    exact = make_run("eager reference", mode, (logits.double(), x.double(), model_output.double(), coefficients))()
-    for got, expected in zip(run(), exact, strict=True):
-        torch.testing.assert_close(got.double(), expected.detach(), rtol=0, atol=1e-4 * expected.abs().max().item())
+    batch: int
+    classes: int
+    steps: int
+    shape: tuple[int, int, int]
+    per_location: bool = False
+    directions: tuple[str, ...] = tuple(READS)
+    dtypes: tuple[str, ...] = tuple(DTYPES)
+    large: bool = False
 
 
-@functools.cache
-def default_inputs() -> tuple:
-    return make_inputs(batch=4, classes=10, steps=10, size=16)
+SIZES = {
+    "small": Size(4, 10, 10, (4, 16, 16)),
+    "latent": Size(8, 10, 50, (4, 32, 32)),
+    "imagenet": Size(1, 1000, 50, (4, 32, 32), directions=("streamed",), dtypes=("float32",), large=True),
+    "segmentation": Size(1, 150, 10, (4, 64, 64), True, directions=("forward", "backward"), dtypes=("float32",), large=True),
+}
 
 
-@pytest.mark.parametrize("mode", HALF_COPIES)
-@pytest.mark.parametrize("provider", PROVIDERS)
-def test_scoring(benchmark, provider, mode):
-    run = make_run(provider, mode, default_inputs())
-    check(run, mode, default_inputs())
-    benchmark(run)
+class Setting:
+    """Logits [B, K, *loc], images [B, C, H, W], outputs [B, K, S, C, H, W] and tables whose residual is x - o.
+
+    Outputs that are to be streamed lie in memory step by step.
+    """
+
+    def __init__(self, size, dtype, streamed):
+        self.per_location, steps = size.per_location, size.steps
+        random = functools.partial(torch.randn, generator=torch.Generator(DEVICE).manual_seed(0), device=DEVICE)
+        self.logits = random(size.batch, size.classes, *(size.shape[1:] if size.per_location else ()))
+        self.x = random(size.batch, *size.shape, dtype=dtype)
+        if streamed:
+            self.model_output = random(steps, size.batch, size.classes, *size.shape, dtype=dtype).movedim(0, 2)
+        else:
+            self.model_output = random(size.batch, size.classes, steps, *size.shape, dtype=dtype)
+        one = torch.ones(steps, device=DEVICE)
+        elements = size.shape[0] if size.per_location else math.prod(size.shape)
+        inv_var = torch.linspace(0.99, 1.01, steps, device=DEVICE) / (2 * elements) ** 0.5  # log-likelihoods vary by about 1
+        self.tables = (one, 0 * one, -one, inv_var, 0 * one)
+        self.coefficients = gf.StepCoefficients(*self.tables)
+        self.step_coefficients = [gf.StepCoefficients(*(table[s : s + 1] for table in self.tables)) for s in range(steps)]
+
+    @functools.cached_property
+    def buffer(self):
+        return torch.empty_like(self.model_output)
+
+    @property
+    def chunks(self):
+        """Outputs [B, K, 1, C, H, W] of one step after the other, and its coefficients."""
+        return zip(self.model_output.split(1, 2), self.step_coefficients, strict=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    for name, default in (("batch", 4), ("classes", 10), ("steps", 10), ("size", 16)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+def reference_loss(logits, x, model_output, tables, per_location):
+    scores, _ = reference.log_likelihood(x, model_output, None, *tables, "mixture", per_location)
+    return reference.distillation_loss(logits, scores, None, 1.0).mean()
+
+
+def loss_of_squares(squares, logits, tables):
+    """From squared residuals [B, K, S, *loc] on."""
+    steps = -0.5 * tables[3].view(-1, *[1] * (squares.ndim - 3)) * squares
+    return reference.distillation_loss(logits, steps.logsumexp(2) - math.log(steps.shape[2]), None, 1.0).mean()
+
+
+def mse_loss(logits, x, model_output, tables, per_location):
+    squares = torch.nn.functional.mse_loss(x[:, None, None].expand_as(model_output), model_output, reduction="none")
+    return loss_of_squares(squares.sum(3 if per_location else (3, 4, 5)), logits, tables)
+
+
+def forward(loss, setting):
+    return (loss(setting.logits, setting.x, setting.model_output, setting.tables, setting.per_location),)
+
+
+def backward(loss, setting):
+    leaves = setting.logits.detach().requires_grad_(), setting.model_output.detach().requires_grad_()
+    value = loss(leaves[0], setting.x, leaves[1], setting.tables, setting.per_location)
+    return value.detach(), *torch.autograd.grad(value, leaves)
+
+
+def preallocated(differentiate, setting):
+    """The residuals' memory becomes that of the outputs' gradient."""
+    residual = torch.sub(setting.x[:, None, None], setting.model_output, out=setting.buffer)
+    squares = torch.linalg.vector_norm(residual, dim=3 if setting.per_location else (3, 4, 5)).square()
+    if not differentiate:
+        return (loss_of_squares(squares, setting.logits, setting.tables),)
+    leaves = setting.logits.detach().requires_grad_(), squares.requires_grad_()
+    loss = loss_of_squares(squares, leaves[0], setting.tables)
+    grad_logits, grad_squares = torch.autograd.grad(loss, leaves)
+    scale = grad_squares.mul_(-2)
+    return loss.detach(), grad_logits, residual.mul_(scale.unsqueeze(3) if setting.per_location else scale[..., None, None, None])
+
+
+def streamed(update, setting):
+    state = reference.empty_state(setting.logits.shape, "mixture", setting.x.device)
+    count = torch.zeros(state.shape[2], dtype=torch.int64, device=setting.x.device)
+    for model_output, steps in setting.chunks:
+        tables = (steps.data, steps.noisy, steps.output, steps.inv_var, steps.log_norm)
+        update(setting.x, model_output, None, *tables, None, "mixture", setting.per_location, count, state)
+    scores = reference.state_log_likelihood(count, state, "mixture").float()
+    return (reference.distillation_loss(setting.logits, scores, None, 1.0).mean(),)
+
+
+def ours(backend, direction, setting):
+    def loss(logits, x, model_output, *_):
+        scores = gf.log_likelihood(x, model_output, setting.coefficients, per_location=setting.per_location)
+        return gf.distillation_loss(logits, scores, reduction="mean")
+
+    with gf.use_backend(backend):
+        if direction != "streamed":
+            return (forward if direction == "forward" else backward)(loss, setting)
+        scorer = gf.PosteriorScorer(setting.logits.shape[1], per_location=setting.per_location)
+        for model_output, steps in setting.chunks:
+            scorer.update(setting.x, model_output, steps)
+        return (gf.distillation_loss(setting.logits, scorer.log_likelihood(), reduction="mean"),)
+
+
+compiled_loss = torch.compile(reference_loss, fullgraph=True, dynamic=False)
+compiled_update = torch.compile(reference.score_update, fullgraph=True, dynamic=False)
+BACKENDS = compiled_backends("log_likelihood", "log_likelihood_backward", "distillation_loss", "distillation_loss_backward", "score_update")
+PROVIDERS = {
+    "forward": {
+        "eager reference": functools.partial(forward, reference_loss),
+        "eager, preallocated": functools.partial(preallocated, False),
+        "eager, mse_loss": functools.partial(forward, mse_loss),
+        "compiled reference": functools.partial(forward, compiled_loss),
+    },
+    "backward": {
+        "eager reference": functools.partial(backward, reference_loss),
+        "eager, preallocated": functools.partial(preallocated, True),
+        "eager, mse_loss": functools.partial(backward, mse_loss),
+        "compiled reference": functools.partial(backward, compiled_loss),
+    },
+    "streamed": {
+        "eager reference": functools.partial(streamed, reference.score_update),
+        "compiled reference": functools.partial(streamed, compiled_update),
+    },
+}
+for direction, providers in PROVIDERS.items():
+    providers |= {f"genrep_fast, {name}": functools.partial(ours, name, direction) for name in ("reference", *BACKENDS)}
+NAMES = list(PROVIDERS["forward"])
+FAST = ["compiled reference", *(f"genrep_fast, {name}" for name in BACKENDS)]
+
+
+def expected(setting, direction):
+    """Loss, and gradients of logits and outputs, in float64 and a few classes at a time."""
+    x, logits, tables = setting.x.double(), setting.logits.double(), [table.double() for table in setting.tables]
+    options = ("mixture", setting.per_location)
+    parts = setting.model_output.split(10, 1)
+    results = [reference.log_likelihood(x, part.double(), None, *tables, *options) for part in parts]
+    scores = torch.cat([result[0] for result in results], 1)
+    loss = reference.distillation_loss(logits, scores, None, 1.0)
+    if direction != "backward":
+        return (loss.mean(),)
+    grad = torch.full_like(loss, 1 / loss.numel())
+    grad_logits, grad_scores = reference.distillation_loss_backward(grad, logits, scores, None, 1.0, [True, True])
+    grad_parts = [
+        reference.log_likelihood_backward(grad, *result, x, part.double(), None, *tables, *options, [False, True, False])[1]
+        for grad, result, part in zip(grad_scores.split(10, 1), results, parts, strict=True)
+    ]
+    return loss.mean(), grad_logits, torch.cat(grad_parts, 1)
+
+
+def check(name, direction, setting, exact):
+    """Within 1e-4 of the largest value, or what rounding a result to its dtype costs."""
+    for result, value in zip(PROVIDERS[direction][name](setting), exact, strict=True):
+        error = ((result.double() - value).abs().max() / value.abs().max()).item()
+        if not error < max(1e-4, torch.finfo(result.dtype).eps):
+            raise RuntimeError(f"{name}, {direction}, {setting.x.dtype}: relative error {error:.1e}")
+
+
+CASES = [
+    (direction, name, dtype)
+    for direction, names in PROVIDERS.items()
+    for name in names
+    for dtype in DTYPES
+    if dtype == "float32" or name in FAST
+]
+
+
+@pytest.mark.parametrize(("direction", "name", "dtype"), CASES)
+def test_scoring(benchmark, direction, name, dtype):
+    setting = Setting(SIZES["small"], DTYPES[dtype], direction == "streamed")
+    check(name, direction, setting, expected(setting, direction))
+    benchmark(functools.partial(PROVIDERS[direction][name], setting))
+
+
+def runs_of(size, direction, dtypes, names):
+    """Checked providers by name, and dtype where it is not float32, beside the copy of each dtype's outputs."""
+    runs = {}
+    for dtype in dtypes:
+        setting, suffix = Setting(size, DTYPES[dtype], direction == "streamed"), "" if dtype == "float32" else f", {dtype}"
+        runs["copy_" + suffix] = functools.partial(setting.buffer.copy_, setting.model_output)
+        exact = expected(setting, direction)
+        for name in names:
+            if name in PROVIDERS[direction] and (dtype == "float32" or name in FAST):
+                check(name, direction, setting, exact)
+                runs[name + suffix] = functools.partial(PROVIDERS[direction][name], setting)
+    return runs
+
+
+def complete(rows, copies, numel):
+    """Add ratios to one table's rows; `copies` take as long as the floor."""
+    times = {row["provider"]: row["ms"] for row in rows}
+    for row in rows:
+        name = row["provider"].removesuffix(", bfloat16")
+        floor = copies * times[row["provider"].replace(name, "copy_")]
+        low, median, high = (row[key] / floor for key in ("low_ms", "ms", "high_ms"))
+        row |= {"numel": numel, "floor_ms": floor, "low_ratio": low, "ratio": median, "high_ratio": high}
+        row |= {"read_percent": 100 / median, "extra_mb": row["extra_bytes"] / 1e6}
+        if name != row["provider"] and name in times:
+            row["float32_ratio"] = row["ms"] / times[name]
+
+
+def main():
+    parser = benchmark_options("Time of scoring, by provider.", NAMES)
+    parser.add_argument("--size", nargs="+", choices=list(SIZES), default=[name for name in SIZES if name != "small"])
+    parser.add_argument("--batch", type=int, help="number of images, instead of the size's own")
+    parser.add_argument("--direction", nargs="+", choices=list(READS), help="instead of the size's own")
+    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), help="instead of the size's own")
     options = parser.parse_args()
-    inputs = make_inputs(options.batch, options.classes, options.steps, options.size)
-    target = torch.empty_like(inputs[2])
-    copy = measure(lambda: target.copy_(inputs[2])).median
-    print_header(f"outputs {tuple(target.shape)}, {target.nbytes / 1e6:.1f} MB, copy_ {copy:.3f} ms", "floor")
-    for mode, halves in HALF_COPIES.items():
-        for provider in PROVIDERS:
-            run = make_run(provider, mode, inputs)
-            check(run, mode, inputs)
-            print_row(f"{provider}, {mode}", measure(run), copy * halves / 2)
+    cases, shapes = {}, {}
+    for size_name in options.size:
+        size = SIZES[size_name]
+        size = size._replace(batch=options.batch or size.batch)
+        names = FAST if size.large and options.provider == NAMES else options.provider
+        for direction in options.direction or size.directions:
+            cases[f"{size_name}, {direction}"] = runs_of(size, direction, options.dtype or size.dtypes, names)
+            shapes[f"{size_name}, {direction}"] = size.batch, size.classes, size.steps, *size.shape
+    rows = measure_cases(cases, options)
+    for table in tables_of(rows):
+        layout = table[0]["layout"]
+        complete(table, READS[layout.split(", ")[1]] / 2, math.prod(shapes[layout]))
+        print_table(f"{layout}, outputs {list(shapes[layout])}", table, COLUMNS)
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

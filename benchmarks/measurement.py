@@ -1,9 +1,11 @@
-"""What the benchmarks share: interleaved wall times, the allocator's two tempers, peak memory, tensor sizes of a transformer, tables."""
+"""What the benchmarks share: options, interleaved wall times, the allocator's two tempers, peak memory, a transformer's tensors, tables."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes
+import itertools
 import os
 import statistics
 import threading
@@ -13,7 +15,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch.utils.benchmark import Timer
+
+import genrep_fast as gf
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of mallopt(3)
 _CACHE_BYTES = 512 << 20  # more than the caches hold
@@ -25,12 +30,6 @@ class Quantiles(NamedTuple):
     low: float
     median: float
     high: float
-
-
-def measure(run: Callable[[], object], seconds: float = 0.5) -> Quantiles:
-    """Call `run` warm, again and again, for about `seconds`."""
-    times = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads()).blocked_autorange(min_run_time=seconds).times
-    return _quantiles(times)
 
 
 def measure_together(runs: dict[str, Callable[[], object]], seconds: float) -> dict[str, Quantiles]:
@@ -73,6 +72,7 @@ def peak_extra_bytes(run: Callable[[], object]) -> int:
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL(None).malloc_trim(0)  # what is free already would not count, were it used again
     page, most, done = os.sysconf("SC_PAGE_SIZE"), 0, threading.Event()
     statm = Path("/proc/self/statm")
     before = int(statm.read_text().split()[1]) * page
@@ -102,6 +102,45 @@ def threads(number: int):
         torch.set_num_threads(previous)
 
 
+def compiled_backends(*operators: str) -> list[str]:
+    """Backends besides the reference that run all of `operators` on `DEVICE`."""
+    backends = gf.info()["backends"]
+    return [name for name in (["cpu"] if DEVICE == "cpu" else ["triton", "cuda"]) if set(operators) <= set(backends[name]["operators"])]
+
+
+def measure_cases(cases: dict[str, dict[str, Callable[[], object]]], options: argparse.Namespace) -> list[dict]:
+    """Measure every provider of every case (case -> provider -> run) as `options`, those of `benchmark_options`, say; memory first.
+
+    Returns:
+        A row each: `layout` (the case), `threads`, `provider`, `extra_bytes`, and in milliseconds `ms` (the median), `low_ms` and `high_ms`
+        (20 % and 80 % quantiles).
+    """
+    rows = {(case, number, name): {} for case, runs in cases.items() for number in options.threads for name in runs}
+    for (case, number, name), row in rows.items():
+        with threads(number):
+            row |= {"layout": case, "threads": number, "provider": name, "extra_bytes": peak_extra_bytes(cases[case][name])}
+    if not options.cold:
+        keep_freed_memory()
+    for case, runs in cases.items():
+        for number in options.threads:
+            with threads(number):
+                times = measure_together(runs, options.seconds)
+            for name, (low, median, high) in times.items():
+                rows[case, number, name] |= {"ms": median, "low_ms": low, "high_ms": high}
+    return list(rows.values())
+
+
+def benchmark_options(description: str, providers: list[str]) -> argparse.ArgumentParser:
+    """Options that benchmarks of several providers have in common."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()])
+    parser.add_argument("--seconds", type=float, default=3.0, help="for each table")
+    parser.add_argument("--cold", action="store_true", help="large temporaries are new memory each time, as the C library would have it")
+    parser.add_argument("--provider", nargs="+", choices=providers, default=providers)
+    parser.add_argument("--json", type=Path, help="where to write all figures")
+    return parser
+
+
 def transformer_shapes(numel: int) -> list[tuple[int, ...]]:
     """Shapes of about `numel` parameters in 12 blocks of a diffusion transformer (DiT-B has width 768): 192 tensors, half of them tiny."""
     width = max(1, round((numel / (12 * 18)) ** 0.5))
@@ -119,6 +158,19 @@ def print_header(conditions: str, unit: str) -> None:
 def print_row(name: str, times: Quantiles, unit_ms: float) -> None:
     """One provider; `unit_ms` is the time that the last column is a multiple of."""
     print(f"{name:44}{times.low:10.3f}{times.median:10.3f}{times.high:10.3f}{times.median / unit_ms:12.2f}")
+
+
+def tables_of(rows: list[dict]) -> list[list[dict]]:
+    """`rows` of one case and number of threads each, in order."""
+    return [list(table) for _, table in itertools.groupby(rows, key=lambda row: (row["layout"], row["threads"]))]
+
+
+def print_table(title: str, rows: list[dict], columns: dict[str, tuple[str, str]]) -> None:
+    """`rows` by provider; `columns`: head -> key of a row and format, blank where a row lacks the key."""
+    print(f"\n{title}, {rows[0]['threads']} threads, {DEVICE}, torch {torch.__version__}")
+    print(f"{'provider':40}" + "".join(f"{head:>13}" for head in columns))
+    for row in rows:
+        print(f"{row['provider']:40}" + "".join(f"{format(row[key], spec) if key in row else '':>13}" for key, spec in columns.values()))
 
 
 def _quantiles(seconds: list[float]) -> Quantiles:
