@@ -14,11 +14,13 @@ namespace {
 std::string number(const char* key, size_t value) { return std::string(", \"") + key + "\": " + std::to_string(value); }
 
 std::string kernel_attributes() {
-  std::vector<genrep_fast::Kernel> kernels = genrep_fast::alignment_kernels();
-  const std::vector<genrep_fast::Kernel> more = genrep_fast::optimizer_kernels();
-  kernels.insert(kernels.end(), more.begin(), more.end());
+  using namespace genrep_fast;
+  std::vector<Kernel> kernels;
+  for (const auto& operators : {alignment_kernels(), optimizer_kernels(), scoring_kernels(), posterior_kernels(), reverse_step_kernels()}) {
+    kernels.insert(kernels.end(), operators.begin(), operators.end());
+  }
   std::string json;
-  for (const genrep_fast::Kernel& kernel : kernels) {
+  for (const Kernel& kernel : kernels) {
     cudaFuncAttributes attributes;
     if (const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel.function); error != cudaSuccess) {
       cudaGetLastError();  // or a later launch would report it

@@ -1,16 +1,20 @@
 // The kernels of every operator, for the report of their resources.
 #pragma once
 
+#include <string>
 #include <vector>
 
 namespace genrep_fast {
 
 struct Kernel {
-  const char* name;
+  std::string name;
   const void* function;
 };
 
 std::vector<Kernel> alignment_kernels();
 std::vector<Kernel> optimizer_kernels();
+std::vector<Kernel> posterior_kernels();
+std::vector<Kernel> reverse_step_kernels();
+std::vector<Kernel> scoring_kernels();
 
 }  // namespace genrep_fast

@@ -10,33 +10,21 @@
 // AnyQuads does the rest: mixed dtypes, unaligned views, missing gradients, the end of a tensor.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <vector>
 
+#include "elements.cuh"
+
 namespace genrep_fast {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using OptionalTensors = std::vector<std::optional<Tensor>>;
 
 constexpr int kMaxLosses = 8;
-constexpr int kThreads = 256;                        // of a block
-constexpr int kQuad = 4;                             // elements that a thread reads from one tensor at once
-constexpr int kQuadsPerRun = 4;                      // of a thread; a run is what a block reads with them
+constexpr int kQuadsPerRun = 4;  // of a thread; a run is what a block reads with them
 constexpr int kRun = kThreads * kQuadsPerRun * kQuad;
 constexpr size_t kParameterBytes = 4096;
-
-enum Dtype : uint32_t { kFloat32, kBFloat16, kFloat16, kFloat64 };  // kFloat64: scalars only
 
 // ---- tables ----
 
@@ -78,21 +66,6 @@ struct TensorTable {
     return {entries[low], (chunk - first_chunk[low]) * length};
   }
 };
-
-inline Dtype dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return kFloat32;
-    case ScalarType::BFloat16:
-      return kBFloat16;
-    case ScalarType::Half:
-      return kFloat16;
-    case ScalarType::Double:
-      return kFloat64;
-    default:
-      STD_TORCH_CHECK(false, "tensors must be float32, bfloat16, float16 or float64");
-  }
-}
 
 template <typename Entry>
 Entry empty_entry(int64_t numel, int64_t group) {
@@ -163,56 +136,7 @@ void with_compiled_losses(int64_t n, Function function) {
   }
 }
 
-// ---- quads ----
-
-// Four elements as they lie in memory: four float32, or four 16-bit numbers in the first two words. Unpacked only where they are used, so
-// that many loads are under way at once even where dtypes are known at run time.
-struct Quad {
-  uint32_t words[kQuad];
-};
-
-__device__ inline float unpack(const Quad& quad, Dtype dtype, int k) {
-  if (dtype == kFloat32) {
-    return __uint_as_float(quad.words[k]);
-  }
-  uint32_t bits = k % 2 == 0 ? quad.words[k / 2] & 0xffff : quad.words[k / 2] >> 16;
-  return dtype == kBFloat16 ? __uint_as_float(bits << 16) : __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
-}
-
-// Rounds to the nearest, ties to even.
-__device__ inline uint32_t narrow(float value, Dtype dtype) {
-  return dtype == kBFloat16 ? __bfloat16_as_ushort(__float2bfloat16_rn(value)) : __half_as_ushort(__float2half_rn(value));
-}
-
-__device__ inline Quad pack(const float (&values)[kQuad], Dtype dtype) {
-  Quad quad{};
-  for (int k = 0; k < kQuad; ++k) {
-    if (dtype == kFloat32) {
-      quad.words[k] = __float_as_uint(values[k]);
-    } else {
-      quad.words[k / 2] |= narrow(values[k], dtype) << 16 * (k % 2);
-    }
-  }
-  return quad;
-}
-
-__device__ inline Quad load_aligned(const void* pointer, Dtype dtype, int64_t offset) {
-  if (dtype == kFloat32) {
-    uint4 words = *reinterpret_cast<const uint4*>(static_cast<const float*>(pointer) + offset);
-    return {{words.x, words.y, words.z, words.w}};
-  }
-  uint2 words = *reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(pointer) + offset);
-  return {{words.x, words.y}};
-}
-
-__device__ inline void store_aligned(void* pointer, Dtype dtype, int64_t offset, const Quad& quad) {
-  if (dtype == kFloat32) {
-    uint4 words = make_uint4(quad.words[0], quad.words[1], quad.words[2], quad.words[3]);
-    *reinterpret_cast<uint4*>(static_cast<float*>(pointer) + offset) = words;
-  } else {
-    *reinterpret_cast<uint2*>(static_cast<uint16_t*>(pointer) + offset) = make_uint2(quad.words[0], quad.words[1]);
-  }
-}
+// ---- quads of a table ----
 
 // Quads inside aligned tensors of one dtype.
 template <Dtype kDtype, typename Entry>
@@ -244,11 +168,7 @@ struct AnyQuads {
     Quad quad{};
     for (int k = 0; k < kQuad; ++k) {
       if (offset + k < entry.numel) {
-        if (dtype(slot) == kFloat32) {
-          quad.words[k] = static_cast<const uint32_t*>(pointer)[offset + k];
-        } else {
-          quad.words[k / 2] |= static_cast<uint32_t>(static_cast<const uint16_t*>(pointer)[offset + k]) << 16 * (k % 2);
-        }
+        load_element(quad, k, pointer, dtype(slot), offset + k);
       }
     }
     return quad;
@@ -262,11 +182,7 @@ struct AnyQuads {
     }
     for (int k = 0; k < kQuad; ++k) {
       if (offset + k < entry.numel) {
-        if (dtype(slot) == kFloat32) {
-          static_cast<float*>(pointer)[offset + k] = values[k];
-        } else {
-          static_cast<uint16_t*>(pointer)[offset + k] = static_cast<uint16_t>(narrow(values[k], dtype(slot)));
-        }
+        store_element(pointer, dtype(slot), offset + k, values[k]);
       }
     }
   }
@@ -356,25 +272,5 @@ __device__ void weighted_sum(const Quads& quads, const Quad (&gradients)[N], con
     }
   }
 }
-
-// ---- launches ----
-
-// Makes a tensor's device current and gives its current stream.
-class DeviceScope {
- public:
-  explicit DeviceScope(const Tensor& tensor) : guard_(tensor.get_device_index()) {
-    // torch sets the device in its own CUDA runtime; this library's is linked statically and has a current device of its own.
-    STD_CUDA_CHECK(cudaSetDevice(tensor.get_device_index()));
-    void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-    stream_ = static_cast<cudaStream_t>(stream);
-  }
-
-  cudaStream_t stream() const { return stream_; }
-
- private:
-  torch::stable::accelerator::DeviceGuard guard_;
-  cudaStream_t stream_ = nullptr;
-};
 
 }  // namespace genrep_fast
