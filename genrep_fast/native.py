@@ -40,14 +40,8 @@ _LISTS = {
 _TRITON_MODULES = {  # file of kernels -> operators
     "alignment": ("gram", "alignment_coefficients", "combine"),
     "optimizer": ("adamw_step",),
-    "scoring": (
-        "log_likelihood",
-        "log_likelihood_backward",
-        "posterior",
-        "distillation_loss",
-        "distillation_loss_backward",
-        "score_update",
-    ),
+    "scoring": ("log_likelihood", "log_likelihood_backward", "score_update"),
+    "posterior": ("posterior", "distillation_loss", "distillation_loss_backward"),
     "reverse_step": ("reverse_step",),
 }
 

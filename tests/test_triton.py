@@ -21,7 +21,8 @@ import triton
 
 import genrep_fast as gf
 import genrep_fast.kernels
-from genrep_fast.kernels import alignment, multi_tensor, optimizer
+from genrep_fast.kernels import alignment, multi_tensor, optimizer, posterior, reverse_step, scoring
+from genrep_fast.reference import scoring as scoring_reference
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -68,8 +69,80 @@ def test_wide_loads_are_for_aligned_tensors_alone():
     assert {launch.aligned: launch.chunks[:, 0].tolist() for launch in launches} == {True: [0], False: [1, 2, 3]}
 
 
+def scored_chunk(batch, classes, steps, channels, spatial, *, dtype=F32, shared=False, x_t_axes=None):
+    """Leading arguments of the scoring operators; `x_t_axes`: its first three sizes, or None for no x_t."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator).to(dtype).to(DEVICE)
+
+    x, model_output = random(batch, channels, *spatial), random(1 if shared else batch, classes, steps, channels, *spatial)
+    x_t = None if x_t_axes is None else random(*x_t_axes, channels, *spatial)
+    return x, model_output, x_t, *(torch.linspace(0.5, 1.5, steps, device=DEVICE) for _ in range(5))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("reduction", ["mixture", "mean"])
+def test_groups_of_steps_are_merged(monkeypatch, reduction, shared):
+    arguments = scored_chunk(5, 2, 37, 3, (7,), shared=shared)
+    likelihood = scoring.log_likelihood(*arguments, reduction, False)[0]
+    monkeypatch.setattr(scoring, "_GROUP_ELEMENTS", 1)
+    chunk = scoring._chunk(*arguments[:3], arguments[3:], False)
+    assert chunk.kind == ("images" if shared else "rows") and chunk.split(chunk.tile(backward=False))[2] > 1
+    torch.testing.assert_close(scoring.log_likelihood(*arguments, reduction, False)[0], likelihood, rtol=1e-7, atol=0)
+    states = [scoring_reference.empty_state((5, 2), reduction, DEVICE) for _ in range(2)]
+    for state, update in zip(states, (scoring.score_update, scoring_reference.score_update), strict=True):
+        count = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+        for _ in range(2):
+            update(*arguments, None, reduction, False, count, state)
+    torch.testing.assert_close(*states, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("steps", [0, 1, 7, 8, 9, 1000, 4001])
+def test_groups_hold_every_step_once(steps, shared):
+    for batch, classes, elements in itertools.product((1, 8, 33), (1, 10, 2000), (1, 100, 5000)):
+        output = torch.empty(1, device=DEVICE).expand(1 if shared else batch, classes, steps, elements)
+        chunk = scoring._chunk(output[0, 0, :1].expand(batch, -1) if steps else output.new_empty(batch, elements), output, None, (), False)
+        for backward in (False, True):
+            tile = chunk.tile(backward)
+            _, size, groups = chunk.split(tile)
+            assert size % tile.steps == 0 and (groups - 1) * size < max(steps, 1) <= groups * size
+
+
+def test_wide_loads_are_for_aligned_rows_alone():
+    def aligned(x, model_output, x_t, *tables, per_location=False):
+        return scoring._chunk(x, model_output, x_t, tables, per_location).aligned
+
+    x, model_output, x_t, *tables = scored_chunk(2, 3, 4, 2, (4, 8), x_t_axes=(2, 1, 4))
+    assert aligned(x, model_output, x_t, *tables) and aligned(x, model_output, x_t, *tables, per_location=True)
+    channels_last = [tensor.movedim(-3, -1).contiguous().movedim(-1, -3) for tensor in (x, model_output, x_t)]
+    assert aligned(*channels_last, *tables) and not aligned(*channels_last, *tables, per_location=True)
+    shifted = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+    odd = [tensor[..., :7].contiguous() for tensor in (x, model_output, x_t)]
+    for tensors in (
+        odd,
+        (shifted, model_output, x_t),
+        (channels_last[0], model_output, x_t),
+        (x, model_output[..., :1, :], x_t[..., :1, :]),
+    ):
+        x = tensors[0][..., : tensors[1].shape[-2], :]
+        assert not aligned(x, *tensors[1:], *tables)
+
+
 # Compiled for GPUs that are not here
 
+SCORED = [  # B, K, S, C, spatial and options of `scored_chunk`, for each kind of tile; per_location
+    ((2, 3, 50, 4, (16, 16)), {"x_t_axes": (2, 1, 50)}, False),
+    ((2, 3, 50, 4, (16, 16)), {"dtype": BF16}, False),
+    ((2, 3, 50, 3, (13, 17)), {"x_t_axes": (2, 3, 1)}, False),
+    ((2, 3, 1, 4, (16, 16)), {"dtype": F16}, False),
+    ((2, 3, 50, 4, (4, 4)), {"x_t_axes": (2, 1, 50)}, False),
+    ((64, 3, 50, 4, (16, 16)), {"shared": True}, False),
+    ((64, 3, 50, 3, (13, 17)), {"shared": True, "x_t_axes": (64, 3, 50)}, False),
+    ((2, 3, 50, 4, (16, 16)), {"x_t_axes": (2, 1, 50)}, True),
+    ((2, 3, 50, 3, (13, 17)), {"dtype": BF16}, True),
+]
 COMPILED = [  # dtypes of the gradients, and a size: of 256 elements loads are wide, of 255 they are not
     *(((dtype, dtype), size) for dtype in (F32, BF16, F16) for size in (256, 255)),
     ((F32, BF16), 256),
@@ -117,6 +190,7 @@ def compile_offline(capability, folder):
         for emas, found_inf in ((state[2], None), ([], torch.zeros(1))):
             scalars = ([torch.ones(())], torch.tensor(0.1), 0.9, 0.999, 1e-8, 0.01, 0.999, found_inf)
             optimizer.adamw_step(params, *state[:2], emas, gradients, coefficients, [0], [], *scalars)
+    compile_scoring()
     entries = []
     for i, (name, kernel) in enumerate(compiled.values()):
         file = Path(folder, f"{i}.cubin")
@@ -124,6 +198,28 @@ def compile_offline(capability, folder):
         file.write_bytes(kernel.asm["cubin"])
         entries.append((name, str(file)))
     print(json.dumps(entries))
+
+
+def compile_scoring():
+    """Call the scoring operators and the reverse step on CPU tensors, for the launches that `compile_offline` replaces."""
+    for sizes, options, per_location in SCORED:
+        arguments = scored_chunk(*sizes, **options)
+        for reduction in ("mixture", "mean"):
+            likelihood, remainder = scoring.log_likelihood(*arguments, reduction, per_location)
+            state = scoring_reference.empty_state(likelihood.shape, reduction, DEVICE)
+            scoring.score_update(*arguments, None, reduction, per_location, torch.zeros(sizes[1], dtype=torch.int64), state)
+            mask = [arguments[2] is not None, True, arguments[2] is not None]
+            scoring.log_likelihood_backward(likelihood, likelihood, remainder, *arguments, reduction, per_location, mask)
+    for shape in ((8, 10), (8, 150, 32, 32)):
+        scores, prior = torch.zeros(shape), torch.zeros(1, shape[1], *[1] * (len(shape) - 2))
+        for log_prior in (None, prior):
+            posterior.posterior(scores, log_prior, 2.0)
+            posterior.distillation_loss(scores, scores, log_prior, 2.0)
+            posterior.distillation_loss_backward(scores[:, 0], scores, scores, log_prior, 2.0, [True, log_prior is None])
+    for dtype, x, scale in itertools.product((F32, BF16), (False, True), (False, True)):
+        x_t = torch.zeros(8, 4, 16, 16, dtype=dtype)
+        optional = (x_t if x else None, x_t[:, :1] if scale else None)
+        reverse_step.reverse_step(x_t, x_t, *[torch.ones(5)] * 8, 2, 7, torch.arange(8), *optional)
 
 
 def kernels_of_the_package():
