@@ -130,12 +130,12 @@ def table(found: dict) -> str:
     lines += ["", f"{'tests':36}{'passed':>8}{'failed':>8}{'skipped':>9}"]
     lines += [f"{name:36}{counts['passed']:8}{counts['failed']:8}{counts['skipped']:9}" for name, counts in found["tests"].items()]
     for benchmark, rows in found["benchmarks"].items():
-        lines += ["", f"{benchmark:48}{'elements':>10}  {'layout':6}{'ms':>10}{'% of copy':>11}"]
+        lines += ["", f"{benchmark:48}{'elements':>10}  {'layout':40}{'ms':>10}{'% of copy':>11}"]
         for row in rows:
             share = f"{row['percent_of_copy']:11.0f}" if "percent_of_copy" in row else ""
-            lines += [f"{row['provider']:48}{row['numel']:10}  {row.get('layout') or row['allocator']:6}{milliseconds(row):10.3f}{share}"]
-    lines += ["", f"{'Triton over CUDA':48}{'elements':>10}  {'layout':6}{'ratio':>10}"]
-    lines += [f"{row['operation']:48}{row['numel']:10}  {row['layout']:6}{row['ratio']:10.2f}" for row in found["triton_over_cuda"]]
+            lines += [f"{row['provider']:48}{row['numel']:10}  {row.get('layout') or row['allocator']:40}{milliseconds(row):10.3f}{share}"]
+    lines += ["", f"{'Triton over CUDA':48}{'elements':>10}  {'layout':40}{'ratio':>10}"]
+    lines += [f"{row['operation']:48}{row['numel']:10}  {row['layout']:40}{row['ratio']:10.2f}" for row in found["triton_over_cuda"]]
     return "\n".join(lines) + "\n"
 
 

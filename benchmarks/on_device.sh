@@ -2,7 +2,7 @@
 # Everything that needs a GPU, in one call of at most 9.5 minutes that needs no network: build, tests, sanitizers, benchmarks.
 #
 #     benchmarks/on_device.sh             on a machine with an NVIDIA GPU, nvcc, torch >= 2.11, Triton >= 3.6 and the package's extra "test"
-#     benchmarks/on_device.sh --dry-run   the same steps on the CPU, tiny, in about a minute
+#     benchmarks/on_device.sh --dry-run   the same steps on the CPU, tiny, in a minute or two
 #
 # Writes results.json (benchmarks/collect_results.py says what it holds), table.txt and the logs of every group of steps to $OUT. They are
 # written anew as steps end, so that an interrupted run leaves what it measured. Each step has its own time limit, and what no longer fits
@@ -10,7 +10,8 @@
 # to a temporary folder, and its native code built there.
 #
 # Environment: OUT (default ./device-results), PYTHON (python3), WHEELS (.whl: a folder of wheels of what this Python lacks, e.g. diffusers
-# and torchjd), TESTS (names of files of tests, without test_ and .py), PYTEST_ADDOPTS, COMMIT (where git cannot say).
+# and torchjd), TESTS (files of tests without test_ and .py; a comma and a keyword expression with + for spaces behind one choose some of
+# its tests), PYTEST_ADDOPTS, COMMIT (where git cannot say).
 
 set -u -o pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -24,12 +25,14 @@ case "${1-}" in
     --dry-run) DRY=yes ;;
     *) echo "usage: [OUT=folder] $0 [--dry-run]" >&2; exit 2 ;;
 esac
+# In pieces that run side by side: Triton compiles a kernel for every dtype and layout.
+SCORING="scoring_kernels,triton+and+layout scoring_kernels,triton+and+not+layout scoring_kernels,cuda"
 if [[ $DRY ]]; then
     export CUDA_VISIBLE_DEVICES="" GENREP_FAST_CUDA=0
     TESTS=${TESTS:-gradient_aligner aligned_adamw rules}
 elif capability=$(nvidia-smi --id=0 --query-gpu=compute_cap --format=csv,noheader); then
     export CUDA_VISIBLE_DEVICES=0 GENREP_FAST_CUDA=1 TORCH_CUDA_ARCH_LIST="$capability+PTX"
-    TESTS=${TESTS:-kernels triton alignment optimizer gradient_aligner aligned_adamw rules}
+    TESTS=${TESTS:-$SCORING kernels triton alignment optimizer gradient_aligner aligned_adamw rules}
 else
     echo "$0: nvidia-smi names no GPU; --dry-run runs the same steps on the CPU" >&2; exit 2
 fi
@@ -93,7 +96,7 @@ if compgen -G "$WHEELS/*.whl" >/dev/null; then
     step build wheels 60 "$PYTHON" -m pip install --no-index --no-deps --no-compile --no-cache-dir --disable-pip-version-check \
         --target "$SITE" "$WHEELS"/*.whl
 fi
-step build native_code 150 bash -c build
+step build native_code 240 bash -c build
 step build environment 40 "$PYTHON" "$ROOT/benchmarks/collect_results.py" environment "$WORK/environment.json"
 cat "$WORK/environment.json"
 publish
@@ -111,7 +114,7 @@ sanitize() {
         for tool in memcheck racecheck; do
             if [[ $sanitizer ]]; then
                 # Without torch's caching allocator every tensor ends where its memory does.
-                step sanitizers "$tool,$backend" 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" --error-exitcode 99 \
+                step sanitizers "$tool,$backend" 80 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" --error-exitcode 99 \
                     "$PYTHON" "$ROOT/benchmarks/operators_once.py" "$backend"
             else
                 skip sanitizers "$tool,$backend" "there is no compute-sanitizer"
@@ -121,15 +124,16 @@ sanitize() {
 }
 
 sanitize &
-for file in $TESTS; do
+for name in $TESTS; do
     while (($(jobs -rp | wc -l) >= $(nproc))); do wait -n; done
-    OMP_NUM_THREADS=1 step tests "$file" 170 "$PYTHON" -m pytest -q --durations=3 -p no:cacheprovider --junitxml="$WORK/junit/$file.xml" \
-        "$ROOT/tests/test_$file.py" &
+    IFS=, read -r file keyword <<<"$name"
+    OMP_NUM_THREADS=1 step tests "$name" 200 "$PYTHON" -m pytest -q --durations=3 -p no:cacheprovider --junitxml="$WORK/junit/$name.xml" \
+        -k "${keyword//+/ }" "$ROOT/tests/test_$file.py" &
 done
 wait
 publish
 
-# Benchmarks, which have the machine for themselves; the largest sizes first.
+# Benchmarks, which have the machine for themselves; the most telling ones first.
 
 bench() { # NAME SECONDS FILE OPTION...
     step benchmarks "$1" "$2" "$PYTHON" "$ROOT/benchmarks/bench_$3.py" --json "$WORK/benchmarks/$3,$1.json" --threads 1 "${@:4}"
@@ -140,12 +144,20 @@ if [[ $DRY ]]; then
     bench alignment_1e3 60 alignment --numel 1000 --layout list --seconds 0.02
     bench optimizer_1e3 60 optimizer --numel 1000 --layout list --seconds 0.02
     bench training_step 60 training_step --layers 1 --batch 2 --seconds 0.02
+    bench scoring_small 60 scoring --size small --provider "eager reference" "genrep_fast, cpu" --seconds 0.02
+    bench chain_bank 60 chain_bank --images 2 --chains 1 --provider cdist "ChainBank, cpu" --seconds 0.02
+    bench reverse_step 60 reverse_step --elements 4096 --provider DDPMScheduler "reverse_step, cpu" --seconds 0.02
 else
-    bench alignment_1e8 130 alignment --numel 100000000 --seconds 2
-    bench optimizer_1e8 150 optimizer --numel 100000000 --seconds 2
-    bench training_step 60 training_step --layers 12 --batch 256 --seconds 5
-    bench alignment_1e6_1e7 80 alignment --numel 1000000 10000000 --seconds 1
-    bench optimizer_1e6_1e7 80 optimizer --numel 1000000 10000000 --seconds 1
+    bench scoring_latent 80 scoring --size latent --seconds 1
+    bench chain_bank 50 chain_bank --seconds 1
+    bench reverse_step 50 reverse_step --seconds 1
+    bench alignment_1e8 70 alignment --numel 100000000 --seconds 1
+    bench optimizer_1e8 70 optimizer --numel 100000000 --seconds 1
+    bench training_step 50 training_step --layers 12 --batch 256 --seconds 3
+    bench scoring_imagenet 60 scoring --size imagenet --seconds 1
+    bench scoring_segmentation 60 scoring --size segmentation --seconds 1
+    bench alignment_1e6_1e7 50 alignment --numel 1000000 10000000 --seconds 1
+    bench optimizer_1e6_1e7 50 optimizer --numel 1000000 10000000 --seconds 1
 fi
 trap 'rm -rf "$WORK"' EXIT
 touch "$WORK/finished"

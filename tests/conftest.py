@@ -5,12 +5,38 @@ import os
 import pytest
 import torch
 
-if not torch.cuda.is_available():  # Triton then runs in its interpreter, which it decides when it is imported, by diffusers for example
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:  # Triton then runs in its interpreter, which it decides when it is imported, by diffusers for example
     os.environ["TRITON_INTERPRET"] = "1"
 
 from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DModel  # noqa: E402
 
+import genrep_fast as gf  # noqa: E402
 from genrep_fast.models import GenRep  # noqa: E402
+
+
+@pytest.fixture(params=["triton", "cuda"] if HAS_GPU else ["cpu", "triton"])
+def backend(request, monkeypatch):
+    """Insists on one compiled backend after the other, those that can run here."""
+    if request.param == "triton" and not HAS_GPU:
+        round_to_bfloat16(monkeypatch)
+    with gf.use_backend(request.param):
+        yield request.param
+
+
+def round_to_bfloat16(monkeypatch):
+    """Triton's interpreter cuts float32 off to bfloat16, where a GPU rounds."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounding(values, source, target, mode):
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return convert(values, source, target, mode)
+        return torch.from_numpy(values).bfloat16().view(torch.int16).numpy().view("uint16")
+
+    monkeypatch.setattr(interpreter, "_convert_float", rounding)
 
 
 def build_backbone(kind, num_classes=3, *, channels=1, **options):

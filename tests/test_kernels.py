@@ -9,12 +9,11 @@ import math
 import pytest
 import torch
 
-import genrep_fast as gf
 from genrep_fast.reference import alignment as alignment_reference
 from genrep_fast.reference import optimizer as optimizer_reference
 
-HAS_GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda", 0) if HAS_GPU else torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("backend")
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 SIZES = [1, 63, 0, 127, 129, 1009, 256, 256, 2 * 16384 + 5]  # the second of 256 is unaligned, the last one is of several chunks
@@ -22,29 +21,6 @@ GROUPS = [0, 1, 1, -1, 3, 0, 0, 1, 3]  # group 2 is empty
 NUM_GROUPS = 5
 DTYPES = [(F32, F32), (BF16, BF16), (F16, F16), (F32, BF16), (BF16, F16), (F32, BF16, F16), (F32,) * 8]
 operators = torch.ops.genrep_fast
-
-
-@pytest.fixture(autouse=True, params=["triton", "cuda"] if HAS_GPU else ["cpu", "triton"])
-def backend(request, monkeypatch):
-    if request.param == "triton" and not HAS_GPU:
-        round_to_bfloat16(monkeypatch)
-    with gf.use_backend(request.param):
-        yield request.param
-
-
-def round_to_bfloat16(monkeypatch):
-    """Triton's interpreter cuts float32 off to bfloat16, where a GPU rounds."""
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    convert = interpreter._convert_float
-
-    def rounding(values, source, target, mode):
-        if (source, target) != (tl.float32, tl.bfloat16):
-            return convert(values, source, target, mode)
-        return torch.from_numpy(values).bfloat16().view(torch.int16).numpy().view("uint16")
-
-    monkeypatch.setattr(interpreter, "_convert_float", rounding)
 
 
 def tensors(dtype, *, seed, scale=1.0, shift=0.0, sizes=SIZES):

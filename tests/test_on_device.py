@@ -21,9 +21,15 @@ spec.loader.exec_module(collect_results)
 
 @pytest.fixture(scope="module")
 def dry_run(tmp_path_factory):
-    """Exit status and folder of a dry run of two files of tests, one of which does not exist."""
+    """Exit status and folder of a dry run of some tests of one file, and of a file that does not exist."""
     output = tmp_path_factory.mktemp("dry_run")
-    environment = {"OUT": str(output), "PYTHON": sys.executable, "COMMIT": "0123abc", "TESTS": "backends missing", "OMP_NUM_THREADS": "1"}
+    environment = {
+        "OUT": str(output),
+        "PYTHON": sys.executable,
+        "COMMIT": "0123abc",
+        "TESTS": "backends,use+and+insist missing",
+        "OMP_NUM_THREADS": "1",
+    }
     environment["WHEELS"] = str(output / "none")
     command = [ROOT / "benchmarks/on_device.sh", "--dry-run"]
     result = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
@@ -41,7 +47,7 @@ def test_a_failing_step_stops_nothing_but_is_reported(dry_run):
     assert verdicts.pop("tests:missing") == "failed: exit status 4"
     assert set(verdicts.values()) == {"passed"}
     groups = [name.partition(":")[0] for name in verdicts]
-    assert groups == ["build"] * 2 + ["sanitizers", "tests"] + ["benchmarks"] * 3 or groups[2:4] == ["tests", "sanitizers"]
+    assert groups == ["build"] * 2 + ["sanitizers", "tests"] + ["benchmarks"] * 6 or groups[2:4] == ["tests", "sanitizers"]
     assert status == 1 and results["finished"] and not results["succeeded"]
 
 
@@ -57,17 +63,20 @@ def test_environment_is_recorded(dry_run):
 
 def test_tests_are_counted(dry_run):
     tests = results_of(dry_run)["tests"]
-    assert tests["backends"]["passed"] > 10 and tests["backends"]["failed"] == 0
+    assert tests["backends,use+and+insist"] == {"passed": 1, "failed": 0, "skipped": 0, "failures": []}
     assert tests["missing"] == {"passed": 0, "failed": 0, "skipped": 0, "failures": []}
 
 
 def test_benchmarks_are_collected(dry_run):
     benchmarks = results_of(dry_run)["benchmarks"]
-    assert set(benchmarks) == {"alignment", "optimizer", "training_step"}
+    assert set(benchmarks) == {"alignment", "optimizer", "training_step", "scoring", "chain_bank", "reverse_step"}
     providers = {name: {row["provider"] for row in rows} for name, rows in benchmarks.items()}
     assert {"foreach", "gf.align_gradients, cpu"} <= providers["alignment"]
     assert {"unaligned", "AlignedAdamW, cpu"} <= providers["optimizer"]
     assert providers["training_step"] == {"unaligned", "aligned"}
+    assert {"eager reference", "genrep_fast, cpu"} <= providers["scoring"]
+    assert {"cdist", "ChainBank, cpu"} <= providers["chain_bank"]
+    assert {"DDPMScheduler", "reverse_step, cpu"} <= providers["reverse_step"]
     for row in benchmarks["alignment"]:
         assert row["numel"] == 1000 and row["percent_of_copy"] == pytest.approx(100 / row["warm_ratio"])
 
