@@ -56,8 +56,8 @@ def define_operator(
         data: positions of the tensor arguments that hold the user's data: where one of their tensors is float64, the reference runs.
 
     Returns:
-        The operator: the overload ``torch.ops.genrep_fast.<name>.default``, or a function of the same positional arguments that goes
-        around the dispatcher where neither autograd nor tracing needs it.
+        The operator: a function of the overload's positional arguments that calls ``torch.ops.genrep_fast.<name>.default``, or goes around
+        the dispatcher where neither autograd nor tracing needs it.
     """
     name = schema.partition("(")[0]
     schemas[name] = schema
@@ -80,13 +80,12 @@ def define_operator(
     if backward is not None:
         torch.library.register_autograd(f"genrep_fast::{name}", backward, setup_context=setup_context, lib=_library)
     overload = getattr(torch.ops.genrep_fast, name).default
-    if backward is not None:
-        return overload
 
     def call(*args: Any) -> Any:
-        # The dispatcher converts long lists of tensors one by one, which takes longer than a small operator: only tracing needs it.
-        tracing = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or type(_first_tensor(args)) not in _PLAIN_TENSORS
-        return overload(*args) if tracing else run(*args)
+        # The dispatcher, and autograd's part in Python, take longer than a small operator: only tracing and gradients need them.
+        if _is_traced(args) or backward is not None and torch.is_grad_enabled() and any(map(_requires_grad, args)):
+            return overload(*args)
+        return run(*args)
 
     return call
 
@@ -121,6 +120,11 @@ def use_backend(backend: str) -> Iterator[None]:
         yield
     finally:
         _insisted.reset(token)
+
+
+def insisted_backend() -> str | None:
+    """The backend of the innermost `use_backend`, None outside of any."""
+    return _insisted.get()
 
 
 def info() -> dict[str, Any]:
@@ -187,6 +191,19 @@ def _require_backend(backend: str, argument: str) -> None:
         raise ValueError(f"{argument} must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend in _unavailable:
         raise BackendUnavailableError(f"backend {backend!r} was asked for, but {_unavailable[backend]}")
+
+
+def _is_traced(arguments: tuple) -> bool:
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or type(_first_tensor(arguments)) not in _PLAIN_TENSORS
+    )
+
+
+def _requires_grad(argument: Any) -> bool:
+    return isinstance(argument, torch.Tensor) and argument.requires_grad
 
 
 def _first_tensor(arguments: tuple) -> torch.Tensor:

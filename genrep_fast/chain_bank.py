@@ -126,8 +126,8 @@ class ChainBank:
                 `StepCoefficients.chain`; before the network is called.
         """
         dtype = torch.float32 if dtype is None else dtype
-        if not dtype.is_floating_point:
-            raise TypeError(f"dtype must be a floating-point dtype, got {dtype}")
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise TypeError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")
         counts = {"num_classes": num_classes, "num_inference_steps": num_inference_steps, "chains": chains, "thin": thin}
         _require_at_least(1, **counts, batch_size=batch_size)
         _require_at_least(0, burn_in=burn_in, seed=seed)

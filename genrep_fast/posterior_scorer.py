@@ -41,7 +41,7 @@ class PosteriorScorer:
     """
 
     def __init__(self, num_classes: int, *, reduction: str = "mixture", per_location: bool = False):
-        if not isinstance(num_classes, int):
+        if not isinstance(num_classes, int) or isinstance(num_classes, bool):
             raise TypeError(f"num_classes must be an int, got {type(num_classes).__name__}")
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
@@ -94,6 +94,7 @@ class PosteriorScorer:
     def reset(self) -> None:
         """Forget the steps seen, in place: the next batch has the same shape and device."""
         if self._state is not None:
+            self._dtype = torch.float32
             self._count.zero_()
             self._state.copy_(empty_state(self._state.shape[1:], self.reduction, self._state.device))
 
@@ -184,16 +185,18 @@ class PosteriorScorer:
             if chunk_classes != self.num_classes:
                 raise ValueError(f"model_output must have all {self.num_classes} classes where classes is None, got {chunk_classes}")
             return None
+        if not isinstance(classes, (Tensor, Sequence)):
+            raise TypeError(f"classes must be a sequence of ints or an int64 tensor, got {type(classes).__name__}")
         index = self._classes_of_tensor(classes, device) if isinstance(classes, Tensor) else self._classes_of_list(tuple(classes), device)
         if index.shape[0] != chunk_classes:
             raise ValueError(f"classes must be [{chunk_classes}] like the chunk's class axis, got {tuple(index.shape)}")
         return index
 
     def _classes_of_list(self, classes: tuple[int, ...], device: torch.device) -> Tensor:
+        if not all(type(label) is int for label in classes):
+            raise TypeError(f"classes must be ints or an int64 tensor, got {list(classes)!r}")
         index = self._class_lists.get((classes, device))
         if index is None:
-            if not all(isinstance(label, int) for label in classes):
-                raise TypeError(f"classes must be ints or an int64 tensor, got {list(classes)!r}")
             index = torch.tensor(classes, dtype=torch.int64)
             self._require_classes(index)
             index = index.to(device)

@@ -360,6 +360,25 @@ def test_reset_starts_anew_in_the_same_memory(reduction):
     assert (scorer._state.data_ptr(), scorer._count.data_ptr()) == memory
 
 
+def test_reset_forgets_float64():
+    scorer = gf.PosteriorScorer(CLASSES)
+    feed(scorer, random_chunks(2))
+    scorer._dtype = torch.float64
+    scorer.reset()
+    assert scorer.log_likelihood().dtype == torch.float32
+
+
+def test_kept_lists_of_classes_are_of_ints_alone():
+    x, output = torch.zeros(1, 2), torch.zeros(1, 3, 1, 2)
+    tables = torch.ones(1)
+    coefficients = gf.StepCoefficients(data=tables, noisy=0 * tables, output=-tables, inv_var=tables, log_norm=tables)
+    scorer = gf.PosteriorScorer(3)
+    scorer.update(x, output, coefficients, classes=[0, 1, 2])
+    for classes in ([0.0, 1.0, 2.0], [False, True, 2], [[0], [1], [2]], 3):
+        with pytest.raises(TypeError, match="classes must be"):
+            scorer.update(x, output, coefficients, classes=classes)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_cuda_graph_captures_updates():
     x, model_output, x_t = (tensor.cuda() for tensor in example(torch.float32))
@@ -439,6 +458,7 @@ def test_update_refuses_and_keeps_the_state(changed, error, match):
     [
         ({"num_classes": 0}, ValueError, "num_classes must be at least 1, got 0"),
         ({"num_classes": 2.0}, TypeError, "num_classes must be an int, got float"),
+        ({"num_classes": True}, TypeError, "num_classes must be an int, got bool"),
         ({"num_classes": 2, "reduction": "max"}, ValueError, "reduction must be .* got 'max'"),
     ],
 )

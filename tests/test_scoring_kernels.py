@@ -4,6 +4,7 @@ Without a GPU these are the C++ kernels, and the Triton kernels in Triton's inte
 C++. What the operators mean is tested in test_scoring.py, test_posterior_scorer.py and test_reverse_step.py.
 """
 
+import contextlib
 import ctypes
 import functools
 import itertools
@@ -961,3 +962,61 @@ def test_memory_does_not_hold_steps(case, compiled):
     extra = peak_bytes(run) - (output.nbytes if case == "backward" else 0)
     print(f"{extra} bytes beyond the gradient" if case == "backward" else f"{extra} bytes")
     assert extra <= 2 * batch * classes * 8 + 2**20
+
+
+# What one call does to another
+
+
+def test_many_rows_and_then_few(interpreted):
+    for batch, classes, steps in ((3, 2, 5),) if interpreted else ((65, 2, 130), (1, 1, 3)):
+        arguments = chunk(batch, classes, steps, 1)
+        likelihood, _ = operators.log_likelihood(*arguments, "mixture", False)
+        torch.testing.assert_close(likelihood, reference.log_likelihood(*arguments, "mixture", False)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_no_locations():
+    arguments = chunk(3, 2, 4, 2, 1, (0,))
+    result = operators.log_likelihood(*arguments, "mixture", False)
+    for actual in operators.log_likelihood_backward(torch.ones_like(result[0]), *result, *arguments, "mixture", False, [True] * 3):
+        assert actual.numel() == 0
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_gradients_of_gradients(reduction):
+    def penalty(dtype):
+        x, model_output, x_t, *columns = (value.to(dtype) for value in chunk(2, 3, 4, 2, 1, (3,)))
+        x, model_output = x.requires_grad_(), model_output.requires_grad_()
+        logits = torch.linspace(-1, 1, 6, dtype=dtype, device=DEVICE).view(2, 3).requires_grad_()
+        coefficients = gf.StepCoefficients(**dict(zip(("data", "noisy", "output", "inv_var", "log_norm"), columns, strict=True)))
+        with gf.use_backend("reference") if dtype == torch.float64 else contextlib.nullcontext():
+            likelihood = gf.log_likelihood(x, model_output, coefficients, x_t, reduction=reduction)
+            loss = gf.distillation_loss(logits, likelihood, temperature=10.0)
+            first = torch.autograd.grad(loss, (x, model_output, logits), create_graph=True)
+            return torch.autograd.grad(sum(gradient.square().sum() for gradient in first), (x, model_output, logits))
+
+    for result, exact in zip(penalty(F32), penalty(torch.float64), strict=True):
+        torch.testing.assert_close(result.double(), exact, rtol=1e-4, atol=1e-6)
+
+
+def test_backward_is_that_of_forwards_backend():
+    x, model_output, x_t, *columns = chunk(2, 3, 4, 2, 1, (3,))
+    x *= 300  # where float32 rounds a likelihood to hundredths
+    coefficients = gf.StepCoefficients(**dict(zip(("data", "noisy", "output", "inv_var", "log_norm"), columns, strict=True)))
+    gradients = []
+    for inside in (True, False):
+        leaf = x.clone().requires_grad_()
+        with gf.use_backend("reference"):
+            likelihood = gf.log_likelihood(leaf, model_output, coefficients, x_t)
+            if inside:
+                likelihood.sum().backward()
+        if not inside:
+            likelihood.sum().backward()
+        gradients.append(leaf.grad)
+    assert_equal_bits(gradients[:1], gradients[1:])
+
+
+@pytest.mark.parametrize("classes", [3, 16])
+def test_a_temperature_beyond_float32(classes):
+    likelihood = random(2, classes, seed=1)
+    torch.testing.assert_close(operators.posterior(likelihood, None, 1e39), torch.full_like(likelihood, -math.log(classes)))
+    assert operators.distillation_loss(torch.zeros_like(likelihood), likelihood, None, 1e39).abs().max() < 1e-6

@@ -35,7 +35,7 @@ GENREP_FAST_INLINE double dot(const float* a, const float* b, int64_t count) {
     }
   }
   Doubles total = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-  double sum = ((total[0] + total[4]) + (total[1] + total[5])) + ((total[2] + total[6]) + (total[3] + total[7]));
+  double sum = horizontal_sum(total);
   for (; i < count; ++i) {
     sum += static_cast<double>(a[i]) * static_cast<double>(b[i]);
   }

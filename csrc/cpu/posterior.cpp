@@ -196,7 +196,7 @@ struct __attribute__((visibility("hidden"))) Inputs {
   Inputs(const Tensor& log_likelihood, const std::optional<Tensor>& log_prior, double temperature)
       : shape(shape_of(log_likelihood)), likelihood(as_floats(log_likelihood)) {
     arguments.likelihood = data(likelihood);
-    arguments.temperature = static_cast<float>(temperature);
+    arguments.temperature = static_cast<float>(std::min(temperature, 3e38));  // not infinite: padding is -inf
     if (log_prior) {
       STD_TORCH_CHECK(
           log_prior->size(1) == shape.classes && (log_prior->numel() == shape.classes || log_prior->numel() == shape.batch * shape.classes),

@@ -9,7 +9,7 @@ namespace genrep_fast {
 constexpr int64_t kParallelElements = 32768;  // a thread's least share
 constexpr int64_t kTasks = 32;                // that the steps of few images and classes are cut into
 constexpr int64_t kChannels = 4;              // whose squares at a location are added up together
-constexpr int64_t kPrefetch = 2048;           // elements that are asked for ahead of their use
+constexpr int64_t kRows = 4;                  // that are read together: memory delivers a fourth more to four streams than to one
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -19,6 +19,7 @@ struct __attribute__((visibility("hidden"))) Problem {
   const float* x;
   int64_t x_stride;
   Source output, noisy;  // noisy.buffer.data is null where there is none
+  bool in_place;         // no block of a row is copied
 
   explicit Problem(ScoredChunk arguments);
 
@@ -33,6 +34,7 @@ inline Problem::Problem(ScoredChunk arguments) : chunk(std::move(arguments)) {
   if (chunk.noisy.data) {
     noisy = source_of(chunk.noisy, chunk.outer_size, chunk.inner_size);
   }
+  in_place = output.flat && (!noisy.buffer.data || (noisy.flat && noisy.buffer.element == Element::kFloat));
   Source images = source_of(chunk.x, chunk.outer_size, chunk.inner_size);
   x = reinterpret_cast<const float*>(images.buffer.data);
   x_stride = chunk.x.batch;
@@ -97,10 +99,15 @@ struct Scratch {
   alignas(64) float output[kBlock], noisy[kBlock];
 };
 
-// Reads `count` <= kBlock elements from `begin` on.
-GENREP_FAST_INLINE Residual residual(
-    const Problem& problem, int64_t b, int64_t k, int64_t s, int64_t begin, int64_t count, Scratch& scratch) {
+// An image, class and step.
+struct Row {
+  int64_t b, k, s;
+};
+
+// Reads `count` elements from `begin` on, at most kBlock if they are not all read in place.
+GENREP_FAST_INLINE Residual residual(const Problem& problem, const Row& row, int64_t begin, int64_t count, Scratch& scratch) {
   const ScoredChunk& chunk = problem.chunk;
+  const auto [b, k, s] = row;
   const int64_t inner = chunk.inner_size;
   Residual result;
   result.x = problem.image(b) + begin;
@@ -122,45 +129,64 @@ GENREP_FAST_INLINE Residual residual(
   return result;
 }
 
+// Sums of squares of kRows rows, in float32 over kBlock elements and in float64 above.
 template <Element kElement, bool kNoisy>
-GENREP_FAST_INLINE float sum_of_squares(const Residual& block, int64_t count) {
-  constexpr int kUnroll = 4;
-  Floats sums[kUnroll]{};
-  int64_t i = 0;
-  for (; i + kUnroll * kLanes <= count; i += kUnroll * kLanes) {
-    for (int u = 0; u < kUnroll; ++u) {
-      if (kElement == Element::kFloat || u % 2 == 0) {  // once a line
-        prefetch(block.output + (kElement == Element::kFloat ? 4 : 2) * (i + u * kLanes), kPrefetch);
+GENREP_FAST_INLINE void add_squares(const Residual (&blocks)[kRows], int64_t count, double (&sums)[kRows]) {
+  constexpr int64_t kUnroll = 4;
+  Doubles totals[kRows]{};
+  for (int64_t begin = 0; begin < count; begin += kBlock) {
+    const int64_t end = std::min(begin + kBlock, count);
+    Floats partial[kRows][kUnroll]{};
+    int64_t i = begin;
+    for (; i + kUnroll * kLanes <= end; i += kUnroll * kLanes) {
+#pragma GCC unroll 4
+      for (int64_t row = 0; row < kRows; ++row) {
+#pragma GCC unroll 4
+        for (int64_t u = 0; u < kUnroll; ++u) {
+          Floats r = blocks[row].at<kElement, kNoisy>(i + u * kLanes);
+          partial[row][u] += r * r;
+        }
       }
-      Floats r = block.at<kElement, kNoisy>(i + u * kLanes);
-      sums[u] += r * r;
+    }
+    for (; i < end; i += kLanes) {
+      for (int64_t row = 0; row < kRows; ++row) {
+        Floats r = end - i < kLanes ? blocks[row].rest<kElement, kNoisy>(i, end - i) : blocks[row].at<kElement, kNoisy>(i);
+        partial[row][0] += r * r;
+      }
+    }
+    for (int64_t row = 0; row < kRows; ++row) {
+      Floats sum = (partial[row][0] + partial[row][1]) + (partial[row][2] + partial[row][3]);
+      HalfFloats halves[2];
+      std::memcpy(halves, &sum, sizeof(sum));
+      totals[row] += __builtin_convertvector(halves[0], Doubles) + __builtin_convertvector(halves[1], Doubles);
     }
   }
-  for (; i + kLanes <= count; i += kLanes) {
-    Floats r = block.at<kElement, kNoisy>(i);
-    sums[0] += r * r;
+  for (int64_t row = 0; row < kRows; ++row) {
+    sums[row] += horizontal_sum(totals[row]);
   }
-  if (i < count) {
-    Floats r = block.rest<kElement, kNoisy>(i, count - i);
-    sums[1] += r * r;
-  }
-  return horizontal_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-// l of one image, class and step. The same bits in forward and backward: backward's weights then add up to 1.
-GENREP_FAST_INLINE double step_log_likelihood(const Problem& problem, int64_t b, int64_t k, int64_t s) {
+// l of kRows rows, some of which may be the same one. The same bits in forward and backward: backward's weights then add up to 1.
+GENREP_FAST_INLINE void step_log_likelihoods(const Problem& problem, const Row (&rows)[kRows], double* l) {
   const ScoredChunk& chunk = problem.chunk;
-  const int64_t elements = chunk.elements();
-  Scratch scratch;
-  double sum = 0;
-  for (int64_t begin = 0; begin < elements; begin += kBlock) {
-    int64_t count = std::min(kBlock, elements - begin);
-    Residual block = residual(problem, b, k, s, begin, count, scratch);
-    with_layout(block, [&](auto element, auto has_noisy) GENREP_FAST_LAMBDA {
-      sum += sum_of_squares<decltype(element)::value, decltype(has_noisy)::value>(block, count);
+  const int64_t elements = chunk.elements(), block = problem.in_place ? elements : kBlock;
+  Scratch scratch[kRows];
+  Residual blocks[kRows];
+  double sums[kRows]{};
+  for (int64_t begin = 0; begin < elements; begin += block) {
+    int64_t count = std::min(block, elements - begin);
+    for (int64_t q = 0; q < kRows; ++q) {
+      blocks[q] = residual(problem, rows[q], begin, count, scratch[q]);
+    }
+    with_layout(blocks[0], [&](auto element, auto has_noisy) GENREP_FAST_LAMBDA {
+      add_squares<decltype(element)::value, decltype(has_noisy)::value>(blocks, count, sums);
     });
   }
-  return -0.5 * static_cast<double>(chunk.inv_var[s]) * sum + static_cast<double>(chunk.log_norm[s]) * static_cast<double>(elements);
+  for (int64_t q = 0; q < kRows; ++q) {
+    int64_t s = rows[q].s;
+    l[q] = -0.5 * static_cast<double>(chunk.inv_var[s]) * sums[q] +
+        static_cast<double>(chunk.log_norm[s]) * static_cast<double>(elements);
+  }
 }
 
 // Adds the squared residuals of `channels` <= kChannels channels to `sums`.
@@ -169,7 +195,6 @@ GENREP_FAST_INLINE void add_channels(const Residual* blocks, int64_t channels, i
   for (int64_t i = 0; i < count; i += kLanes) {
     Floats sum = load<Floats>(sums + i);
     for (int64_t c = 0; c < channels; ++c) {
-      prefetch(blocks[c].output + (kElement == Element::kFloat ? 4 : 2) * i, kPrefetch);
       Floats r = count - i < kLanes ? blocks[c].rest<kElement, kNoisy>(i, count - i) : blocks[c].at<kElement, kNoisy>(i);
       sum += r * r;
     }
@@ -178,8 +203,7 @@ GENREP_FAST_INLINE void add_channels(const Residual* blocks, int64_t channels, i
 }
 
 // l of one step at `count` <= kBlock locations; 16 more may be written.
-GENREP_FAST_INLINE void location_log_likelihoods(
-    const Problem& problem, int64_t b, int64_t k, int64_t s, int64_t begin, int64_t count, float* l) {
+GENREP_FAST_INLINE void location_log_likelihoods(const Problem& problem, const Row& row, int64_t begin, int64_t count, float* l) {
   const ScoredChunk& chunk = problem.chunk;
   Scratch scratch[kChannels];
   Residual blocks[kChannels];
@@ -187,7 +211,7 @@ GENREP_FAST_INLINE void location_log_likelihoods(
   for (int64_t first = 0; first < chunk.channels; first += kChannels) {
     int64_t channels = std::min(kChannels, chunk.channels - first);
     for (int64_t c = 0; c < channels; ++c) {
-      blocks[c] = residual(problem, b, k, s, (first + c) * chunk.locations + begin, count, scratch[c]);
+      blocks[c] = residual(problem, row, (first + c) * chunk.locations + begin, count, scratch[c]);
     }
     with_layout(blocks[0], [&](auto element, auto has_noisy) GENREP_FAST_LAMBDA {
       constexpr bool kNoisy = decltype(has_noisy)::value;
@@ -198,7 +222,8 @@ GENREP_FAST_INLINE void location_log_likelihoods(
       }
     });
   }
-  Floats factor = broadcast(-0.5f * chunk.inv_var[s]), shift = broadcast(chunk.log_norm[s] * static_cast<float>(chunk.channels));
+  Floats factor = broadcast(-0.5f * chunk.inv_var[row.s]);
+  Floats shift = broadcast(chunk.log_norm[row.s] * static_cast<float>(chunk.channels));
   for (int64_t i = 0; i < count; i += kLanes) {
     store(l + i, load<Floats>(l + i) * factor + shift);
   }

@@ -19,32 +19,56 @@ constexpr int64_t kTogether = 4;  // steps that are added to the states of locat
 
 // ---- a likelihood an image ----
 
-GENREP_FAST_INLINE void score_steps_kernel(const Problem& problem, int64_t b, int64_t k, int64_t first, int64_t last, State& state) {
-  alignas(64) double l[kSteps];
+// Merges the rows from `first` to `last` of [B, K, S] into states, the first of which is that of the first row's image and class.
+GENREP_FAST_INLINE void score_rows_kernel(const Problem& problem, int64_t first, int64_t last, State* states) {
+  const ScoredChunk& chunk = problem.chunk;
+  double l[kSteps];
+  alignas(64) double steps[kSteps];
   for (int64_t begin = first; begin < last; begin += kSteps) {
     int64_t count = std::min(kSteps, last - begin);
-    for (int64_t i = 0; i < count; ++i) {
-      l[i] = step_log_likelihood(problem, b, k, begin + i);
+    for (int64_t i = 0; i < count; i += kRows) {
+      Row rows[kRows];
+      for (int64_t q = 0; q < kRows; ++q) {
+        int64_t row = std::min(begin + i + q, last - 1), pair = row / chunk.steps;
+        rows[q] = {pair / chunk.classes, pair % chunk.classes, row % chunk.steps};
+      }
+      step_log_likelihoods(problem, rows, l + i);
     }
-    bool mixture = problem.chunk.mixture;
-    state = merge(state, mixture ? mixture_state(l, count) : mean_state(l, count), mixture);
+    for (int64_t i = 0; i < count;) {
+      int64_t pair = (begin + i) / chunk.steps, end = std::min(count, (pair + 1) * chunk.steps - begin);
+      std::copy(l + i, l + end, steps);
+      State& state = states[pair - first / chunk.steps];
+      state = merge(state, chunk.mixture ? mixture_state(steps, end - i) : mean_state(steps, end - i), chunk.mixture);
+      i = end;
+    }
   }
 }
 
 GENREP_FAST_CLONES(
-    score_steps, (const Problem& problem, int64_t b, int64_t k, int64_t first, int64_t last, State& state), score_steps_kernel,
-    (problem, b, k, first, last, state))
+    score_rows, (const Problem& problem, int64_t first, int64_t last, State* states), score_rows_kernel, (problem, first, last, states))
 
 }  // namespace
 
 std::vector<State> row_states(const Problem& problem) {
   const ScoredChunk& chunk = problem.chunk;
-  const int64_t pairs = chunk.batch * chunk.classes, groups = problem.groups(pairs, chunk.steps);
+  const int64_t pairs = chunk.batch * chunk.classes, steps = chunk.steps;
+  if (steps == 0) {
+    return std::vector<State>(pairs);
+  }
+  const int64_t groups = problem.groups(pairs, ceil_div(steps, kRows));
+  // Of images and classes with few steps, some make a task.
+  const int64_t fair = ceil_div(ceil_div(2 * pairs, kTasks), kRows) * kRows;
+  const int64_t together = groups > 1 ? 1 : std::max<int64_t>(1, std::min(kSteps / steps, fair));
+  const int64_t tasks = groups > 1 ? pairs * groups : ceil_div(pairs, together);
   std::vector<State> states(pairs * groups);
-  parallel(pairs * groups, chunk.steps / groups * chunk.elements(), [&](int64_t task) {
-    int64_t pair = task / groups, group = task % groups;
-    int64_t first = first_step(chunk.steps, groups, group), last = first_step(chunk.steps, groups, group + 1);
-    score_steps(problem, pair / chunk.classes, pair % chunk.classes, first, last, states[task]);
+  parallel(tasks, together * ceil_div(steps, groups) * chunk.elements(), [&](int64_t task) {
+    if (groups > 1) {
+      int64_t row = task / groups * steps, group = task % groups;
+      score_rows(problem, row + first_step(steps, groups, group), row + first_step(steps, groups, group + 1), &states[task]);
+    } else {
+      int64_t first = task * together, last = std::min(pairs, first + together);
+      score_rows(problem, first * steps, last * steps, &states[first]);
+    }
   });
   for (int64_t pair = 0; pair < pairs; ++pair) {
     State merged;
@@ -122,7 +146,7 @@ GENREP_FAST_INLINE void score_locations_kernel(
         std::fill_n(l[u], kBlock, -kInfinity);
         continue;
       }
-      location_log_likelihoods(problem, b, k, first + u, begin, count, l[u]);
+      location_log_likelihoods(problem, {b, k, first + u}, begin, count, l[u]);
       if (!problem.chunk.mixture) {
         add_to_mean(l[u], count, first + u, states);
       }

@@ -21,6 +21,8 @@ struct Target {
   Buffer gradient;                  // contiguous [B or 1, K or 1, S or 1, channels, locations]
   int64_t batch, classes, steps;    // of the gradient
   int64_t channels;                 // of the gradient, C or more
+
+  int64_t rows() const { return batch * classes * steps; }
 };
 
 struct __attribute__((visibility("hidden"))) Backward {
@@ -28,24 +30,22 @@ struct __attribute__((visibility("hidden"))) Backward {
   const float *grad, *likelihood, *remainder;  // [B, K, *loc]; the last two for "mixture"
   std::vector<double> recomputed;              // log-likelihoods [B, K] where forward had another order of summation
 
-  // exp(l - logsumexp_s l), or 1/S, times the gradient and -v: what the residual is multiplied with.
-  GENREP_FAST_INLINE double scale(int64_t b, int64_t k, int64_t s) const {
+  // exp(l - logsumexp_s l), or 1/S, times the gradient and -v: what the residuals of kRows rows are multiplied with.
+  GENREP_FAST_INLINE void scale(const Row (&rows)[kRows], double (&scales)[kRows]) const {
     const ScoredChunk& chunk = problem.chunk;
-    const int64_t pair = b * chunk.classes + k;
-    double weight = 1.0 / static_cast<double>(chunk.steps);
     if (chunk.mixture) {
-      if (likelihood[pair] == -kInfinity) {
-        return 0;
-      }
-      double total = recomputed.empty() ? static_cast<double>(likelihood[pair]) + remainder[pair] : recomputed[pair];
-      weight *= std::exp(step_log_likelihood(problem, b, k, s) - total);
+      step_log_likelihoods(problem, rows, scales);
     }
-    return -static_cast<double>(chunk.inv_var[s]) * weight * grad[pair];
+    for (int64_t q = 0; q < kRows; ++q) {
+      const int64_t pair = rows[q].b * chunk.classes + rows[q].k;
+      double weight = 1.0 / static_cast<double>(chunk.steps);
+      if (chunk.mixture) {
+        double total = recomputed.empty() ? static_cast<double>(likelihood[pair]) + remainder[pair] : recomputed[pair];
+        weight *= likelihood[pair] == -kInfinity ? 0.0 : std::exp(scales[q] - total);
+      }
+      scales[q] = -static_cast<double>(chunk.inv_var[rows[q].s]) * weight * grad[pair];
+    }
   }
-};
-
-struct Contribution {
-  int64_t b, k, s;
 };
 
 // The rows that an element of the target's gradient adds up: `index` below their number, in a fixed order.
@@ -55,7 +55,7 @@ struct Owner {
 
   int64_t contributions() const { return batch * classes * steps; }
 
-  Contribution at(int64_t index) const {
+  Row at(int64_t index) const {
     return {b + index / steps / classes, k + index / steps % classes, s + index % steps};
   }
 };
@@ -115,59 +115,76 @@ GENREP_FAST_INLINE void scaled_residual(const Residual& block, float factor, int
   });
 }
 
-// Gradient of a row that has one contribution.
-GENREP_FAST_INLINE void write_gradient_kernel(
-    const Backward& backward, const Target& target, const Contribution& from, int64_t row, bool streaming) {
-  const ScoredChunk& chunk = backward.problem.chunk;
-  alignas(64) float values[kBlock + kLanes];
-  Scratch scratch;
-  double scale = backward.scale(from.b, from.k, from.s);
-  float factor = static_cast<float>(scale * target.table[from.s]);
-  for (int64_t begin = 0; begin < chunk.elements(); begin += kBlock) {
-    int64_t count = std::min(kBlock, chunk.elements() - begin);
-    if (scale == 0) {  // even where the residual is infinite
-      std::fill_n(values, count, 0.0f);
-    } else {
-      scaled_residual(residual(backward.problem, from.b, from.k, from.s, begin, count, scratch), factor, count, values);
-    }
-    write_row(chunk, target.gradient, row, begin, count, values, streaming);
-  }
-}
-
-GENREP_FAST_CLONES(
-    write_gradient, (const Backward& backward, const Target& target, const Contribution& from, int64_t row, bool streaming),
-    write_gradient_kernel, (backward, target, from, row, streaming))
-
-// Adds one contribution to `sums` [D].
-GENREP_FAST_INLINE void add_gradient_kernel(const Backward& backward, const Target& target, const Contribution& from, double* sums) {
-  const ScoredChunk& chunk = backward.problem.chunk;
-  double scale = backward.scale(from.b, from.k, from.s);
+// The row's residual times scale and the target's factor, a block from `begin` on; zeros where the scale is 0, even of infinities.
+GENREP_FAST_INLINE void gradient_block(
+    const Backward& backward, const Target& target, const Row& row, double scale, int64_t begin, int64_t count, float* values) {
   if (scale == 0) {
+    std::fill_n(values, count, 0.0f);
     return;
   }
-  alignas(64) float values[kBlock + kLanes];
   Scratch scratch;
-  float factor = static_cast<float>(scale * target.table[from.s]);
-  for (int64_t begin = 0; begin < chunk.elements(); begin += kBlock) {
-    int64_t count = std::min(kBlock, chunk.elements() - begin);
-    scaled_residual(residual(backward.problem, from.b, from.k, from.s, begin, count, scratch), factor, count, values);
-    for (int64_t i = 0; i < count; ++i) {
-      sums[begin + i] += values[i];
+  float factor = static_cast<float>(scale * target.table[row.s]);
+  scaled_residual(residual(backward.problem, row, begin, count, scratch), factor, count, values);
+}
+
+// Gradients of kRows rows from `first` on, or fewer at the end, that have one contribution each.
+GENREP_FAST_INLINE void write_gradients_kernel(const Backward& backward, const Target& target, int64_t first, bool streaming) {
+  const ScoredChunk& chunk = backward.problem.chunk;
+  alignas(64) float values[kBlock + kLanes];
+  Row rows[kRows];
+  double scales[kRows];
+  for (int64_t q = 0; q < kRows; ++q) {
+    rows[q] = owner_of(chunk, target, std::min(first + q, target.rows() - 1)).at(0);
+  }
+  backward.scale(rows, scales);
+  for (int64_t q = 0; q < std::min(kRows, target.rows() - first); ++q) {
+    for (int64_t begin = 0; begin < chunk.elements(); begin += kBlock) {
+      int64_t count = std::min(kBlock, chunk.elements() - begin);
+      gradient_block(backward, target, rows[q], scales[q], begin, count, values);
+      write_row(chunk, target.gradient, (first + q) * target.channels * chunk.locations, begin, count, values, streaming);
     }
   }
 }
 
 GENREP_FAST_CLONES(
-    add_gradient, (const Backward& backward, const Target& target, const Contribution& from, double* sums), add_gradient_kernel,
-    (backward, target, from, sums))
+    write_gradients, (const Backward& backward, const Target& target, int64_t first, bool streaming), write_gradients_kernel,
+    (backward, target, first, streaming))
+
+// Adds contributions from `first` to `last` to `sums` [D].
+GENREP_FAST_INLINE void add_gradients_kernel(
+    const Backward& backward, const Target& target, const Owner& owner, int64_t first, int64_t last, double* sums) {
+  const ScoredChunk& chunk = backward.problem.chunk;
+  alignas(64) float values[kBlock + kLanes];
+  Row rows[kRows];
+  double scales[kRows];
+  for (; first < last; first += kRows) {
+    for (int64_t q = 0; q < kRows; ++q) {
+      rows[q] = owner.at(std::min(first + q, last - 1));
+    }
+    backward.scale(rows, scales);
+    for (int64_t q = 0; q < std::min(kRows, last - first); ++q) {
+      for (int64_t begin = 0; scales[q] != 0 && begin < chunk.elements(); begin += kBlock) {
+        int64_t count = std::min(kBlock, chunk.elements() - begin);
+        gradient_block(backward, target, rows[q], scales[q], begin, count, values);
+        for (int64_t i = 0; i < count; ++i) {
+          sums[begin + i] += values[i];
+        }
+      }
+    }
+  }
+}
+
+GENREP_FAST_CLONES(
+    add_gradients, (const Backward& backward, const Target& target, const Owner& owner, int64_t first, int64_t last, double* sums),
+    add_gradients_kernel, (backward, target, owner, first, last, sums))
 
 // What the residual at `count` <= kBlock locations is multiplied with.
 GENREP_FAST_INLINE void location_scales(
-    const Backward& backward, const Contribution& from, int64_t begin, int64_t count, float* scales) {
+    const Backward& backward, const Row& from, int64_t begin, int64_t count, float* scales) {
   const ScoredChunk& chunk = backward.problem.chunk;
   const int64_t first = (from.b * chunk.classes + from.k) * chunk.locations + begin;
   if (chunk.mixture) {
-    location_log_likelihoods(backward.problem, from.b, from.k, from.s, begin, count, scales);
+    location_log_likelihoods(backward.problem, from, begin, count, scales);
   }
   float share = -chunk.inv_var[from.s] / static_cast<float>(chunk.steps);
   for (int64_t i = 0; i < count; i += kLanes) {
@@ -186,14 +203,14 @@ GENREP_FAST_INLINE void location_scales(
 
 // Gradient of a block of locations, of rows that have one contribution.
 GENREP_FAST_INLINE void write_location_gradient_kernel(
-    const Backward& backward, const Target& target, const Contribution& from, int64_t row, int64_t begin, int64_t count, bool streaming) {
+    const Backward& backward, const Target& target, const Row& from, int64_t row, int64_t begin, int64_t count, bool streaming) {
   const ScoredChunk& chunk = backward.problem.chunk;
   alignas(64) float scales[kBlock], values[kBlock + kLanes];
   Scratch scratch;
   location_scales(backward, from, begin, count, scales);
   for (int64_t c = 0; c < chunk.channels; ++c) {
     int64_t place = c * chunk.locations + begin;
-    Residual block = residual(backward.problem, from.b, from.k, from.s, place, count, scratch);
+    Residual block = residual(backward.problem, from, place, count, scratch);
     scaled_residual(block, target.table[from.s], count, values);
     for (int64_t i = 0; i < count; i += kLanes) {
       Floats scale = load<Floats>(scales + i);
@@ -205,7 +222,7 @@ GENREP_FAST_INLINE void write_location_gradient_kernel(
 
 GENREP_FAST_CLONES(
     write_location_gradient,
-    (const Backward& backward, const Target& target, const Contribution& from, int64_t row, int64_t begin, int64_t count, bool streaming),
+    (const Backward& backward, const Target& target, const Row& from, int64_t row, int64_t begin, int64_t count, bool streaming),
     write_location_gradient_kernel, (backward, target, from, row, begin, count, streaming))
 
 // Gradient of a block of locations: every channel's sum over the owner's contributions, [C, count].
@@ -215,10 +232,10 @@ GENREP_FAST_INLINE void add_location_gradients_kernel(
   alignas(64) float scales[kBlock], values[kBlock + kLanes];
   Scratch scratch;
   for (int64_t index = 0; index < owner.contributions(); ++index) {
-    Contribution from = owner.at(index);
+    Row from = owner.at(index);
     location_scales(backward, from, begin, count, scales);
     for (int64_t c = 0; c < chunk.channels; ++c) {
-      Residual block = residual(backward.problem, from.b, from.k, from.s, c * chunk.locations + begin, count, scratch);
+      Residual block = residual(backward.problem, from, c * chunk.locations + begin, count, scratch);
       scaled_residual(block, target.table[from.s], count, values);
       for (int64_t i = 0; i < count; ++i) {
         sums[c * count + i] += scales[i] == 0 ? 0.0f : values[i] * scales[i];
@@ -249,7 +266,7 @@ void zero_further_channels(const ScoredChunk& chunk, const Target& target, int64
 
 void differentiate_locations(const Backward& backward, const Target& target) {
   const ScoredChunk& chunk = backward.problem.chunk;
-  const int64_t rows = target.batch * target.classes * target.steps, blocks = ceil_div(chunk.locations, kBlock);
+  const int64_t rows = target.rows(), blocks = ceil_div(chunk.locations, kBlock);
   const int64_t row_elements = target.channels * chunk.locations;
   const bool streaming = 4 * rows * row_elements >= kStreamingBytes;
   parallel(rows * blocks, row_elements, [&](int64_t task) {
@@ -274,7 +291,7 @@ void differentiate_locations(const Backward& backward, const Target& target) {
 // Rows with many contributions: these are cut into groups, whose sums are added in order.
 void differentiate_shared(const Backward& backward, const Target& target) {
   const ScoredChunk& chunk = backward.problem.chunk;
-  const int64_t rows = target.batch * target.classes * target.steps, row_elements = target.channels * chunk.locations;
+  const int64_t rows = target.rows(), row_elements = target.channels * chunk.locations;
   const int64_t contributions = owner_of(chunk, target, 0).contributions();
   const int64_t groups = backward.problem.groups(rows, contributions);
   std::vector<std::vector<double>> sums(rows * groups);
@@ -285,14 +302,13 @@ void differentiate_shared(const Backward& backward, const Target& target) {
     }
     write_sums(chunk, target.gradient, row * row_elements, 0, chunk.elements(), total.data());
     zero_further_channels(chunk, target, row * row_elements);
-    total = {};
+    std::vector<double>().swap(total);
   };
   parallel(rows * groups, contributions / groups * chunk.elements(), [&](int64_t task) {
     Owner owner = owner_of(chunk, target, task / groups);
     sums[task].resize(chunk.elements());
-    for (int64_t i = first_step(contributions, groups, task % groups); i < first_step(contributions, groups, task % groups + 1); ++i) {
-      add_gradient(backward, target, owner.at(i), sums[task].data());
-    }
+    int64_t first = first_step(contributions, groups, task % groups), last = first_step(contributions, groups, task % groups + 1);
+    add_gradients(backward, target, owner, first, last, sums[task].data());
     if (groups == 1) {
       finish(task);
     }
@@ -304,11 +320,13 @@ void differentiate_shared(const Backward& backward, const Target& target) {
 
 void differentiate_rows(const Backward& backward, const Target& target) {
   const ScoredChunk& chunk = backward.problem.chunk;
-  const int64_t rows = target.batch * target.classes * target.steps, row_elements = target.channels * chunk.locations;
-  const bool streaming = 4 * rows * row_elements >= kStreamingBytes;
-  parallel(rows, row_elements, [&](int64_t row) {
-    write_gradient(backward, target, owner_of(chunk, target, row).at(0), row * row_elements, streaming);
-    zero_further_channels(chunk, target, row * row_elements);
+  const int64_t row_elements = target.channels * chunk.locations;
+  const bool streaming = 4 * target.rows() * row_elements >= kStreamingBytes;
+  parallel(ceil_div(target.rows(), kRows), kRows * row_elements, [&](int64_t task) {
+    write_gradients(backward, target, task * kRows, streaming);
+    for (int64_t row = task * kRows; row < std::min((task + 1) * kRows, target.rows()); ++row) {
+      zero_further_channels(chunk, target, row * row_elements);
+    }
     stream_fence();
   });
 }

@@ -77,6 +77,10 @@ GENREP_FAST_INLINE float horizontal_sum(Floats values) {
   return ((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7]));
 }
 
+GENREP_FAST_INLINE double horizontal_sum(Doubles values) {
+  return ((values[0] + values[4]) + (values[1] + values[5])) + ((values[2] + values[6]) + (values[3] + values[7]));
+}
+
 GENREP_FAST_INLINE float horizontal_maximum(Floats values) {
   float largest = values[0];
   for (int i = 1; i < kLanes; ++i) {

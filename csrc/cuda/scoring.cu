@@ -58,6 +58,9 @@ struct Destination {
 
   __device__ void update(const DeviceChunk& chunk, int64_t b, int64_t k, int64_t location, int64_t locations, const State& added) const {
     const int64_t own_class = classes == nullptr ? k : classes[k];
+    if (own_class < 0 || own_class >= all_classes) {
+      return;  // as the caller's assertion says, later
+    }
     const int64_t plane = chunk.batch * all_classes * locations;
     double* place = state + (b * all_classes + own_class) * locations + location;
     if (chunk.mixture) {
@@ -183,10 +186,13 @@ __global__ __launch_bounds__(kThreads) void locations_kernel(
   }
 }
 
-__global__ void count_kernel(int64_t* count, const int64_t* classes, int64_t number, int64_t steps) {
+__global__ void count_kernel(int64_t* count, const int64_t* classes, int64_t number, int64_t all_classes, int64_t steps) {
   const int64_t k = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (k < number) {
-    count[classes == nullptr ? k : classes[k]] += steps;
+    const int64_t own_class = classes == nullptr ? k : classes[k];
+    if (0 <= own_class && own_class < all_classes) {
+      count[own_class] += steps;
+    }
   }
 }
 
@@ -200,7 +206,7 @@ struct Upstream {
     float weight = 1.f / chunk.steps;
     if (chunk.mixture) {
       const double total = static_cast<double>(likelihood[index]) + remainder[index] + chunk.log_steps;
-      weight = step == -INFINITY ? 0.f : static_cast<float>(exp(step - total));
+      weight = likelihood[index] == -INFINITY ? 0.f : static_cast<float>(exp(step - total));
     }
     return -chunk.inv_var[s] * weight * grad[index];
   }
@@ -776,7 +782,7 @@ void score_update(
   score(device_chunk(chunk, false), chunk.per_location, destination, x, scope.stream());
   if (chunk.classes > 0) {
     count_kernel<<<grid_of(ceil_div(chunk.classes, kThreads)), kThreads, 0, scope.stream()>>>(
-        static_cast<int64_t*>(count.data_ptr()), destination.classes, chunk.classes, chunk.steps);
+        static_cast<int64_t*>(count.data_ptr()), destination.classes, chunk.classes, destination.all_classes, chunk.steps);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 }

@@ -73,6 +73,7 @@ def reverse_step(
             own not in (1, full) for own, full in zip(std_scale.shape[::-1], x_t.shape[::-1], strict=False)
         ):
             raise ValueError(f"std_scale must broadcast to x_t's shape {tuple(x_t.shape)}, got {tuple(std_scale.shape)}")
+        require((std_scale > 0).all(), "std_scale must be positive")
         std_scale = std_scale.expand(x_t.shape)
     # The schema's integers are signed: the upper half of the seeds is their two's complement.
     signed_seed = seed - 2**64 if seed >= 2**63 else seed

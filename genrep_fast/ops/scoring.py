@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import numbers
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import define_operator
+from ..backends import define_operator, insisted_backend, use_backend
 from ..coefficients import StepCoefficients
 from ..reference import scoring as reference
 
@@ -29,7 +30,8 @@ def log_likelihood(
     """Log-likelihood (nats) of every image under every class, from the denoiser's outputs at S scored steps.
 
     l = sum(-inv_var r^2 / 2 + log_norm) with r = data x + noisy x_t + output o; L = logsumexp_s l - log S, the mixture of a chain's kernels
-    (GenRep, ICLR 2026), or the mean of l over the steps (Diffusion Classifier, ICCV 2023). Differentiable in x, model_output and x_t.
+    (GenRep, ICLR 2026), or the mean of l over the steps (Diffusion Classifier, ICCV 2023). Differentiable in x, model_output and x_t, as
+    long as the result is not changed in place.
 
     Args:
         x: clean images or latents [B, C, *spatial]; float32, bfloat16, float16 or float64.
@@ -322,11 +324,15 @@ def _log_likelihood_backward_fake(grad, log_likelihood, remainder, x, model_outp
 def _setup_log_likelihood(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.reduction, ctx.per_location = inputs
     ctx.save_for_backward(*output, *tensors)
+    ctx.backend = insisted_backend()
 
 
 def _differentiate_log_likelihood(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
     mask = list(ctx.needs_input_grad[:3])
-    gradients = _log_likelihood_backward(grad, *ctx.saved_tensors, ctx.reduction, ctx.per_location, mask)
+    # Gradients of gradients (create_graph=True) come from the reference, whose operations autograd knows.
+    backward = reference.log_likelihood_backward if torch.is_grad_enabled() else _log_likelihood_backward
+    with use_backend(ctx.backend) if ctx.backend else contextlib.nullcontext():  # whose bits of l forward had
+        gradients = backward(grad, *ctx.saved_tensors, ctx.reduction, ctx.per_location, mask)
     return *(gradient if needed else None for gradient, needed in zip(gradients, mask, strict=True)), *[None] * 7
 
 
@@ -354,7 +360,8 @@ def _setup_distillation(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _differentiate_distillation(ctx: Any, grad: Tensor) -> tuple:
     mask = list(ctx.needs_input_grad[:2])
-    gradients = _distillation_loss_backward(grad, *ctx.saved_tensors, ctx.temperature, mask)
+    backward = reference.distillation_loss_backward if torch.is_grad_enabled() else _distillation_loss_backward
+    gradients = backward(grad, *ctx.saved_tensors, ctx.temperature, mask)
     return *(gradient if needed else None for gradient, needed in zip(gradients, mask, strict=True)), None, None
 
 

@@ -299,7 +299,8 @@ def _row_gradients(
     if grad_output is not None:
         per_location = chunk.kind == "locations"
         view = _strides(_five_axes(grad_output, chunk.channels, chunk.locations), chunk.channels_inner)
-        flat = _is_flat(view, chunk.channels * chunk.locations // chunk.inner_size, chunk.inner_size, per_location)
+        outer_size = chunk.channels * chunk.locations // max(chunk.inner_size, 1)
+        flat = _is_flat(view, outer_size, chunk.inner_size, per_location)
         aligned = all(stride % 16 == 0 for stride in view[: 4 if per_location else 3])
     _backward_kernel[(programs * groups,)](
         *chunk.arguments(),
@@ -564,6 +565,8 @@ def _finish(state, results, image, class_, location, locations, mask, steps, col
             tl.store(results[1] + row, remainder.to(tl.float32), mask=mask)
     else:
         column = class_ if results[2] is None else tl.load(results[2] + class_)
+        inside = (column >= 0) & (column < columns)  # the caller's assertion about the others comes later
+        column, mask = tl.where(inside, column, 0), mask & inside
         row = (image * columns + column) * locations + location
         first = tl.load(results[1] + row, mask=mask, other=0.0)
         second = tl.load(results[1] + plane + row, mask=mask, other=0.0)
