@@ -52,6 +52,9 @@ inline std::vector<int64_t> sizes_of(const Tensor& tensor) {
   return sizes;
 }
 
+// The tensor itself where it is contiguous: a call into torch takes longer than a small kernel.
+inline Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+
 // Stride of the spatial axes as one, from axis `first` on; nothing where they are no such axis.
 inline std::optional<int64_t> spatial_stride(const Tensor& tensor, int64_t first) {
   std::optional<int64_t> stride;

@@ -207,7 +207,9 @@ struct __attribute__((visibility("hidden"))) Inputs {
     }
   }
 
-  static Tensor as_floats(const Tensor& tensor) { return torch::stable::contiguous(torch::stable::to(tensor, ScalarType::Float)); }
+  static Tensor as_floats(const Tensor& tensor) {
+    return dense(tensor.scalar_type() == ScalarType::Float ? tensor : torch::stable::to(tensor, ScalarType::Float));
+  }
   static const float* data(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
 };
 
@@ -256,9 +258,13 @@ std::tuple<Tensor, Tensor> distillation_loss_backward(
   if (log_likelihood.numel() > 0) {
     for_each_column(inputs.shape, inputs.arguments);
   }
+  auto in_dtype = [](const Tensor& gradient, const Tensor& like) {
+    bool done = like.scalar_type() == ScalarType::Float;
+    return done ? gradient : torch::stable::to(gradient, like.scalar_type());
+  };
   return {
-      output_mask[0] ? torch::stable::to(grad_logits, student_logits.scalar_type()) : grad_logits,
-      output_mask[1] ? torch::stable::to(grad_likelihood, log_likelihood.scalar_type()) : grad_likelihood};
+      output_mask[0] ? in_dtype(grad_logits, student_logits) : grad_logits,
+      output_mask[1] ? in_dtype(grad_likelihood, log_likelihood) : grad_likelihood};
 }
 
 }  // namespace

@@ -273,7 +273,7 @@ std::tuple<Tensor, Tensor> reverse_step(
       chain_ids.scalar_type() == ScalarType::Long && chain_ids.numel() == batch, "chain_ids must be int64, one for each chain");
   Tensor x_prev = torch::stable::empty(sizes_of(x_t), x_t.scalar_type());
   Tensor score = torch::stable::empty({x ? batch : 0}, ScalarType::Float);
-  Tensor chains = torch::stable::contiguous(chain_ids);
+  Tensor chains = dense(chain_ids);
   std::vector<Tensor> copies;
 
   Step step{};

@@ -243,8 +243,8 @@ void score_update(
   STD_TORCH_CHECK(classes || chunk.classes == num_classes, "classes must be given where the chunk does not have all of them");
   if (classes) {
     STD_TORCH_CHECK(classes->scalar_type() == ScalarType::Long && classes->numel() == chunk.classes, "classes must be int64, one a class");
-    Tensor dense = torch::stable::contiguous(*classes);
-    std::copy_n(static_cast<const int64_t*>(dense.const_data_ptr()), chunk.classes, indices.begin());
+    Tensor given = dense(*classes);
+    std::copy_n(static_cast<const int64_t*>(given.const_data_ptr()), chunk.classes, indices.begin());
   }
   for (int64_t k : indices) {
     STD_TORCH_CHECK(0 <= k && k < num_classes, "classes must lie in [0, ", num_classes, "), got ", k);

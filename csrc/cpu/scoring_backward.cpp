@@ -357,9 +357,9 @@ std::tuple<Tensor, Tensor, Tensor> log_likelihood_backward(
   const Problem& problem = backward.problem;
   const ScoredChunk& chunk = problem.chunk;
   const int64_t likelihoods = chunk.batch * chunk.classes * kept_locations(chunk);
-  grad = torch::stable::contiguous(grad);
-  log_likelihood = torch::stable::contiguous(log_likelihood);
-  remainder = torch::stable::contiguous(remainder);
+  grad = dense(grad);
+  log_likelihood = dense(log_likelihood);
+  remainder = dense(remainder);
   for (const Tensor* tensor : {&grad, &log_likelihood, &remainder}) {
     bool unused = tensor == &remainder && !chunk.mixture;
     STD_TORCH_CHECK(

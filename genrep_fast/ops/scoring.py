@@ -131,7 +131,8 @@ def distillation_loss(
     loss = _distillation_loss(student_logits, log_likelihood, log_prior, float(temperature))  # [B, *spatial]
     if reduction == "none":
         return loss
-    return loss.sum() / max(loss.shape[0] if reduction == "batchmean" else loss.numel(), 1)
+    divisor = max(loss.shape[0] if reduction == "batchmean" else loss.numel(), 1)
+    return loss.mean() if divisor == loss.numel() else loss.sum() / divisor
 
 
 def fit_temperature(log_likelihood: Tensor, labels: Tensor, *, log_prior: Tensor | None = None) -> float:
