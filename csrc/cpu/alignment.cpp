@@ -18,8 +18,6 @@
 namespace genrep_fast {
 namespace {
 
-constexpr int64_t kStreamingBytes = int64_t{1} << 20;  // of output; smaller ones are better left in the caches for whoever reads them next
-
 // A float32 sum of squares outside this range may have overflowed, or lost terms to underflow.
 constexpr float kSmallest = 1e-28f, kLargest = 1e38f;
 

@@ -9,6 +9,10 @@
 #include <cstdint>
 #include <type_traits>
 
+#if defined(__linux__)
+#include <sys/resource.h>
+#endif
+
 #include "vector.h"
 
 namespace genrep_fast {
@@ -16,6 +20,7 @@ namespace genrep_fast {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+constexpr int64_t kStreamingBytes = int64_t{1} << 20;  // smaller results are better left in the caches for whoever reads them next
 constexpr int64_t kBlock = 1024;  // elements that are worked on together; their copies in float32 stay in the first-level cache
 
 enum class Element : int32_t { kFloat, kBFloat16, kHalf };
@@ -42,6 +47,23 @@ inline Element element_of(ScalarType type) {
 }
 
 inline Buffer buffer_of(const Tensor& tensor) { return {static_cast<char*>(tensor.data_ptr()), element_of(tensor.scalar_type())}; }
+
+// Whether a new tensor of `bytes` > 0 bytes is worth streaming into, past the caches: it is large, and the system has not just given its
+// memory, whose pages come zeroed in the caches and are better written there. Writes one byte of it.
+inline bool is_streamed(const Tensor& tensor, int64_t bytes) {
+  if (bytes < kStreamingBytes) {
+    return false;
+  }
+#if defined(__linux__)
+  rusage before, after;
+  getrusage(RUSAGE_THREAD, &before);
+  static_cast<volatile char*>(tensor.data_ptr())[bytes / 2] = 0;
+  getrusage(RUSAGE_THREAD, &after);
+  return after.ru_minflt == before.ru_minflt;
+#else
+  return true;
+#endif
+}
 
 // Integer arithmetic, because the baseline has no instructions for float16 and the others spend less time on it than on memory.
 GENREP_FAST_INLINE Floats widen(HalfWords words, Element element) {

@@ -19,7 +19,6 @@ namespace genrep_fast {
 namespace {
 
 constexpr int64_t kChunk = 16 * kBlock;                // elements; partial scores follow from it, never from the number of threads
-constexpr int64_t kStreamingBytes = int64_t{1} << 20;  // of output; smaller ones are better left in the caches
 
 // ---- noise ----
 
@@ -296,7 +295,7 @@ std::tuple<Tensor, Tensor> reverse_step(
   step.draw.keys[0] = static_cast<uint32_t>(seed);
   step.draw.keys[1] = static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32);
   step.chain_ids = static_cast<const int64_t*>(chains.const_data_ptr());
-  step.streaming = 4 * x_t.numel() >= kStreamingBytes;
+  step.streaming = x_prev.scalar_type() == ScalarType::Float && is_streamed(x_prev, 4 * x_prev.numel());
 
   const int64_t chunks = (step.elements + kChunk - 1) / kChunk;
   std::vector<double> partials(batch * chunks);

@@ -13,14 +13,13 @@
 namespace genrep_fast {
 namespace {
 
-constexpr int64_t kStreamingBytes = int64_t{1} << 20;  // of gradients; smaller ones are better left in the caches
-
 // Gradient of one of the operator's inputs, and the table that its part of the residual is multiplied with.
 struct Target {
   const float* table;
   Buffer gradient;                  // contiguous [B or 1, K or 1, S or 1, channels, locations]
   int64_t batch, classes, steps;    // of the gradient
   int64_t channels;                 // of the gradient, C or more
+  bool streaming;                   // past the caches
 
   int64_t rows() const { return batch * classes * steps; }
 };
@@ -268,12 +267,11 @@ void differentiate_locations(const Backward& backward, const Target& target) {
   const ScoredChunk& chunk = backward.problem.chunk;
   const int64_t rows = target.rows(), blocks = ceil_div(chunk.locations, kBlock);
   const int64_t row_elements = target.channels * chunk.locations;
-  const bool streaming = 4 * rows * row_elements >= kStreamingBytes;
   parallel(rows * blocks, row_elements, [&](int64_t task) {
     int64_t row = task / blocks, begin = task % blocks * kBlock, count = std::min(kBlock, chunk.locations - begin);
     Owner owner = owner_of(chunk, target, row);
     if (owner.contributions() == 1) {
-      write_location_gradient(backward, target, owner.at(0), row * row_elements, begin, count, streaming);
+      write_location_gradient(backward, target, owner.at(0), row * row_elements, begin, count, target.streaming);
       stream_fence();
     } else {
       std::vector<double> sums(chunk.channels * count);
@@ -321,9 +319,8 @@ void differentiate_shared(const Backward& backward, const Target& target) {
 void differentiate_rows(const Backward& backward, const Target& target) {
   const ScoredChunk& chunk = backward.problem.chunk;
   const int64_t row_elements = target.channels * chunk.locations;
-  const bool streaming = 4 * target.rows() * row_elements >= kStreamingBytes;
   parallel(ceil_div(target.rows(), kRows), kRows * row_elements, [&](int64_t task) {
-    write_gradients(backward, target, task * kRows, streaming);
+    write_gradients(backward, target, task * kRows, target.streaming);
     for (int64_t row = task * kRows; row < std::min((task + 1) * kRows, target.rows()); ++row) {
       zero_further_channels(chunk, target, row * row_elements);
     }
@@ -335,10 +332,11 @@ Tensor gradient_of(const Backward& backward, const Tensor& input, int64_t channe
   const ScoredChunk& chunk = backward.problem.chunk;
   Tensor gradient = torch::stable::empty(sizes_of(input), input.scalar_type());
   auto size = [&](int64_t axis) { return axis < channel_axis ? input.size(axis) : 1; };
-  Target target{table, buffer_of(gradient), size(0), size(1), size(2), input.size(channel_axis)};
+  Target target{table, buffer_of(gradient), size(0), size(1), size(2), input.size(channel_axis), false};
   if (gradient.numel() == 0) {
     return gradient;
   }
+  target.streaming = gradient.scalar_type() == ScalarType::Float && is_streamed(gradient, 4 * gradient.numel());
   if (chunk.per_location) {
     differentiate_locations(backward, target);
   } else if (owner_of(chunk, target, 0).contributions() == 1) {
