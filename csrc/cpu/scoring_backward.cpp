@@ -127,7 +127,7 @@ GENREP_FAST_INLINE void gradient_block(
 }
 
 // Gradients of kRows rows from `first` on, or fewer at the end, that have one contribution each.
-GENREP_FAST_INLINE void write_gradients_kernel(const Backward& backward, const Target& target, int64_t first, bool streaming) {
+GENREP_FAST_INLINE void write_gradients_kernel(const Backward& backward, const Target& target, int64_t first) {
   const ScoredChunk& chunk = backward.problem.chunk;
   alignas(64) float values[kBlock + kLanes];
   Row rows[kRows];
@@ -140,14 +140,13 @@ GENREP_FAST_INLINE void write_gradients_kernel(const Backward& backward, const T
     for (int64_t begin = 0; begin < chunk.elements(); begin += kBlock) {
       int64_t count = std::min(kBlock, chunk.elements() - begin);
       gradient_block(backward, target, rows[q], scales[q], begin, count, values);
-      write_row(chunk, target.gradient, (first + q) * target.channels * chunk.locations, begin, count, values, streaming);
+      write_row(chunk, target.gradient, (first + q) * target.channels * chunk.locations, begin, count, values, target.streaming);
     }
   }
 }
 
 GENREP_FAST_CLONES(
-    write_gradients, (const Backward& backward, const Target& target, int64_t first, bool streaming), write_gradients_kernel,
-    (backward, target, first, streaming))
+    write_gradients, (const Backward& backward, const Target& target, int64_t first), write_gradients_kernel, (backward, target, first))
 
 // Adds contributions from `first` to `last` to `sums` [D].
 GENREP_FAST_INLINE void add_gradients_kernel(
@@ -202,7 +201,7 @@ GENREP_FAST_INLINE void location_scales(
 
 // Gradient of a block of locations, of rows that have one contribution.
 GENREP_FAST_INLINE void write_location_gradient_kernel(
-    const Backward& backward, const Target& target, const Row& from, int64_t row, int64_t begin, int64_t count, bool streaming) {
+    const Backward& backward, const Target& target, const Row& from, int64_t row, int64_t begin, int64_t count) {
   const ScoredChunk& chunk = backward.problem.chunk;
   alignas(64) float scales[kBlock], values[kBlock + kLanes];
   Scratch scratch;
@@ -215,14 +214,14 @@ GENREP_FAST_INLINE void write_location_gradient_kernel(
       Floats scale = load<Floats>(scales + i);
       store(values + i, scale == 0.0f ? Floats{} : load<Floats>(values + i) * scale);
     }
-    write_row(chunk, target.gradient, row, place, count, values, streaming);
+    write_row(chunk, target.gradient, row, place, count, values, target.streaming);
   }
 }
 
 GENREP_FAST_CLONES(
     write_location_gradient,
-    (const Backward& backward, const Target& target, const Row& from, int64_t row, int64_t begin, int64_t count, bool streaming),
-    write_location_gradient_kernel, (backward, target, from, row, begin, count, streaming))
+    (const Backward& backward, const Target& target, const Row& from, int64_t row, int64_t begin, int64_t count),
+    write_location_gradient_kernel, (backward, target, from, row, begin, count))
 
 // Gradient of a block of locations: every channel's sum over the owner's contributions, [C, count].
 GENREP_FAST_INLINE void add_location_gradients_kernel(
@@ -271,7 +270,7 @@ void differentiate_locations(const Backward& backward, const Target& target) {
     int64_t row = task / blocks, begin = task % blocks * kBlock, count = std::min(kBlock, chunk.locations - begin);
     Owner owner = owner_of(chunk, target, row);
     if (owner.contributions() == 1) {
-      write_location_gradient(backward, target, owner.at(0), row * row_elements, begin, count, target.streaming);
+      write_location_gradient(backward, target, owner.at(0), row * row_elements, begin, count);
       stream_fence();
     } else {
       std::vector<double> sums(chunk.channels * count);
@@ -320,7 +319,7 @@ void differentiate_rows(const Backward& backward, const Target& target) {
   const ScoredChunk& chunk = backward.problem.chunk;
   const int64_t row_elements = target.channels * chunk.locations;
   parallel(ceil_div(target.rows(), kRows), kRows * row_elements, [&](int64_t task) {
-    write_gradients(backward, target, task * kRows, target.streaming);
+    write_gradients(backward, target, task * kRows);
     for (int64_t row = task * kRows; row < std::min((task + 1) * kRows, target.rows()); ++row) {
       zero_further_channels(chunk, target, row * row_elements);
     }
