@@ -236,6 +236,8 @@ def test_no_gradient_flows():
         ({"std_scale": torch.ones(2, 1, 1, 1)}, ValueError, "std_scale must broadcast"),
         ({"std_scale": torch.ones(1, 3, 2, 5, 7)}, ValueError, "std_scale must broadcast"),
         ({"std_scale": 2.0}, TypeError, "std_scale must be a tensor"),
+        ({"std_scale": torch.tensor([1.0, 0.0, 2.0])[:, None, None, None]}, ValueError, "std_scale must be positive"),
+        ({"std_scale": torch.tensor(math.nan)}, ValueError, "std_scale must be positive"),
     ],
 )
 def test_bad_input_raises_one_clear_error(change, error, message):

@@ -18,7 +18,7 @@
 namespace genrep_fast {
 namespace {
 
-constexpr int64_t kChunk = 16 * kBlock;                // elements; partial scores follow from it, never from the number of threads
+constexpr int64_t kChunk = 16 * kBlock;  // elements; partial scores follow from it, never from the number of threads
 
 // ---- noise ----
 

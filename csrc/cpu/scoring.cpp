@@ -161,7 +161,7 @@ GENREP_FAST_CLONES(
     score_locations, (const Problem& problem, int64_t b, int64_t k, int64_t begin, int64_t count, LocationStates& states),
     score_locations_kernel, (problem, b, k, begin, count, states))
 
-// Calls take(pair, first location, State) for every image, class and location, in any order.
+// Calls take(pair, location, State) for every image, class and location, in any order.
 template <typename Take>
 void for_each_location(const Problem& problem, const Take& take) {
   const ScoredChunk& chunk = problem.chunk;
