@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 PURE = os.environ.get("GENREP_FAST_PURE") == "1"
@@ -38,11 +39,18 @@ class BuildNative(build_ext):
         return Path(__file__).parent / "genrep_fast" if self.inplace or self.editable_mode else Path(self.build_lib) / "genrep_fast"
 
 
+class Wheel(bdist_wheel):
+    """Tagged py3-none: the libraries know nothing of Python, and no Python misses _introspection, which was built for one alone."""
+
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2]
+
+
 setup(
     packages=[*find_packages(include=["genrep_fast", "genrep_fast.*"]), "genrep_fast.kernels"],
     # The Triton sources are installed as genrep_fast.kernels: a top-level package named `kernels` would shadow Hugging Face's.
     package_dir={"genrep_fast": "genrep_fast", "genrep_fast.kernels": "kernels/triton"},
     package_data={"genrep_fast": ["evaluation/*.jinja"]},
     ext_modules=[] if PURE else [Extension("genrep_fast._introspection", sources=[])],
-    cmdclass={"build_ext": BuildNative},
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},
 )

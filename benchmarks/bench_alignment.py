@@ -229,12 +229,12 @@ def main():
         print(f"\nN = {numel}, {layout}, float32, {number} threads, {DEVICE}, torch {torch.__version__}, floor {floors[0]:.3f} ms")
         print(f"{'provider':36}{'warm ms':>10}{'x floor':>9}{'20-80 %':>14}{'% of copy':>11}{'cold x floor':>14}{'extra memory / 4N':>19}")
         for name in names[layout]:
-            low, median, high = warm[case][name]
+            low, median, high, host = warm[case][name]
             extra, ratio, cold_ratio = memory[case][name] / (4 * numel), median / floors[0], cold[case][name].median / floors[1]
             spread = f"{low / floors[0]:.2f}-{high / floors[0]:.2f}"
             print(f"{name:36}{median:10.3f}{ratio:9.2f}{spread:>14}{100 / ratio:11.0f}{cold_ratio:14.2f}{extra:19.2f}")
             rows.append({"numel": numel, "layout": layout, "threads": number, "provider": name, "warm_ms": median, "floor_ms": floors[0]})
-            rows[-1] |= {"warm_ratio": ratio, "cold_ratio": cold_ratio, "extra_memory_ratio": extra}
+            rows[-1] |= {"host_ms": host, "warm_ratio": ratio, "cold_ratio": cold_ratio, "extra_memory_ratio": extra}
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
 

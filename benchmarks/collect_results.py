@@ -43,7 +43,7 @@ def environment() -> dict:
         found |= {"memory_bytes": properties.total_memory, "multiprocessors": properties.multi_processor_count}
         query = ["nvidia-smi", "--id=0", "--query-gpu=driver_version", "--format=csv,noheader"]
         found["driver"] = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
-    if gf.info()["backends"]["cuda"]["available"]:
+    if gf.info()["backends"]["cuda"]["build"]:
         describe = import_module("genrep_fast._introspection").describe
         library = Path(gf.__file__).parent / "_C_cuda.so"
         found["kernel_attributes"] = json.loads(describe(str(library), "genrep_fast_cuda_kernel_attributes"))
@@ -130,10 +130,10 @@ def table(found: dict) -> str:
     lines += ["", f"{'tests':36}{'passed':>8}{'failed':>8}{'skipped':>9}"]
     lines += [f"{name:36}{counts['passed']:8}{counts['failed']:8}{counts['skipped']:9}" for name, counts in found["tests"].items()]
     for benchmark, rows in found["benchmarks"].items():
-        lines += ["", f"{benchmark:48}{'elements':>10}  {'layout':40}{'ms':>10}{'% of copy':>11}"]
+        lines += ["", f"{benchmark:48}{'elements':>10}  {'layout':40}{'ms':>10}{'host ms':>10}{'% of copy':>11}"]
         for row in rows:
             share = f"{row['percent_of_copy']:11.0f}" if "percent_of_copy" in row else ""
-            lines += [f"{row['provider']:48}{row['numel']:10}  {row.get('layout') or row['allocator']:40}{milliseconds(row):10.3f}{share}"]
+            lines += [f"{row['provider']:48}{row['numel']:10}  {row.get('layout') or row['allocator']:40}{milliseconds(row):10.3f}{row.get('host_ms') or 0:10.3f}{share}"]
     lines += ["", f"{'Triton over CUDA':48}{'elements':>10}  {'layout':40}{'ratio':>10}"]
     lines += [f"{row['operation']:48}{row['numel']:10}  {row['layout']:40}{row['ratio']:10.2f}" for row in found["triton_over_cuda"]]
     return "\n".join(lines) + "\n"

@@ -22,38 +22,57 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of mallopt(3)
 _CACHE_BYTES = 512 << 20  # more than the caches hold
+_CYCLES_PER_SECOND = 2e9  # of a GPU, about
 
 
 class Quantiles(NamedTuple):
-    """20 %, 50 % and 80 % quantiles of a wall time in milliseconds."""
+    """20 %, 50 % and 80 % quantiles of a time in milliseconds; on a GPU also the median time after which the host goes on."""
 
     low: float
     median: float
     high: float
+    host: float | None = None
 
 
 def measure_together(runs: dict[str, Callable[[], object]], seconds: float) -> dict[str, Quantiles]:
     """Call every one of `runs` in turn, after two calls that do not count, for about `seconds` and seven times at least.
 
     What disturbs the machine for a while disturbs all of them, so that their ratios hold although their times wander. Before each call the
-    caches are emptied, lest it profit, or suffer, from what the one before it left there.
+    caches are emptied, lest it profit, or suffer, from what the one before it left there. A GPU is kept busy until the whole call is queued,
+    so that its time is that of its kernels; what Python, dispatch and launches take is the host's.
     """
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    filler = torch.zeros(_CACHE_BYTES // 4, device="cuda" if torch.cuda.is_available() else "cpu")
-    for run in 2 * list(runs.values()):
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    filler = torch.zeros(_CACHE_BYTES // 4, device=DEVICE)
+    for run in runs.values():
         run()
+    hosts = {name: _time_on_host(run) for name, run in runs.items()}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(next(iter(times.values()))) < 7:
         for name, run in runs.items():
             filler.add_(1)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            run()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - start)
+            if DEVICE == "cuda":
+                times[name].append(_time_on_gpu(run, hosts[name]))
+            else:
+                times[name].append((_time_on_host(run), 0.0))
     return {name: _quantiles(values) for name, values in times.items()}
+
+
+def _time_on_host(run: Callable[[], object]) -> float:
+    """Seconds until `run` returns."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _time_on_gpu(run: Callable[[], object], host_seconds: float) -> tuple[float, float]:
+    """Seconds that the GPU takes once it has the whole of `run`, which takes the host about `host_seconds`, and those of the host."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(int((1.5 * host_seconds + 2e-4) * _CYCLES_PER_SECOND))
+    begin.record()
+    host = _time_on_host(run)
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1e3, host
 
 
 def keep_freed_memory() -> None:
@@ -125,8 +144,10 @@ def measure_cases(cases: dict[str, dict[str, Callable[[], object]]], options: ar
         for number in options.threads:
             with threads(number):
                 times = measure_together(runs, options.seconds)
-            for name, (low, median, high) in times.items():
+            for name, (low, median, high, host) in times.items():
                 rows[case, number, name] |= {"ms": median, "low_ms": low, "high_ms": high}
+                if host is not None:
+                    rows[case, number, name]["host_ms"] = host
     return list(rows.values())
 
 
@@ -173,6 +194,7 @@ def print_table(title: str, rows: list[dict], columns: dict[str, tuple[str, str]
         print(f"{row['provider']:40}" + "".join(f"{format(row[key], spec) if key in row else '':>13}" for key, spec in columns.values()))
 
 
-def _quantiles(seconds: list[float]) -> Quantiles:
+def _quantiles(times: list[tuple[float, float]]) -> Quantiles:
+    seconds, hosts = zip(*times, strict=True)
     fifths = statistics.quantiles([1e3 * value for value in seconds], n=5)
-    return Quantiles(fifths[0], 1e3 * statistics.median(seconds), fifths[3])
+    return Quantiles(fifths[0], 1e3 * statistics.median(seconds), fifths[3], 1e3 * statistics.median(hosts) if DEVICE == "cuda" else None)

@@ -9,30 +9,31 @@
 # is left out. The exit status is 0 where every step passed or was skipped for want of a tool. Nothing is installed: the package is copied
 # to a temporary folder, and its native code built there.
 #
-# Environment: OUT (default ./device-results), PYTHON (python3), WHEELS (.whl: a folder of wheels of what this Python lacks, e.g. diffusers
-# and torchjd), TESTS (files of tests without test_ and .py; a comma and a keyword expression with + for spaces behind one choose some of
-# its tests), PYTEST_ADDOPTS, COMMIT (where git cannot say).
+# Environment: OUT (default ./device-results), PYTHON (python3), DEADLINE (seconds for everything), WHEELS (.whl: a folder of wheels of what
+# this Python lacks, e.g. diffusers and torchjd; one of genrep_fast itself is tested instead of a build), TESTS (files of tests without test_
+# and .py; a comma and a keyword expression with + for spaces behind one choose some of its tests), PYTEST_ADDOPTS, COMMIT (where git cannot
+# say).
 
 set -u -o pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 OUT=${OUT:-device-results}
 PYTHON=$("${PYTHON:-python3}" -c 'import sys; print(sys.executable)') || exit 2
 WHEELS=${WHEELS:-$ROOT/.whl}
-DEADLINE=560 # seconds, and 10 more for what ignores the first signal
+DEADLINE=${DEADLINE:-560} # seconds, and 10 more for what ignores the first signal
 
 case "${1-}" in
     "") DRY= ;;
     --dry-run) DRY=yes ;;
     *) echo "usage: [OUT=folder] $0 [--dry-run]" >&2; exit 2 ;;
 esac
-# In pieces that run side by side: Triton compiles a kernel for every dtype and layout.
-SCORING="scoring_kernels,triton+and+layout scoring_kernels,triton+and+not+layout scoring_kernels,cuda"
 if [[ $DRY ]]; then
     export CUDA_VISIBLE_DEVICES="" GENREP_FAST_CUDA=0
     TESTS=${TESTS:-gradient_aligner aligned_adamw rules}
 elif capability=$(nvidia-smi --id=0 --query-gpu=compute_cap --format=csv,noheader); then
     export CUDA_VISIBLE_DEVICES=0 GENREP_FAST_CUDA=1 TORCH_CUDA_ARCH_LIST="$capability+PTX"
-    TESTS=${TESTS:-$SCORING kernels triton alignment optimizer gradient_aligner aligned_adamw rules}
+    TESTS=${TESTS:-scoring_kernels,triton scoring_kernels,cuda kernels triton alignment optimizer gradient_aligner aligned_adamw rules}
+    # Triton compiles a kernel for every dtype and layout, which keeps many processors busy.
+    "$PYTHON" -c "import xdist" 2>/dev/null && WORKERS=$(($(nproc) * 3 / 4))
 else
     echo "$0: nvidia-smi names no GPU; --dry-run runs the same steps on the CPU" >&2; exit 2
 fi
@@ -96,7 +97,7 @@ if compgen -G "$WHEELS/*.whl" >/dev/null; then
     step build wheels 60 "$PYTHON" -m pip install --no-index --no-deps --no-compile --no-cache-dir --disable-pip-version-check \
         --target "$SITE" "$WHEELS"/*.whl
 fi
-step build native_code 240 bash -c build
+compgen -G "$SITE/genrep_fast/_C_cuda.so" >/dev/null || step build native_code 240 bash -c build
 step build environment 40 "$PYTHON" "$ROOT/benchmarks/collect_results.py" environment "$WORK/environment.json"
 cat "$WORK/environment.json"
 publish
@@ -111,6 +112,8 @@ sanitize() {
     fi
     sanitizer=$(PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin type -P compute-sanitizer)
     for backend in cuda triton; do
+        # Compiling inside of the tool would take minutes.
+        [[ $backend == triton ]] && step sanitizers no_tool,triton 90 "$PYTHON" "$ROOT/benchmarks/operators_once.py" triton
         for tool in memcheck racecheck; do
             if [[ $sanitizer ]]; then
                 # Without torch's caching allocator every tensor ends where its memory does.
@@ -127,7 +130,10 @@ sanitize &
 for name in $TESTS; do
     while (($(jobs -rp | wc -l) >= $(nproc))); do wait -n; done
     IFS=, read -r file keyword <<<"$name"
+    options=()
+    [[ $name == scoring_kernels,triton* && ${WORKERS-} ]] && options=(-n "$WORKERS")
     OMP_NUM_THREADS=1 step tests "$name" 200 "$PYTHON" -m pytest -q --durations=3 -p no:cacheprovider --junitxml="$WORK/junit/$name.xml" \
+        "${options[@]}" \
         -k "${keyword//+/ }" "$ROOT/tests/test_$file.py" &
 done
 wait

@@ -128,6 +128,7 @@ def assert_scored(arguments, reduction, per_location, masks=(ALL,)):
     assert_accurate("likelihood", likelihood, plain, exact)
     assert remainder.shape == (likelihood.shape if reduction == "mixture" else (0,)) and remainder.dtype == F32
     grad = random(*likelihood.shape, seed=9)
+    sizes = added_sizes(grad, arguments, options)
     for mask in masks:
         mask = [needed and tensor is not None for needed, tensor in zip(mask, arguments[:3], strict=True)]
         results, plain, exact = (
@@ -140,9 +141,25 @@ def assert_scored(arguments, reduction, per_location, masks=(ALL,)):
         )
         for name, needed, *gradients in zip(("x", "model_output", "x_t"), mask, results, plain, exact, strict=True):
             if needed:
-                assert_accurate(f"gradient of {name}", *gradients)
+                assert_accurate(f"gradient of {name}", *gradients, sizes[name])
             else:
                 assert gradients[0].shape == (0,)
+
+
+def added_sizes(grad, arguments, options):
+    """By tensor: the sizes of the terms that make up its gradient, added up as the terms are."""
+    x, model_output, x_t, *columns = double(arguments)
+    lead = (len(x), grad.shape[1], len(columns[0]))
+    exact = reference.log_likelihood(x, model_output, x_t, *columns, *options)
+    whole = model_output.expand(*lead, *model_output.shape[3:])
+    terms = reference.log_likelihood_backward(grad.double(), *exact, x, whole, x_t, *columns, *options, [False, True, False])[1].abs()
+    data, noisy, output = (column.abs().view(-1, *[1] * (x.ndim - 1)) for column in columns[:3])
+    residuals = terms[:, :, :, : x.shape[1]] / output
+    return {
+        "x": (residuals * data).sum((1, 2)),
+        "model_output": terms.sum_to_size(model_output.shape),
+        "x_t": None if x_t is None else (residuals * noisy).sum_to_size(x_t.shape),
+    }
 
 
 # Likelihood
