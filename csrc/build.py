@@ -127,9 +127,12 @@ def _ninja_file(output: Path) -> str:
         log = "> $out.log 2>&1 || (cat $out.log; false)"  # of -Xptxas -v, which nobody wants to see where all is well
         lines += _rule("nvcc", [*nvcc_command(Path("$in")), "-MD", "-MF", "$out.d", "-o", "$out"], depfile=True, suffix=log)
         objects = _compile(lines, "nvcc", sorted((SOURCES / "cuda").glob("*.cu")))
-        lines += _rule("link_cuda", [nvcc(), "-shared", "-cudart", "static", "-Xlinker", "--no-as-needed", "-o", "$out", "$in"])
+        # nvcc hands the linker's own options over behind all of its inputs.
+        stubs = ["libtorch_cpu.so", "libtorch_cuda.so"]
+        options = ["-Xlinker", ",".join(["--no-as-needed", *stubs, "--as-needed"])]
+        lines += _rule("link_cuda", [nvcc(), "-shared", "-cudart", "static", "-o", "$out", "$in", *options])
         lines += ["build libtorch_cuda.so: stub"]
-        lines += [f"build {_path(output / '_C_cuda.so')}: link_cuda {' '.join(objects)} libtorch_cpu.so libtorch_cuda.so"]
+        lines += [f"build {_path(output / '_C_cuda.so')}: link_cuda {' '.join(objects)} | {' '.join(stubs)}"]
     return "\n".join(lines) + "\n"
 
 

@@ -62,6 +62,7 @@ def test_undefined_symbols_are_torchs_stable_shims_and_the_runtimes(library):
     assert foreign == []
     needed = re.findall(r"\(NEEDED\).*\[(.*)\]", output_of("readelf", "-d", library))
     runtimes = {"libtorch_cpu.so", "libtorch_cuda.so", "libstdc++.so.6", "libgcc_s.so.1", "libm.so.6", "libc.so.6", "ld-linux-x86-64.so.2"}
+    assert {"libtorch_cpu.so", *(["libtorch_cuda.so"] if "cuda" in library.name else [])} <= set(needed)
     assert set(needed) <= runtimes | {"libdl.so.2", "librt.so.1", "libpthread.so.0"}
 
 

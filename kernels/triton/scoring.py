@@ -498,8 +498,9 @@ def _log_likelihoods(
 def _scales(step_scores, likelihood, remainder, grad, inv_var, steps, MIXTURE: tl.constexpr):
     """dL/dr = scale r, float32; a step without weight has 0."""
     if MIXTURE:
-        log_weight = step_scores - likelihood.to(tl.float64) - remainder.to(tl.float64) - tl.log(steps.to(tl.float64))
-        weight = tl.where(likelihood == float("-inf"), 0.0, tl.exp(log_weight.to(tl.float32)))
+        # Dividing afterwards keeps what is rounded to float32 small: log S would cost a digit.
+        log_weight = step_scores - likelihood.to(tl.float64) - remainder.to(tl.float64)
+        weight = tl.where(likelihood == float("-inf"), 0.0, tl.exp(log_weight.to(tl.float32)) / steps.to(tl.float32))
     else:
         weight = 1.0 / steps.to(tl.float32)
     return -inv_var * weight * grad
