@@ -205,8 +205,11 @@ class GradientAligner:
         self._begin(name)
         # Without hooks gradients stay in `.grad` until the block ends: as good where nothing is to be done with them before, and necessary
         # where a data-parallel wrapper has yet to average them.
-        hooked = (self._early or self._passes[self._collecting] > 0 or self._buckets is not None) and _world_size() == 1
+        distributed = _world_size() > 1
+        hooked = (self._early or self._passes[self._collecting] > 0 or self._buckets is not None) and not distributed
         handles = []
+        if distributed:
+            self._put_back()
         try:
             if hooked:
                 for parameter, hook in zip(self.parameters, self._hooks, strict=True):
@@ -388,6 +391,24 @@ class GradientAligner:
             if self._grams.elements >= _BATCH_ELEMENTS and self._stream == _current_stream(gradient.device):
                 self._context.run(self._grams.compute, self._gradients_of)
 
+    def _put_back(self) -> None:
+        """Let the next pass add to ``.grad``, as without an aligner.
+
+        A data-parallel wrapper averages what ``.grad`` holds, which includes micro-batches that it did not average (``no_sync``).
+        """
+        collected = self._gradients[self._collecting]
+        self._gradients[self._collecting] = [None] * len(self.parameters)
+        for parameter, gradient in zip(self.parameters, collected, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient
+        self._claim_collected()
+
+    def _claim_collected(self) -> None:
+        self._memory.clear()
+        for gradient in itertools.chain(*self._gradients):
+            if gradient is not None:
+                self._memory.claim(gradient)
+
     def _check_new(self, index: int, gradient: Tensor) -> None:
         if any(gradients[index] is not None and gradients[index].is_set_to(gradient) for gradients in self._gradients):
             raise ValueError(
@@ -411,10 +432,7 @@ class GradientAligner:
             self._broken = True
         else:
             self._gradients[self._collecting] = [None] * len(self.parameters)
-            self._memory.clear()
-            for gradient in itertools.chain(*self._gradients):
-                if gradient is not None:
-                    self._memory.claim(gradient)
+            self._claim_collected()
 
     def _check_whole(self) -> None:
         if self._broken:
