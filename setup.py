@@ -8,6 +8,7 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 PURE = os.environ.get("GENREP_FAST_PURE") == "1"
 if PURE:  # what an earlier editable installation built would be loaded still
@@ -39,6 +40,13 @@ class BuildNative(build_ext):
         return Path(__file__).parent / "genrep_fast" if self.inplace or self.editable_mode else Path(self.build_lib) / "genrep_fast"
 
 
+class BuildPython(build_py):
+    """Leaves the tests that lie beside the benchmarks out of the wheel."""
+
+    def find_package_modules(self, package, package_dir):
+        return [module for module in super().find_package_modules(package, package_dir) if not module[1].startswith("test_")]
+
+
 class Wheel(bdist_wheel):
     """Tagged py3-none: the libraries know nothing of Python, and no Python misses _introspection, which was built for one alone."""
 
@@ -47,10 +55,10 @@ class Wheel(bdist_wheel):
 
 
 setup(
-    packages=[*find_packages(include=["genrep_fast", "genrep_fast.*"]), "genrep_fast.kernels"],
+    packages=[*find_packages(include=["genrep_fast", "genrep_fast.*"]), "genrep_fast.kernels", "genrep_fast.benchmarks"],
     # The Triton sources are installed as genrep_fast.kernels: a top-level package named `kernels` would shadow Hugging Face's.
-    package_dir={"genrep_fast": "genrep_fast", "genrep_fast.kernels": "kernels/triton"},
+    package_dir={"genrep_fast": "genrep_fast", "genrep_fast.kernels": "kernels/triton", "genrep_fast.benchmarks": "benchmarks"},
     package_data={"genrep_fast": ["evaluation/*.jinja"]},
     ext_modules=[] if PURE else [Extension("genrep_fast._introspection", sources=[])],
-    cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},
+    cmdclass={"build_ext": BuildNative, "build_py": BuildPython, "bdist_wheel": Wheel},
 )

@@ -1,47 +1,35 @@
 """Aligning two gradients: time against the floor that memory sets, beside eager, compiled and published ways of doing it.
 
-    python benchmarks/bench_alignment.py [--numel 1000000 10000000 100000000] [--layout flat list] [--threads 1 2] [--seconds 3]
-    pytest benchmarks/bench_alignment.py
-
-Gram reads both gradients, combine reads both and writes one: 5 N elements, 2.5 times what copying N elements moves. The floor is 2.5 times
-the time of such a copy in the same run; "% of copy" is the bandwidth reached, as a share of the copy's. Every provider must first agree
-with the decomposition in float64. All of them, the copy too, are called in turn, with empty caches, and their medians compared. "Warm"
-times are with an allocator that keeps what was freed, as on a GPU; "cold" ones with the C library's own. "list" is the 192 tensors of a
-transformer's 12 blocks.
+Gram reads both gradients, combine reads both and writes one: 5 N elements, 2.5 times what copying N elements moves. Every provider must
+first agree with the decomposition in float64. "list" is the 192 tensors of a transformer's 12 blocks.
 
 Providers: `decomposition` (the method as it is told), `foreach` (closed form in torch._foreach operations), `compiled` (closed form through
-torch.compile, into preallocated tensors), `pcgrad, published` (flatten, project, unflatten: Yu et al., NeurIPS 2020, restated), `pcgrad,
-torchjd` (jac_to_grad, from stacked gradients to .grad), and `gf.align_gradients` on each backend that can run, in place and into other
-tensors; the reference there is the decomposition's closed form in float64. `GradientAligner` is the same in place, with the gradients
-handed over as backward passes hand them over, and with a norm to clip at that is never reached.
+torch.compile, into preallocated tensors; not of lists, which take minutes to compile), `pcgrad, published` (flatten, project, unflatten: Yu et
+al., NeurIPS 2020, restated), `pcgrad, torchjd` (jac_to_grad, from stacked gradients to .grad), and `align_gradients` on each backend that
+can run, in place and into other tensors. `GradientAligner` is the same in place, with the gradients handed over as backward passes hand them
+over, and with a norm to clip at that is never reached.
 """
 
-import argparse
 import functools
-import json
 from importlib.util import find_spec
-from pathlib import Path
 
-import pytest
 import torch
-from measurement import keep_freed_memory, measure_together, peak_extra_bytes, threads, transformer_shapes
 
 import genrep_fast as gf
+from genrep_fast.benchmarks.measurement import DEVICE, Case, Provider, compiled_backends, copy_of
 from genrep_fast.reference.alignment import alignment_coefficients
 
 WEIGHTS, POWER = [0.7, 0.3], 2.0
-ELEMENTS_MOVED = 5
-torch._dynamo.config.recompile_limit = 64  # every size and number of threads is compiled for itself
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = compiled_backends("gram", "alignment_coefficients", "combine")
 
 
 class Setting:
     """Two gradients as lists of tensors, and where results go."""
 
-    def __init__(self, numel, layout, device=DEVICE):
+    def __init__(self, numel, layout):
         self.shapes = [(numel,)] if layout == "flat" else transformer_shapes(numel)
-        generator = torch.Generator(device).manual_seed(0)
-        self.p, noise = ([torch.randn(shape, generator=generator, device=device) for shape in self.shapes] for _ in range(2))
+        generator = torch.Generator(DEVICE).manual_seed(0)
+        self.p, noise = ([torch.randn(shape, generator=generator, device=DEVICE) for shape in self.shapes] for _ in range(2))
         self.g = [b - 0.5 * a for a, b in zip(self.p, noise, strict=True)]
         self.out = [torch.full_like(tensor, torch.nan) for tensor in self.p]
         self.numel = sum(tensor.numel() for tensor in self.p)
@@ -57,6 +45,14 @@ class Setting:
     @functools.cached_property
     def aligner(self):
         return gf.GradientAligner([torch.nn.Parameter(tensor) for tensor in self.out], weights=WEIGHTS, power=POWER)
+
+
+def transformer_shapes(numel):
+    """Shapes of about `numel` parameters in 12 blocks of a diffusion transformer (DiT-B has width 768): 192 tensors, half of them tiny."""
+    width = max(1, round((numel / (12 * 18)) ** 0.5))
+    attention = [(width, width), (width,)] * 4
+    rest = [(4 * width, width), (4 * width,), (width, 4 * width), (width,), (6 * width, width), (6 * width,), (width,), (width,)]
+    return [*attention, *rest] * 12
 
 
 def inner_product(first, second):
@@ -143,101 +139,58 @@ def training_loop(backend, max_norm, setting):
         setting.aligner.align(max_norm)
 
 
-BACKENDS = [name for name in ("cpu", "triton", "cuda") if gf.info()["backends"][name]["available"] and (name == "cpu") == (DEVICE == "cpu")]
-PROVIDERS = {
-    "decomposition": decomposition,
-    "foreach": foreach,
-    "compiled": functools.partial(compiled, False),
-    "compiled, in place": functools.partial(compiled, True),
-    "pcgrad, published": published_pcgrad,
-    **({"pcgrad, torchjd": torchjd_pcgrad} if find_spec("torchjd") else {}),
-    "gf.align_gradients, reference": functools.partial(ours, "reference", False),
-    **{f"gf.align_gradients, {name}": functools.partial(ours, name, False) for name in BACKENDS},
-    **{f"gf.align_gradients, {name}, in place": functools.partial(ours, name, True) for name in BACKENDS},
-    **{f"GradientAligner.align(), {name}": functools.partial(training_loop, name, None) for name in BACKENDS},
-    **{f"GradientAligner.align(max_norm), {name}": functools.partial(training_loop, name, 1e9) for name in BACKENDS},
+PROVIDERS = {  # name -> role and function
+    "decomposition": ("eager", decomposition),
+    "foreach": ("peer", foreach),
+    "compiled": ("compiled", functools.partial(compiled, False)),
+    "compiled, in place": ("compiled", functools.partial(compiled, True)),
+    "pcgrad, published": ("peer", published_pcgrad),
+    **({"pcgrad, torchjd": ("peer", torchjd_pcgrad)} if find_spec("torchjd") else {}),
+    **{f"align_gradients, {name}": ("ours", functools.partial(ours, name, False)) for name in BACKENDS},
+    **{f"align_gradients, {name}, in place": ("ours", functools.partial(ours, name, True)) for name in BACKENDS},
+    **{f"GradientAligner, {name}": ("ours", functools.partial(training_loop, name, None)) for name in BACKENDS},
+    **{f"GradientAligner, {name}, max_norm": ("ours", functools.partial(training_loop, name, 1e9)) for name in BACKENDS},
 }
-IN_PLACE = {name for name in PROVIDERS if name.endswith("in place") or name.startswith("GradientAligner")}
 
 
-def check(name, numel, layout):
-    """The provider's result against the decomposition's, or PCGrad's, in float64."""
+def writes_over_gradient(name):
+    return "in place" in name or name.startswith("GradientAligner")
+
+
+def error_of(name, numel, layout):
+    """Relative to the decomposition, or to PCGrad, in float64, in the norm."""
     setting, exact = Setting(numel, layout), Setting(numel, layout)
     exact.p, exact.g, exact.out = ([tensor.double() for tensor in tensors] for tensors in (exact.p, exact.g, exact.out))
     if name.startswith("pcgrad"):
-        expected = published_pcgrad(exact)
-        results = PROVIDERS[name](setting)
+        expected, results = published_pcgrad(exact), PROVIDERS[name][1](setting)
     else:
         decomposition(exact)
-        PROVIDERS[name](setting)
-        expected, results = exact.out, setting.p if name in IN_PLACE else setting.out
+        PROVIDERS[name][1](setting)
+        expected, results = exact.out, setting.p if writes_over_gradient(name) else setting.out
     error = sum((a.double() - b).square().sum() for a, b in zip(results, expected, strict=True)).sqrt().item()
     error /= sum(b.square().sum() for b in expected).sqrt().item()
-    if not error < 5e-3:  # in float32 `torch.dot` loses 3e-5 at N = 1e7, and a matrix product 2.4e-3 at N = 1e8
-        raise RuntimeError(f"{name}: relative error {error:.1e}")
+    # In float32 `torch.dot` loses 3e-5 at N = 1e7, and a matrix product 2.4e-3 at N = 1e8.
+    if not error < (1e-6 if PROVIDERS[name][0] == "ours" else 5e-3):
+        raise RuntimeError(f"relative error {error:.1e}")
+    return error
 
 
-@pytest.mark.parametrize("layout", ["flat", "list"])
-@pytest.mark.parametrize("name", PROVIDERS)
-def test_alignment(benchmark, name, layout):
-    if name.startswith("compiled") and layout == "list":
-        pytest.skip("compiling 192 tensors takes minutes")
-    check(name, 1_000_000, layout)
-    benchmark(PROVIDERS[name], Setting(1_000_000, layout))
-
-
-def runs_of(names, numel, layout):
-    """Providers by name, behind the copy; those that write over a gradient have gradients of their own, which soon conflict no more."""
-    settings = {in_place: Setting(numel, layout) for in_place in {name in IN_PLACE for name in names}}
-    source, target = torch.randn(numel, device=DEVICE), torch.empty(numel, device=DEVICE)
-    runs = {name: functools.partial(PROVIDERS[name], settings[name in IN_PLACE]) for name in names}
-    return {"copy": functools.partial(target.copy_, source)} | runs
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Time of aligning two gradients, by provider.")
-    parser.add_argument("--numel", type=int, nargs="+", default=[10**6, 10**7, 10**8], help="elements of one gradient")
-    parser.add_argument("--layout", nargs="+", choices=["flat", "list"], default=["flat", "list"])
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--seconds", type=float, default=3.0, help="for each table and temper of the allocator")
-    parser.add_argument("--provider", nargs="+", choices=list(PROVIDERS), default=list(PROVIDERS))
-    parser.add_argument("--json", type=Path, help="where to write all figures")
-    options = parser.parse_args()
-    cases = [(numel, layout, number) for numel in options.numel for layout in options.layout for number in options.threads]
-    names = {
-        layout: [name for name in options.provider if layout == "flat" or not name.startswith("compiled")] for layout in options.layout
+def case(numel, layout):
+    # Those that write over a gradient have gradients of their own, which soon conflict no more.
+    settings = {in_place: Setting(numel, layout) for in_place in (False, True)}
+    providers = {
+        name: Provider(functools.partial(run, settings[writes_over_gradient(name)]), functools.partial(error_of, name, numel, layout), role)
+        for name, (role, run) in PROVIDERS.items()
+        if layout == "flat" or role != "compiled"
     }
-    for numel in options.numel:
-        for layout in options.layout:
-            for name in names[layout]:
-                check(name, numel, layout)
-    cold, warm, memory = {}, {}, {}
-    for times in (cold, warm):
-        if times is warm:
-            keep_freed_memory()
-        for case in cases:
-            numel, layout, number = case
-            with threads(number):
-                runs = runs_of(names[layout], numel, layout)
-                if times is cold:
-                    memory[case] = {name: peak_extra_bytes(run) for name, run in runs.items()}
-                times[case] = measure_together(runs, options.seconds)
-    rows = []
-    for case in cases:
-        numel, layout, number = case
-        floors = [ELEMENTS_MOVED / 2 * times[case]["copy"].median for times in (warm, cold)]
-        print(f"\nN = {numel}, {layout}, float32, {number} threads, {DEVICE}, torch {torch.__version__}, floor {floors[0]:.3f} ms")
-        print(f"{'provider':36}{'warm ms':>10}{'x floor':>9}{'20-80 %':>14}{'% of copy':>11}{'cold x floor':>14}{'extra memory / 4N':>19}")
-        for name in names[layout]:
-            low, median, high, host = warm[case][name]
-            extra, ratio, cold_ratio = memory[case][name] / (4 * numel), median / floors[0], cold[case][name].median / floors[1]
-            spread = f"{low / floors[0]:.2f}-{high / floors[0]:.2f}"
-            print(f"{name:36}{median:10.3f}{ratio:9.2f}{spread:>14}{100 / ratio:11.0f}{cold_ratio:14.2f}{extra:19.2f}")
-            rows.append({"numel": numel, "layout": layout, "threads": number, "provider": name, "warm_ms": median, "floor_ms": floors[0]})
-            rows[-1] |= {"host_ms": host, "warm_ratio": ratio, "cold_ratio": cold_ratio, "extra_memory_ratio": extra}
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1))
+    numel = settings[False].numel
+    return Case(providers, numel, 5 * 4 * numel, 9 * numel, **copy_of(torch.empty(numel, device=DEVICE)))
 
 
-if __name__ == "__main__":
-    main()
+CASES = {
+    f"{name} {layout}": functools.partial(case, numel, layout)
+    for name, numel in (("1e6", 10**6), ("1e7", 10**7), ("1e8", 10**8))
+    for layout in ("flat", "list")
+}
+QUICK = ["1e7 flat", "1e7 list"]
+SMALLEST = "1e6 list"

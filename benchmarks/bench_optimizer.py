@@ -1,32 +1,25 @@
 """One optimizer step on two gradients: alignment, AdamW and the moving average of the parameters.
 
-    python benchmarks/bench_optimizer.py [--numel 1000000 10000000] [--layout flat list] [--threads 1 2] [--seconds 3]
-    pytest benchmarks/bench_optimizer.py
-
 The fused step reads p and g for the Gram matrix (2 N elements), then reads p, g, the parameters, both moments and the average, and writes
-those four: 12 N. The same step on one gradient, without alignment, moves 10 N. The floor is 6 times the time of copying N elements (2 N) in
-the same run. Every provider must first agree with the separate operations in float64; all of them, the copy too, are called in turn.
+those four: 12 N. The same step on one gradient, without alignment, moves 10 N. Every provider must first agree with the separate operations
+in float64, over three steps.
 
-Providers: `unaligned` (AdamW(fused=True) and the moving average on one gradient as it is: what a step costs without alignment), `foreach`
-and `compiled` (alignment as in bench_alignment.py, then the same), `gf.align_gradients` (likewise), and `AlignedAdamW` on each backend that
-can run, handing the gradients over included.
+Providers: `decomposition`, `foreach` and `compiled` (alignment as in bench_alignment.py, then `AdamW(fused=True)` and `torch._foreach_lerp_`),
+`unaligned` (the latter two alone, on one gradient as it is: what a step costs without alignment), `align_gradients` (as the first three), and
+`AlignedAdamW` on each backend that can run, handing the gradients over included.
 """
 
-import argparse
 import functools
-import json
-from pathlib import Path
 
-import bench_alignment
-import pytest
 import torch
-from bench_alignment import BACKENDS, DEVICE, POWER, WEIGHTS
-from measurement import keep_freed_memory, measure_together, print_header, print_row, threads
 
 import genrep_fast as gf
+from genrep_fast.benchmarks import bench_alignment
+from genrep_fast.benchmarks.bench_alignment import POWER, WEIGHTS
+from genrep_fast.benchmarks.measurement import DEVICE, Case, Provider, compiled_backends, copy_of
 
 EMA_DECAY = 0.999
-ELEMENTS_MOVED = 12
+BACKENDS = compiled_backends("gram", "alignment_coefficients", "combine", "adamw_step")
 
 
 class Setting(bench_alignment.Setting):
@@ -71,73 +64,49 @@ def fused(backend, setting):
         setting.aligned_adamw.step()
 
 
-PROVIDERS = {
-    "unaligned": unaligned,
-    "foreach": functools.partial(separate, bench_alignment.foreach),
-    "compiled": functools.partial(separate, functools.partial(bench_alignment.compiled, False)),
+PROVIDERS = {  # name -> role and function
+    "decomposition": ("eager", functools.partial(separate, bench_alignment.decomposition)),
+    "foreach": ("peer", functools.partial(separate, bench_alignment.foreach)),
+    "compiled": ("compiled", functools.partial(separate, functools.partial(bench_alignment.compiled, False))),
+    "unaligned": ("bound", unaligned),
     **{
-        f"gf.align_gradients, {name}": functools.partial(separate, functools.partial(bench_alignment.ours, name, False))
-        for name in ("reference", *BACKENDS)
+        f"align_gradients, {name}": ("ours", functools.partial(separate, functools.partial(bench_alignment.ours, name, False)))
+        for name in BACKENDS
     },
-    **{f"AlignedAdamW, {name}": functools.partial(fused, name) for name in ("reference", *BACKENDS)},
+    **{f"AlignedAdamW, {name}": ("ours", functools.partial(fused, name)) for name in BACKENDS},
 }
 
 
-def check(name, numel, layout):
-    """Three steps must agree with the separate operations in float64."""
+def error_of(name, numel, layout):
+    """Relative, of parameters and averages; in the norm, as Adam divides by gradients of any size, small wrong ones too."""
     setting, exact = Setting(numel, layout), Setting(numel, layout, torch.float64)
     for _ in range(3):
-        PROVIDERS[name](setting)
-        PROVIDERS["unaligned" if name == "unaligned" else "gf.align_gradients, reference"](exact)
+        PROVIDERS[name][1](setting)
+        PROVIDERS["unaligned" if name == "unaligned" else "decomposition"][1](exact)
+    errors = []
     for results, expected in ((setting.weights, exact.weights), (setting.averages, exact.averages)):
-        # In the norm: Adam divides by gradients of any size, small wrong ones too. Float32 `torch.dot` costs foreach 6e-6 at N = 1e7.
-        error = torch.cat([(result.double() - value).flatten() for result, value in zip(results, expected, strict=True)]).norm()
-        error = (error / torch.cat([value.flatten() for value in expected]).norm()).item()
-        if not error < 1e-4:
-            raise RuntimeError(f"{name}: relative error {error:.1e}")
+        difference = torch.cat([(result.double() - value).flatten() for result, value in zip(results, expected, strict=True)]).norm()
+        errors.append((difference / torch.cat([value.flatten() for value in expected]).norm()).item())
+    if not max(errors) < 1e-4:  # in float32 `torch.dot` costs 6e-6 at N = 1e7
+        raise RuntimeError(f"relative error {max(errors):.1e}")
+    return max(errors)
 
 
-def providers_of(layout):
-    return [name for name in PROVIDERS if (name, layout) != ("compiled", "list")]  # compiling 192 tensors takes minutes
+def case(numel, layout):
+    providers = {
+        name: Provider(functools.partial(run, Setting(numel, layout)), functools.partial(error_of, name, numel, layout), role)
+        for name, (role, run) in PROVIDERS.items()
+        if layout == "flat" or role != "compiled"
+    }
+    numel = Setting(numel, layout).numel
+    return Case(providers, numel, 12 * 4 * numel, 26 * numel, **copy_of(torch.empty(numel, device=DEVICE)))
 
 
-@pytest.mark.parametrize(("name", "layout"), [(name, layout) for layout in ("flat", "list") for name in providers_of(layout)])
-def test_optimizer(benchmark, name, layout):
-    check(name, 1_000_000, layout)
-    benchmark(PROVIDERS[name], Setting(1_000_000, layout))
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Time of one optimizer step on two gradients, by provider.")
-    parser.add_argument("--numel", type=int, nargs="+", default=[10**6, 10**7], help="number of parameters")
-    parser.add_argument("--layout", nargs="+", choices=["flat", "list"], default=["flat", "list"])
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--seconds", type=float, default=3.0, help="for each table")
-    parser.add_argument("--provider", nargs="+", choices=list(PROVIDERS), default=list(PROVIDERS), help="besides `unaligned`")
-    parser.add_argument("--json", type=Path, help="where to write all figures")
-    options = parser.parse_args()
-    keep_freed_memory()
-    rows = []
-    for numel in options.numel:
-        for layout in options.layout:
-            names = [name for name in providers_of(layout) if name in ("unaligned", *options.provider)]
-            for name in names:
-                check(name, numel, layout)
-            for number in options.threads:
-                with threads(number):
-                    source, target = torch.randn(numel, device=DEVICE), torch.empty(numel, device=DEVICE)
-                    runs = {"copy": functools.partial(target.copy_, source)}
-                    runs |= {name: functools.partial(PROVIDERS[name], Setting(numel, layout)) for name in names}
-                    times = measure_together(runs, options.seconds)
-                    floor = ELEMENTS_MOVED / 2 * times["copy"].median
-                    print_header(f"\nN = {numel}, {layout}, float32, {DEVICE}, floor {floor:.3f} ms", "unaligned")
-                for name in names:
-                    print_row(name, times[name], times["unaligned"].median)
-                    rows.append({"numel": numel, "layout": layout, "threads": number, "provider": name, "ms": times[name].median})
-                    rows[-1] |= {"host_ms": times[name].host, "floor_ms": floor, "unaligned_ms": times["unaligned"].median}
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1))
-
-
-if __name__ == "__main__":
-    main()
+CASES = {
+    f"{name} {layout}": functools.partial(case, numel, layout)
+    for name, numel in (("1e6", 10**6), ("1e7", 10**7), ("1e8", 10**8))
+    if (name, DEVICE) != ("1e8", "cpu")  # six settings of 3 GB each
+    for layout in ("flat", "list")
+}
+QUICK = ["1e7 flat", "1e7 list"]
+SMALLEST = "1e6 list"

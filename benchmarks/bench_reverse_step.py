@@ -1,42 +1,26 @@
-"""Reverse step with its score: ours, diffusers' own step followed by eager scoring, and what drawing the noise and moving memory cost.
+"""Reverse step with its score: ours, diffusers' own step followed by eager scoring, and both through torch.compile.
 
-    python benchmarks/bench_reverse_step.py [--elements 16777216] [--chains 16] [--threads 1 2]
-    pytest benchmarks/bench_reverse_step.py
+"step" is one step of 2^24 elements: read x_t, o and x, write x' (without x where there is no score). "chain" is 50 such steps, one after the
+other, of 16 samples of 4 x 32 x 32, the denoiser's outputs given. Each provider must first agree with the step and its score in float64, ours
+with the noise too.
 
-"step" is one step of `--elements` elements. Its memory floor is two `copy_` of x_t: read x_t, o and x, write x' (one and a half without x).
-Its bound, what the step is to take at most, is 1.5 floors and a quarter of `normal_` on the same elements. "chain" is 50 such steps, one
-after the other, of `--chains` samples of 4 x 32 x 32, the denoiser's outputs given. "speed-up" is over diffusers with, or without, a score.
-All providers of a table are called in turn, with empty caches, and their medians compared. Each must first agree with the step and its
-score in float64, ours with the noise too.
-
-Providers: `DDPMScheduler` (diffusers' step, then the score as a reader would write it), `DDPMScheduler, no score`, `reverse_step` on each
-backend that can run, with and without a score; the reference, which draws noise from 64-bit integers, in the chain alone.
+Providers: `DDPMScheduler` (diffusers' step, then the score as a reader would write it), `compiled` (mean, noise of torch.randn and score in one
+compiled function), and `reverse_step` on each backend that can run. Beside them, as a measure of what noise costs, `normal_` alone.
 """
 
 import functools
-import json
 import math
 
-import pytest
 import torch
 from diffusers import DDPMScheduler
-from measurement import DEVICE, benchmark_options, compiled_backends, measure_cases, print_table, tables_of
 
 from genrep_fast import StepCoefficients, reverse_step, use_backend
+from genrep_fast.benchmarks.measurement import DEVICE, Case, Provider, compiled_backends, copy_of
 from genrep_fast.reference import reverse_step as reference
 
 SHAPE, STEPS, STEP, SEED = (4, 32, 32), 50, 20, 7
 CHECKED = 64  # samples
 BACKENDS = compiled_backends("reverse_step")
-COLUMNS = {
-    "median ms": ("ms", ".3f"),
-    "20 % ms": ("low_ms", ".3f"),
-    "80 % ms": ("high_ms", ".3f"),
-    "x floor": ("floor_ratio", ".2f"),
-    "x bound": ("bound_ratio", ".2f"),
-    "speed-up": ("speed_up", ".2f"),
-    "extra MB": ("extra_mb", ".2f"),
-}
 
 
 class Setting:
@@ -50,10 +34,6 @@ class Setting:
         self.coefficients = StepCoefficients.chain(self.scheduler, self.scheduler.timesteps).to(DEVICE)
         self.chain_ids = torch.arange(batch, device=DEVICE)
 
-    @functools.cached_property
-    def buffer(self):
-        return torch.empty_like(self.x_t)
-
 
 def diffusers_step(scored, setting, x_t, step):
     moved = setting.scheduler.step(setting.output, setting.scheduler.timesteps[step], x_t, generator=setting.generator).prev_sample
@@ -62,6 +42,25 @@ def diffusers_step(scored, setting, x_t, step):
     tables = setting.coefficients
     mean = tables.mean_noisy[step] * x_t + tables.mean_output[step] * setting.output
     return moved, torch.distributions.Normal(mean, tables.std[step], validate_args=False).log_prob(setting.x).flatten(1).sum(1)
+
+
+@torch.compile(fullgraph=True, dynamic=False)
+def fused_step(x_t, output, x, noise, mean_noisy, mean_output, std):
+    mean = mean_noisy * x_t + mean_output * output
+    score = None
+    if x is not None:
+        score = (-0.5 * ((x - mean) / std) ** 2 - std.log() - 0.5 * math.log(2 * math.pi)).flatten(1).sum(1)
+    return mean + std * noise, score
+
+
+def compiled(scored, setting, x_t, step):
+    noise = torch.randn(x_t.shape, generator=setting.generator, device=DEVICE)
+    tables = (table[step] for table in (setting.coefficients.mean_noisy, setting.coefficients.mean_output, setting.coefficients.std))
+    return fused_step(x_t, setting.output, setting.x if scored else None, noise, *tables)
+
+
+def normal(setting, x_t, step):
+    return torch.empty_like(x_t).normal_(), None
 
 
 def ours(backend, scored, setting, x_t, step):
@@ -78,86 +77,58 @@ def chain(provider, setting):
     return x_t, scores
 
 
-PROVIDERS = {
-    "DDPMScheduler": functools.partial(diffusers_step, True),
-    "DDPMScheduler, no score": functools.partial(diffusers_step, False),
-}
-for name in (*BACKENDS, "reference"):
-    PROVIDERS |= {f"reverse_step, {name}": functools.partial(ours, name, True)}
-    PROVIDERS |= {f"reverse_step, {name}, no score": functools.partial(ours, name, False)}
+def providers_of(scored):
+    """Name -> role and function."""
+    return {
+        "DDPMScheduler": ("eager", functools.partial(diffusers_step, scored)),
+        "compiled": ("compiled", functools.partial(compiled, scored)),
+        "normal_": ("bound", normal),
+        **{f"reverse_step, {name}": ("ours", functools.partial(ours, name, scored)) for name in BACKENDS},
+    }
 
 
-def check(name, setting):
-    """One step against the reference in float64; diffusers draws noise of its own."""
+def error_of(name, provider, setting):
+    """Largest error of the samples, or of the scores, over the largest value; diffusers and torch.compile draw noise of their own."""
+    if name == "normal_":
+        return 0.0
     generator_state = setting.generator.get_state()
-    moved, score = PROVIDERS[name](setting, setting.x_t, STEP)
+    moved, score = provider(setting, setting.x_t, STEP)
     samples = torch.arange(len(setting.x_t), device=DEVICE)
     samples = torch.cat([samples[:CHECKED], samples[CHECKED:][-CHECKED:]])
     some = [tensor[samples] for tensor in (setting.x_t, setting.output, setting.x, setting.chain_ids)]
     x_t, output, x, chain_ids = (tensor.double() if tensor.is_floating_point() else tensor for tensor in some)
     expected, expected_score = reverse_step(x_t, output, setting.coefficients, STEP, seed=SEED, chain_ids=chain_ids, x=x)
-    if name.startswith("DDPMScheduler"):
+    if not name.startswith("reverse_step"):
         drawn = torch.randn(setting.x_t.shape, generator=setting.generator.set_state(generator_state), device=DEVICE)
         noise = reference.chain_noise(SEED, chain_ids, STEP, SHAPE)
         expected += setting.coefficients.std[STEP].double() * (drawn[samples].double() - noise)
-    errors = [(moved[samples].double() - expected).abs().max() / expected.abs().max()]
+    errors = [((moved[samples].double() - expected).abs().max() / expected.abs().max()).item()]
     if score is not None:
-        errors += [(score[samples].double() - expected_score).abs().max() / expected_score.abs().max()]
-    if not all(error.item() < 1e-5 for error in errors):
-        raise RuntimeError(f"{name}: relative errors {', '.join(f'{error.item():.1e}' for error in errors)}")
+        errors += [((score[samples].double() - expected_score).abs().max() / expected_score.abs().max()).item()]
+    if not max(errors) < 1e-5:
+        raise RuntimeError(f"relative errors {', '.join(f'{error:.1e}' for error in errors)}")
+    return max(errors)
 
 
-def runs_of(names, setting, chained):
-    """Checked providers by name, behind the copy and `normal_`."""
-    runs = {"copy_": functools.partial(setting.buffer.copy_, setting.x_t), "normal_": setting.buffer.normal_}
-    for name in names:
-        check(name, setting)
-        provider = PROVIDERS[name]
-        runs[name] = functools.partial(chain, provider, setting) if chained else functools.partial(provider, setting, setting.x_t, STEP)
-    return runs
+def case(batch, scored, chained):
+    setting = Setting(batch)
+    providers = {
+        name: Provider(
+            functools.partial(chain, run, setting) if chained else functools.partial(run, setting, setting.x_t, STEP),
+            functools.partial(error_of, name, run, setting),
+            role,
+        )
+        for name, (role, run) in providers_of(scored).items()
+    }
+    elements, steps = setting.x_t.numel(), STEPS if chained else 1
+    tensors = 4 if scored else 3
+    return Case(providers, steps * elements, steps * tensors * 4 * elements, steps * (30 if scored else 24) * elements, **copy_of(setting.x_t))
 
 
-def complete(rows, numel):
-    """Add ratios to one table's rows; floor and bound are a single step's."""
-    times = {row["provider"]: row["ms"] for row in rows}
-    for row in rows:
-        row |= {"numel": numel, "extra_mb": row["extra_bytes"] / 1e6}
-        if row["provider"] in ("copy_", "normal_"):
-            continue
-        without_score = row["provider"].endswith("no score")
-        peer = "DDPMScheduler, no score" if without_score else "DDPMScheduler"
-        if peer in times:
-            row["speed_up"] = times[peer] / row["ms"]
-        if row["layout"] == "step":
-            floor = (1.5 if without_score else 2) * times["copy_"]
-            row |= {"floor_ms": floor, "floor_ratio": row["ms"] / floor}
-            row["bound_ratio"] = row["ms"] / (0.25 * times["normal_"] + 1.5 * floor)
-
-
-@pytest.mark.parametrize("name", PROVIDERS)
-def test_reverse_step(benchmark, name):
-    setting = Setting(CHECKED)
-    check(name, setting)
-    benchmark(functools.partial(PROVIDERS[name], setting, setting.x_t, STEP))
-
-
-def main():
-    parser = benchmark_options("Time of a reverse step and its score, by provider.", list(PROVIDERS))
-    parser.add_argument("--elements", type=int, default=2**24, help="of one step")
-    parser.add_argument("--chains", type=int, default=16)
-    options = parser.parse_args()
-    fast = [name for name in options.provider if "reference" not in name]
-    elements = math.prod(SHAPE)
-    large, small = Setting(max(1, options.elements // elements)), Setting(options.chains)
-    cases = {"step": runs_of(fast, large, False), "chain": runs_of(options.provider, small, True)}
-    rows = measure_cases(cases, options)
-    for table in tables_of(rows):
-        x_t = (large if table[0]["layout"] == "step" else small).x_t
-        complete(table, x_t.numel())
-        print_table(f"{table[0]['layout']}, x_t {list(x_t.shape)}, {x_t.nbytes / 1e6:.1f} MB", table, COLUMNS)
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1))
-
-
-if __name__ == "__main__":
-    main()
+CASES = {
+    "step": functools.partial(case, 2**24 // math.prod(SHAPE), True, False),
+    "step without score": functools.partial(case, 2**24 // math.prod(SHAPE), False, False),
+    "chain": functools.partial(case, 16, True, True),
+}
+QUICK = ["step"]
+SMALLEST = "chain"

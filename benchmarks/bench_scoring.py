@@ -1,63 +1,47 @@
 """Scoring: a denoiser's outputs through the mixture likelihood to the distillation loss; forward, with backward, and streamed.
 
-    python benchmarks/bench_scoring.py [--size latent imagenet segmentation] [--direction forward backward streamed] [--cold]
-    pytest benchmarks/bench_scoring.py
-
-The outputs [B, K, S, C, H, W] must be read once: the read floor is half the time of `copy_` on them, in the same run. "backward" means both
-passes, to the gradients of outputs and logits: read, read and write, three read floors. "streamed" hands over one step at a time and ends
-with the same loss; its floor is one read. All providers of a table are called in turn, with empty caches, and their medians compared; "% of
-read" is the floor as a share of the time. Each must first agree with the reference in float64. Precisions are such that every step and
-class carries weight: no gradient vanishes. Freed memory is kept, as on a GPU, unless --cold asks for the C library's own allocator.
+The outputs [B, K, S, C, H, W] must be read once. "backward" means both passes, to the gradients of outputs and logits: read, read and write.
+"streamed" hands over one step at a time and ends with the same loss; it must read once. Each provider must first agree with the reference in
+float64. Precisions are such that every step and class carries weight: no gradient vanishes.
 
 Providers: `eager reference` (genrep_fast.reference, which materialises the residuals), `eager, preallocated` (with out= and in place),
 `eager, mse_loss` (F.mse_loss for the residuals), `compiled reference` (torch.compile on the whole of it; where streamed, on its update of
-the running state), and genrep_fast's operators on each backend that can run. By default the large sizes are left to the last two.
+the running state), and genrep_fast's operators on each backend that can run. The large sizes are left to the last two.
 """
 
 import functools
-import json
 import math
 from typing import NamedTuple
 
-import pytest
 import torch
-from measurement import DEVICE, benchmark_options, compiled_backends, measure_cases, print_table, tables_of
 
 import genrep_fast as gf
+from genrep_fast.benchmarks.measurement import DEVICE, Case, Provider, compiled_backends, copy_of
 from genrep_fast.reference import scoring as reference
 
-torch._dynamo.config.recompile_limit = 64  # every size, dtype and number of threads is compiled for itself
-READS = {"forward": 1, "backward": 3, "streamed": 1}  # writing costs what reading does
+PASSES = {"forward": 1, "backward": 3, "streamed": 1}  # over the outputs; writing costs what reading does
+FLOPS = {"forward": 6, "backward": 14, "streamed": 6}  # an element
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-COLUMNS = {
-    "median ms": ("ms", ".3f"),
-    "x floor": ("ratio", ".2f"),
-    "at 20 %": ("low_ratio", ".2f"),
-    "at 80 %": ("high_ratio", ".2f"),
-    "% of read": ("read_percent", ".0f"),
-    "x float32": ("float32_ratio", ".2f"),
-    "extra MB": ("extra_mb", ".2f"),
-}
 
 
 class Size(NamedTuple):
-    """B, K, S and [C, H, W]; what is measured by default."""
+    """B, K, S and [C, H, W]; what is measured."""
 
     batch: int
     classes: int
     steps: int
     shape: tuple[int, int, int]
     per_location: bool = False
-    directions: tuple[str, ...] = tuple(READS)
-    dtypes: tuple[str, ...] = tuple(DTYPES)
+    directions: tuple[str, ...] = tuple(PASSES)
+    dtypes: tuple[str, ...] = ("float32",)
     large: bool = False
 
 
 SIZES = {
     "small": Size(4, 10, 10, (4, 16, 16)),
-    "latent": Size(8, 10, 50, (4, 32, 32)),
-    "imagenet": Size(1, 1000, 50, (4, 32, 32), directions=("streamed",), dtypes=("float32",), large=True),
-    "segmentation": Size(1, 150, 10, (4, 64, 64), True, directions=("forward", "backward"), dtypes=("float32",), large=True),
+    "latent": Size(8, 10, 50, (4, 32, 32), dtypes=tuple(DTYPES)),
+    "imagenet": Size(1, 1000, 50, (4, 32, 32), directions=("streamed",), large=True),
+    "segmentation": Size(1, 150, 10, (4, 64, 64), True, directions=("forward", "backward"), large=True),
 }
 
 
@@ -178,11 +162,11 @@ PROVIDERS = {
     },
 }
 for direction, providers in PROVIDERS.items():
-    providers |= {f"genrep_fast, {name}": functools.partial(ours, name, direction) for name in ("reference", *BACKENDS)}
-NAMES = list(PROVIDERS["forward"])
-FAST = ["compiled reference", *(f"genrep_fast, {name}" for name in BACKENDS)]
+    providers |= {f"genrep_fast, {name}": functools.partial(ours, name, direction) for name in BACKENDS}
+ROLES = {"eager reference": "eager", "compiled reference": "compiled"} | {f"genrep_fast, {name}": "ours" for name in BACKENDS}
 
 
+@functools.lru_cache(maxsize=1)
 def expected(setting, direction):
     """Loss, and gradients of logits and outputs, in float64 and a few classes at a time."""
     x, logits, tables = setting.x.double(), setting.logits.double(), [table.double() for table in setting.tables]
@@ -202,80 +186,35 @@ def expected(setting, direction):
     return loss.mean(), grad_logits, torch.cat(grad_parts, 1)
 
 
-def check(name, direction, setting, exact):
-    """Within 1e-4 of the largest value, or what rounding a result to its dtype costs."""
-    for result, value in zip(PROVIDERS[direction][name](setting), exact, strict=True):
+def error_of(name, direction, setting):
+    """Largest error over the largest value, of loss and gradients; allowed is 1e-4, or what rounding a result to its dtype costs."""
+    worst = 0.0
+    for result, value in zip(PROVIDERS[direction][name](setting), expected(setting, direction), strict=True):
         error = ((result.double() - value).abs().max() / value.abs().max()).item()
         if not error < max(1e-4, torch.finfo(result.dtype).eps):
-            raise RuntimeError(f"{name}, {direction}, {setting.x.dtype}: relative error {error:.1e}")
+            raise RuntimeError(f"relative error {error:.1e}")
+        worst = max(worst, error)
+    return worst
 
 
-CASES = [
-    (direction, name, dtype)
-    for direction, names in PROVIDERS.items()
-    for name in names
-    for dtype in DTYPES
-    if dtype == "float32" or name in FAST
-]
+def case(size, direction, dtype):
+    setting = Setting(size, DTYPES[dtype], direction == "streamed")
+    names = [name for name in PROVIDERS[direction] if not size.large or ROLES.get(name) in ("compiled", "ours")]
+    providers = {
+        name: Provider(
+            functools.partial(PROVIDERS[direction][name], setting), functools.partial(error_of, name, direction, setting), ROLES.get(name, "peer")
+        )
+        for name in names
+    }
+    outputs = setting.model_output
+    return Case(providers, outputs.numel(), PASSES[direction] * outputs.nbytes, FLOPS[direction] * outputs.numel(), **copy_of(outputs))
 
 
-@pytest.mark.parametrize(("direction", "name", "dtype"), CASES)
-def test_scoring(benchmark, direction, name, dtype):
-    setting = Setting(SIZES["small"], DTYPES[dtype], direction == "streamed")
-    check(name, direction, setting, expected(setting, direction))
-    benchmark(functools.partial(PROVIDERS[direction][name], setting))
-
-
-def runs_of(size, direction, dtypes, names):
-    """Checked providers by name, and dtype where it is not float32, beside the copy of each dtype's outputs."""
-    runs = {}
-    for dtype in dtypes:
-        setting, suffix = Setting(size, DTYPES[dtype], direction == "streamed"), "" if dtype == "float32" else f", {dtype}"
-        runs["copy_" + suffix] = functools.partial(setting.buffer.copy_, setting.model_output)
-        exact = expected(setting, direction)
-        for name in names:
-            if name in PROVIDERS[direction] and (dtype == "float32" or name in FAST):
-                check(name, direction, setting, exact)
-                runs[name + suffix] = functools.partial(PROVIDERS[direction][name], setting)
-    return runs
-
-
-def complete(rows, copies, numel):
-    """Add ratios to one table's rows; `copies` take as long as the floor."""
-    times = {row["provider"]: row["ms"] for row in rows}
-    for row in rows:
-        name = row["provider"].removesuffix(", bfloat16")
-        floor = copies * times[row["provider"].replace(name, "copy_")]
-        low, median, high = (row[key] / floor for key in ("low_ms", "ms", "high_ms"))
-        row |= {"numel": numel, "floor_ms": floor, "low_ratio": low, "ratio": median, "high_ratio": high}
-        row |= {"read_percent": 100 / median, "extra_mb": row["extra_bytes"] / 1e6}
-        if name != row["provider"] and name in times:
-            row["float32_ratio"] = row["ms"] / times[name]
-
-
-def main():
-    parser = benchmark_options("Time of scoring, by provider.", NAMES)
-    parser.add_argument("--size", nargs="+", choices=list(SIZES), default=[name for name in SIZES if name != "small"])
-    parser.add_argument("--batch", type=int, help="number of images, instead of the size's own")
-    parser.add_argument("--direction", nargs="+", choices=list(READS), help="instead of the size's own")
-    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), help="instead of the size's own")
-    options = parser.parse_args()
-    cases, shapes = {}, {}
-    for size_name in options.size:
-        size = SIZES[size_name]
-        size = size._replace(batch=options.batch or size.batch)
-        names = FAST if size.large and options.provider == NAMES else options.provider
-        for direction in options.direction or size.directions:
-            cases[f"{size_name}, {direction}"] = runs_of(size, direction, options.dtype or size.dtypes, names)
-            shapes[f"{size_name}, {direction}"] = size.batch, size.classes, size.steps, *size.shape
-    rows = measure_cases(cases, options)
-    for table in tables_of(rows):
-        layout = table[0]["layout"]
-        complete(table, READS[layout.split(", ")[1]] / 2, math.prod(shapes[layout]))
-        print_table(f"{layout}, outputs {list(shapes[layout])}", table, COLUMNS)
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1))
-
-
-if __name__ == "__main__":
-    main()
+CASES = {
+    f"{name} {direction}{'' if dtype == 'float32' else ' ' + dtype}": functools.partial(case, size, direction, dtype)
+    for name, size in SIZES.items()
+    for dtype in size.dtypes
+    for direction in size.directions
+}
+QUICK = ["latent forward", "latent backward", "latent streamed"]
+SMALLEST = "small backward"

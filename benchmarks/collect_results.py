@@ -2,31 +2,34 @@
 
     python benchmarks/collect_results.py environment FILE        # device, versions, and what the native libraries say about themselves
     python benchmarks/collect_results.py results FOLDER OUTPUT   # results.json and table.txt; exit status 1 unless everything succeeded
+    python benchmarks/collect_results.py backends RESULTS FILE   # enters the faster backend of each operator into genrep_fast/gpu_backends.json
 
 results.json holds `date` (UTC), `commit`, `finished`, `succeeded` (every step passed, or was skipped for want of a tool), `environment`
 (see above), `steps` (verdict and seconds of each, in the order in which they ended), `tests` (counts by file, and the names of failures),
-`sanitizers` (verdicts), `benchmarks` (the rows as each benchmark wrote them, and `percent_of_copy`: the time in which the same process
-copies what the fused operation moves at least, as a share of the provider's) and `triton_over_cuda` (Triton's time as a multiple of
-CUDA's). It is made from what there is of a folder of intermediate files:
+`sanitizers` (verdicts), `rows` (of `genrep bench`, see `measure`), `triton_over_cuda` (of every case that both ran, with the time that a loop
+of calls would take: the GPU's, or the host's where that is longer), and `ncu` (kernels of the operators' large cases: share of the memory's
+peak throughput, and time). It is made from what there is of a folder of intermediate files:
 
     environment.json, status/<group>:<name> ("<exit status> <seconds>" or "skipped: <reason>"), logs/<group>/<name>, junit/<name>.xml,
-    benchmarks/<benchmark>,<name>.json, finished (empty)
+    benchmarks/<name>/bench.json and *.png, finished (empty)
 """
 
 import argparse
+import csv
 import datetime
 import json
 import os
+import shutil
 import subprocess
 import sys
-from importlib import import_module, metadata
+from importlib import import_module
 from pathlib import Path
 from xml.etree import ElementTree
 
-PACKAGES = ("torch", "triton", "numpy", "diffusers", "torchjd", "pytest")
 NO_TIME = "skipped: no time was left"
 NO_TESTS = 5  # pytest's exit status, also where a file asks for a package that is not there
 UNSUPPORTED = "Device not supported"  # compute-sanitizer's words under some virtual machines
+PICTURES = ("roofline.png", "training_step.png")
 
 
 def environment() -> dict:
@@ -34,19 +37,21 @@ def environment() -> dict:
     import torch
 
     import genrep_fast as gf
+    from genrep_fast.benchmarks.suite import environment
 
-    installed = {distribution.metadata["Name"]: distribution.version for distribution in metadata.distributions()}
-    found = {"device": "cpu", "cuda": torch.version.cuda, "packages": {name: installed.get(name) for name in PACKAGES}, "info": gf.info()}
+    found = environment() | {"info": gf.info()}
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        found |= {"device": properties.name, "capability": f"{properties.major}.{properties.minor}"}
-        found |= {"memory_bytes": properties.total_memory, "multiprocessors": properties.multi_processor_count}
+        found |= {"capability": f"{properties.major}.{properties.minor}", "memory_bytes": properties.total_memory}
+        found |= {"multiprocessors": properties.multi_processor_count}
         query = ["nvidia-smi", "--id=0", "--query-gpu=driver_version", "--format=csv,noheader"]
         found["driver"] = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
-    if gf.info()["backends"]["cuda"]["build"]:
-        describe = import_module("genrep_fast._introspection").describe
         library = Path(gf.__file__).parent / "_C_cuda.so"
-        found["kernel_attributes"] = json.loads(describe(str(library), "genrep_fast_cuda_kernel_attributes"))
+        try:
+            describe = import_module("genrep_fast._introspection").describe
+            found["kernel_attributes"] = json.loads(describe(str(library), "genrep_fast_cuda_kernel_attributes"))
+        except (ImportError, RuntimeError) as error:  # a wheel of another Python, or no library
+            found["kernel_attributes"] = str(error)
     return found
 
 
@@ -57,7 +62,8 @@ def results(folder: Path) -> dict:
     finished = (folder / "finished").exists()
     failed = [name for name, step in steps.items() if step["verdict"] == NO_TIME or not step["verdict"].startswith(("passed", "skipped"))]
     found = folder / "environment.json"
-    rows = benchmark_rows(folder)
+    runs = [json.loads(path.read_text()) for path in sorted(folder.glob("benchmarks/*/bench.json"))]
+    rows = [row | {"command": run["environment"]["command"]} for run in runs for row in run["rows"]]
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": os.environ.get("COMMIT", "unknown"),
@@ -67,8 +73,10 @@ def results(folder: Path) -> dict:
         "steps": steps,
         "tests": {path.stem: count_tests(path) for path in sorted(folder.glob("junit/*.xml"))},
         "sanitizers": {name.partition(":")[2]: step["verdict"] for name, step in steps.items() if name.startswith("sanitizers:")},
-        "benchmarks": rows,
+        "peak_gflops": max((run["environment"]["peak_gflops"] for run in runs), default=None),
+        "rows": rows,
         "triton_over_cuda": compare_backends(rows),
+        "ncu": {path.stem.removeprefix("ncu_"): kernels_of(path) for path in sorted(folder.glob("logs/benchmarks/ncu_*"))},
     }
 
 
@@ -95,31 +103,51 @@ def count_tests(path: Path) -> dict:
     return counts | {"failures": [case.get("name") for case in failures]}
 
 
-def benchmark_rows(folder: Path) -> dict[str, list[dict]]:
-    rows = {}
-    for path in sorted(folder.glob("benchmarks/*.json")):
-        for row in json.loads(path.read_text()):
-            if "floor_ms" in row:
-                row["percent_of_copy"] = 100 * row["floor_ms"] / milliseconds(row)
-            rows.setdefault(path.name.partition(",")[0], []).append(row)
-    return rows
-
-
-def compare_backends(rows: dict[str, list[dict]]) -> list[dict]:
-    """A row for each operation that both backends were timed in."""
+def compare_backends(rows: list[dict]) -> list[dict]:
+    """A row for each case and way that both backends were timed in."""
+    times = {(row["suite"], row["case"], row["provider"]): max(row["ms"], row.get("host_ms", 0.0)) for row in rows if "ms" in row}
+    sizes = {(row["suite"], row["case"]): row["elements"] for row in rows}
     comparison = []
-    for benchmark, timed in rows.items():
-        settings = {(row.get("numel"), row.get("layout"), row["threads"], row["provider"]): milliseconds(row) for row in timed}
-        for (numel, layout, threads, provider), cuda in settings.items():
-            triton = settings.get((numel, layout, threads, provider.replace(", cuda", ", triton")))
-            if ", cuda" in provider and triton is not None:
-                row = {"benchmark": benchmark, "numel": numel, "layout": layout, "operation": provider.replace(", cuda", "")}
-                comparison.append(row | {"cuda_ms": cuda, "triton_ms": triton, "ratio": triton / cuda})
+    for (suite, case, provider), cuda in times.items():
+        triton = times.get((suite, case, provider.replace("cuda", "triton")))
+        if "cuda" in provider and triton is not None:
+            row = {"suite": suite, "case": case, "provider": provider.replace("cuda", "…"), "elements": sizes[suite, case]}
+            comparison.append(row | {"cuda_ms": cuda, "triton_ms": triton, "ratio": triton / cuda})
     return comparison
 
 
-def milliseconds(row: dict) -> float:
-    return row["warm_ms"] if "warm_ms" in row else row["ms"]
+def kernels_of(log: Path) -> list[dict]:
+    """Kernels in ncu's CSV, among whatever else was printed: name, percent of the memory's peak throughput, and microseconds."""
+    lines = log.read_text(errors="replace").splitlines()
+    start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
+    kernels: dict[str, dict] = {}
+    for line in csv.DictReader(lines[start:]):
+        if not (line["ID"] or "").isdigit():
+            continue
+        kernel = kernels.setdefault(line["ID"], {"kernel": line["Kernel Name"][:120]})
+        value = float(line["Metric Value"].replace(",", ""))
+        if line["Metric Name"] == "gpu__time_duration.sum":
+            kernel["us"] = value * {"ns": 1e-3, "us": 1.0, "ms": 1e3}[line["Metric Unit"]]
+        else:
+            kernel["memory_percent"] = value
+    return list(kernels.values())
+
+
+def faster_backends(comparison: list[dict]) -> dict[str, list[list]]:
+    """Operator -> [largest number of elements, or None for any; backend] in rising order, neighbours of the same backend joined."""
+    found: dict[str, list[list]] = {}
+    for row in sorted((row for row in comparison if row["suite"] == "operators"), key=lambda row: row["elements"]):
+        name = row["case"].rpartition(" ")[0]
+        if "," in name:  # another kind of arguments of an operator that has a row of its own
+            continue
+        backend, steps = "triton" if row["ratio"] < 1 else "cuda", found.setdefault(name, [])
+        if steps and steps[-1][1] == backend:
+            steps[-1][0] = row["elements"]
+        else:
+            steps.append([row["elements"], backend])
+    for steps in found.values():
+        steps[-1][0] = None
+    return found
 
 
 def table(found: dict) -> str:
@@ -129,13 +157,18 @@ def table(found: dict) -> str:
     lines += [f"{name:36}{step['seconds']:5} s  {step['verdict']}" for name, step in found["steps"].items()]
     lines += ["", f"{'tests':36}{'passed':>8}{'failed':>8}{'skipped':>9}"]
     lines += [f"{name:36}{counts['passed']:8}{counts['failed']:8}{counts['skipped']:9}" for name, counts in found["tests"].items()]
-    for benchmark, rows in found["benchmarks"].items():
-        lines += ["", f"{benchmark:48}{'elements':>10}  {'layout':40}{'ms':>10}{'host ms':>10}{'% of copy':>11}"]
-        for row in rows:
-            share = f"{row['percent_of_copy']:11.0f}" if "percent_of_copy" in row else ""
-            lines += [f"{row['provider']:48}{row['numel']:10}  {row.get('layout') or row['allocator']:40}{milliseconds(row):10.3f}{row.get('host_ms') or 0:10.3f}{share}"]
-    lines += ["", f"{'Triton over CUDA':48}{'elements':>10}  {'layout':40}{'ratio':>10}"]
-    lines += [f"{row['operation']:48}{row['numel']:10}  {row['layout']:40}{row['ratio']:10.2f}" for row in found["triton_over_cuda"]]
+    lines += ["", f"{'case':54}{'provider':32}{'ms':>10}{'host ms':>10}{'% of copy':>11}{'eager':>8}{'compiled':>10}"]
+    for row in found["rows"]:
+        figures = [(row.get(key), spec) for key, spec in (("ms", "10.4f"), ("host_ms", "10.3f"), ("bandwidth_percent", "11.0f"))]
+        figures += [(row.get(key), spec) for key, spec in (("over_eager", "8.2f"), ("over_compiled", "10.2f"))]
+        text = "".join(" " * int(spec.partition(".")[0]) if value is None else format(value, spec) for value, spec in figures)
+        lines.append(f"{row['suite'] + ': ' + row['case']:54}{row['provider']:32}{text}{row.get('failure', '')}")
+    lines += ["", f"{'Triton over CUDA':54}{'provider':32}{'elements':>12}{'ratio':>8}"]
+    for row in found["triton_over_cuda"]:
+        lines.append(f"{row['suite'] + ': ' + row['case']:54}{row['provider']:32}{row['elements']:12}{row['ratio']:8.2f}")
+    for backend, kernels in found["ncu"].items():
+        lines += ["", f"{'ncu, ' + backend:100}{'us':>10}{'% of peak':>11}"]
+        lines += [f"{row['kernel'][:98]:100}{row.get('us', 0):10.1f}{row.get('memory_percent', 0):11.0f}" for row in kernels]
     return "\n".join(lines) + "\n"
 
 
@@ -153,13 +186,25 @@ def main() -> int:
     collect = commands.add_parser("results")
     collect.add_argument("folder", type=Path)
     collect.add_argument("output", type=Path)
+    backends = commands.add_parser("backends")
+    backends.add_argument("results", type=Path)
+    backends.add_argument("file", type=Path)
     options = parser.parse_args()
     if options.command == "environment":
         replace(options.file, json.dumps(environment(), indent=1) + "\n")
         return 0
+    if options.command == "backends":
+        found = json.loads(options.results.read_text())
+        known = json.loads(options.file.read_text()) if options.file.exists() else {}
+        known[found["environment"]["capability"]] = faster_backends(found["triton_over_cuda"])
+        replace(options.file, json.dumps(known, indent=1) + "\n")
+        return 0
     found = results(options.folder)
     replace(options.output / "results.json", json.dumps(found, indent=1) + "\n")
     replace(options.output / "table.txt", table(found))
+    for picture in PICTURES:
+        if (options.folder / "benchmarks/quick" / picture).exists():
+            shutil.copy(options.folder / "benchmarks/quick" / picture, options.output)
     return 0 if found["succeeded"] else 1
 
 

@@ -1,18 +1,16 @@
-"""What the benchmarks share: options, interleaved wall times, the allocator's two tempers, peak memory, a transformer's tensors, tables."""
+"""How the benchmarks measure: cases and their providers, the correctness gate, interleaved times with empty caches, memory, and ratios."""
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import ctypes
-import itertools
 import os
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -23,6 +21,45 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of mallopt(3)
 _CACHE_BYTES = 512 << 20  # more than the caches hold
 _CYCLES_PER_SECOND = 2e9  # of a GPU, about
+_LEAST_CALLS = 7
+
+torch._dynamo.config.recompile_limit = 64  # every size, dtype and number of threads is compiled for itself
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way of doing a case's work.
+
+    Attributes:
+        run: does it once.
+        error: does it once and returns its error against float64, as the suite defines it; raises RuntimeError where it is too large.
+        role: what a ratio to it means; a "bound" does less than the work, for comparison.
+    """
+
+    run: Callable[[], object]
+    error: Callable[[], float]
+    role: Literal["eager", "compiled", "peer", "bound", "ours"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """The same work by several providers.
+
+    Attributes:
+        providers: by name.
+        elements: size of the work.
+        moved_bytes: that memory must move at least, whoever does it; None where memory is not what bounds it.
+        flops: floating-point operations that it takes at least.
+        copy: `Tensor.copy_` on as much memory as the case's data, for the bandwidth.
+        copied_bytes: read and written by `copy`.
+    """
+
+    providers: dict[str, Provider]
+    elements: int
+    moved_bytes: int | None
+    flops: int
+    copy: Callable[[], object]
+    copied_bytes: int
 
 
 class Quantiles(NamedTuple):
@@ -31,7 +68,84 @@ class Quantiles(NamedTuple):
     low: float
     median: float
     high: float
-    host: float | None = None
+    host: float | None
+
+
+def copy_of(tensor: torch.Tensor) -> dict:
+    """The arguments `copy` and `copied_bytes` of a case whose data is `tensor`."""
+    source, target = torch.ones_like(tensor), torch.empty_like(tensor)
+    return {"copy": lambda: target.copy_(source), "copied_bytes": 2 * tensor.nbytes}
+
+
+def compiled_backends(*operators: str) -> list[str]:
+    """Backends besides the reference that run all of `operators` on `DEVICE`."""
+    backends = gf.info()["backends"]
+    return [name for name in (["cpu"] if DEVICE == "cpu" else ["triton", "cuda"]) if set(operators) <= set(backends[name]["operators"])]
+
+
+def measure(
+    builders: dict[tuple[str, str], Callable[[], Case]], *, seconds: float, cold: bool, chosen: Callable[[str, str], bool]
+) -> Iterator[list[dict]]:
+    """Check, weigh and time the `chosen` providers of every case; in that order, as the allocator does not go back to its first temper.
+
+    Args:
+        builders: (suite, case) -> the case, made anew for either pass, so that one after the other fits into memory.
+        seconds: for the times of a case.
+        cold: large temporaries are new memory each time, as the C library would have it; else it keeps what was freed, as on a GPU.
+        chosen: of a provider's name and role, whether it is wanted.
+
+    Yields:
+        Of one case after the other, a row a provider: suite, case, provider, role, threads, elements, moved_bytes, flops, then `failure` (a sentence) or error,
+        extra_bytes, ms (the median), low_ms and high_ms (20 % and 80 % quantiles), host_ms (on a GPU), floor_ms and bandwidth_percent
+        (moved_bytes at the bandwidth of the same run's copy), and over_eager, over_compiled, over_peer: time of the eager and the compiled
+        provider and of the fastest peer (`peer`) as multiples of this one's.
+    """
+    rows = {key: _examine(*key, build(), chosen) for key, build in builders.items()}
+    if not cold:
+        keep_freed_memory()
+    for key, build in builders.items():
+        passed = {row["provider"]: row for row in rows[key] if "failure" not in row}
+        if passed:
+            _time(build(), passed, seconds)
+        yield rows[key]
+
+
+def _examine(suite: str, name: str, case: Case, chosen: Callable[[str, str], bool]) -> list[dict]:
+    rows = []
+    for provider_name, provider in case.providers.items():
+        if not chosen(provider_name, provider.role):
+            continue
+        row = {"suite": suite, "case": name, "provider": provider_name, "role": provider.role, "threads": torch.get_num_threads()}
+        row |= {"elements": case.elements, "moved_bytes": case.moved_bytes, "flops": case.flops}
+        try:
+            row["error"] = provider.error()
+            row["extra_bytes"] = peak_extra_bytes(provider.run)
+        except Exception as error:  # a peer that cannot run here, or runs wrong, takes no other one's row away
+            row["failure"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        rows.append(row)
+    return rows
+
+
+def _time(case: Case, rows: dict[str, dict], seconds: float) -> None:
+    """Add times and ratios to the rows of one case, by provider."""
+    runs = {"": case.copy} | {name: case.providers[name].run for name in rows}
+    times = measure_together(runs, seconds)
+    bandwidth = case.copied_bytes / times[""].median  # bytes a millisecond
+    medians = {role: {name: times[name].median for name, row in rows.items() if row["role"] == role} for role in ("eager", "compiled", "peer")}
+    for name, row in rows.items():
+        low, median, high, host = times[name]
+        row |= {"ms": median, "low_ms": low, "high_ms": high, "copy_gb_per_s": bandwidth / 1e6}
+        if host is not None:
+            row["host_ms"] = host
+        if case.moved_bytes is not None:
+            floor = case.moved_bytes / bandwidth
+            row |= {"floor_ms": floor, "bandwidth_percent": 100 * floor / median}
+        for role, others in medians.items():
+            if others:
+                fastest = min(others, key=others.get)
+                row[f"over_{role}"] = others[fastest] / median
+                if role == "peer":
+                    row["peer"] = fastest
 
 
 def measure_together(runs: dict[str, Callable[[], object]], seconds: float) -> dict[str, Quantiles]:
@@ -47,7 +161,7 @@ def measure_together(runs: dict[str, Callable[[], object]], seconds: float) -> d
         run()
     hosts = {name: _time_on_host(run) for name, run in runs.items()}
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(times.values()))) < 7:
+    while time.perf_counter() < end or len(next(iter(times.values()))) < _LEAST_CALLS:
         for name, run in runs.items():
             filler.add_(1)
             if DEVICE == "cuda":
@@ -55,24 +169,6 @@ def measure_together(runs: dict[str, Callable[[], object]], seconds: float) -> d
             else:
                 times[name].append((_time_on_host(run), 0.0))
     return {name: _quantiles(values) for name, values in times.items()}
-
-
-def _time_on_host(run: Callable[[], object]) -> float:
-    """Seconds until `run` returns."""
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def _time_on_gpu(run: Callable[[], object], host_seconds: float) -> tuple[float, float]:
-    """Seconds that the GPU takes once it has the whole of `run`, which takes the host about `host_seconds`, and those of the host."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(int((1.5 * host_seconds + 2e-4) * _CYCLES_PER_SECOND))
-    begin.record()
-    host = _time_on_host(run)
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end) / 1e3, host
 
 
 def keep_freed_memory() -> None:
@@ -85,7 +181,7 @@ def keep_freed_memory() -> None:
 def peak_extra_bytes(run: Callable[[], object]) -> int:
     """Most memory that one call of `run` holds on top of what is held before: of the GPU, or resident in this process (Linux)."""
     run()
-    if torch.cuda.is_available():
+    if DEVICE == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -110,88 +206,30 @@ def peak_extra_bytes(run: Callable[[], object]) -> int:
     return max(0, most - before)
 
 
-@contextlib.contextmanager
-def threads(number: int):
-    """`number` threads of torch inside the block."""
-    previous = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(previous)
+def peak_gflops() -> float:
+    """Billions of floating-point operations a second of a float32 matrix product, without TF32."""
+    matrix = torch.rand(2048, 2048, device=DEVICE)
+    result = torch.empty_like(matrix)
+    times = measure_together({"": lambda: torch.mm(matrix, matrix, out=result)}, 0.5)
+    return 2 * 2048**3 / times[""].median / 1e6
 
 
-def compiled_backends(*operators: str) -> list[str]:
-    """Backends besides the reference that run all of `operators` on `DEVICE`."""
-    backends = gf.info()["backends"]
-    return [name for name in (["cpu"] if DEVICE == "cpu" else ["triton", "cuda"]) if set(operators) <= set(backends[name]["operators"])]
+def _time_on_host(run: Callable[[], object]) -> float:
+    """Seconds until `run` returns."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
 
-def measure_cases(cases: dict[str, dict[str, Callable[[], object]]], options: argparse.Namespace) -> list[dict]:
-    """Measure every provider of every case (case -> provider -> run) as `options`, those of `benchmark_options`, say; memory first.
-
-    Returns:
-        A row each: `layout` (the case), `threads`, `provider`, `extra_bytes`, and in milliseconds `ms` (the median), `low_ms` and `high_ms`
-        (20 % and 80 % quantiles).
-    """
-    rows = {(case, number, name): {} for case, runs in cases.items() for number in options.threads for name in runs}
-    for (case, number, name), row in rows.items():
-        with threads(number):
-            row |= {"layout": case, "threads": number, "provider": name, "extra_bytes": peak_extra_bytes(cases[case][name])}
-    if not options.cold:
-        keep_freed_memory()
-    for case, runs in cases.items():
-        for number in options.threads:
-            with threads(number):
-                times = measure_together(runs, options.seconds)
-            for name, (low, median, high, host) in times.items():
-                rows[case, number, name] |= {"ms": median, "low_ms": low, "high_ms": high}
-                if host is not None:
-                    rows[case, number, name]["host_ms"] = host
-    return list(rows.values())
-
-
-def benchmark_options(description: str, providers: list[str]) -> argparse.ArgumentParser:
-    """Options that benchmarks of several providers have in common."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()])
-    parser.add_argument("--seconds", type=float, default=3.0, help="for each table")
-    parser.add_argument("--cold", action="store_true", help="large temporaries are new memory each time, as the C library would have it")
-    parser.add_argument("--provider", nargs="+", choices=providers, default=providers)
-    parser.add_argument("--json", type=Path, help="where to write all figures")
-    return parser
-
-
-def transformer_shapes(numel: int) -> list[tuple[int, ...]]:
-    """Shapes of about `numel` parameters in 12 blocks of a diffusion transformer (DiT-B has width 768): 192 tensors, half of them tiny."""
-    width = max(1, round((numel / (12 * 18)) ** 0.5))
-    attention = [(width, width), (width,)] * 4
-    rest = [(4 * width, width), (4 * width,), (width, 4 * width), (width,), (6 * width, width), (6 * width,), (width,), (width,)]
-    return [*attention, *rest] * 12
-
-
-def print_header(conditions: str, unit: str) -> None:
-    """Conditions of the run, then the table's head; `unit` is what the last column is a multiple of."""
-    print(f"{conditions}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"{'provider':44}{'20 % ms':>10}{'median':>10}{'80 %':>10}{'x ' + unit:>12}")
-
-
-def print_row(name: str, times: Quantiles, unit_ms: float) -> None:
-    """One provider; `unit_ms` is the time that the last column is a multiple of."""
-    print(f"{name:44}{times.low:10.3f}{times.median:10.3f}{times.high:10.3f}{times.median / unit_ms:12.2f}")
-
-
-def tables_of(rows: list[dict]) -> list[list[dict]]:
-    """`rows` of one case and number of threads each, in order."""
-    return [list(table) for _, table in itertools.groupby(rows, key=lambda row: (row["layout"], row["threads"]))]
-
-
-def print_table(title: str, rows: list[dict], columns: dict[str, tuple[str, str]]) -> None:
-    """`rows` by provider; `columns`: head -> key of a row and format, blank where a row lacks the key."""
-    print(f"\n{title}, {rows[0]['threads']} threads, {DEVICE}, torch {torch.__version__}")
-    print(f"{'provider':40}" + "".join(f"{head:>13}" for head in columns))
-    for row in rows:
-        print(f"{row['provider']:40}" + "".join(f"{format(row[key], spec) if key in row else '':>13}" for key, spec in columns.values()))
+def _time_on_gpu(run: Callable[[], object], host_seconds: float) -> tuple[float, float]:
+    """Seconds that the GPU takes once it has the whole of `run`, which takes the host about `host_seconds`, and those of the host."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(int((1.5 * host_seconds + 2e-4) * _CYCLES_PER_SECOND))
+    begin.record()
+    host = _time_on_host(run)
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1e3, host
 
 
 def _quantiles(times: list[tuple[float, float]]) -> Quantiles:

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one call of at most 9.5 minutes that needs no network: build, tests, sanitizers, benchmarks.
+# Everything that needs a GPU, in one call of at most 9.5 minutes that needs no network: build, tests, sanitizers, benchmarks, ncu.
 #
 #     benchmarks/on_device.sh             on a machine with an NVIDIA GPU, nvcc, torch >= 2.11, Triton >= 3.6 and the package's extra "test"
 #     benchmarks/on_device.sh --dry-run   the same steps on the CPU, tiny, in a minute or two
 #
-# Writes results.json (benchmarks/collect_results.py says what it holds), table.txt and the logs of every group of steps to $OUT. They are
-# written anew as steps end, so that an interrupted run leaves what it measured. Each step has its own time limit, and what no longer fits
+# Writes results.json (benchmarks/collect_results.py says what it holds), table.txt, the two pictures of `genrep bench` and the logs of every
+# group of steps to $OUT. They are written anew as steps end, so that an interrupted run leaves what it measured. Each step has its own time limit, and what no longer fits
 # is left out. The exit status is 0 where every step passed or was skipped for want of a tool. Nothing is installed: the package is copied
 # to a temporary folder, and its native code built there.
 #
@@ -39,7 +39,7 @@ else
 fi
 
 mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || exit 2
-rm -f "$OUT"/{results.json,table.txt,build.log,tests.log,sanitizers.log,benchmarks.log}
+rm -f "$OUT"/{results.json,table.txt,roofline.png,training_step.png,build.log,tests.log,sanitizers.log,benchmarks.log}
 WORK=$(mktemp -d)
 SITE=$WORK/site
 mkdir -p "$WORK"/{status,logs,junit,benchmarks} "$SITE"
@@ -86,7 +86,8 @@ echo "commit $COMMIT"
 # Build
 
 build() {
-    cp -r "$ROOT/genrep_fast" "$SITE" && cp -r "$ROOT/kernels/triton" "$SITE/genrep_fast/kernels" || return
+    cp -r "$ROOT/genrep_fast" "$SITE" && cp -r "$ROOT/kernels/triton" "$SITE/genrep_fast/kernels" &&
+        cp -r "$ROOT/benchmarks" "$SITE/genrep_fast/benchmarks" || return
     rm -f "$SITE"/genrep_fast/*.so
     PYTHONPATH=$ROOT/csrc:$PYTHONPATH "$PYTHON" -c 'import sys, pathlib, build; build.build(*map(pathlib.Path, sys.argv[1:]))' \
         "$SITE/genrep_fast" "$WORK/objects"
@@ -141,29 +142,29 @@ publish
 
 # Benchmarks, which have the machine for themselves; the most telling ones first.
 
-bench() { # NAME SECONDS FILE OPTION...
-    step benchmarks "$1" "$2" "$PYTHON" "$ROOT/benchmarks/bench_$3.py" --json "$WORK/benchmarks/$3,$1.json" --threads 1 "${@:4}"
+bench() { # NAME SECONDS OPTION...
+    step benchmarks "$1" "$2" "$PYTHON" -m genrep_fast bench --output "$WORK/benchmarks/$1" "${@:3}"
     publish
 }
 
 if [[ $DRY ]]; then
-    bench alignment_1e3 60 alignment --numel 1000 --layout list --seconds 0.02
-    bench optimizer_1e3 60 optimizer --numel 1000 --layout list --seconds 0.02
-    bench training_step 60 training_step --layers 1 --batch 2 --seconds 0.02
-    bench scoring_small 60 scoring --size small --provider "eager reference" "genrep_fast, cpu" --seconds 0.02
-    bench chain_bank 60 chain_bank --images 2 --chains 1 --provider cdist "ChainBank, cpu" --seconds 0.02
-    bench reverse_step 60 reverse_step --elements 4096 --provider DDPMScheduler "reverse_step, cpu" --seconds 0.02
+    bench quick 120 --suite optimizer scoring --case 's* backward' --seconds 0.02 --threads 1
+    bench operators 60 --suite operators --case '* small' --seconds 0.02 --threads 1
 else
-    bench scoring_latent 80 scoring --size latent --seconds 1
-    bench chain_bank 50 chain_bank --seconds 1
-    bench reverse_step 50 reverse_step --seconds 1
-    bench alignment_1e8 70 alignment --numel 100000000 --seconds 1
-    bench optimizer_1e8 70 optimizer --numel 100000000 --seconds 1
-    bench training_step 50 training_step --layers 12 --batch 256 --seconds 3
-    bench scoring_imagenet 60 scoring --size imagenet --seconds 1
-    bench scoring_segmentation 60 scoring --size segmentation --seconds 1
-    bench alignment_1e6_1e7 50 alignment --numel 1000000 10000000 --seconds 1
-    bench optimizer_1e6_1e7 50 optimizer --numel 1000000 10000000 --seconds 1
+    bench operators 120 --suite operators --seconds 0.1
+    bench quick 160 --quick --seconds 0.3
+    ncu=$(PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin type -P ncu)
+    for backend in cuda triton; do
+        if [[ $ncu ]]; then
+            step benchmarks "ncu_$backend" 60 "$ncu" --profile-from-start off --clock-control none --csv \
+                --metrics dram__throughput.avg.pct_of_peak_sustained_elapsed,gpu__time_duration.sum \
+                "$PYTHON" -m genrep_fast.benchmarks.bench_operators "$backend"
+        else
+            skip benchmarks "ncu_$backend" "there is no ncu"
+        fi
+    done
+    bench large 120 --suite alignment optimizer --case '1e8*' --seconds 0.5
+    bench scoring 120 --suite scoring --case '[is]*' --seconds 0.5
 fi
 trap 'rm -rf "$WORK"' EXIT
 touch "$WORK/finished"

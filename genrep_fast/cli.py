@@ -1,4 +1,4 @@
-"""The command `genrep`: train, evaluate, classify, generate, info."""
+"""The command `genrep`: train, evaluate, classify, generate, bench, info."""
 
 from __future__ import annotations
 
@@ -131,6 +131,51 @@ def generate(
         print(path)
 
 
+def bench(
+    suite: list[str] | None = None,
+    case: str | None = None,
+    quick: bool = False,
+    seconds: float | None = None,
+    threads: int | None = None,
+    cold: bool = False,
+    output: str = "runs/bench",
+    against: str | None = None,
+    rounds: int = 5,
+) -> None:
+    """Measure the operators and a whole training step beside eager, compiled and other implementations.
+
+    Args:
+        case: pattern of the cases' names, e.g. 'latent*'; those of a quick or a full run where not given.
+        seconds: for the times of a case; 3, or 0.5 with --quick, where not given.
+        threads: of torch; its own choice where not given.
+        output: folder for bench.json, bench.csv, table.md and the pictures.
+        against: commit with which the sources as they are get compared; with exit status 1 where something got slower.
+        rounds: of the comparison, a process a commit each.
+    """
+    from .benchmarks import suite as benchmarks
+    from .training.progress import console
+
+    options = {"suites": suite or benchmarks.SUITES, "pattern": case, "quick": quick, "seconds": seconds, "threads": threads, "cold": cold}
+    benchmarks.find_cases(options["suites"], case, quick)
+    if against is not None:
+        from .benchmarks.against import compare
+
+        rows = compare(against, options, rounds=rounds, progress=console.print)
+        for row in rows:
+            change = f"{row['ratio']:7.3f}" if "ratio" in row else " " * 7
+            print(f"{row['verdict']:8}{change}  {row['suite']}: {row['case']}: {row['provider']}")
+        if any(row["verdict"] == "slower" for row in rows):
+            sys.exit(1)
+        return
+    from .benchmarks.report import table, write
+
+    results = benchmarks.run(**options, progress=lambda title, rows: console.print(f"measured {title}", highlight=False))
+    print(table(results))
+    print("wrote " + ", ".join(str(path) for path in write(results, Path(output))))
+    if any("failure" in row and row["role"] == "ours" for row in results["rows"]):
+        sys.exit(1)
+
+
 def info(json: bool = False) -> None:
     """Tell versions and backends: what is there, and why the rest is not."""
     found = backend_info()
@@ -158,10 +203,21 @@ _EXPLICIT_ARGUMENTS = {
     },
     "classify": {"images": {"nargs": "+", "required": True, "help": "image files"}},
     "generate": {"labels": {"nargs": "+", "type": int, "required": True, "help": "class indices"}},
+    "bench": {
+        "suite": {
+            "nargs": "+",
+            "help": "of alignment, optimizer, scoring, chain_bank, reverse_step and training_step; all of them where not given",
+        },
+        "quick": {"action": "store_true", "help": "few cases, in a few minutes"},
+        "cold": {
+            "action": "store_true",
+            "help": "on a CPU, let the C library give freed memory back; else it keeps it, as PyTorch does on a GPU",
+        },
+    },
     "info": {"json": {"action": "store_true", "help": "print JSON"}},
 }
 
-COMMANDS = {"train": train, "evaluate": evaluate, "classify": classify, "generate": generate, "info": info}
+COMMANDS = {"train": train, "evaluate": evaluate, "classify": classify, "generate": generate, "bench": bench, "info": info}
 
 
 def _load_pipeline(checkpoint: str):

@@ -1,0 +1,1 @@
+"""The benchmark suite behind `genrep bench`; installed as `genrep_fast.benchmarks`."""

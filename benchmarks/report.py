@@ -1,0 +1,169 @@
+"""What a run of the suite leaves: a table, CSV and JSON keyed by device, versions and commit, and two pictures."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from genrep_fast.evaluation.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, Illustration, illustration
+from genrep_fast.files import write_atomically
+
+_KEYS = ("date", "commit", "device", "genrep_fast", "threads", "allocator")  # of the environment, in every line of the CSV
+_ROLE_COLORS = {"eager": GREY, "compiled": ORANGE, "peer": SKY, "bound": PURPLE, "ours": VERMILION}
+_PARTS = {  # of a training step: case -> colour
+    "denoiser": SKY,
+    "scoring": GREEN,
+    "alignment": ORANGE,
+    "Gram pass": ORANGE,
+    "optimizer": BLUE,
+    "average": PURPLE,
+    "combine, optimizer and average in one pass": BLUE,
+}
+
+
+def write(results: dict, folder: Path) -> list[Path]:
+    """Write bench.json, bench.csv, table.md and, where the rows are there, roofline.png and training_step.png; the paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {
+        "bench.json": json.dumps(results, indent=1) + "\n",
+        "bench.csv": as_csv(results),
+        "table.md": table(results),
+        **{f"{picture.name}.png": picture.png for picture in pictures(results)},
+    }
+    for name, data in content.items():
+        write_atomically(folder / name, data)
+    return [folder / name for name in content]
+
+
+def slug(device: str) -> str:
+    """A device's name as a folder's."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def as_csv(results: dict) -> str:
+    """A line a row, each with what keys it."""
+    environment = results["environment"]
+    keys = {key: environment[key] for key in _KEYS} | {name: environment["packages"][name] for name in ("torch", "triton")}
+    rows = [keys | row for row in results["rows"]]
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def table(results: dict) -> str:
+    """Our providers' rows in Markdown, the conditions in a sentence below it."""
+    environment, rows = results["environment"], results["rows"]
+    on_gpu = any("host_ms" in row for row in rows)
+    columns = {
+        "": lambda row: f"{row['suite'].replace('_', ' ')}: {row['case']}",
+        "by": lambda row: row["provider"],
+        **({"ms": lambda row: f"{row['ms']:.3f}", "ms on the host": lambda row: f"{row['host_ms']:.2f}"} if on_gpu else {}),
+        "eager": lambda row: _times(row, "over_eager"),
+        "compiled": lambda row: _times(row, "over_compiled"),
+        "best peer": lambda row: f"{_times(row, 'over_peer')} ({row['peer']})" if "over_peer" in row else "",
+        "of bandwidth": lambda row: f"{row['bandwidth_percent']:.0f}%" if "bandwidth_percent" in row else "",
+        "extra MB": lambda row: f"{row['extra_bytes'] / 1e6:.1f}",
+        "error": lambda row: f"{row['error']:.0e}" if row["error"] else "",
+    }
+    lines = ["| " + " | ".join(columns) + " |", "| --- | --- |" + " ---: |" * (len(columns) - 2)]
+    for row in rows:
+        if row["role"] == "ours" and "ms" in row:
+            lines.append("| " + " | ".join(column(row) for column in columns.values()) + " |")
+    packages = environment["packages"]
+    conditions = (
+        f"`{environment['command']}` on {environment['date'][:10]}: {environment['device']}, {environment['threads']} threads, torch "
+        f"{packages['torch']}, Triton {packages['triton']}, commit {environment['commit'][:10]}, {environment['allocator']} allocator. Eager, "
+        "compiled and best peer: their time as a multiple of ours. Of bandwidth: the time in which a copy of the same run moves what must be "
+        "moved, as a share of ours."
+    )
+    return "\n".join([*lines, "", conditions, *_share_of_step(rows), *_failures(rows)]) + "\n"
+
+
+def pictures(results: dict) -> list[Illustration]:
+    """The roofline where a row has a place in it, and the training step where it was measured."""
+    rows = [row for row in results["rows"] if "ms" in row]
+    drawn = []
+    if any(row["flops"] and row["moved_bytes"] for row in rows):
+        drawn.append(draw_roofline(results["environment"], rows))
+    if {row["case"] for row in rows if row["suite"] == "training_step"} >= {"denoiser", "scoring", "update"}:
+        drawn.append(draw_training_step(rows))
+    return drawn
+
+
+@illustration("roofline", "Roofline: operations a second against operations a byte, under the bandwidth and the rate measured in the same run.")
+def draw_roofline(environment: dict, rows: list[dict]) -> Figure:
+    """A point a provider and case, coloured by role."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    bandwidth, peak = max(row["copy_gb_per_s"] for row in rows), environment["peak_gflops"]
+    ours = [row for row in rows if row["flops"] and row["moved_bytes"]]
+    for role, color in _ROLE_COLORS.items():
+        points = [(row["flops"] / row["moved_bytes"], row["flops"] / row["ms"] / 1e6) for row in ours if row["role"] == role]
+        if points:
+            axes.plot(*zip(*points, strict=True), "o", color=color, alpha=0.7, label=role, zorder=3 if role == "ours" else 2)
+    ridge = peak / bandwidth
+    intensities = [row["flops"] / row["moved_bytes"] for row in ours]
+    left, right = min(intensities) / 3, max(*intensities, ridge) * 3
+    axes.plot([left, ridge, right], [left * bandwidth, peak, peak], color=BLUE, label=f"{bandwidth:.0f} GB/s (copy), {peak:.0f} GFLOP/s (mm)")
+    axes.set(xscale="log", yscale="log", xlabel="FLOPs a byte that must be moved", ylabel="GFLOP/s", title=environment["device"])
+    axes.legend()
+    return figure
+
+
+@illustration("training_step", "A joint training step of GenRep in its parts, in milliseconds; below, all but the denoiser.")
+def draw_training_step(rows: list[dict]) -> Figure:
+    """A bar for the eager reference and for each backend of ours: all parts, and what the method adds."""
+    ms = {(row["case"], row["provider"]): row["ms"] for row in rows if row["suite"] == "training_step"}
+    ours = [provider for case, provider in ms if case == "update" and provider != "eager reference"]
+    bars = {"eager reference": {name: ms[name, "eager reference"] for name in ("scoring", "alignment", "optimizer", "average")}}
+    for provider in ours:
+        gram = ms["Gram pass", provider]
+        rest = max(0.0, ms["update", provider] - gram)
+        bars[provider] = {"scoring": ms["scoring", provider], "Gram pass": gram, "combine, optimizer and average in one pass": rest}
+    figure = Figure(figsize=(8, 1.6 + 1.1 * len(bars)), layout="constrained")
+    for axes, common in zip(figure.subplots(2, 1), ({"denoiser": ms["denoiser", "torch"]}, {}), strict=True):
+        for name, parts in bars.items():
+            left = 0.0
+            for part, value in (common | parts).items():
+                axes.barh(name, value, left=left, color=_PARTS[part], label=part)
+                left += value
+            axes.annotate(f"{left:.4g}", (left, name), xytext=(4, 0), textcoords="offset points", va="center")
+        axes.margins(x=0.1)
+        axes.invert_yaxis()
+    axes.set_xlabel("ms")
+    handles = {label: handle for part in figure.axes for handle, label in zip(*part.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8)
+    return figure
+
+
+def _times(row: dict, key: str) -> str:
+    return f"{row[key]:.3g} ×" if key in row else ""
+
+
+def _share_of_step(rows: list[dict]) -> list[str]:
+    """What the method takes of a whole step, where both were measured."""
+    ms = {(row["case"], row["provider"]): row["ms"] for row in rows if row["suite"] == "training_step" and "ms" in row}
+    lines = []
+    for case, provider in ms:
+        if case == "method" and ("step", provider) in ms:
+            lines.append(f"{provider}: {100 * ms[case, provider] / ms['step', provider]:.1f}%")
+    if not lines:
+        return []
+    shares = ["", f"Scoring, alignment, optimizer and average of a whole training step: {'; '.join(lines)}."]
+    if ("teacher evaluations", "torch") in ms and ("step", "unaligned") in ms:
+        teacher = 100 * ms["teacher evaluations", "torch"] / ms["step", "unaligned"]
+        shares[1] += f" The teacher's network evaluations, apart from it: {teacher:.1f}% of a step without the method."
+    return shares
+
+
+def _failures(rows: list[dict]) -> list[str]:
+    failed = [f"- {row['suite']}, {row['case']}, {row['provider']}: {row['failure']}" for row in rows if "failure" in row]
+    return ["", "Not measured:", *failed] if failed else []
