@@ -135,7 +135,10 @@ class AlignedAdamW(torch.optim.Optimizer):
         """Update the parameters, and their averages, with the gradients that the aligner collected.
 
         Args:
-            closure: runs the losses' backward passes (``aligner.backward`` or ``aligner.collect``) and returns what this method returns.
+            closure: runs the losses' backward passes (``aligner.backward`` or ``aligner.collect``).
+
+        Returns:
+            What the closure returns; None without one.
 
         Raises:
             RuntimeError: where a loss has not been collected, a parameter that a loss reached is not of this optimizer, another optimizer

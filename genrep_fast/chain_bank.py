@@ -106,6 +106,9 @@ class ChainBank:
     ) -> ChainBank:
         """Run `chains` reverse chains a class from pure noise and keep every `thin`-th step after the first `burn_in`.
 
+        The paper (GenRep, ICLR 2026) runs one chain of 200 or 250 DDPM steps with the other defaults. The bank holds
+        K · chains · ⌈(num_inference_steps − burn_in) / thin⌉ samples.
+
         Args:
             denoiser: ``denoiser(x_t, timesteps, labels) -> model output``: [N, C, *spatial] (float64 for a float64 bank, else float32),
                 [N] of the dtype of ``scheduler.timesteps``, int64 [N] -> [N, C', *spatial] with C' ≥ C. Called without gradients; put a
@@ -115,6 +118,9 @@ class ChainBank:
                 variances that the network gives and scores with `variance`.
             num_classes: K.
             sample_shape: (C, *spatial) of one sample.
+            num_inference_steps: of a chain.
+            chains: a class, each with noise of its own.
+            burn_in, thin: steps dropped at the beginning of a chain, and the distance of those kept.
             center: what is kept of a step, its "mean" or the predicted clean "sample".
             sigma_floor, variance, eta: as in `StepCoefficients.chain`.
             seed: in [0, 2⁶⁴); chain c of class y draws its noise with the chain id y·chains + c.

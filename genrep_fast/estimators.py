@@ -70,6 +70,10 @@ class ImageChainEstimator:
         burn_in, thin: positions dropped at the beginning, and the distance of those kept.
         center, sigma_floor: of the scoring kernels, see `StepCoefficients.chain`.
         variance: of all kernels, likewise; a scheduler with learned_range needs one of the fixed ones.
+
+    Raises:
+        TypeError: for a scheduler without `alphas_cumprod`.
+        ValueError: where no step is kept, and as `StepCoefficients.chain`.
     """
 
     def __init__(

@@ -70,19 +70,24 @@ class GradientAligner:
 
     The parameters of a group share one Gram matrix, from which the rule makes one coefficient a loss. A parameter that has no group or that
     some loss does not reach takes the sum of its gradients times `weights`; one that no loss reaches keeps ``.grad`` None. Parameters count
-    while they require gradients, now or later. Nothing here waits for the device, except TorchJD's weightings.
+    while they require gradients, now or later. Nothing here waits for the device, except TorchJD's weightings. The rule "genrep" is that of
+    `align_gradients` (GenRep, Li, Yang and Wang, ICLR 2026); `genrep_fast.rules` has the others and their papers.
 
     Args:
         params: parameters, pairs of a name and a parameter, or a module; float32, bfloat16, float16 or float64, on one device.
         names: of the n losses, 2 to 8.
-        weights: n numbers.
-        power: damping exponent of the rule "genrep", >= 0.
+        weights: n numbers, one a loss; of all rules, "genrep" alone uses them for parameters that are aligned.
+        power: damping exponent of the rule "genrep", >= 0; 0 gives the plain weighted sum.
         groups: "all" (one group), "tensor" (each parameter is one), "block" (a name up to its first number, "blocks.3" for
             "blocks.3.norm.weight", or its module where it has no number), or a function from a parameter's name to a key (None: no group).
         rule: a name in `genrep_fast.rules.RULES`, a function from Gram matrices [groups, n, n] to coefficients [groups, n], both of
             float64, or a Weighting of TorchJD.
         flat: copy the gradients of a loss into one contiguous buffer as they come, group by group, as communication wants them. It costs
             the copies, and buffers that stay allocated.
+
+    Attributes:
+        stats: AlignerStats of the last alignment, by `align`, `backward` or an `AlignedAdamW`'s ``step``; None before the first.
+        parameters, parameter_names: lists of the parameters, and of their names (None where they have none).
 
     Raises:
         TypeError: for an argument of a wrong type, or a parameter of a wrong dtype.
@@ -198,9 +203,16 @@ class GradientAligner:
         dropped. Gradients are taken over as they are and written to: what else still holds their memory, as the caller of
         ``parameter.view(-1).backward(gradient)`` holds ``gradient``, sees that. Only where they overlap each other they are copied.
 
+        In several processes the last block of each name must be one whose gradients the data-parallel wrapper averages: a forward pass for
+        each loss, through the wrapper.
+
+        Args:
+            name: one of `names`.
+
         Raises:
             ValueError: for an unknown name, and for a sparse gradient.
-            RuntimeError: inside another block, and where a parameter holds a ``.grad`` already.
+            RuntimeError: inside another block, where a parameter holds a ``.grad`` already, and after a block that raised where others of
+                its name had been collected before: start the step over with `zero_grad`.
         """
         self._begin(name)
         # Without hooks gradients stay in `.grad` until the block ends: as good where nothing is to be done with them before, and necessary

@@ -61,6 +61,9 @@ class GenRep(ModelMixin, ConfigMixin):
         semantic_block: path of the block whose output is x_sem.
         pool_size: the head reads every feature map averaged to pool_size × pool_size.
         class_names: one name a class, for people.
+
+    Raises:
+        ValueError: for an unknown backbone class, and for a block that the backbone does not have.
     """
 
     @register_to_config
@@ -126,7 +129,10 @@ class GenRep(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **kwargs) -> GenRep:
-        """Load a model from a directory that `save_pretrained` wrote, or from the hub; weights are read through safetensors only."""
+        """Load a model from a directory that `save_pretrained` wrote, or from the hub; weights are read through safetensors only.
+
+        Arguments are those of diffusers' `ModelMixin.from_pretrained`.
+        """
         return super().from_pretrained(path, **kwargs | {"use_safetensors": True})
 
     def save_pretrained(self, path: str | Path, **kwargs) -> None:
