@@ -42,7 +42,8 @@ class AlignedAdamW(torch.optim.Optimizer):
         betas, eps, weight_decay: as in `torch.optim.AdamW`.
         aligner: GradientAligner, which from now on keeps gradients for this optimizer.
         ema: tensors to follow the parameters, in the order of `params`; or a module with the same parameter names; None for none.
-        ema_decay: share of the old average that is kept, 0 to 1; the attribute ``ema_decay`` may be set between steps.
+        ema_decay: share of the old average that is kept, 0 to 1; the attribute ``ema_decay`` may be set between steps, but not through the
+            wrappers of Accelerate and Lightning: ``optimizer.optimizer.ema_decay`` there.
         max_norm: shorten the gradient to this norm where it is longer (see `GradientAligner.align`); also an attribute.
 
     Raises:
