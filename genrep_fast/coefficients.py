@@ -122,7 +122,7 @@ class StepCoefficients:
         sigma_floor: float = 0.0,
         dtype: torch.dtype = torch.float32,
     ) -> StepCoefficients:
-        """Tables that run a reverse chain and score an image under its Gaussian kernels N(mean, σ² I).
+        """Tables that run a reverse chain and score an image under its Gaussian kernels N(mean, σ² I), as a "mixture" (`log_likelihood`).
 
         Args:
             scheduler: diffusers' DDPMScheduler, DDIMScheduler or FlowMatchEulerDiscreteScheduler; it is only read.
@@ -180,7 +180,10 @@ class StepCoefficients:
         weight: str | Tensor | Sequence[float] = "uniform",
         dtype: torch.dtype = torch.float32,
     ) -> StepCoefficients:
-        """Tables of the evidence lower bound −Σ_s w_s‖target − o‖² of a diffusion classifier.
+        """Tables of the evidence lower bound −(1/S) Σ_s w_s‖target − o‖² of a diffusion classifier.
+
+        It holds up to a constant that all classes share. Score it with ``reduction="mean"`` (`log_likelihood`, `PosteriorScorer`), which is
+        not the default.
 
         Args:
             scheduler, timesteps, dtype: as in `chain`; ``clip_sample`` does not matter here.
