@@ -58,7 +58,7 @@ setup(
     packages=[*find_packages(include=["genrep_fast", "genrep_fast.*"]), "genrep_fast.kernels", "genrep_fast.benchmarks"],
     # The Triton sources are installed as genrep_fast.kernels: a top-level package named `kernels` would shadow Hugging Face's.
     package_dir={"genrep_fast": "genrep_fast", "genrep_fast.kernels": "kernels/triton", "genrep_fast.benchmarks": "benchmarks"},
-    package_data={"genrep_fast": ["evaluation/*.jinja"]},
+    package_data={"genrep_fast": ["gpu_backends.json", "evaluation/*.jinja"]},
     ext_modules=[] if PURE else [Extension("genrep_fast._introspection", sources=[])],
     cmdclass={"build_ext": BuildNative, "build_py": BuildPython, "bdist_wheel": Wheel},
 )

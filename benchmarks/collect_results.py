@@ -134,20 +134,29 @@ def kernels_of(log: Path) -> list[dict]:
 
 
 def faster_backends(comparison: list[dict]) -> dict[str, list[list]]:
-    """Operator -> [largest number of elements, or None for any; backend] in rising order, neighbours of the same backend joined."""
+    """Operator -> [number of elements, backend that is the faster one up to it], the last number None.
+
+    Between two sizes that were measured the border is their geometric mean. A gradient finds its steps' likelihoods again only where it runs
+    on forward's backend, whose entry it takes therefore.
+    """
     found: dict[str, list[list]] = {}
     for row in sorted((row for row in comparison if row["suite"] == "operators"), key=lambda row: row["elements"]):
         name = row["case"].rpartition(" ")[0]
         if "," in name:  # another kind of arguments of an operator that has a row of its own
             continue
         backend, steps = "triton" if row["ratio"] < 1 else "cuda", found.setdefault(name, [])
-        if steps and steps[-1][1] == backend:
+        if steps and steps[-1][1] != backend:
+            steps[-1][0] = round((steps[-1][0] * row["elements"]) ** 0.5)
+            steps.append([row["elements"], backend])
+        elif steps:
             steps[-1][0] = row["elements"]
         else:
             steps.append([row["elements"], backend])
     for steps in found.values():
         steps[-1][0] = None
-    return found
+    if "log_likelihood" in found:
+        found["log_likelihood_backward"] = found["log_likelihood"]
+    return dict(sorted(found.items()))
 
 
 def table(found: dict) -> str:
@@ -197,7 +206,11 @@ def main() -> int:
         found = json.loads(options.results.read_text())
         known = json.loads(options.file.read_text()) if options.file.exists() else {}
         known[found["environment"]["capability"]] = faster_backends(found["triton_over_cuda"])
-        replace(options.file, json.dumps(known, indent=1) + "\n")
+        lines = [
+            f' "{capability}": {{\n' + ",\n".join(f'  "{name}": {json.dumps(steps)}' for name, steps in of_device.items()) + "\n }"
+            for capability, of_device in sorted(known.items())
+        ]
+        replace(options.file, "{\n" + ",\n".join(lines) + "\n}\n")
         return 0
     found = results(options.folder)
     replace(options.output / "results.json", json.dumps(found, indent=1) + "\n")

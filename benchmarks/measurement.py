@@ -86,10 +86,12 @@ def compiled_backends(*operators: str) -> list[str]:
 def measure(
     builders: dict[tuple[str, str], Callable[[], Case]], *, seconds: float, cold: bool, chosen: Callable[[str, str], bool]
 ) -> Iterator[list[dict]]:
-    """Check, weigh and time the `chosen` providers of every case; in that order, as the allocator does not go back to its first temper.
+    """Check, weigh and time the `chosen` providers of every case.
+
+    All are weighed before the first is timed where the allocator changes its temper in between, since it does not go back.
 
     Args:
-        builders: (suite, case) -> the case, made anew for either pass, so that one after the other fits into memory.
+        builders: (suite, case) -> the case, made anew for either pass, so that they fit into memory one after the other.
         seconds: for the times of a case.
         cold: large temporaries are new memory each time, as the C library would have it; else it keeps what was freed, as on a GPU.
         chosen: of a provider's name and role, whether it is wanted.
@@ -100,14 +102,18 @@ def measure(
         (moved_bytes at the bandwidth of the same run's copy), and over_eager, over_compiled, over_peer: time of the eager and the compiled
         provider and of the fastest peer (`peer`) as multiples of this one's.
     """
-    rows = {key: _examine(*key, build(), chosen) for key, build in builders.items()}
-    if not cold:
-        keep_freed_memory()
+    if cold or DEVICE == "cuda":
+        for key, build in builders.items():
+            case = build()
+            rows = _examine(*key, case, chosen)
+            _time(case, rows, seconds)
+            yield rows
+        return
+    examined = {key: _examine(*key, build(), chosen) for key, build in builders.items()}
+    keep_freed_memory()
     for key, build in builders.items():
-        passed = {row["provider"]: row for row in rows[key] if "failure" not in row}
-        if passed:
-            _time(build(), passed, seconds)
-        yield rows[key]
+        _time(build(), examined[key], seconds)
+        yield examined[key]
 
 
 def _examine(suite: str, name: str, case: Case, chosen: Callable[[str, str], bool]) -> list[dict]:
@@ -126,8 +132,11 @@ def _examine(suite: str, name: str, case: Case, chosen: Callable[[str, str], boo
     return rows
 
 
-def _time(case: Case, rows: dict[str, dict], seconds: float) -> None:
-    """Add times and ratios to the rows of one case, by provider."""
+def _time(case: Case, all_rows: list[dict], seconds: float) -> None:
+    """Add times and ratios to the rows of one case that have not failed."""
+    rows = {row["provider"]: row for row in all_rows if "failure" not in row}
+    if not rows:
+        return
     runs = {"": case.copy} | {name: case.providers[name].run for name in rows}
     times = measure_together(runs, seconds)
     bandwidth = case.copied_bytes / times[""].median  # bytes a millisecond

@@ -132,7 +132,7 @@ for name in $TESTS; do
     while (($(jobs -rp | wc -l) >= $(nproc))); do wait -n; done
     IFS=, read -r file keyword <<<"$name"
     options=()
-    [[ $name == scoring_kernels,triton* && ${WORKERS-} ]] && options=(-n "$WORKERS")
+    [[ $name == scoring_kernels* && ${WORKERS-} ]] && options=(-n "$WORKERS" -v) # of a run that is cut off nothing but the lines of single tests is left
     OMP_NUM_THREADS=1 step tests "$name" 200 "$PYTHON" -m pytest -q --durations=3 -p no:cacheprovider --junitxml="$WORK/junit/$name.xml" \
         "${options[@]}" \
         -k "${keyword//+/ }" "$ROOT/tests/test_$file.py" &

@@ -26,15 +26,16 @@ _PARTS = {  # of a training step: case -> colour
 }
 
 
-def write(results: dict, folder: Path) -> list[Path]:
-    """Write bench.json, bench.csv, table.md and, where the rows are there, roofline.png and training_step.png; the paths."""
+def write(results: dict, folder: Path, complete: bool = True) -> list[Path]:
+    """Write bench.json and bench.csv; of `complete` results table.md too and, where the rows are there, roofline.png and training_step.png.
+
+    Returns:
+        The paths.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    content = {
-        "bench.json": json.dumps(results, indent=1) + "\n",
-        "bench.csv": as_csv(results),
-        "table.md": table(results),
-        **{f"{picture.name}.png": picture.png for picture in pictures(results)},
-    }
+    content = {"bench.json": json.dumps(results, indent=1) + "\n", "bench.csv": as_csv(results)}
+    if complete:
+        content |= {"table.md": table(results)} | {f"{picture.name}.png": picture.png for picture in pictures(results)}
     for name, data in content.items():
         write_atomically(folder / name, data)
     return [folder / name for name in content]

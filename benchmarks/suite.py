@@ -51,7 +51,7 @@ def run(
     threads: int | None = None,
     cold: bool = False,
     roles: Sequence[str] | None = None,
-    progress: Callable[[str, list[dict]], None] = lambda title, rows: None,
+    progress: Callable[[dict], None] = lambda results: None,
 ) -> dict:
     """Measure the cases in this process.
 
@@ -61,7 +61,7 @@ def run(
         threads: of torch.
         cold: see `measure`.
         roles: of the providers that are wanted; all where not given.
-        progress: called with the name and the rows of each case that is done.
+        progress: called after each case with the results so far.
 
     Returns:
         ``environment`` (see below) and ``rows`` (see `measure`).
@@ -70,11 +70,11 @@ def run(
     if threads is not None:
         torch.set_num_threads(threads)
     seconds = (QUICK_SECONDS if quick else SECONDS) if seconds is None else seconds
-    rows = []
-    for of_case in measure(cases, seconds=seconds, cold=cold, chosen=lambda name, role: roles is None or role in roles):
-        progress(f"{of_case[0]['suite']}: {of_case[0]['case']}" if of_case else "", of_case)
-        rows += of_case
-    return {"environment": environment(cold) | {"peak_gflops": peak_gflops()}, "rows": rows}
+    results = {"environment": environment(cold) | {"peak_gflops": peak_gflops()}, "rows": []}
+    for rows in measure(cases, seconds=seconds, cold=cold, chosen=lambda name, role: roles is None or role in roles):
+        results["rows"] += rows
+        progress(results)
+    return results
 
 
 def environment(cold: bool = False) -> dict:
@@ -82,7 +82,7 @@ def environment(cold: bool = False) -> dict:
     installed = {distribution.metadata["Name"]: distribution.version for distribution in metadata.distributions()}
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(["genrep", *map(shlex.quote, sys.argv[1:])]),
+        "command": re.sub(r" --output[= ]\S+", "", " ".join(["genrep", *map(shlex.quote, sys.argv[1:])])),
         "commit": commit(),
         "device": device_name(),
         "cuda": torch.version.cuda,

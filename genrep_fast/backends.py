@@ -2,23 +2,27 @@
 
 Every operator is defined once, as ``torch.ops.genrep_fast.<name>`` (`define_operator`), with its plain-PyTorch reference. Other backends
 add themselves with `register_implementation`; callers never name one. At each call the tensors' device picks the fastest backend that holds
-the operator, unless `use_backend` or the environment variable ``GENREP_FAST_BACKEND`` insists on one.
+the operator, unless `use_backend` or the environment variable ``GENREP_FAST_BACKEND`` insists on one. Which one is the fastest on a GPU was
+measured: gpu_backends.json holds, by compute capability and operator, up to how many elements of the largest argument which one is.
 """
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
+import json
 import os
 import platform
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
-# Fastest first; "reference" runs on every device and stands behind all of them.
+# Fastest first, where nothing was measured; "reference" runs on every device and stands behind all of them.
 _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 # Why a backend holds no operator at all; a backend that registers one leaves this table.
@@ -66,9 +70,10 @@ def define_operator(
 
     def run(*args: Any, **kwargs: Any) -> Any:
         arguments = (*args, *kwargs.values())
-        device_type = _first_tensor(arguments).device.type
-        float64 = any(_holds_float64(arguments[position]) for position in data)
-        implementation = select_implementation(name, device_type, float64)
+        device = _first_tensor(arguments).device
+        device_type, float64 = device.type, any(_holds_float64(arguments[position]) for position in data)
+        fastest = _fastest_measured(name, device, arguments) if device_type == "cuda" else None
+        implementation = select_implementation(name, device_type, float64, fastest)
         if not torch.is_autocast_enabled(device_type):
             return implementation(*args, **kwargs)
         # Autocast would run the inner matrix products of an operator in bfloat16, whatever its inputs.
@@ -157,8 +162,10 @@ def info() -> dict[str, Any]:
     }
 
 
-def select_implementation(name: str, device_type: str, float64: bool) -> Callable:
+def select_implementation(name: str, device_type: str, float64: bool, fastest: str | None = None) -> Callable:
     """The function that the operator `name` runs now, for tensors on `device_type`, with user's data in float64 or not.
+
+    `fastest`: the backend to take where it is there and none is insisted on.
 
     Raises:
         BackendUnavailableError: where a backend is insisted on that cannot run it.
@@ -175,10 +182,28 @@ def select_implementation(name: str, device_type: str, float64: bool) -> Callabl
             raise BackendUnavailableError(f"backend {insisted!r} was asked for, but {name} in float64 runs on the reference alone")
         return by_backend[insisted]
     if not float64:
-        for backend in _PREFERENCE.get(device_type, ()):
+        for backend in (fastest, *_PREFERENCE.get(device_type, ())):
             if backend in by_backend:
                 return by_backend[backend]
     return by_backend["reference"]
+
+
+@functools.cache
+def _measured_on(device_index: int) -> dict[str, list[tuple[int | None, str]]]:
+    """Operator -> [(number of elements, backend that is the fastest up to it)], the last one for any number."""
+    measured = json.loads(Path(__file__).with_name("gpu_backends.json").read_text())
+    return measured.get("{}.{}".format(*torch.cuda.get_device_capability(device_index)), {})
+
+
+def _fastest_measured(name: str, device: torch.device, arguments: tuple) -> str | None:
+    steps = _measured_on(device.index).get(name)
+    if steps is None:
+        return None
+    if len(steps) == 1:
+        return steps[0][1]
+    lists = [argument if isinstance(argument, (list, tuple)) else (argument,) for argument in arguments]
+    elements = max(sum(value.numel() for value in values if isinstance(value, torch.Tensor)) for values in lists)
+    return next(backend for most, backend in steps if most is None or elements <= most)
 
 
 def _runs_on(backend: str, device_type: str) -> bool:

@@ -169,9 +169,14 @@ def bench(
         return
     from .benchmarks.report import table, write
 
-    results = benchmarks.run(**options, progress=lambda title, rows: console.print(f"measured {title}", highlight=False))
-    print(table(results))
-    print("wrote " + ", ".join(str(path) for path in write(results, Path(output))))
+    def keep(results: dict) -> None:
+        write(results, Path(output), complete=False)
+        row = results["rows"][-1]
+        console.print(f"measured {row['suite'].replace('_', ' ')}: {row['case']}", highlight=False)
+
+    console.print("checks every case first, and what memory it needs")
+    results = benchmarks.run(**options, progress=keep)
+    print(f"\n{table(results)}\nwrote {', '.join(map(str, write(results, Path(output))))}")
     if any("failure" in row and row["role"] == "ours" for row in results["rows"]):
         sys.exit(1)
 

@@ -1,6 +1,8 @@
 """The choice of backend, with a second backend that exists for the test alone."""
 
+import json
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -163,3 +165,40 @@ def test_autocast_is_off_inside_operators(registry, compiled):
         result = function(SCORES)
         assert torch.is_autocast_enabled("cpu")
     assert seen == [False] and result.dtype == torch.float32
+
+
+# The table of what was measured on GPUs
+
+
+def test_the_fastest_backend_depends_on_the_largest_argument(monkeypatch):
+    table = {"gram": [[None, "triton"]], "combine": [[100, "cuda"], [None, "triton"]]}
+    monkeypatch.setattr(backends, "_measured_on", lambda index: table)
+    device = torch.device("cuda", 0)
+    assert backends._fastest_measured("gram", device, (torch.ones(1000),)) == "triton"
+    assert backends._fastest_measured("posterior", device, (torch.ones(1000),)) is None
+    lists = [[torch.ones(40), None, torch.ones(60)], [torch.ones(40), torch.ones(61)]]
+    assert backends._fastest_measured("combine", device, (lists[0], torch.ones(9), 2.0)) == "cuda"
+    assert backends._fastest_measured("combine", device, (lists[0], torch.ones(9), lists[1])) == "triton"
+
+
+def test_a_measured_backend_goes_first_where_it_is_there(calls, monkeypatch):
+    monkeypatch.setitem(backends._PREFERENCE, "cpu", ("reference", "cpu"))
+    reference = backends._implementations["posterior"]["reference"]
+    assert backends.select_implementation("posterior", "cpu", False) is reference
+    assert backends.select_implementation("posterior", "cpu", False, "cpu") is backends._implementations["posterior"]["cpu"]
+    assert backends.select_implementation("posterior", "cpu", False, "triton") is reference  # not there
+    assert backends.select_implementation("posterior", "cpu", True, "cpu") is reference  # float64
+    with gf.use_backend("reference"):
+        assert backends.select_implementation("posterior", "cpu", False, "cpu") is reference
+
+
+def test_the_committed_table_names_operators_and_backends():
+    table = json.loads((Path(gf.__file__).parent / "gpu_backends.json").read_text())
+    assert table
+    for operators in table.values():
+        assert set(operators) == set(backends.schemas)
+        assert operators["log_likelihood_backward"] == operators["log_likelihood"]  # whose bits of l it needs
+        for steps in operators.values():
+            assert {backend for _, backend in steps} <= {"triton", "cuda"}
+            *limits, last = [most for most, _ in steps]
+            assert last is None and limits == sorted(limits)
