@@ -81,7 +81,7 @@ def table(results: dict) -> str:
     packages = environment["packages"]
     conditions = (
         f"`{environment['command']}` on {environment['date'][:10]}: {environment['device']}, {environment['threads']} threads, torch "
-        f"{packages['torch']}, Triton {packages['triton']}, commit {environment['commit'][:10]}, {environment['allocator']} allocator. Eager, "
+        f"{packages['torch']}, Triton {packages['triton']}, commit {environment['commit'][:10]}{'-dirty' * environment['commit'].endswith('-dirty')}, {environment['allocator']} allocator. Eager, "
         "compiled and best peer: their time as a multiple of ours. Of bandwidth: the time in which a copy of the same run moves what must be "
         "moved, as a share of ours."
     )

@@ -13,7 +13,7 @@ from genrep_fast.training.config import TrainingConfig
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-OPTIONS = r"(genrep (?:train|evaluate|classify|generate|info)(?: [^`#\n]*)? --(?!help)[^`#\n]*)"
+OPTIONS = r"(genrep (?:train|evaluate|classify|generate|bench|info)(?: [^`#\n]*)? --(?!help)[^`#\n]*)"
 COMMAND_LINES = sorted({line.strip() for page in PAGES for line in re.findall(OPTIONS, page.read_text())})
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import genrep_fast as gf
+from genrep_fast.benchmarks.suite import device_name
 
 ROOT = Path(__file__).parent.parent
 
@@ -47,7 +48,7 @@ def test_a_failing_step_stops_nothing_but_is_reported(dry_run):
     assert verdicts.pop("tests:missing") == "failed: exit status 4"
     assert set(verdicts.values()) == {"passed"}
     groups = [name.partition(":")[0] for name in verdicts]
-    assert groups == ["build"] * 2 + ["sanitizers", "tests"] + ["benchmarks"] * 6 or groups[2:4] == ["tests", "sanitizers"]
+    assert groups[:2] == ["build"] * 2 and sorted(groups[2:4]) == ["sanitizers", "tests"] and groups[4:] == ["benchmarks"] * 2
     assert status == 1 and results["finished"] and not results["succeeded"]
 
 
@@ -55,7 +56,7 @@ def test_environment_is_recorded(dry_run):
     results = results_of(dry_run)
     assert results["commit"] == "0123abc"
     environment = results["environment"]
-    assert environment["device"] == "cpu" and environment["packages"]["torch"] == torch.__version__
+    assert environment["device"] == device_name() and environment["packages"]["torch"] == torch.__version__
     backends = environment["info"]["backends"]
     assert backends["cpu"]["build"] == gf.info()["backends"]["cpu"]["build"]  # built by the run itself
     assert not backends["cuda"]["available"]
@@ -68,17 +69,14 @@ def test_tests_are_counted(dry_run):
 
 
 def test_benchmarks_are_collected(dry_run):
-    benchmarks = results_of(dry_run)["benchmarks"]
-    assert set(benchmarks) == {"alignment", "optimizer", "training_step", "scoring", "chain_bank", "reverse_step"}
-    providers = {name: {row["provider"] for row in rows} for name, rows in benchmarks.items()}
-    assert {"foreach", "gf.align_gradients, cpu"} <= providers["alignment"]
-    assert {"unaligned", "AlignedAdamW, cpu"} <= providers["optimizer"]
-    assert providers["training_step"] == {"unaligned", "aligned"}
-    assert {"eager reference", "genrep_fast, cpu"} <= providers["scoring"]
-    assert {"cdist", "ChainBank, cpu"} <= providers["chain_bank"]
-    assert {"DDPMScheduler", "reverse_step, cpu"} <= providers["reverse_step"]
-    for row in benchmarks["alignment"]:
-        assert row["numel"] == 1000 and row["percent_of_copy"] == pytest.approx(100 / row["warm_ratio"])
+    rows = results_of(dry_run)["rows"]
+    assert {row["suite"] for row in rows} == {"scoring", "operators"}
+    assert {"eager reference", "genrep_fast, cpu"} <= {row["provider"] for row in rows if row["suite"] == "scoring"}
+    assert {row["case"] for row in rows if row["suite"] == "operators"} >= {"gram small", "reverse_step small"}
+    assert not [row for row in rows if "failure" in row]
+    for row in rows:
+        if row["moved_bytes"] is not None:
+            assert row["bandwidth_percent"] == pytest.approx(100 * row["moved_bytes"] / 1e6 / row["copy_gb_per_s"] / row["ms"])
 
 
 def test_everything_fits_into_eight_small_files(dry_run):
@@ -86,10 +84,11 @@ def test_everything_fits_into_eight_small_files(dry_run):
     assert {path.name for path in files} == {
         "results.json",
         "table.txt",
+        "roofline.png",
         *(f"{log}.log" for log in ("build", "tests", "sanitizers", "benchmarks")),
     }
     assert sum(path.stat().st_size for path in files) < 2**20
-    assert "gf.align_gradients, cpu" in (dry_run[1] / "table.txt").read_text()
+    assert "genrep_fast, cpu" in (dry_run[1] / "table.txt").read_text()
     assert "not found" in (dry_run[1] / "tests.log").read_text()
 
 
@@ -174,14 +173,54 @@ def test_failing_tests_are_named(folder, monkeypatch):
     assert counts == {"passed": 1, "failed": 2, "skipped": 1, "failures": ["test_bad", "test_broken"]}
 
 
+def operator_row(case, elements, backend, ms, host_ms=0.1):
+    row = {"suite": "operators", "case": case, "provider": backend, "role": "ours", "elements": elements, "moved_bytes": 4 * elements}
+    return row | {"ms": ms, "host_ms": host_ms, "bandwidth_percent": 50.0}
+
+
 def test_triton_is_compared_with_cuda(folder, monkeypatch):
-    row = {"numel": 10**8, "layout": "flat", "threads": 1, "floor_ms": 1.0}
-    times = {"foreach": 9.0, "gf.x, cuda": 1.25, "gf.x, triton": 1.5, "gf.x, cuda, in place": 1.0, "gf.x, triton, in place": 4.0}
-    rows = [row | {"provider": provider, "warm_ms": time} for provider, time in times.items()]
-    (folder / "benchmarks/alignment,alignment_1e8.json").write_text(json.dumps(rows))
-    other = [row | {"layout": "list", "provider": "gf.x, cuda", "ms": 2.0}]
-    (folder / "benchmarks/alignment,alignment_2e8.json").write_text(json.dumps(other))
+    environment = {"command": "genrep bench", "peak_gflops": 7.0}
+    rows = [operator_row("gram large", 10**8, "cuda", 2.0), operator_row("gram large", 10**8, "triton", 3.0)]
+    rows += [operator_row("gram small", 10, "cuda", 0.01, 0.2), operator_row("gram small", 10, "triton", 0.005, 0.5)]  # the host is slower
+    rows += [operator_row("combine small", 10, "cuda", 0.3), operator_row("posterior small", 10, "triton", 0.3)]
+    (folder / "benchmarks/operators").mkdir()
+    (folder / "benchmarks/operators/bench.json").write_text(json.dumps({"environment": environment, "rows": rows}))
     results = collect(folder, monkeypatch)[1]
-    assert {(row["operation"], row["ratio"]) for row in results["triton_over_cuda"]} == {("gf.x", 1.2), ("gf.x, in place", 4.0)}
-    assert [row["percent_of_copy"] for row in results["benchmarks"]["alignment"]] == pytest.approx([100 / 9, 80, 100 / 1.5, 100, 25, 50])
-    assert "gf.x, in place" in (folder / "output/table.txt").read_text()
+    assert {(row["case"], row["ratio"]) for row in results["triton_over_cuda"]} == {("gram large", 1.5), ("gram small", 2.5)}
+    assert results["peak_gflops"] == 7.0 and len(results["rows"]) == 6
+    assert "gram large" in (folder / "output/table.txt").read_text()
+
+
+def test_the_faster_backend_of_each_size_is_entered(tmp_path, monkeypatch):
+    def comparison(case, elements, ratio):
+        return {"suite": "operators", "case": case, "elements": elements, "ratio": ratio}
+
+    compared = [comparison("gram large", 10**8, 0.5), comparison("gram small", 10**4, 1.5), comparison("gram medium", 10**6, 1.1)]
+    compared += [comparison("log_likelihood small", 10, 0.9), comparison("log_likelihood_backward small", 10, 1.1)]
+    compared += [comparison("log_likelihood, shared centres small", 10, 1.5), comparison("combine small", 10, 2.0)]
+    (tmp_path / "results.json").write_text(json.dumps({"environment": {"capability": "9.0"}, "triton_over_cuda": compared}))
+    (tmp_path / "backends.json").write_text(json.dumps({"8.0": {"gram": [[None, "cuda"]]}}))
+    arguments = ["collect_results.py", "backends", str(tmp_path / "results.json"), str(tmp_path / "backends.json")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert collect_results.main() == 0
+    assert json.loads((tmp_path / "backends.json").read_text()) == {
+        "8.0": {"gram": [[None, "cuda"]]},
+        "9.0": {
+            "combine": [[None, "cuda"]],
+            "gram": [[10**7, "cuda"], [None, "triton"]],
+            "log_likelihood": [[None, "triton"]],
+            "log_likelihood_backward": [[None, "triton"]],
+        },
+    }
+
+
+def test_kernels_that_ncu_measured(tmp_path):
+    head = '"ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"'
+    lines = ["==PROF== Connected", head]
+    lines += ['"0","1","a<4>(int)","dram__throughput.avg.pct_of_peak_sustained_elapsed","%","87.5"']
+    lines += ['"0","1","a<4>(int)","gpu__time_duration.sum","us","1,175.5"', '"1","1","b","gpu__time_duration.sum","ns","500"']
+    (tmp_path / "ncu_cuda").write_text("\n".join(lines))
+    kernels = collect_results.kernels_of(tmp_path / "ncu_cuda")
+    assert kernels == [{"kernel": "a<4>(int)", "memory_percent": 87.5, "us": 1175.5}, {"kernel": "b", "us": 0.5}]
+    (tmp_path / "ncu_triton").write_text("==ERROR== no permission\n")
+    assert collect_results.kernels_of(tmp_path / "ncu_triton") == []
