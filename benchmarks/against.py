@@ -23,7 +23,7 @@ _RUN = """
 import json, pathlib, sys
 from genrep_fast.benchmarks import suite
 options = json.loads(sys.argv[1])
-pathlib.Path(sys.argv[2]).write_text(json.dumps(suite.run(**options, roles=["ours"])))
+pathlib.Path(sys.argv[2]).write_text(json.dumps(suite.run(**options, roles=["ours", "variant"])))
 """
 
 

@@ -101,7 +101,7 @@ PROVIDERS = {  # name -> role and function
 }
 for name in BACKENDS:
     for suffix, dtype in (("", torch.float32), (", bfloat16", torch.bfloat16)):
-        PROVIDERS |= {f"ChainBank, {name}{suffix}": ("ours", functools.partial(bank, name, dtype))}
+        PROVIDERS |= {f"ChainBank, {name}{suffix}": ("variant" if suffix else "ours", functools.partial(bank, name, dtype))}
 
 
 @functools.lru_cache(maxsize=1)

@@ -4,9 +4,9 @@ The fused step reads p and g for the Gram matrix (2 N elements), then reads p, g
 those four: 12 N. The same step on one gradient, without alignment, moves 10 N. Every provider must first agree with the separate operations
 in float64, over three steps.
 
-Providers: `decomposition`, `foreach` and `compiled` (alignment as in bench_alignment.py, then `AdamW(fused=True)` and `torch._foreach_lerp_`),
-`unaligned` (the latter two alone, on one gradient as it is: what a step costs without alignment), `align_gradients` (as the first three), and
-`AlignedAdamW` on each backend that can run, handing the gradients over included.
+Providers: `decomposition`, `foreach` and `compiled` (alignment as in bench_alignment.py, then `AdamW(fused=True)` and
+`torch._foreach_lerp_`), `unaligned` (the latter two alone, on one gradient as it is: what a step costs without alignment),
+`align_gradients` (as the first three), and `AlignedAdamW` on each backend that can run, handing the gradients over included.
 """
 
 import functools
@@ -70,7 +70,7 @@ PROVIDERS = {  # name -> role and function
     "compiled": ("compiled", functools.partial(separate, functools.partial(bench_alignment.compiled, False))),
     "unaligned": ("bound", unaligned),
     **{
-        f"align_gradients, {name}": ("ours", functools.partial(separate, functools.partial(bench_alignment.ours, name, False)))
+        f"align_gradients, {name}": ("variant", functools.partial(separate, functools.partial(bench_alignment.ours, name, False)))
         for name in BACKENDS
     },
     **{f"AlignedAdamW, {name}": ("ours", functools.partial(fused, name)) for name in BACKENDS},

@@ -1,11 +1,12 @@
 """Reverse step with its score: ours, diffusers' own step followed by eager scoring, and both through torch.compile.
 
-"step" is one step of 2^24 elements: read x_t, o and x, write x' (without x where there is no score). "chain" is 50 such steps, one after the
-other, of 16 samples of 4 x 32 x 32, the denoiser's outputs given. Each provider must first agree with the step and its score in float64, ours
-with the noise too.
+"step" is one step of 2^24 elements: read x_t, o and x, write x' (without x where there is no score). "chain" is 50 such steps, one after
+the other, of 16 samples of 4 x 32 x 32, the denoiser's outputs given. Each provider must first agree with the step and its score in
+float64, ours with the noise too.
 
-Providers: `DDPMScheduler` (diffusers' step, then the score as a reader would write it), `compiled` (mean, noise of torch.randn and score in one
-compiled function), and `reverse_step` on each backend that can run. Beside them, as a measure of what noise costs, `normal_` alone.
+Providers: `DDPMScheduler` (diffusers' step, then the score as a reader would write it), `compiled` (mean, score and the addition of noise
+of torch.randn in one compiled function), and `reverse_step` on each backend that can run. Beside them, as a measure of what noise costs,
+`normal_` alone.
 """
 
 import functools
@@ -122,7 +123,9 @@ def case(batch, scored, chained):
     }
     elements, steps = setting.x_t.numel(), STEPS if chained else 1
     tensors = 4 if scored else 3
-    return Case(providers, steps * elements, steps * tensors * 4 * elements, steps * (30 if scored else 24) * elements, **copy_of(setting.x_t))
+    return Case(
+        providers, steps * elements, steps * tensors * 4 * elements, steps * (30 if scored else 24) * elements, **copy_of(setting.x_t)
+    )
 
 
 CASES = {

@@ -1,8 +1,8 @@
 """Scoring: a denoiser's outputs through the mixture likelihood to the distillation loss; forward, with backward, and streamed.
 
-The outputs [B, K, S, C, H, W] must be read once. "backward" means both passes, to the gradients of outputs and logits: read, read and write.
-"streamed" hands over one step at a time and ends with the same loss; it must read once. Each provider must first agree with the reference in
-float64. Precisions are such that every step and class carries weight: no gradient vanishes.
+The outputs [B, K, S, C, H, W] must be read once. "backward" means both passes, to the gradients of outputs and logits: read, read and
+write. "streamed" hands over one step at a time and ends with the same loss; it must read once. Each provider must first agree with the
+reference in float64. Precisions are such that every step and class carries weight: no gradient vanishes.
 
 Providers: `eager reference` (genrep_fast.reference, which materialises the residuals), `eager, preallocated` (with out= and in place),
 `eager, mse_loss` (F.mse_loss for the residuals), `compiled reference` (torch.compile on the whole of it; where streamed, on its update of
@@ -202,7 +202,9 @@ def case(size, direction, dtype):
     names = [name for name in PROVIDERS[direction] if not size.large or ROLES.get(name) in ("compiled", "ours")]
     providers = {
         name: Provider(
-            functools.partial(PROVIDERS[direction][name], setting), functools.partial(error_of, name, direction, setting), ROLES.get(name, "peer")
+            functools.partial(PROVIDERS[direction][name], setting),
+            functools.partial(error_of, name, direction, setting),
+            ROLES.get(name, "peer"),
         )
         for name in names
     }

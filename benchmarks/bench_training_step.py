@@ -1,16 +1,17 @@
 """A whole joint training step of GenRep on scikit-learn's digits, in its parts: what the method costs beside its network.
 
-A UNet of 11 million parameters, batches of 32, the losses, groups and bank of `genrep train`'s defaults: 128 chains a class of 25 steps, every
-fourth kept after a fifth, for which an analytic denoiser stands in (scoring costs the same whatever the centres). Cases:
+A UNet of 11 million parameters, batches of 32, the losses, groups and bank of `genrep train`'s defaults: 128 chains a class of 25 steps,
+every fourth kept after a fifth, for which an analytic denoiser stands in (scoring costs the same whatever the centres). Cases:
 
 - "denoiser": forward and backward passes of both losses and the momentum network's features, as they are without the method.
 - "teacher evaluations": what the bank's refreshes add to a step, 16 images through the network.
 - "scoring": images against the bank, posterior and distillation loss, and the gradient of the logits.
-- "alignment", "optimizer", "average": `align_gradients` of the reference, `torch.optim.AdamW` as it comes, `torch._foreach_lerp_`; "Gram pass": what
-  ours needs before it can combine, update and average in one more pass. Parts of the next one, for the picture.
+- "alignment", "optimizer", "average": `align_gradients` of the reference, `torch.optim.AdamW` as it comes, `torch._foreach_lerp_`; "Gram
+  pass": what ours needs before it can combine, update and average in one more pass. Parts of the next one, for the picture.
 - "update": alignment, optimizer and average together.
 - "method": scoring and update, all but the denoiser.
-- "step": the whole of it; also "unaligned", two backward passes into .grad without distillation and alignment, AdamW(fused=True) and average.
+- "step": the whole of it; also "unaligned": two backward passes into .grad, without distillation and alignment, AdamW(fused=True) and
+  average.
 
 Every provider must first agree with float64: the loss, parameters and averages after an update; for the whole step, with the eager one.
 """
@@ -266,7 +267,7 @@ def case(name):
         }[name]
         providers = {provider: Provider(run, float, role)}  # torch's own operations, and parts of what "update" checks
     elif name == "Gram pass":
-        providers = {f"genrep_fast, {backend}": Provider(functools.partial(update.gram, backend), float, "ours") for backend in BACKENDS}
+        providers = {f"genrep_fast, {backend}": Provider(functools.partial(update.gram, backend), float, "variant") for backend in BACKENDS}
     elif name == "scoring":
         providers = {
             provider: Provider(functools.partial(setting.score, backend), functools.partial(scoring_error, backend), role)

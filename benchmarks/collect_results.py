@@ -2,13 +2,13 @@
 
     python benchmarks/collect_results.py environment FILE        # device, versions, and what the native libraries say about themselves
     python benchmarks/collect_results.py results FOLDER OUTPUT   # results.json and table.txt; exit status 1 unless everything succeeded
-    python benchmarks/collect_results.py backends RESULTS FILE   # enters the faster backend of each operator into genrep_fast/gpu_backends.json
+    python benchmarks/collect_results.py backends RESULTS FILE   # the faster backend of each operator, into genrep_fast/gpu_backends.json
 
 results.json holds `date` (UTC), `commit`, `finished`, `succeeded` (every step passed, or was skipped for want of a tool), `environment`
 (see above), `steps` (verdict and seconds of each, in the order in which they ended), `tests` (counts by file, and the names of failures),
-`sanitizers` (verdicts), `rows` (of `genrep bench`, see `measure`), `triton_over_cuda` (of every case that both ran, with the time that a loop
-of calls would take: the GPU's, or the host's where that is longer), and `ncu` (kernels of the operators' large cases: share of the memory's
-peak throughput, and time). It is made from what there is of a folder of intermediate files:
+`sanitizers` (verdicts), `rows` (of `genrep bench`, see `measure`), `triton_over_cuda` (of every case that both ran, with the time that a
+loop of calls would take: the GPU's, or the host's where that is longer), and `ncu` (kernels of the operators' large cases: share of the
+memory's peak throughput, and time). It is made from what there is of a folder of intermediate files:
 
     environment.json, status/<group>:<name> ("<exit status> <seconds>" or "skipped: <reason>"), logs/<group>/<name>, junit/<name>.xml,
     benchmarks/<name>/bench.json and *.png, finished (empty)
@@ -136,8 +136,8 @@ def kernels_of(log: Path) -> list[dict]:
 def faster_backends(comparison: list[dict]) -> dict[str, list[list]]:
     """Operator -> [number of elements, backend that is the faster one up to it], the last number None.
 
-    Between two sizes that were measured the border is their geometric mean. A gradient finds its steps' likelihoods again only where it runs
-    on forward's backend, whose entry it takes therefore.
+    Between two sizes that were measured the border is their geometric mean. A gradient finds its steps' likelihoods again only where it
+    runs on forward's backend, whose entry it takes therefore.
     """
     found: dict[str, list[list]] = {}
     for row in sorted((row for row in comparison if row["suite"] == "operators"), key=lambda row: row["elements"]):

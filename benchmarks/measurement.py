@@ -33,12 +33,12 @@ class Provider:
     Attributes:
         run: does it once.
         error: does it once and returns its error against float64, as the suite defines it; raises RuntimeError where it is too large.
-        role: what a ratio to it means; a "bound" does less than the work, for comparison.
+        role: what a ratio to it means; a "bound" does less than the work, for comparison, and a "variant" is another way of ours.
     """
 
     run: Callable[[], object]
     error: Callable[[], float]
-    role: Literal["eager", "compiled", "peer", "bound", "ours"]
+    role: Literal["eager", "compiled", "peer", "bound", "ours", "variant"]
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ def measure(
         chosen: of a provider's name and role, whether it is wanted.
 
     Yields:
-        Of one case after the other, a row a provider: suite, case, provider, role, threads, elements, moved_bytes, flops, then `failure` (a sentence) or error,
-        extra_bytes, ms (the median), low_ms and high_ms (20 % and 80 % quantiles), host_ms (on a GPU), floor_ms and bandwidth_percent
+        Of one case after the other, a row a provider: suite, case, provider, role, threads, elements, moved_bytes, flops, then `failure` (a
+        sentence) or error, extra_bytes, ms (the median), low_ms and high_ms (20 % and 80 % quantiles), host_ms (on a GPU), floor_ms and bandwidth_percent
         (moved_bytes at the bandwidth of the same run's copy), and over_eager, over_compiled, over_peer: time of the eager and the compiled
         provider and of the fastest peer (`peer`) as multiples of this one's.
     """
@@ -140,7 +140,9 @@ def _time(case: Case, all_rows: list[dict], seconds: float) -> None:
     runs = {"": case.copy} | {name: case.providers[name].run for name in rows}
     times = measure_together(runs, seconds)
     bandwidth = case.copied_bytes / times[""].median  # bytes a millisecond
-    medians = {role: {name: times[name].median for name, row in rows.items() if row["role"] == role} for role in ("eager", "compiled", "peer")}
+    medians = {
+        role: {name: times[name].median for name, row in rows.items() if row["role"] == role} for role in ("eager", "compiled", "peer")
+    }
     for name, row in rows.items():
         low, median, high, host = times[name]
         row |= {"ms": median, "low_ms": low, "high_ms": high, "copy_gb_per_s": bandwidth / 1e6}
@@ -161,8 +163,8 @@ def measure_together(runs: dict[str, Callable[[], object]], seconds: float) -> d
     """Call every one of `runs` in turn, after two calls that do not count, for about `seconds` and seven times at least.
 
     What disturbs the machine for a while disturbs all of them, so that their ratios hold although their times wander. Before each call the
-    caches are emptied, lest it profit, or suffer, from what the one before it left there. A GPU is kept busy until the whole call is queued,
-    so that its time is that of its kernels; what Python, dispatch and launches take is the host's.
+    caches are emptied, lest it profit, or suffer, from what the one before it left there. A GPU is kept busy until the whole call is
+    queued, so that its time is that of its kernels; what Python, dispatch and launches take is the host's.
     """
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     filler = torch.zeros(_CACHE_BYTES // 4, device=DEVICE)

@@ -14,7 +14,7 @@ from genrep_fast.evaluation.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, SK
 from genrep_fast.files import write_atomically
 
 _KEYS = ("date", "commit", "device", "genrep_fast", "threads", "allocator")  # of the environment, in every line of the CSV
-_ROLE_COLORS = {"eager": GREY, "compiled": ORANGE, "peer": SKY, "bound": PURPLE, "ours": VERMILION}
+_ROLE_COLORS = {"eager": GREY, "compiled": ORANGE, "peer": SKY, "bound": PURPLE, "variant": GREEN, "ours": VERMILION}
 _PARTS = {  # of a training step: case -> colour
     "denoiser": SKY,
     "scoring": GREEN,
@@ -78,12 +78,12 @@ def table(results: dict) -> str:
     for row in rows:
         if row["role"] == "ours" and "ms" in row:
             lines.append("| " + " | ".join(column(row) for column in columns.values()) + " |")
-    packages = environment["packages"]
+    packages, commit = environment["packages"], environment["commit"].replace("-dirty", " with changes")
+    where = f"{environment['device']}, {environment['threads']} threads, {environment['allocator']} allocator"
+    versions = f"torch {packages['torch']}, Triton {packages['triton']}, commit {commit[:10]}{commit[40:]}"
     conditions = (
-        f"`{environment['command']}` on {environment['date'][:10]}: {environment['device']}, {environment['threads']} threads, torch "
-        f"{packages['torch']}, Triton {packages['triton']}, commit {environment['commit'][:10]}{'-dirty' * environment['commit'].endswith('-dirty')}, {environment['allocator']} allocator. Eager, "
-        "compiled and best peer: their time as a multiple of ours. Of bandwidth: the time in which a copy of the same run moves what must be "
-        "moved, as a share of ours."
+        f"`{environment['command']}` on {environment['date'][:10]}: {where}; {versions}. Eager, compiled and best peer: their time as a "
+        "multiple of ours. Of bandwidth: the time in which a copy of the same run moves what must be moved, as a share of ours."
     )
     return "\n".join([*lines, "", conditions, *_share_of_step(rows), *_failures(rows)]) + "\n"
 
@@ -99,7 +99,7 @@ def pictures(results: dict) -> list[Illustration]:
     return drawn
 
 
-@illustration("roofline", "Roofline: operations a second against operations a byte, under the bandwidth and the rate measured in the same run.")
+@illustration("roofline", "Roofline: operations a second against operations a byte, under the rates measured in the same run.")
 def draw_roofline(environment: dict, rows: list[dict]) -> Figure:
     """A point a provider and case, coloured by role."""
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -113,7 +113,8 @@ def draw_roofline(environment: dict, rows: list[dict]) -> Figure:
     ridge = peak / bandwidth
     intensities = [row["flops"] / row["moved_bytes"] for row in ours]
     left, right = min(intensities) / 3, max(*intensities, ridge) * 3
-    axes.plot([left, ridge, right], [left * bandwidth, peak, peak], color=BLUE, label=f"{bandwidth:.0f} GB/s (copy), {peak:.0f} GFLOP/s (mm)")
+    label = f"{bandwidth:.0f} GB/s (copy), {peak:.0f} GFLOP/s (mm)"
+    axes.plot([left, ridge, right], [left * bandwidth, peak, peak], color=BLUE, label=label)
     axes.set(xscale="log", yscale="log", xlabel="FLOPs a byte that must be moved", ylabel="GFLOP/s", title=environment["device"])
     axes.legend()
     return figure
