@@ -5,7 +5,7 @@ OUTPUT ?= runs/digits
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train ablation test lint sanitize wheel clean
+.PHONY: train ablation test lint sanitize wheel wheel-matrix clean
 
 train: $(VENV)/.installed-train
 	$(BIN)/genrep train --output $(OUTPUT) --resume
@@ -32,14 +32,26 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --diff
 
-# setuptools copies whatever lies in build/lib into the wheel, deleted modules too.
-wheel: $(VENV)/.installed-test
-	rm -rf build
-	$(BIN)/pip wheel --no-deps --wheel-dir dist .
+# One wheel for every Python and for torch >= 2.11, in dist/; torch's own libraries are left to torch. setuptools copies whatever lies in
+# build/lib into it, deleted modules too.
+WHEEL_ARCHITECTURES := 8.0;8.6;8.9;9.0;10.0;12.0+PTX
+wheel: $(VENV)/.installed-test repaired-wheel
+
+.PHONY: repaired-wheel
+repaired-wheel:
+	rm -rf build dist
+	GENREP_FAST_CUDA=$(or $(GENREP_FAST_CUDA),1) TORCH_CUDA_ARCH_LIST='$(WHEEL_ARCHITECTURES)' \
+		$(BIN)/pip wheel --no-build-isolation --no-deps --wheel-dir build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*' --wheel-dir dist build/wheel/*.whl
+
+# Beside the oldest and the newest torch, each in an environment of its own without a compiler. Fetches gigabytes.
+WHEEL_TORCHES := 2.11.0 2.14.1
+wheel-matrix: wheel
+	$(BIN)/python tests/clean_environment.py dist/*.whl $(WHEEL_TORCHES)
 
 # Runs stay: they took longer than anything that is deleted here.
 clean:
-	rm -rf $(VENV) build dist *.egg-info genrep_fast/*.so
+	rm -rf $(VENV) build dist *.egg-info genrep_fast/*.so genrep_fast/build.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stem is an extra of pyproject.toml. Editable: sources are read where they lie, so that only a change of these files asks for another

@@ -12,8 +12,8 @@ from setuptools.command.build_py import build_py
 
 PURE = os.environ.get("GENREP_FAST_PURE") == "1"
 if PURE:  # what an earlier editable installation built would be loaded still
-    for library in (Path(__file__).parent / "genrep_fast").glob("_*.so"):
-        library.unlink()
+    for built in (*(Path(__file__).parent / "genrep_fast").glob("_*.so"), Path(__file__).parent / "genrep_fast/build.json"):
+        built.unlink(missing_ok=True)
 
 _spec = importlib.util.spec_from_file_location("native_build", Path(__file__).parent / "csrc/build.py")
 native_build = importlib.util.module_from_spec(_spec)
@@ -30,7 +30,7 @@ class BuildNative(build_ext):
             sys.exit(str(error))
 
     def get_outputs(self):
-        return [str(self._folder / name) for name in native_build.libraries()]
+        return [str(self._folder / name) for name in (*native_build.libraries(), "build.json")]
 
     def get_output_mapping(self):
         return {}
@@ -58,6 +58,7 @@ setup(
     packages=[*find_packages(include=["genrep_fast", "genrep_fast.*"]), "genrep_fast.kernels", "genrep_fast.benchmarks"],
     # The Triton sources are installed as genrep_fast.kernels: a top-level package named `kernels` would shadow Hugging Face's.
     package_dir={"genrep_fast": "genrep_fast", "genrep_fast.kernels": "kernels/triton", "genrep_fast.benchmarks": "benchmarks"},
+    include_package_data=False,  # MANIFEST.in is the source distribution's
     package_data={"genrep_fast": ["gpu_backends.json", "evaluation/*.jinja"]},
     ext_modules=[] if PURE else [Extension("genrep_fast._introspection", sources=[])],
     cmdclass={"build_ext": BuildNative, "build_py": BuildPython, "bdist_wheel": Wheel},

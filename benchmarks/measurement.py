@@ -98,9 +98,9 @@ def measure(
 
     Yields:
         Of one case after the other, a row a provider: suite, case, provider, role, threads, elements, moved_bytes, flops, then `failure` (a
-        sentence) or error, extra_bytes, ms (the median), low_ms and high_ms (20 % and 80 % quantiles), host_ms (on a GPU), floor_ms and bandwidth_percent
-        (moved_bytes at the bandwidth of the same run's copy), and over_eager, over_compiled, over_peer: time of the eager and the compiled
-        provider and of the fastest peer (`peer`) as multiples of this one's.
+        sentence) or error, extra_bytes, ms (the median), low_ms and high_ms (20 % and 80 % quantiles), host_ms (on a GPU), copy_gb_per_s,
+        floor_ms and bandwidth_percent (moved_bytes at the bandwidth of the same run's copy), and over_eager, over_compiled, over_peer: time
+        of the eager and the compiled provider and of the fastest peer (`peer`) as multiples of this one's.
     """
     if cold or DEVICE == "cuda":
         for key, build in builders.items():

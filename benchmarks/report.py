@@ -1,4 +1,7 @@
-"""What a run of the suite leaves: a table, CSV and JSON keyed by device, versions and commit, and two pictures."""
+"""What a run of the suite leaves: a table, CSV and JSON keyed by device, versions and commit, and two pictures.
+
+python -m genrep_fast.benchmarks.report README.md   # writes the tables of benchmarks/results/ anew, between their marks
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,12 @@ import csv
 import io
 import json
 import re
+import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
+import genrep_fast
 from genrep_fast.evaluation.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, Illustration, illustration
 from genrep_fast.files import write_atomically
 
@@ -66,6 +71,7 @@ def table(results: dict) -> str:
     columns = {
         "": lambda row: f"{row['suite'].replace('_', ' ')}: {row['case']}",
         "by": lambda row: row["provider"],
+        "elements": lambda row: f"{row['elements']:.1e}".replace("e+0", "e"),
         **({"ms": lambda row: f"{row['ms']:.3f}", "ms on the host": lambda row: f"{row['host_ms']:.2f}"} if on_gpu else {}),
         "eager": lambda row: _times(row, "over_eager"),
         "compiled": lambda row: _times(row, "over_compiled"),
@@ -74,10 +80,10 @@ def table(results: dict) -> str:
         "extra MB": lambda row: f"{row['extra_bytes'] / 1e6:.1f}",
         "error": lambda row: f"{row['error']:.0e}" if row["error"] else "",
     }
+    shown = [row for row in rows if row["role"] == "ours" and "ms" in row]
+    columns = {head: column for head, column in columns.items() if not head or any(map(column, shown))}
     lines = ["| " + " | ".join(columns) + " |", "| --- | --- |" + " ---: |" * (len(columns) - 2)]
-    for row in rows:
-        if row["role"] == "ours" and "ms" in row:
-            lines.append("| " + " | ".join(column(row) for column in columns.values()) + " |")
+    lines += ["| " + " | ".join(column(row) for column in columns.values()) + " |" for row in shown]
     packages, commit = environment["packages"], environment["commit"].replace("-dirty", " with changes")
     where = f"{environment['device']}, {environment['threads']} threads, {environment['allocator']} allocator"
     versions = f"torch {packages['torch']}, Triton {packages['triton']}, commit {commit[:10]}{commit[40:]}"
@@ -86,6 +92,38 @@ def table(results: dict) -> str:
         "multiple of ours. Of bandwidth: the time in which a copy of the same run moves what must be moved, as a share of ours."
     )
     return "\n".join([*lines, "", conditions, *_share_of_step(rows), *_failures(rows)]) + "\n"
+
+
+def gpu_table(results: dict) -> str:
+    """Of what benchmarks/on_device.sh found: the operators' large cases, each by the backend that gpu_backends.json makes the default."""
+    fastest = json.loads((Path(genrep_fast.__file__).parent / "gpu_backends.json").read_text())[results["environment"]["capability"]]
+    rows = []
+    for row in results["rows"]:
+        operator, _, size = row["case"].rpartition(" ")
+        if (row["suite"], size) == ("operators", "large") and row["provider"] == fastest[operator.partition(",")[0]][-1][1]:
+            rows.append(row)
+    return table({"environment": results["environment"], "rows": rows})
+
+
+def written_tables(page: str, folder: Path) -> str:
+    """The text `page` with the tables of `folder` (benchmarks/results) between its marks.
+
+    A mark ``<!-- table: FILE SUITE... -->`` stands for the results of that name of every device there is, of these suites or of all.
+    """
+
+    def write(mark: re.Match) -> str:
+        name, *suites = mark[2].split()
+        texts = []
+        for path in sorted(folder.glob(f"*/{name}")):
+            results = json.loads(path.read_text())
+            if name == "results.json":
+                texts.append(gpu_table(results))
+            else:
+                rows = [row for row in results["rows"] if not suites or row["suite"] in suites]
+                texts.append(table(results | {"rows": rows}))
+        return mark[1] + "\n".join(texts) + mark[3]
+
+    return re.sub(r"(<!-- table: ([\w. ]+) -->\n).*?(<!-- end of table -->)", write, page, flags=re.S)
 
 
 def pictures(results: dict) -> list[Illustration]:
@@ -169,3 +207,8 @@ def _share_of_step(rows: list[dict]) -> list[str]:
 def _failures(rows: list[dict]) -> list[str]:
     failed = [f"- {row['suite']}, {row['case']}, {row['provider']}: {row['failure']}" for row in rows if "failure" in row]
     return ["", "Not measured:", *failed] if failed else []
+
+
+if __name__ == "__main__":
+    for page in map(Path, sys.argv[1:]):
+        write_atomically(page, written_tables(page.read_text(), Path("benchmarks/results")))

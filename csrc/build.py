@@ -1,8 +1,8 @@
 """The native build, described once for setup.py and the tests.
 
 `build` compiles the sources beside this file with ninja into `_C_cpu.so`, `_C_cuda.so` (where there is an nvcc) and the module
-`_introspection`. The two libraries use torch's stable ABI alone, so that they outlive the torch they were built with. The build needs
-torch's headers, and no GPU.
+`_introspection`, and records in `build.json` what it used. The two libraries use torch's stable ABI alone, so that they outlive the torch
+they were built with. The build needs torch's headers, and no GPU.
 
 Environment: ``GENREP_FAST_CUDA`` (0: without CUDA; 1: an nvcc must be there), ``TORCH_CUDA_ARCH_LIST`` (default ``8.0;9.0+PTX``),
 ``GENREP_FAST_SANITIZE`` (1: the CPU library with AddressSanitizer and UndefinedBehaviorSanitizer), ``CXX``, ``CUDACXX``.
@@ -11,6 +11,7 @@ Environment: ``GENREP_FAST_CUDA`` (0: without CUDA; 1: an nvcc must be there), `
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -23,6 +24,10 @@ from pathlib import Path
 SOURCES = Path(__file__).parent
 TORCH_TARGET = "2.11"  # the oldest torch that the libraries work with
 _TORCH_TARGET_VERSION = "0x020b000000000000"
+
+# The oldest NVIDIA driver that runs programs of a CUDA release, by its major number (table 2 of the CUDA Compatibility guide).
+_MINIMUM_DRIVERS = {12: 525, 13: 580}
+_DEFAULT_ARCHITECTURES = "8.0;9.0+PTX"
 
 _STABLE_ABI = ["-DTORCH_STABLE_ONLY", f"-DTORCH_TARGET_VERSION={_TORCH_TARGET_VERSION}"]
 _COMPILE = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
@@ -37,7 +42,7 @@ class BuildError(Exception):
 
 
 def libraries() -> list[str]:
-    """File names of what `build` makes."""
+    """File names of what `build` compiles."""
     names = ["_C_cpu.so", f"_introspection{sysconfig.get_config_var('EXT_SUFFIX')}"]
     return names + ["_C_cuda.so"] if nvcc() else names
 
@@ -55,6 +60,7 @@ def build(output: Path, build_dir: Path) -> None:
     result = subprocess.run([_executable("ninja"), "-C", str(build_dir)])
     if result.returncode:
         raise BuildError("genrep_fast's native code did not compile (the messages are above); GENREP_FAST_PURE=1 installs without it.")
+    (output / "build.json").write_text(json.dumps(_record(), indent=1) + "\n")
 
 
 def nvcc() -> str | None:
@@ -69,7 +75,7 @@ def nvcc() -> str | None:
 
 def nvcc_command(source: Path, architectures: str | None = None) -> list[str]:
     """The command that compiles one CUDA source, up to ``-o``; `architectures` as in ``TORCH_CUDA_ARCH_LIST``."""
-    architectures = architectures or os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip("; ,") or "8.0;9.0+PTX"
+    architectures = architectures or _architectures()
     flags = [*_NVCC, *_STABLE_ABI, f"-I{torch_headers()}", f'-DGENREP_FAST_CUDA_ARCHITECTURES="{architectures}"']
     return [nvcc() or "nvcc", *flags, *_gencode(architectures), "-c", str(source)]
 
@@ -82,6 +88,33 @@ def torch_headers() -> Path:
         if (Path(root) / "include/torch/csrc/stable/library.h").is_file():
             return Path(root) / "include"
     raise BuildError(_advice("torch is not installed"))
+
+
+def _record() -> dict:
+    """What the libraries were built with."""
+    headers = (torch_headers() / "torch/headeronly/version.h").read_text()
+    torch = ".".join(re.search(rf"#define TORCH_VERSION_{part} (\d+)", headers)[1] for part in ("MAJOR", "MINOR", "PATCH"))
+    record = {"libraries": libraries(), "torch": torch, "torch_target": TORCH_TARGET, "compiler": _first_line(*_compiler(), "--version")}
+    if nvcc():
+        release = re.search(r"release (\d+)\.(\d+)", subprocess.run([nvcc(), "--version"], capture_output=True, text=True).stdout)
+        record |= {"nvcc": ".".join(release.groups()), "architectures": _architectures()}
+        record["minimum_driver"] = _MINIMUM_DRIVERS.get(int(release[1]))
+    return record
+
+
+def _first_line(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True).stdout.partition("\n")[0]
+
+
+def _architectures() -> str:
+    return os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip("; ,") or _DEFAULT_ARCHITECTURES
+
+
+def _compiler() -> list[str]:
+    compiler = shlex.split(os.environ.get("CXX", "")) or [path for path in map(shutil.which, ("g++", "c++", "clang++")) if path][:1]
+    if not compiler:
+        raise BuildError(_advice("no C++ compiler was found"))
+    return compiler
 
 
 def _gencode(architectures: str) -> list[str]:
@@ -98,9 +131,7 @@ def _gencode(architectures: str) -> list[str]:
 
 
 def _ninja_file(output: Path) -> str:
-    compiler = shlex.split(os.environ.get("CXX", "")) or [path for path in map(shutil.which, ("g++", "c++", "clang++")) if path][:1]
-    if not compiler:
-        raise BuildError(_advice("no C++ compiler was found"))
+    compiler = _compiler()
     if importlib.util.find_spec("pybind11") is None:
         raise BuildError(_advice("pybind11 is not installed"))
     import pybind11
@@ -127,10 +158,11 @@ def _ninja_file(output: Path) -> str:
         log = "> $out.log 2>&1 || (cat $out.log; false)"  # of -Xptxas -v, which nobody wants to see where all is well
         lines += _rule("nvcc", [*nvcc_command(Path("$in")), "-MD", "-MF", "$out.d", "-o", "$out"], depfile=True, suffix=log)
         objects = _compile(lines, "nvcc", sorted((SOURCES / "cuda").glob("*.cu")))
-        # nvcc hands the linker's own options over behind all of its inputs.
+        # No device code is left to link, of which nvcc would add an empty piece for an architecture of its own choice. It hands the
+        # linker's own options over behind all of its inputs.
         stubs = ["libtorch_cpu.so", "libtorch_cuda.so"]
         options = ["-Xlinker", ",".join(["--no-as-needed", *stubs, "--as-needed"])]
-        lines += _rule("link_cuda", [nvcc(), "-shared", "-cudart", "static", "-o", "$out", "$in", *options])
+        lines += _rule("link_cuda", [nvcc(), "-shared", "-nodlink", "-cudart", "static", "-o", "$out", "$in", *options])
         lines += ["build libtorch_cuda.so: stub"]
         lines += [f"build {_path(output / '_C_cuda.so')}: link_cuda {' '.join(objects)} | {' '.join(stubs)}"]
     return "\n".join(lines) + "\n"

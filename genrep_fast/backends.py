@@ -14,11 +14,18 @@ import functools
 import json
 import os
 import platform
+import shlex
+import sys
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+
+_OLDEST_TORCH = "2.11"
+if [int(part) for part in torch.__version__.split(".")[:2]] < [int(part) for part in _OLDEST_TORCH.split(".")]:
+    raise ImportError(f"genrep_fast needs torch {_OLDEST_TORCH} or newer, this is torch {torch.__version__}")
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
@@ -136,13 +143,15 @@ def info() -> dict[str, Any]:
     """Versions, and what is built, what loaded, and why the rest did not.
 
     Returns:
-        A dictionary with the keys ``genrep_fast``, ``torch``, ``python``, ``platform`` (strings) and ``backends``: for each backend
-        ``available`` (bool), ``operators`` (their names), ``reason`` (a string where it is not available, else None) and ``build`` (what a
-        compiled library was built with, and for "cpu" the instruction set that it runs in; None where there is none, or where this Python
-        cannot ask it).
+        A dictionary with the keys ``genrep_fast``, ``torch``, ``cuda`` (of torch, or None), ``triton`` (or None), ``python``, ``platform``
+        (strings), ``built`` (what the build noted down: libraries, torch of the headers and oldest torch, compilers, architectures, oldest
+        NVIDIA driver; None for an installation without native code), ``backends`` and ``reproduce`` (the command that prints the same in
+        this environment). For each backend: ``available`` (bool), ``operators`` (their names), ``reason`` (a string where it is not
+        available, else None) and ``build`` (what the loaded library says of itself, for "cpu" the instruction set that it runs in too;
+        None where there is none, or where the wheel's optional module is of another Python).
     """
     from . import __version__
-    from .native import build_information
+    from .native import build_information, build_record
 
     backends = {
         backend: {
@@ -156,10 +165,30 @@ def info() -> dict[str, Any]:
     return {
         "genrep_fast": __version__,
         "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": _installed("triton"),
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "built": build_record(),
         "backends": backends,
+        "reproduce": " ".join([*_settings(), shlex.quote(sys.executable), "-m", "genrep_fast", "info", "--json"]),
     }
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _settings() -> list[str]:
+    """NAME=value of every environment variable that changes what `info` tells."""
+    return [
+        f"{name}={shlex.quote(value)}"
+        for name, value in sorted(os.environ.items())
+        if name.startswith("GENREP_FAST_") or name in ("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")
+    ]
 
 
 def select_implementation(name: str, device_type: str, float64: bool, fastest: str | None = None) -> Callable:

@@ -187,11 +187,14 @@ def info(json: bool = False) -> None:
     if json:
         print(dumps(found, indent=2))
         return
-    for name in ("genrep_fast", "torch", "python", "platform"):
-        print(f"{name:12} {found[name]}")
+    for name in ("genrep_fast", "torch", "cuda", "triton", "python", "platform"):
+        print(f"{name:12} {found[name] or 'none'}")
+    built = found["built"]
+    print(f"{'built':12} {'; '.join(f'{key} {value}' for key, value in built.items() if key != 'libraries') if built else 'nothing'}")
     for name, backend in found["backends"].items():
         state = f"{len(backend['operators'])} operators" if backend["available"] else f"not available: {backend['reason']}"
         print(f"{name:12} {state}")
+    print(f"{'reproduce':12} {found['reproduce']}")
 
 
 # Flags and lists as shells have them; the rest follows from the signatures.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -19,7 +20,6 @@ from torch import Tensor
 
 from .backends import register_implementation, schemas, set_unavailable
 
-_OLDEST_TORCH = (2, 11)
 _CAPABILITIES = ("default", "avx2", "avx512")
 _FOLDER = Path(__file__).parent
 
@@ -66,10 +66,15 @@ def build_information(backend: str) -> dict[str, Any] | None:
         return None
 
 
+def build_record() -> dict[str, Any] | None:
+    """What the build (csrc/build.py) noted down: libraries, torch of the headers and oldest torch, compilers, architectures, driver."""
+    path = _FOLDER / "build.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
 def _load(backend: str) -> str | None:
     """Load the library of `backend` and register its operators; the reason why not, where that fails."""
-    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _OLDEST_TORCH:
-        return f"it is built for torch 2.11 or newer, this is torch {torch.__version__}"
+    record = build_record() or {}
     if not _library(backend).is_file():
         return f"it was not built: {_library(backend).name} is not in {_FOLDER}"
     capability = os.environ.get("GENREP_FAST_CPU_CAPABILITY") or _CAPABILITIES[-1]
@@ -77,6 +82,8 @@ def _load(backend: str) -> str | None:
         return f"GENREP_FAST_CPU_CAPABILITY must be one of {', '.join(_CAPABILITIES)}, got {capability!r}"
     if backend == "cuda" and torch.version.cuda is None:
         return "this torch is built without CUDA"
+    if backend == "cuda" and (driver := _driver()) and driver < (record.get("minimum_driver") or 0):
+        return f"it needs NVIDIA's driver {record['minimum_driver']} or newer, this is {driver}"
     namespace = f"genrep_fast_{backend}"
     definitions = torch.library.Library(namespace, "FRAGMENT")
     for schema in schemas.values():
@@ -84,7 +91,8 @@ def _load(backend: str) -> str | None:
     try:
         torch.ops.load_library(_library(backend))
     except OSError as error:
-        return f"its library did not load: {error}"
+        target = record.get("torch_target", "2.11")
+        return f"its library, built for torch {target} and newer, did not load in torch {torch.__version__}: {error.__cause__ or error}"
     _definitions.append(definitions)
     for name in schemas:
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{name}", backend.upper()):
@@ -93,6 +101,15 @@ def _load(backend: str) -> str | None:
 
 
 _definitions: list[torch.library.Library] = []  # a library that is collected takes its definitions with it
+
+
+def _driver() -> int | None:
+    """Major version of NVIDIA's driver, None where it is not told; asks no device."""
+    try:
+        found = re.search(r"(\d+)\.\d+", Path("/proc/driver/nvidia/version").read_text())
+    except OSError:
+        return None
+    return int(found[1]) if found else None
 
 
 def _library(backend: str) -> Path:

@@ -1,4 +1,7 @@
-"""Where kernels run, and tiny, randomly initialised models of diffusers' real classes, shared by many tests."""
+"""Where kernels run, and tiny, randomly initialised models of diffusers' real classes, shared by many tests.
+
+Diffusers is imported where a model is built, so that the operators' tests need torch and pytest alone.
+"""
 
 import os
 
@@ -9,10 +12,7 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:  # Triton then runs in its interpreter, which it decides when it is imported, by diffusers for example
     os.environ["TRITON_INTERPRET"] = "1"
 
-from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DModel  # noqa: E402
-
 import genrep_fast as gf  # noqa: E402
-from genrep_fast.models import GenRep  # noqa: E402
 
 
 @pytest.fixture(params=["triton", "cuda"] if HAS_GPU else ["cpu", "triton"])
@@ -41,6 +41,8 @@ def round_to_bfloat16(monkeypatch):
 
 def build_backbone(kind, num_classes=3, *, channels=1, **options):
     """A "unet" or "dit" for 8 × 8 latents, the same weights every time."""
+    from diffusers import DiTTransformer2DModel, UNet2DModel
+
     torch.manual_seed(0)
     if kind == "dit":
         return DiTTransformer2DModel(
@@ -85,6 +87,8 @@ def tiny_vae():
     """A function that builds an AutoencoderKL from 3 × 16 × 16 images to 4 × 8 × 8 latents."""
 
     def build():
+        from diffusers import AutoencoderKL
+
         torch.manual_seed(1)
         return AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 2,
@@ -103,6 +107,8 @@ def tiny_model():
     """A function that builds a GenRep of three classes; `active` gives its zero-initialised modulations random weights."""
 
     def build(kind, *, active=False, vae=None, num_classes=3, **options):
+        from genrep_fast.models import GenRep
+
         model = GenRep.from_backbone(build_backbone(kind, num_classes, channels=1 if vae is None else 4, **options), num_classes, vae=vae)
         if active:
             for layer in (model.mean_modulation, model.log_std_modulation[-1]):

@@ -178,6 +178,24 @@ def test_table(results):
     assert "- scoring, tiny, other: RuntimeError: relative error 1.0" in lines
 
 
+def test_empty_columns_are_left_out(results):
+    for row in results["rows"]:
+        row.pop("over_peer", None)
+    assert "best peer" not in report.table(results).splitlines()[0]
+
+
+def test_tables_are_written_between_marks(results, tmp_path):
+    page = "above\n<!-- table: bench.json -->\nold | \\1\n<!-- end of table -->\nbelow\n"
+    (tmp_path / "some-cpu").mkdir()
+    (tmp_path / "some-cpu/bench.json").write_text(json.dumps(results))
+    written = report.written_tables(page, tmp_path)
+    assert written == f"above\n<!-- table: bench.json -->\n{report.table(results)}<!-- end of table -->\nbelow\n"
+    page = "<!-- table: bench.json scoring -->\n<!-- end of table -->\n<!-- table: bench.json optimizer -->\n<!-- end of table -->"
+    assert report.written_tables(page, tmp_path).count("| mine |") == 1
+    assert report.written_tables("no marks\n", tmp_path) == "no marks\n"
+    assert report.written_tables(written, tmp_path) == written
+
+
 def step_rows():
     ms = {("denoiser", "torch"): 100, ("teacher evaluations", "torch"): 5, ("step", "unaligned"): 110}
     ms |= {(case, "eager reference"): value for case, value in (("scoring", 50), ("alignment", 9), ("optimizer", 8), ("average", 2))}
@@ -185,7 +203,7 @@ def step_rows():
     ms |= {("update", "mine"): 4, ("method", "mine"): 5, ("step", "mine"): 100, ("update", "eager reference"): 19}
     return [
         {"suite": "training_step", "case": case, "provider": provider, "role": "ours", "ms": float(value), "flops": 0, "moved_bytes": None}
-        | {"extra_bytes": 0, "error": 0.0}
+        | {"extra_bytes": 0, "error": 0.0, "elements": 1}
         for (case, provider), value in ms.items()
     ]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from genrep_fast import cli
+from genrep_fast.benchmarks.report import written_tables
 from genrep_fast.training.config import TrainingConfig
 
 ROOT = Path(__file__).parent.parent
@@ -54,3 +55,11 @@ def test_links_lead_somewhere(page):
 def test_every_training_option_is_explained():
     explained = set(re.findall(r"--(\w+)", (ROOT / "docs/training.md").read_text()))
     assert {field.name for field in dataclasses.fields(TrainingConfig)} <= explained
+
+
+def test_tables_are_those_of_the_committed_results():
+    pages = [page for page in PAGES if "<!-- table: " in page.read_text()]
+    assert {page.name for page in pages} >= {"README.md", "alignment.md", "scoring.md"}
+    for page in pages:
+        assert written_tables(page.read_text(), ROOT / "benchmarks/results") == page.read_text()
+        assert "<!-- table: " in page.read_text() and "| --- |" in page.read_text().partition("<!-- table: ")[2]

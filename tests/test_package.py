@@ -64,7 +64,7 @@ print(torch.cuda.is_initialized())
 def wheel(tmp_path_factory) -> Path:
     """The wheel without native code, built from a copy, so that nothing of an earlier build gets in; test_build.py has the other one."""
     source, output = tmp_path_factory.mktemp("build") / "source", tmp_path_factory.mktemp("wheel")
-    ignored = shutil.ignore_patterns(".*", "build", "dist", "runs", "device-results", "*.egg-info", "__pycache__", "*.so")
+    ignored = shutil.ignore_patterns(".*", "build", "dist", "runs", "device-results", "*.egg-info", "__pycache__", "*.so", "build.json")
     shutil.copytree(ROOT, source, ignore=ignored)
     options = ["--quiet", "--no-deps", "--no-build-isolation", "--disable-pip-version-check", "--wheel-dir", output, source]
     result = subprocess.run(
@@ -77,9 +77,12 @@ def wheel(tmp_path_factory) -> Path:
 def test_wheel_holds_the_package_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     package = {str(path.relative_to(ROOT)) for pattern in ("*.py", "*.jinja") for path in (ROOT / "genrep_fast").rglob(pattern)}
+    package |= {"genrep_fast/gpu_backends.json"}
     kernels = {f"genrep_fast/kernels/{path.name}" for path in (ROOT / "kernels/triton").glob("*.py")}
+    benchmarks = {f"genrep_fast/benchmarks/{path.name}" for path in (ROOT / "benchmarks").glob("*.py") if not path.name.startswith("test_")}
     metadata = f"genrep_fast-{gf.__version__}.dist-info/"
-    assert {name for name in names if not name.startswith(metadata)} == package | kernels
+    assert wheel.name == f"genrep_fast-{gf.__version__}-py3-none-any.whl"
+    assert {name for name in names if not name.startswith(metadata)} == package | kernels | benchmarks
     assert metadata + "licenses/LICENSE" in names
 
 

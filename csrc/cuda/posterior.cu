@@ -110,7 +110,7 @@ struct Team {
 };
 
 template <bool kBlock>
-__global__ __launch_bounds__(kThreads) void posterior_kernel(const Sizes sizes, const Scores scores, float* result) {
+__global__ __launch_bounds__(kThreads, 4) void posterior_kernel(const Sizes sizes, const Scores scores, float* result) {
   const Team<kBlock> team(sizes);
   if (!team.exists()) {
     return;
@@ -167,7 +167,7 @@ __global__ __launch_bounds__(kThreads, 4) void distillation_kernel(const Sizes s
 
 // A gradient whose memory is null is not wanted.
 template <bool kBlock>
-__global__ __launch_bounds__(kThreads, 3) void distillation_gradient_kernel(
+__global__ __launch_bounds__(kThreads, 2) void distillation_gradient_kernel(
     const Sizes sizes, Pair pair, const float* grad, void* grad_student, void* grad_teacher) {
   const Team<kBlock> team(sizes);
   if (!team.exists()) {
