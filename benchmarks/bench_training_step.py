@@ -1,7 +1,8 @@
 """A whole joint training step of GenRep on scikit-learn's digits, in its parts: what the method costs beside its network.
 
-A UNet of 11 million parameters, batches of 32, the losses, groups and bank of `genrep train`'s defaults: 128 chains a class of 25 steps,
-every fourth kept after a fifth, for which an analytic denoiser stands in (scoring costs the same whatever the centres). Cases:
+A UNet of 11 million parameters, with batches, losses, groups and bank as `genrep train` has them by default: 128 images, and 128 chains a
+class of 25 steps, every fourth kept after a fifth, for which an analytic denoiser stands in (scoring costs the same whatever the centres).
+Cases:
 
 - "denoiser": forward and backward passes of both losses and the momentum network's features, as they are without the method.
 - "teacher evaluations": what the bank's refreshes add to a step, 16 images through the network.
@@ -29,8 +30,9 @@ from genrep_fast.training.config import TrainingConfig
 from genrep_fast.training.losses import GenerationLoss, perception_loss
 from genrep_fast.training.trainer import build_scheduler
 
-BATCH, CLASSES, TEACHER_EVALUATIONS = 32, 10, 16
+CLASSES, TEACHER_EVALUATIONS = 10, 16
 CONFIG = TrainingConfig()
+BATCH = CONFIG.batch_size
 WEIGHTS, POWER, EMA_DECAY = CONFIG.gradient_weights, CONFIG.gradient_power, CONFIG.ema_decay
 BACKENDS = compiled_backends("gram", "adamw_step", "log_likelihood", "distillation_loss")
 
