@@ -17,7 +17,7 @@ import torch
 
 import genrep_fast as gf
 from genrep_fast.benchmarks.measurement import DEVICE, Case, Provider, compiled_backends, copy_of
-from genrep_fast.reference import scoring as reference
+from genrep_fast.reference import posterior, scoring
 
 PASSES = {"forward": 1, "backward": 3, "streamed": 1}  # over the outputs; writing costs what reading does
 FLOPS = {"forward": 6, "backward": 14, "streamed": 6}  # an element
@@ -78,14 +78,14 @@ class Setting:
 
 
 def reference_loss(logits, x, model_output, tables, per_location):
-    scores, _ = reference.log_likelihood(x, model_output, None, *tables, "mixture", per_location)
-    return reference.distillation_loss(logits, scores, None, 1.0).mean()
+    scores, _ = scoring.log_likelihood(x, model_output, None, *tables, "mixture", per_location)
+    return posterior.distillation_loss(logits, scores, None, 1.0).mean()
 
 
 def loss_of_squares(squares, logits, tables):
     """From squared residuals [B, K, S, *loc] on."""
     steps = -0.5 * tables[3].view(-1, *[1] * (squares.ndim - 3)) * squares
-    return reference.distillation_loss(logits, steps.logsumexp(2) - math.log(steps.shape[2]), None, 1.0).mean()
+    return posterior.distillation_loss(logits, steps.logsumexp(2) - math.log(steps.shape[2]), None, 1.0).mean()
 
 
 def mse_loss(logits, x, model_output, tables, per_location):
@@ -117,13 +117,13 @@ def preallocated(differentiate, setting):
 
 
 def streamed(update, setting):
-    state = reference.empty_state(setting.logits.shape, "mixture", setting.x.device)
+    state = scoring.empty_state(setting.logits.shape, "mixture", setting.x.device)
     count = torch.zeros(state.shape[2], dtype=torch.int64, device=setting.x.device)
     for model_output, steps in setting.chunks:
         tables = (steps.data, steps.noisy, steps.output, steps.inv_var, steps.log_norm)
         update(setting.x, model_output, None, *tables, None, "mixture", setting.per_location, count, state)
-    scores = reference.state_log_likelihood(count, state, "mixture").float()
-    return (reference.distillation_loss(setting.logits, scores, None, 1.0).mean(),)
+    scores = scoring.state_log_likelihood(count, state, "mixture").float()
+    return (posterior.distillation_loss(setting.logits, scores, None, 1.0).mean(),)
 
 
 def ours(backend, direction, setting):
@@ -141,7 +141,7 @@ def ours(backend, direction, setting):
 
 
 compiled_loss = torch.compile(reference_loss, fullgraph=True, dynamic=False)
-compiled_update = torch.compile(reference.score_update, fullgraph=True, dynamic=False)
+compiled_update = torch.compile(scoring.score_update, fullgraph=True, dynamic=False)
 BACKENDS = compiled_backends("log_likelihood", "log_likelihood_backward", "distillation_loss", "distillation_loss_backward", "score_update")
 PROVIDERS = {
     "forward": {
@@ -157,7 +157,7 @@ PROVIDERS = {
         "compiled reference": functools.partial(backward, compiled_loss),
     },
     "streamed": {
-        "eager reference": functools.partial(streamed, reference.score_update),
+        "eager reference": functools.partial(streamed, scoring.score_update),
         "compiled reference": functools.partial(streamed, compiled_update),
     },
 }
@@ -172,15 +172,15 @@ def expected(setting, direction):
     x, logits, tables = setting.x.double(), setting.logits.double(), [table.double() for table in setting.tables]
     options = ("mixture", setting.per_location)
     parts = setting.model_output.split(10, 1)
-    results = [reference.log_likelihood(x, part.double(), None, *tables, *options) for part in parts]
+    results = [scoring.log_likelihood(x, part.double(), None, *tables, *options) for part in parts]
     scores = torch.cat([result[0] for result in results], 1)
-    loss = reference.distillation_loss(logits, scores, None, 1.0)
+    loss = posterior.distillation_loss(logits, scores, None, 1.0)
     if direction != "backward":
         return (loss.mean(),)
     grad = torch.full_like(loss, 1 / loss.numel())
-    grad_logits, grad_scores = reference.distillation_loss_backward(grad, logits, scores, None, 1.0, [True, True])
+    grad_logits, grad_scores = posterior.distillation_loss_backward(grad, logits, scores, None, 1.0, [True, True])
     grad_parts = [
-        reference.log_likelihood_backward(grad, *result, x, part.double(), None, *tables, *options, [False, True, False])[1]
+        scoring.log_likelihood_backward(grad, *result, x, part.double(), None, *tables, *options, [False, True, False])[1]
         for grad, result, part in zip(grad_scores.split(10, 1), results, parts, strict=True)
     ]
     return loss.mean(), grad_logits, torch.cat(grad_parts, 1)

@@ -1,10 +1,11 @@
-"""What a run of the suite leaves: a table, CSV and JSON keyed by device, versions and commit, and two pictures.
+"""What a run of the suite leaves: CSV and JSON keyed by device, versions and commit, and a report of a table and two pictures.
 
 python -m genrep_fast.benchmarks.report README.md   # writes the tables of benchmarks/results/ anew, between their marks
 """
 
 from __future__ import annotations
 
+import base64
 import csv
 import io
 import json
@@ -32,15 +33,13 @@ _PARTS = {  # of a training step: case -> colour
 
 
 def write(results: dict, folder: Path, complete: bool = True) -> list[Path]:
-    """Write bench.json and bench.csv; of `complete` results table.md too and, where the rows are there, roofline.png and training_step.png.
-
-    Returns:
-        The paths.
-    """
+    """Write bench.json and bench.csv, and of `complete` results table.md, report.html and the pictures; return the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     content = {"bench.json": json.dumps(results, indent=1) + "\n", "bench.csv": as_csv(results)}
     if complete:
-        content |= {"table.md": table(results)} | {f"{picture.name}.png": picture.png for picture in pictures(results)}
+        drawn = pictures(results)
+        content |= {"table.md": table(results), "report.html": page(results, drawn)}
+        content |= {f"{picture.name}.png": picture.png for picture in drawn}
     for name, data in content.items():
         write_atomically(folder / name, data)
     return [folder / name for name in content]
@@ -65,8 +64,18 @@ def as_csv(results: dict) -> str:
 
 
 def table(results: dict) -> str:
-    """Our providers' rows in Markdown, the conditions in a sentence below it."""
-    environment, rows = results["environment"], results["rows"]
+    """Our providers' rows in Markdown, the conditions and what else there is to say in sentences below it."""
+    heads, lines = cells(results)
+    rule = "| --- | --- |" + " ---: |" * (len(heads) - 2)
+    rows = ["| " + " | ".join(line) + " |" for line in (heads, *lines)]
+    failed = [f"- {text}" for text in failures(results)]
+    notes = ["", *remarks(results), *(["", "Not measured:", *failed] if failed else [])]
+    return "\n".join([rows[0], rule, *rows[1:], *notes]) + "\n"
+
+
+def cells(results: dict) -> tuple[list[str], list[list[str]]]:
+    """The table's head and lines; columns in which nothing stands are left out."""
+    rows = [row for row in results["rows"] if row["role"] == "ours" and "ms" in row]
     on_gpu = any("host_ms" in row for row in rows)
     columns = {
         "": lambda row: f"{row['suite'].replace('_', ' ')}: {row['case']}",
@@ -80,10 +89,13 @@ def table(results: dict) -> str:
         "extra MB": lambda row: f"{row['extra_bytes'] / 1e6:.1f}",
         "error": lambda row: f"{row['error']:.0e}" if row["error"] else "",
     }
-    shown = [row for row in rows if row["role"] == "ours" and "ms" in row]
-    columns = {head: column for head, column in columns.items() if not head or any(map(column, shown))}
-    lines = ["| " + " | ".join(columns) + " |", "| --- | --- |" + " ---: |" * (len(columns) - 2)]
-    lines += ["| " + " | ".join(column(row) for column in columns.values()) + " |" for row in shown]
+    columns = {head: column for head, column in columns.items() if not head or any(map(column, rows))}
+    return list(columns), [[column(row) for column in columns.values()] for row in rows]
+
+
+def remarks(results: dict) -> list[str]:
+    """The conditions, what the columns mean, and what the method takes of a whole training step."""
+    environment = results["environment"]
     packages, commit = environment["packages"], environment["commit"].replace("-dirty", " with changes")
     where = f"{environment['device']}, {environment['threads']} threads, {environment['allocator']} allocator"
     versions = f"torch {packages['torch']}, Triton {packages['triton']}, commit {commit[:10]}{commit[40:]}"
@@ -91,7 +103,28 @@ def table(results: dict) -> str:
         f"`{environment['command']}` on {environment['date'][:10]}: {where}; {versions}. Eager, compiled and best peer: their time as a "
         "multiple of ours. Of bandwidth: the time in which a copy of the same run moves what must be moved, as a share of ours."
     )
-    return "\n".join([*lines, "", conditions, *_share_of_step(rows), *_failures(rows)]) + "\n"
+    return [conditions, *_share_of_step(results["rows"])]
+
+
+def failures(results: dict) -> list[str]:
+    """What was not measured, and why."""
+    return [f"{row['suite']}, {row['case']}, {row['provider']}: {row['failure']}" for row in results["rows"] if "failure" in row]
+
+
+def page(results: dict, illustrations: list[Illustration]) -> str:
+    """The table and the pictures as one HTML page without links to other files."""
+    import jinja2
+
+    heads, lines = cells(results)
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+    return environment.get_template("report.html.jinja").render(
+        heads=heads,
+        lines=lines,
+        remarks=remarks(results),
+        failures=failures(results),
+        illustrations=[(item, base64.b64encode(item.png).decode()) for item in illustrations],
+    )
 
 
 def gpu_table(results: dict) -> str:
@@ -202,11 +235,6 @@ def _share_of_step(rows: list[dict]) -> list[str]:
         teacher = 100 * ms["teacher evaluations", "torch"] / ms["step", "unaligned"]
         shares[1] += f" The teacher's network evaluations, apart from it: {teacher:.1f}% of a step without the method."
     return shares
-
-
-def _failures(rows: list[dict]) -> list[str]:
-    failed = [f"- {row['suite']}, {row['case']}, {row['provider']}: {row['failure']}" for row in rows if "failure" in row]
-    return ["", "Not measured:", *failed] if failed else []
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ from .chain_bank import ChainBank
 from .coefficients import StepCoefficients
 from .gradient_aligner import AlignerStats, GradientAligner
 from .ops.alignment import AlignmentStats, align_gradients, combine, gram
+from .ops.posterior import distillation_loss, fit_temperature, log_evidence, posterior
 from .ops.reverse_step import reverse_step
-from .ops.scoring import distillation_loss, fit_temperature, log_evidence, log_likelihood, posterior
+from .ops.scoring import log_likelihood
 from .posterior_scorer import PosteriorScorer
 
 __version__ = "0.1.0"

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .coefficients import StepCoefficients
-from .ops.scoring import check_reduction, chunk_arguments, posterior, require, result_shape, score_update
+from .ops.posterior import posterior
+from .ops.scoring import check_reduction, chunk_arguments, require, result_shape, score_update
 from .reference.scoring import (
     accumulation_dtype,
     empty_state,

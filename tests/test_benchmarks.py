@@ -154,9 +154,11 @@ def results(rows):
 def test_report_files(results, tmp_path):
     assert {path.name for path in report.write(results, tmp_path, complete=False)} == {"bench.json", "bench.csv"}
     paths = report.write(results, tmp_path / "run")
-    assert {path.name for path in paths} == {"bench.json", "bench.csv", "table.md", "roofline.png"}
+    assert {path.name for path in paths} == {"bench.json", "bench.csv", "table.md", "report.html", "roofline.png"}
     assert json.loads((tmp_path / "run/bench.json").read_text()) == results
     assert (tmp_path / "run/roofline.png").read_bytes().startswith(b"\x89PNG")
+    html = (tmp_path / "run/report.html").read_text()
+    assert html.count('<img src="data:image/png;base64,') == 1 and "<td>mine</td>" in html and "relative error 1.0" in html
 
 
 def test_lines_are_keyed(results):

@@ -79,7 +79,11 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     package = {str(path.relative_to(ROOT)) for pattern in ("*.py", "*.jinja") for path in (ROOT / "genrep_fast").rglob(pattern)}
     package |= {"genrep_fast/gpu_backends.json"}
     kernels = {f"genrep_fast/kernels/{path.name}" for path in (ROOT / "kernels/triton").glob("*.py")}
-    benchmarks = {f"genrep_fast/benchmarks/{path.name}" for path in (ROOT / "benchmarks").glob("*.py") if not path.name.startswith("test_")}
+    benchmarks = {
+        f"genrep_fast/benchmarks/{path.name}"
+        for path in (ROOT / "benchmarks").glob("*.*")
+        if path.suffix in (".py", ".jinja") and not path.name.startswith("test_")
+    }
     metadata = f"genrep_fast-{gf.__version__}.dist-info/"
     assert wheel.name == f"genrep_fast-{gf.__version__}-py3-none-any.whl"
     assert {name for name in names if not name.startswith(metadata)} == package | kernels | benchmarks

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import genrep_fast as gf
+from genrep_fast.reference import posterior as posterior_reference
 from genrep_fast.reference import reverse_step as step_reference
 from genrep_fast.reference import scoring as reference
 
@@ -478,7 +479,7 @@ def test_posterior_and_distillation_of_many_classes(compiled):
 
 def assert_bayes(logits, likelihood, prior, temperature):
     arguments = (logits, likelihood, prior, temperature)
-    log_p, log_q = reference.posterior(*double(arguments[1:])), logits.double().log_softmax(1)
+    log_p, log_q = posterior_reference.posterior(*double(arguments[1:])), logits.double().log_softmax(1)
     terms = torch.where(log_p == -math.inf, 0, log_p.exp() * (log_p.abs() + log_q.abs()))  # of the divergence, [B, K, *loc]
 
     def compare(name, arguments, sizes):

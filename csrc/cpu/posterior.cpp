@@ -1,4 +1,4 @@
-// Bayes' rule and the distillation loss with its gradients (see genrep_fast/reference/scoring.py).
+// Bayes' rule and the distillation loss with its gradients (see genrep_fast/reference/posterior.py).
 //
 //     s = L / temperature + log prior,   log p = log_softmax_y s,   log q = log_softmax_y z
 //     KL = sum_y p (log p - log q),      dKL/dz = q - p,            dKL/dL = p (log p - log q - KL) / temperature

@@ -1,4 +1,4 @@
-// Posteriors, and the loss of distilling them into a student with its gradients (see genrep_fast/reference/scoring.py).
+// Posteriors, and the loss of distilling them into a student with its gradients (see genrep_fast/reference/posterior.py).
 //
 //     s = L / temperature + log prior,   log p = s - logsumexp_y s,   log q likewise of the student's logits
 //     KL = sum_y p (log p - log q),   dKL/dlogits = q - p,   dKL/dL = p (log p - log q - KL) / temperature

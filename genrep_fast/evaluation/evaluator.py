@@ -16,7 +16,7 @@ from torch import Tensor
 from ..data import DataSplits, as_tensors
 from ..estimators import ElboEstimator
 from ..models import GenRepPipeline
-from ..ops.scoring import fit_temperature, log_evidence, posterior
+from ..ops.posterior import fit_temperature, log_evidence, posterior
 from .classifier import NUM_FEATURES, ImageClassifier, fit_classifier
 from .figures import (
     Illustration,

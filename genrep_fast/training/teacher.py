@@ -9,7 +9,7 @@ import torch
 from ..chain_bank import ChainBank
 from ..estimators import ElboEstimator, ImageChainEstimator
 from ..models import GenRep
-from ..ops.scoring import distillation_loss, fit_temperature
+from ..ops.posterior import distillation_loss, fit_temperature
 from .config import TrainingConfig
 from .progress import Stopwatch
 

@@ -1,4 +1,4 @@
-"""Bayes' rule and the distillation loss with its gradients, see `genrep_fast.reference.scoring`.
+"""Bayes' rule and the distillation loss with its gradients, see `genrep_fast.reference.posterior`.
 
     log p = log_softmax_y( L / temperature + log prior ),    KL = sum_y p (log p - log q),    dKL/dlogits = q - p
 
