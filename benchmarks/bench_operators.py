@@ -191,6 +191,7 @@ CASES = {
     f"{name} {size}": functools.partial(case, operator, builder, flops, sizes)
     for name, (operator, builder, flops, all_sizes) in ARGUMENTS.items()
     for size, sizes in zip(SIZES, all_sizes, strict=True)
+    if (size, DEVICE) != ("large", "cpu")  # minutes and gigabytes, most of them for the check
 }
 QUICK = []
 SMALLEST = "gram small"

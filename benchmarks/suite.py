@@ -65,8 +65,15 @@ def run(
 
     Returns:
         ``environment`` (see below) and ``rows`` (see `measure`).
+
+    Raises:
+        ValueError: where `find_cases` does, and for fewer threads than 1 or negative seconds.
     """
     cases = find_cases(suites, pattern, quick)
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}")
+    if seconds is not None and not seconds >= 0:
+        raise ValueError(f"seconds must not be negative, got {seconds}")
     if threads is not None:
         torch.set_num_threads(threads)
     seconds = (QUICK_SECONDS if quick else SECONDS) if seconds is None else seconds

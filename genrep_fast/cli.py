@@ -148,7 +148,7 @@ def bench(
         case: pattern of the cases' names, e.g. 'latent*'; those of a quick or a full run where not given.
         seconds: for the times of a case; 3, or 0.5 with --quick, where not given.
         threads: of torch; its own choice where not given.
-        output: folder for bench.json, bench.csv, table.md and the pictures.
+        output: folder for report.html, table.md, bench.json, bench.csv and the pictures.
         against: commit with which the sources as they are get compared; with exit status 1 where something got slower.
         rounds: of the comparison, a process a commit each.
     """
@@ -214,7 +214,7 @@ _EXPLICIT_ARGUMENTS = {
     "bench": {
         "suite": {
             "nargs": "+",
-            "help": "of alignment, optimizer, scoring, chain_bank, reverse_step and training_step; all of them where not given",
+            "help": "of alignment, optimizer, scoring, chain_bank, reverse_step, training_step and operators; all of them where not given",
         },
         "quick": {"action": "store_true", "help": "few cases, in a few minutes"},
         "cold": {

@@ -14,13 +14,15 @@ from genrep_fast.benchmarks.measurement import Case, Provider
 
 # Cases
 
+SIZES = ("small", "medium", "large") if measurement.DEVICE == "cuda" else ("small", "medium")
+
 
 def test_cases_of_a_quick_and_of_a_full_run():
     quick, full = (suite.find_cases(suite.SUITES, None, quick) for quick in (True, False))
     assert set(quick) < set(full)
     assert {name for name, _ in full} == set(suite.SUITES)
     assert ("scoring", "latent forward") in quick
-    assert set(suite.find_cases(["operators"], "gram *", True)) == {("operators", f"gram {size}") for size in ("small", "medium", "large")}
+    assert set(suite.find_cases(["operators"], "gram *", True)) == {("operators", f"gram {size}") for size in SIZES}
 
 
 @pytest.mark.parametrize("name", suite.SUITES)
@@ -34,6 +36,12 @@ def test_nothing_to_measure():
         suite.find_cases(["speed"], None, False)
     with pytest.raises(ValueError, match="no case of scoring, operators matches 'gram'"):
         suite.find_cases(["scoring", "operators"], "gram", False)
+
+
+@pytest.mark.parametrize(("option", "value"), [("threads", 0), ("seconds", -1.0), ("seconds", float("nan"))])
+def test_options_out_of_range(option, value):
+    with pytest.raises(ValueError, match=f"{option} must .*, got {value}"):
+        suite.run(["scoring"], "small forward", **{option: value})
 
 
 def test_the_command_refuses_them(capsys, tmp_path, monkeypatch):
