@@ -41,13 +41,14 @@ def compare(revision: str, options: dict, *, rounds: int = 5, progress: Callable
         and "gone" where only one has it.
 
     Raises:
-        ValueError: where the sources are no git checkout, or `revision` is none of its commits.
-        RuntimeError: where a commit cannot be built or run.
+        ValueError: where the package does not run from a git checkout, or `revision` is none of its commits.
+        RuntimeError: where a commit cannot be built, or lacks what these benchmarks need of it.
     """
     if rounds < 2:
         raise ValueError(f"rounds must be at least 2, got {rounds}")
-    if _git("rev-parse", "--is-inside-work-tree").returncode:
-        raise ValueError(f"against: {ROOT} is no git checkout")
+    # An installed package can lie in an environment inside of some checkout.
+    if not (ROOT / "csrc/build.py").is_file() or _git("rev-parse", "--is-inside-work-tree").returncode:
+        raise ValueError(f"against: genrep_fast runs from {ROOT}, which is no git checkout of its sources")
     found = _git("rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}")
     if found.returncode:
         raise ValueError(f"against: {revision!r} is no commit of {ROOT}")

@@ -269,5 +269,5 @@ def test_nothing_to_compare_with(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="rounds must be at least 2, got 1"):
         against.compare("HEAD", {}, rounds=1)
     monkeypatch.setattr(against, "ROOT", tmp_path)
-    with pytest.raises(ValueError, match="is no git checkout"):
+    with pytest.raises(ValueError, match="is no git checkout of its sources"):
         against.compare("HEAD", {})

@@ -484,7 +484,7 @@ def assert_bayes(logits, likelihood, prior, temperature):
 
     def compare(name, arguments, sizes):
         outputs = [getattr(operators, name)(*arguments)]
-        outputs += [getattr(reference, name)(*values) for values in (arguments, double(arguments))]
+        outputs += [getattr(posterior_reference, name)(*values) for values in (arguments, double(arguments))]
         outputs = [(values,) if isinstance(values, torch.Tensor) else values for values in outputs]
         for result, plain, exact, size in zip(*outputs, sizes, strict=True):
             infinite = exact.isinf()
@@ -536,7 +536,7 @@ def test_extreme_posteriors(name, spatial):
     for tensor, row in zip((logits, likelihood, prior), EXTREMES[name], strict=True):
         if row is not None:
             tensor[middle if tensor is not prior else (1, slice(None), *[0] * len(spatial))] = torch.tensor(row, device=DEVICE)
-    results, expected = run(operators), run(reference)
+    results, expected = run(operators), run(posterior_reference)
     print(*(result[middle if result.ndim == logits.ndim else (1, *middle[2:])].tolist() for result in results), sep="\n")
     for result, value, before in zip(results, expected, clean, strict=True):
         torch.testing.assert_close(result, value, rtol=1e-5, atol=1e-6, equal_nan=True)
