@@ -3,6 +3,7 @@
 //     Gram[k, i, j] = sum over the tensors of group k of <g_i, g_j>          reads n N elements, n (n + 1) / 2 N multiply-adds
 //     out = sum_i c_i g_i                                                    reads n N, writes N, n N multiply-adds
 //
+// Between the two stand a few numbers a tensor and a group: sums of the tensors' own Gram matrices, coefficients, the choice of a tensor's.
 // Both are bound by memory. Gram of two gradients multiplies in float32, where every accumulator takes 16 products, and adds up in float64;
 // a block of 1024 elements whose sum of squares may have overflowed or lost terms to underflow is done again in float64. Every chunk has a
 // partial sum of its own, and the partial sums of a group are added in the order of the chunks, so that the result does not depend on the
@@ -235,6 +236,73 @@ std::tuple<Tensor, Tensor, Tensor> alignment_coefficients(Tensor gram, std::vect
   return {coefficients, cosine, alpha};
 }
 
+// The tensors' own Gram matrices, checked: [T, n, n] float64 and T group indices from -1 to num_groups - 1.
+struct OwnMatrices {
+  Tensor dense;
+  const std::vector<int64_t>& groups;
+  int64_t n;
+  const double* matrices;
+
+  OwnMatrices(const Tensor& grams, const std::vector<int64_t>& group_indices, int64_t num_groups)
+      : dense(torch::stable::contiguous(grams)), groups(group_indices) {
+    STD_TORCH_CHECK(
+        grams.scalar_type() == ScalarType::Double && grams.dim() == 3 && grams.size(1) == grams.size(2),
+        "grams must be a float64 tensor of shape [tensors, n, n]");
+    STD_TORCH_CHECK(grams.size(0) == static_cast<int64_t>(groups.size()), "as many group indices are needed as there are tensors");
+    for (int64_t group : groups) {
+      STD_TORCH_CHECK(group >= -1 && group < num_groups, "groups must be between -1 and the number of groups - 1");
+    }
+    n = grams.size(1);
+    matrices = static_cast<const double*>(dense.const_data_ptr());
+  }
+
+  const double* of(int64_t t) const { return matrices + t * n * n; }
+
+  // Whether tensor t has a group and every loss reaches it: no gradient of it is zero everywhere. A NaN is not zero.
+  bool shared(int64_t t) const {
+    bool reached = groups[t] >= 0;
+    for (int64_t i = 0; i < n; ++i) {
+      reached &= of(t)[i * (n + 1)] != 0;
+    }
+    return reached;
+  }
+};
+
+// Sums of the Gram matrices of each group's shared tensors, in the order of the tensors.
+Tensor group_gram(Tensor grams, std::vector<int64_t> groups, int64_t num_groups) {
+  OwnMatrices own(grams, groups, num_groups);
+  int64_t entries = own.n * own.n;
+  Tensor result = torch::stable::empty({num_groups, own.n, own.n}, ScalarType::Double);
+  double* matrices = static_cast<double*>(result.mutable_data_ptr());
+  std::fill_n(matrices, num_groups * entries, 0.0);
+  for (size_t t = 0; t < groups.size(); ++t) {
+    if (own.shared(t)) {
+      for (int64_t k = 0; k < entries; ++k) {
+        matrices[groups[t] * entries + k] += own.of(t)[k];
+      }
+    }
+  }
+  return result;
+}
+
+// Row groups[t] of `coefficients` for a shared tensor, `weights` for any other one.
+Tensor tensor_coefficients(Tensor coefficients, Tensor grams, std::vector<int64_t> groups, std::vector<double> weights) {
+  STD_TORCH_CHECK(
+      coefficients.scalar_type() == ScalarType::Double && coefficients.dim() == 2,
+      "coefficients must be a float64 tensor of shape [groups, n]");
+  OwnMatrices own(grams, groups, coefficients.size(0));
+  STD_TORCH_CHECK(coefficients.size(1) == own.n, "coefficients must be a float64 tensor of shape [groups, n]");
+  STD_TORCH_CHECK(static_cast<int64_t>(weights.size()) == own.n, "weights must be n numbers");
+  Tensor dense = torch::stable::contiguous(coefficients);
+  const double* group_rows = static_cast<const double*>(dense.const_data_ptr());
+  Tensor result = torch::stable::empty({static_cast<int64_t>(groups.size()), own.n}, ScalarType::Double);
+  double* rows = static_cast<double*>(result.mutable_data_ptr());
+  for (size_t t = 0; t < groups.size(); ++t) {
+    std::copy_n(own.shared(t) ? group_rows + groups[t] * own.n : weights.data(), own.n, rows + t * own.n);
+  }
+  return result;
+}
+
 void combine(
     OptionalTensors gradients, Tensor coefficients, std::vector<int64_t> groups, std::vector<double> weights, std::vector<Tensor> out) {
   Gradients table(gradients, groups.size());
@@ -263,7 +331,9 @@ void combine(
 
 STABLE_TORCH_LIBRARY_IMPL(genrep_fast_cpu, CPU, m) {
   m.impl("gram", TORCH_BOX(&gram));
+  m.impl("group_gram", TORCH_BOX(&group_gram));
   m.impl("alignment_coefficients", TORCH_BOX(&alignment_coefficients));
+  m.impl("tensor_coefficients", TORCH_BOX(&tensor_coefficients));
   m.impl("combine", TORCH_BOX(&combine));
 }
 

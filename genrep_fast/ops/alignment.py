@@ -39,6 +39,22 @@ alignment_coefficients_operator = define_operator(
     data=(),
 )
 
+# A gradient that is zero everywhere is one that its loss does not reach: autograd makes zeros of None in many ordinary models. The two
+# operators around the coefficients find such tensors on the device, by the tensors' own Gram matrices.
+group_gram_operator = define_operator(
+    "group_gram(Tensor grams, int[] groups, int num_groups) -> Tensor",
+    reference=reference.group_gram,
+    fake=lambda grams, groups, num_groups: grams.new_empty(num_groups, *grams.shape[1:]),
+    data=(),
+)
+
+tensor_coefficients_operator = define_operator(
+    "tensor_coefficients(Tensor coefficients, Tensor grams, int[] groups, float[] weights) -> Tensor",
+    reference=reference.tensor_coefficients,
+    fake=lambda coefficients, grams, groups, weights: coefficients.new_empty(len(groups), coefficients.shape[1]),
+    data=(),
+)
+
 combine_operator = define_operator(
     "combine(Tensor?[] gradients, Tensor coefficients, int[] groups, float[] weights, Tensor(a!)[] out) -> ()",
     reference=reference.combine,
@@ -49,10 +65,10 @@ combine_operator = define_operator(
 
 @dataclass(frozen=True)
 class AlignmentStats:
-    """What an alignment did, group by group: float64 tensors on the gradients' device.
+    """What an alignment did, group by group: float64 tensors on the gradients' device. They cover the tensors that both losses reach.
 
     Attributes:
-        cosine: [groups], cosine between the two gradients; 0 where one of them is zero.
+        cosine: [groups], cosine between the two gradients; 0 where there are none.
         alpha: [groups], the factor rho = ((cosine + 1) / 2) ** power on the parallel parts.
         norms: [groups, 2], Euclidean norms of the perception and the generation gradient.
         coefficients: [groups, 2], factors c with aligned = c[:, 0] perception + c[:, 1] generation.
@@ -77,12 +93,15 @@ def align_gradients(
     """Damp the parts of two gradients that are parallel to each other, and add the gradients up.
 
     Inside a group, each gradient is split into a part parallel to the other gradient and an orthogonal one; the parallel part is scaled by
-    rho = ((cosine + 1) / 2) ** power and the two results are added with `weights` (GenRep, Li, Yang and Wang, ICLR 2026). A tensor that
-    one loss alone reaches gets its gradient times that loss's weight, and neither it nor a tensor without a group enters the statistics.
+    rho = ((cosine + 1) / 2) ** power and the two results are added with `weights` (GenRep, Li, Yang and Wang, ICLR 2026).
+
+    A loss does not reach a tensor whose gradient of it is None or zero everywhere: autograd hands out either, depending on the model. A
+    tensor that one loss alone reaches gets its gradient times that loss's weight, one that none reaches gets zeros, or None where both
+    gradients are None. The statistics cover the tensors that have a group and that both losses reach.
 
     Args:
         perception: gradients of the perception loss, one dense tensor for each parameter (float32, bfloat16, float16 or float64, any shape
-            and strides), None where the loss does not reach the parameter.
+            and strides), None or zeros where the loss does not reach the parameter.
         generation: gradients of the generation loss, as many; shapes as in `perception`, dtypes may differ.
         weights: of the perception and the generation loss.
         power: damping exponent, >= 0; 0 gives the plain weighted sum.
@@ -103,10 +122,17 @@ def align_gradients(
     weights = check_weights(weights, 2)
     power = check_power(power)
     _check_out(out, layout)
-    matrices = _gram_matrices(gradients, layout)
+    grouped = layout.grouped
+    groups, rows = [layout.groups[t] for t in grouped], list(range(len(grouped)))
+    grams = _gram_matrices(gradients, grouped, rows, len(rows), layout.device)
+    matrices = group_gram_operator(grams, groups, layout.num_groups)
     coefficients, cosine, alpha = alignment_coefficients_operator(matrices, weights, power)
     stats = AlignmentStats(cosine, alpha, matrices.diagonal(dim1=1, dim2=2).sqrt(), coefficients)
-    return _combined(gradients, coefficients, layout, weights, out), stats
+    tensor_rows = tensor_coefficients_operator(coefficients, grams, groups, weights)
+    if len(grouped) < len(layout.groups):
+        row_of = dict(zip(grouped, rows, strict=True))
+        rows = [row_of.get(t, -1) for t in layout.reached]
+    return _combined(gradients, tensor_rows, rows, layout, weights, out), stats
 
 
 @torch.no_grad()
@@ -114,8 +140,8 @@ def gram(*gradients: Gradients, groups: Sequence[int | None] | None = None) -> T
     """Gram matrices of the gradients of n losses: entry [k, i, j] is the inner product of gradients i and j over the tensors of group k.
 
     Args:
-        gradients: 2 to 8 sequences of equal length, one for each loss, as in `align_gradients`. Tensors that some loss does not reach are
-            left out.
+        gradients: 2 to 8 sequences of equal length, one for each loss, as in `align_gradients`. Tensors of which some gradient is None
+            are left out; zeros are taken as they are.
         groups: for each tensor the index of its group, or None to leave it out; None puts every tensor into group 0.
 
     Returns:
@@ -126,7 +152,8 @@ def gram(*gradients: Gradients, groups: Sequence[int | None] | None = None) -> T
         ValueError: for a wrong number of gradients, length, shape, device, layout or group index.
     """
     layout = check_gradients(gradients, _numbered(gradients), groups)
-    return _gram_matrices(gradients, layout)
+    grouped = layout.grouped
+    return _gram_matrices(gradients, grouped, [layout.groups[t] for t in grouped], layout.num_groups, layout.device)
 
 
 @torch.no_grad()
@@ -144,11 +171,11 @@ def combine(
         gradients: 2 to 8 sequences of equal length, one for each loss, as in `align_gradients`.
         coefficients: [groups, n] floating point on the gradients' device, e.g. ``AlignmentStats.coefficients``.
         groups: for each tensor the row of `coefficients`, or None to use `weights`; None uses row 0 for every tensor.
-        weights: n numbers for tensors that have no group or that some loss does not reach; None where there are no such tensors.
+        weights: n numbers for tensors that have no group or of which some gradient is None; None where there are no such tensors.
         out: as in `align_gradients`; may be one of `gradients`.
 
     Returns:
-        The sums (None where no loss reaches a tensor), in the promoted dtype of the tensor's gradients unless `out` says otherwise. Sums
+        The sums (None where every gradient is None), in the promoted dtype of the tensor's gradients unless `out` says otherwise. Sums
         are formed in float32, or in float64 where a gradient is float64.
 
     Raises:
@@ -158,11 +185,11 @@ def combine(
     layout = check_gradients(gradients, _numbered(gradients), groups)
     coefficients, weights = check_coefficients(coefficients, weights, len(gradients), layout)
     _check_out(out, layout)
-    return _combined(gradients, coefficients, layout, weights, out)
+    return _combined(gradients, coefficients, [layout.groups[t] for t in layout.reached], layout, weights, out)
 
 
 class GradientLayout(NamedTuple):
-    """Where the tensors of checked gradients belong."""
+    """Where the tensors of checked gradients belong; a loss reaches a tensor here whose gradient of it is not None."""
 
     groups: list[int]  # for each tensor; -1: plain weighted sum, because it has no group or because a loss does not reach it
     num_groups: int
@@ -173,6 +200,11 @@ class GradientLayout(NamedTuple):
     def reached(self) -> list[int]:
         """Indices of the tensors that some loss reaches."""
         return [t for t, sample in enumerate(self.samples) if sample is not None]
+
+    @property
+    def grouped(self) -> list[int]:
+        """Indices of the tensors that have a group and that every loss reaches."""
+        return [t for t, group in enumerate(self.groups) if group >= 0]
 
 
 def check_gradients(gradients: Sequence[Gradients], names: Sequence[str], groups: Sequence[int | None] | None) -> GradientLayout:
@@ -316,18 +348,26 @@ def _numbered(gradients: Sequence[Gradients]) -> list[str]:
     return [f"gradients[{i}]" for i in range(len(gradients))]
 
 
-def _gram_matrices(gradients: Sequence[Gradients], layout: GradientLayout) -> Tensor:
+def _gram_matrices(
+    gradients: Sequence[Gradients], indices: list[int], groups: list[int], num_groups: int, device: torch.device
+) -> Tensor:
+    """[num_groups, n, n]: Gram matrices of the tensors `indices`, which belong to `groups`."""
     n = len(gradients)
-    grouped = [t for t, group in enumerate(layout.groups) if group >= 0]
-    if not grouped:
-        return torch.zeros(layout.num_groups, n, n, dtype=torch.float64, device=layout.device)
-    tensors = [loss_gradients[t] for loss_gradients in gradients for t in grouped]
-    return gram_operator(tensors, n, [layout.groups[t] for t in grouped], layout.num_groups)
+    if not indices:
+        return torch.zeros(num_groups, n, n, dtype=torch.float64, device=device)
+    tensors = [loss_gradients[t] for loss_gradients in gradients for t in indices]
+    return gram_operator(tensors, n, groups, num_groups)
 
 
 def _combined(
-    gradients: Sequence[Gradients], coefficients: Tensor, layout: GradientLayout, weights: list[float], out: Gradients | None
+    gradients: Sequence[Gradients],
+    coefficients: Tensor,
+    rows: list[int],
+    layout: GradientLayout,
+    weights: list[float],
+    out: Gradients | None,
 ) -> list[Tensor | None]:
+    """Weighted sums of the gradients; `rows` of `coefficients` (-1: `weights`), one for each tensor of ``layout.reached``."""
     results = list(out) if out is not None else [None] * len(layout.samples)
     for t, sample in enumerate(layout.samples):
         if sample is None:
@@ -338,5 +378,5 @@ def _combined(
     reached = layout.reached
     if reached:
         tensors = [loss_gradients[t] for loss_gradients in gradients for t in reached]
-        combine_operator(tensors, coefficients, [layout.groups[t] for t in reached], weights, [results[t] for t in reached])
+        combine_operator(tensors, coefficients, rows, weights, [results[t] for t in reached])
     return results

@@ -22,7 +22,8 @@ def gram(gradients: list[Tensor | None], n: int, groups: list[int], num_groups: 
     """Gram matrices [num_groups, n, n] float64 of `n` losses' gradients; tensor t adds to the matrix of ``groups[t]``.
 
     A gradient that is None counts as zero: its row and its column get nothing from that tensor, not even another gradient's NaN. Products
-    of float32 (or narrower) numbers are exact in float64, so only the float64 sum rounds, and nothing finite overflows.
+    of float32 (or narrower) numbers are exact in float64, so only the float64 sum rounds, and nothing finite overflows. A tensor adds 0 to
+    the diagonal only where every element of its gradient is 0: where squares of float64 numbers vanish, it adds the smallest normal one.
     """
     device = next(gradient.device for gradient in gradients if gradient is not None)
     matrices = torch.zeros(num_groups, n, n, dtype=torch.float64, device=device)
@@ -31,7 +32,24 @@ def gram(gradients: list[Tensor | None], n: int, groups: list[int], num_groups: 
         if present:
             rows = torch.stack([gradient.reshape(-1).double() for _, gradient in present])  # [present, numel]
             index = torch.tensor([i for i, _ in present], device=device)
-            matrices[group, index[:, None], index] += rows @ rows.T
+            products = rows @ rows.T  # [present, present]
+            vanished = (products.diagonal() == 0) & rows.any(dim=1)  # [present]
+            products.diagonal().masked_fill_(vanished, torch.finfo(torch.float64).tiny)
+            matrices[group, index[:, None], index] += products
+    return matrices
+
+
+def group_gram(grams: Tensor, groups: list[int], num_groups: int) -> Tensor:
+    """Gram matrices [num_groups, n, n] of the groups' shared tensors, from the tensors' own [T, n, n], all float64.
+
+    Tensor t adds to the matrix of ``groups[t]``, or to none for group -1, where every loss reaches it: where no gradient of it is zero
+    everywhere.
+    """
+    shared = torch.where(_reached(grams)[:, None, None], grams, 0.0)  # [T, n, n]
+    matrices = grams.new_zeros(num_groups, *grams.shape[1:])
+    for t, group in enumerate(groups):
+        if group >= 0:
+            matrices[group] += shared[t]
     return matrices
 
 
@@ -52,6 +70,21 @@ def alignment_coefficients(gram: Tensor, weights: list[float], power: float) -> 
     first, second = weights
     coefficients = torch.stack([first - second * removed[:, 0], second - first * removed[:, 1]], dim=1)
     return coefficients, cosine, alpha
+
+
+def tensor_coefficients(coefficients: Tensor, grams: Tensor, groups: list[int], weights: list[float]) -> Tensor:
+    """Coefficients [T, n] of tensors from those of groups [G, n] and the tensors' own Gram matrices [T, n, n], all float64.
+
+    Tensor t gets row ``groups[t]``, or the n `weights` for group -1 and where a loss does not reach it (see `group_gram`).
+    """
+    plain = coefficients.new_tensor(weights)[None]  # [1, n]
+    rows = torch.cat([coefficients, plain])[groups]  # [T, n], the last row for group -1
+    return torch.where(_reached(grams)[:, None], rows, plain)
+
+
+def _reached(grams: Tensor) -> Tensor:
+    """Whether every loss reaches a tensor [T], from the tensors' own Gram matrices [T, n, n]; a gradient that is NaN is not zero."""
+    return (grams.diagonal(dim1=1, dim2=2) != 0).all(dim=1)
 
 
 def weighted_sum(gradients: Sequence[Tensor | None], weights: Sequence[float] | Tensor) -> Tensor:
