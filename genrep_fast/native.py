@@ -38,7 +38,7 @@ _LISTS = {
     "adamw_step": _TensorLists(inputs=(4,), outputs=(0, 1, 2, 3), groups=6),
 }
 _TRITON_MODULES = {  # file of kernels -> operators
-    "alignment": ("gram", "alignment_coefficients", "combine"),
+    "alignment": ("gram", "group_gram", "alignment_coefficients", "tensor_coefficients", "combine"),
     "optimizer": ("adamw_step",),
     "scoring": ("log_likelihood", "log_likelihood_backward", "score_update"),
     "posterior": ("posterior", "distillation_loss", "distillation_loss_backward"),

@@ -10,6 +10,8 @@ the reads. Of a pair of float32 gradients, a multiprocessor of an H100 reads an 
 clock) and multiplies and adds in 0.05 (64 a clock).
 
 Sums have a fixed order: every chunk writes its own to a slot, and a second kernel adds up the slots of each group.
+
+Between the two stand a few numbers a tensor and a group: sums of the tensors' own Gram matrices, coefficients, the choice of a tensor's.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .multi_tensor import CHUNK, by_loss, chunk_pointers, locate, plan
+from .multi_tensor import CHUNK, by_loss, chunk_pointers, group_tables, locate, plan
 
 
 def gram(gradients: list[Tensor | None], n: int, groups: list[int], num_groups: int) -> Tensor:
@@ -35,6 +37,35 @@ def gram(gradients: list[Tensor | None], n: int, groups: list[int], num_groups: 
             _gram_kernel[(len(chunks),)](chunks, tables.rows, partials, dtypes, CHUNK, LANES=256, num_warps=8)
         _sum_kernel[(num_groups, n, n)](partials, tables.bounds, matrices, n, BLOCK=1024)
     return matrices
+
+
+def group_gram(grams: Tensor, groups: list[int], num_groups: int) -> Tensor:
+    """Gram matrices [num_groups, n, n] of the groups' shared tensors, from the tensors' own [T, n, n]; see the reference."""
+    n = grams.shape[1]
+    matrices = grams.new_empty(num_groups, n, n)
+    if num_groups > 0:
+        with torch.cuda.device_of(grams):
+            tables = group_tables(groups, num_groups, grams.device)
+            entries = triton.next_power_of_2(n * n)
+            group_gram_kernel[(num_groups,)](
+                grams.contiguous(), tables.members, tables.bounds, matrices, n, BLOCK=2048 // entries, ENTRIES=entries
+            )
+    return matrices
+
+
+def tensor_coefficients(coefficients: Tensor, grams: Tensor, groups: list[int], weights: list[float]) -> Tensor:
+    """Coefficients [T, n] of tensors from those of groups [G, n]; see the reference."""
+    num_tensors, n = grams.shape[:2]
+    rows = coefficients.new_empty(num_tensors, n)
+    if num_tensors > 0:
+        with torch.cuda.device_of(grams):
+            tables = group_tables(groups, len(coefficients), grams.device)
+            padded = (*weights, *[0.0] * (8 - n))
+            grid = (triton.cdiv(num_tensors, 64),)
+            tensor_coefficients_kernel[grid](
+                coefficients.contiguous(), grams.contiguous(), tables.groups, rows, num_tensors, *padded, n, BLOCK=64, num_warps=2
+            )
+    return rows
 
 
 def alignment_coefficients(gram: Tensor, weights: list[float], power: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,6 +158,68 @@ def _sum_kernel(partials_ptr, bounds_ptr, gram_ptr, N: tl.constexpr, BLOCK: tl.c
         total += tl.load(partials_ptr + slots * (N * (N + 1) // 2) + pair, mask=slots < end, other=0.0)
         position += BLOCK
     tl.store(gram_ptr + (group * N + i) * N + j, tl.sum(total))
+
+
+@triton.jit
+def every_loss_reaches(matrix_ptr, mask, N: tl.constexpr):
+    """Whether no gradient of a tensor is zero everywhere, from the tensor's own Gram matrix [N, N]; a NaN is not zero."""
+    reached = mask
+    for i in tl.static_range(N):
+        reached = reached & (tl.load(matrix_ptr + i * (N + 1), mask=mask, other=0.0) != 0)
+    return reached
+
+
+@triton.jit(do_not_specialize_on_alignment=["grams_ptr", "members_ptr", "bounds_ptr", "matrices_ptr"])
+def group_gram_kernel(grams_ptr, members_ptr, bounds_ptr, matrices_ptr, N: tl.constexpr, BLOCK: tl.constexpr, ENTRIES: tl.constexpr):
+    """matrices[group]: sum of grams[t] over the group's members t that every loss reaches, BLOCK at a time."""
+    group = tl.program_id(0).to(tl.int64)
+    entries = tl.arange(0, ENTRIES)[None, :]  # of a matrix, row by row
+    position = tl.load(bounds_ptr + group)
+    end = tl.load(bounds_ptr + group + 1)
+    total = tl.zeros([BLOCK, ENTRIES], tl.float64)
+    while position < end:
+        places = position + tl.arange(0, BLOCK)
+        members = tl.load(members_ptr + places, mask=places < end, other=0)
+        reached = every_loss_reaches(grams_ptr + members * (N * N), places < end, N)
+        mask = reached[:, None] & (entries < N * N)
+        total += tl.load(grams_ptr + members[:, None] * (N * N) + entries, mask=mask, other=0.0)
+        position += BLOCK
+    matrix_ptrs = matrices_ptr + group * (N * N) + tl.arange(0, ENTRIES)
+    tl.store(matrix_ptrs, tl.sum(total, axis=0), mask=tl.arange(0, ENTRIES) < N * N)
+
+
+@triton.jit(
+    do_not_specialize=["num_tensors"], do_not_specialize_on_alignment=["coefficients_ptr", "grams_ptr", "groups_ptr", "rows_ptr"]
+)
+def tensor_coefficients_kernel(
+    coefficients_ptr,
+    grams_ptr,
+    groups_ptr,
+    rows_ptr,
+    num_tensors: tl.int64,
+    weight_0: tl.float64,
+    weight_1: tl.float64,
+    weight_2: tl.float64,
+    weight_3: tl.float64,
+    weight_4: tl.float64,
+    weight_5: tl.float64,
+    weight_6: tl.float64,
+    weight_7: tl.float64,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """rows[t]: the group's row of coefficients where every loss reaches t, else the weights, of BLOCK tensors.
+
+    The weights are parameters of their own, as a tuple of numbers arrives in float32.
+    """
+    weights = (weight_0, weight_1, weight_2, weight_3, weight_4, weight_5, weight_6, weight_7)
+    tensors = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = tensors < num_tensors
+    groups = tl.load(groups_ptr + tensors, mask=mask, other=-1)
+    shared = every_loss_reaches(grams_ptr + tensors * (N * N), groups >= 0, N)
+    for i in tl.static_range(N):
+        coefficients = tl.load(coefficients_ptr + groups * N + i, mask=shared, other=0.0)
+        tl.store(rows_ptr + tensors * N + i, tl.where(shared, coefficients, weights[i]), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_groups"], do_not_specialize_on_alignment=["gram_ptr", "coefficients_ptr", "cosine_ptr", "alpha_ptr"])

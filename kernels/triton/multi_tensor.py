@@ -5,7 +5,7 @@ same number of elements. The table has a row for each t with the addresses of it
 elements of one t, which a second table names. A kernel is compiled for a combination of dtypes (None: the tensor is missing) and for
 aligned or unaligned memory, never for a size; tensors of different combinations go to different launches.
 
-A table goes to the device once, as long as the tensors stay where they are. Inside a CUDA graph's capture the upload is a part of the
+A table goes to the device once, as long as the tensors and their groups stay as they are. Inside a CUDA graph's capture the upload is a part of the
 graph, from pinned memory that PyTorch keeps for the graph, and no table from outside is used, which could be freed before the graph.
 """
 
@@ -63,6 +63,23 @@ def plan(lists: Sequence[Sequence[Tensor | None]], groups: Sequence[int], num_gr
     return _build_once(layout, torch.cuda.current_stream(device).cuda_stream)
 
 
+class GroupTables(NamedTuple):
+    """Which tensors are in which group, on the device."""
+
+    groups: Tensor  # int64 [T]: group, or -1
+    members: Tensor  # int64 [T]: tensors in the order of their groups
+    bounds: Tensor  # int64 [groups + 1]: group g has members bounds[g] to bounds[g + 1]
+
+
+def group_tables(groups: Sequence[int], num_groups: int, device: torch.device) -> GroupTables:
+    """Tables on `device` for ``groups[t]`` from -1 to ``num_groups - 1``."""
+    if device.type == "cpu":
+        return _build_group_tables_once(tuple(groups), num_groups, device, None)
+    if torch.cuda.is_current_stream_capturing():
+        return _build_group_tables(tuple(groups), num_groups, device)
+    return _build_group_tables_once(tuple(groups), num_groups, device, torch.cuda.current_stream(device).cuda_stream)
+
+
 def by_loss(gradients: Sequence[Tensor | None], num_tensors: int) -> list[Sequence[Tensor | None]]:
     """Split flattened gradients, ``gradients[i * num_tensors + t]``, into the lists of the losses."""
     return [gradients[first : first + num_tensors] for first in range(0, len(gradients), num_tensors)]
@@ -93,6 +110,19 @@ def chunk_pointers(row_ptr, start, DTYPES: tl.constexpr, ALIGNED: tl.constexpr):
             pointers = pointers + (tl.multiple_of(pointer, 16) if ALIGNED else pointer,)
     count = tl.load(row_ptr + len(DTYPES)) - start
     return pointers, tl.multiple_of(count, 16) if ALIGNED else count
+
+
+@functools.lru_cache(maxsize=64)
+def _build_group_tables_once(groups: tuple[int, ...], num_groups: int, device: torch.device, stream: int | None) -> GroupTables:
+    return _build_group_tables(groups, num_groups, device)
+
+
+def _build_group_tables(groups: tuple[int, ...], num_groups: int, device: torch.device) -> GroupTables:
+    table = torch.tensor(groups, dtype=torch.int64)
+    members = table.argsort(stable=True)
+    bounds = torch.searchsorted(table[members], torch.arange(num_groups + 1))
+    flat = upload(torch.cat([table, members, bounds]), device)
+    return GroupTables(*flat.split([len(table), len(members), len(bounds)]))
 
 
 @functools.lru_cache(maxsize=64)
