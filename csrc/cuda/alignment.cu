@@ -3,7 +3,8 @@
 //     Gram[k, i, j] = sum over the tensors of group k of <g_i, g_j>          reads n N elements, n (n + 1) / 2 N multiply-adds
 //     out = sum_i c_i g_i                                                    reads n N, writes N, n N multiply-adds
 //
-// Both are bound by memory: two float32 gradients take 8 bytes and 3 multiply-adds, then 12 bytes and 2.
+// Both are bound by memory: two float32 gradients take 8 bytes and 3 multiply-adds, then 12 bytes and 2. Between them stand a few numbers a
+// tensor and a group: sums of the tensors' own Gram matrices, coefficients, the choice of a tensor's. Those kernels are a launch long.
 //
 // Gram sums in two stages of fixed order, without atomics. A thread multiplies 16 elements of every gradient in float32 and adds the sums
 // up in float64; where elements are so large or so small that float32 products may overflow or vanish, it multiplies in float64. A block
@@ -152,6 +153,23 @@ __global__ __launch_bounds__(kThreads) void gram_kernel(
   }
 }
 
+// Sums over the rows of a block, in a fixed order: thread row * columns + column holds `value`, and row 0 gets the sum of its column.
+// Threads that fill no row take part with any value.
+template <int kBlockThreads>
+__device__ double sum_over_rows(double value, int columns) {
+  const int rows = kBlockThreads / columns, row = static_cast<int>(threadIdx.x) / columns;
+  __shared__ double shared[kBlockThreads];
+  shared[threadIdx.x] = value;
+  __syncthreads();
+  for (int half = kBlockThreads / 2; half > 0; half /= 2) {
+    if (row < half && row + half < rows) {
+      shared[threadIdx.x] += shared[threadIdx.x + half * columns];
+    }
+    __syncthreads();
+  }
+  return shared[threadIdx.x];
+}
+
 // Where the slots of each group begin and end.
 struct SlotRanges {
   static constexpr int kCapacity = 480;
@@ -172,19 +190,52 @@ __global__ __launch_bounds__(kReductionThreads) void gram_reduction_kernel(
       sum += partials[slot * pairs + index];
     }
   }
-  __shared__ double shared[kReductionThreads];
-  shared[threadIdx.x] = sum;
-  __syncthreads();
-  for (int half = kReductionThreads / 2; half > 0; half /= 2) {
-    if (row < half && row + half < rows) {
-      shared[threadIdx.x] += shared[threadIdx.x + half * pairs];
-    }
-    __syncthreads();
-  }
+  sum = sum_over_rows<kReductionThreads>(sum, pairs);
   if (row == 0) {
     const Pair pair = pair_at(index);
     double* matrix = matrices + static_cast<int64_t>(blockIdx.x) * n * n;
-    matrix[pair.i * n + pair.j] = matrix[pair.j * n + pair.i] = shared[index];
+    matrix[pair.i * n + pair.j] = matrix[pair.j * n + pair.i] = sum;
+  }
+}
+
+// Whether every loss reaches a tensor, from its own Gram matrix [n, n]: no gradient of it is zero everywhere. A NaN is not zero.
+__device__ bool every_loss_reaches(const double* matrix, int n) {
+  bool reached = true;
+  for (int i = 0; i < n; ++i) {
+    reached &= matrix[i * (n + 1)] != 0;
+  }
+  return reached;
+}
+
+// Tensors of consecutive groups, group after group.
+struct GroupMembers {
+  static constexpr int kCapacity = 496;
+  int32_t tensors[kCapacity];
+  int32_t first[kCapacity + 1];  // of each group; then the number of tensors
+};
+
+// A block a group: sums the own matrices [T, n, n] of its shared tensors into its matrix, [n, n] float64. `continued`: the first group's
+// holds the sum of an earlier launch, which goes on.
+__global__ __launch_bounds__(kThreads) void group_gram_kernel(
+    const __grid_constant__ GroupMembers members, const double* grams, double* matrices, int n, bool continued) {
+  static_assert(sizeof(members) + sizeof(grams) + sizeof(matrices) + sizeof(n) + sizeof(continued) <= kParameterBytes);
+  const int entries = n * n;
+  const int rows = kThreads / entries;
+  const int row = threadIdx.x / entries, index = threadIdx.x % entries;
+  double sum = 0;
+  if (row < rows) {
+#pragma unroll 4
+    for (int k = members.first[blockIdx.x] + row; k < members.first[blockIdx.x + 1]; k += rows) {
+      const double* own = grams + static_cast<int64_t>(members.tensors[k]) * entries;
+      if (every_loss_reaches(own, n)) {
+        sum += own[index];
+      }
+    }
+  }
+  sum = sum_over_rows<kThreads>(sum, entries);
+  if (row == 0) {
+    double* matrix = matrices + static_cast<int64_t>(blockIdx.x) * entries;
+    matrix[index] = continued && blockIdx.x == 0 ? matrix[index] + sum : sum;
   }
 }
 
@@ -206,6 +257,29 @@ __global__ void alignment_coefficients_kernel(
   coefficients[2 * group + 1] = second_weight - (has_zero ? 0.0 : first_weight * (1 - alpha) * (dot / second));
   cosines[group] = cosine;
   alphas[group] = alpha;
+}
+
+// Groups of consecutive tensors, and what tensors that are not shared get.
+struct TensorGroups {
+  static constexpr int kCapacity = 960;
+  int32_t groups[kCapacity];
+  double weights[kMaxLosses];
+};
+
+// A thread a tensor, of `count`: row `group` of `coefficients` [G, n] for a shared tensor, the weights for any other one.
+__global__ void tensor_coefficients_kernel(
+    const __grid_constant__ TensorGroups table, const double* coefficients, const double* grams, double* rows, int count, int n) {
+  static_assert(
+      sizeof(table) + sizeof(coefficients) + sizeof(grams) + sizeof(rows) + sizeof(count) + sizeof(n) <= kParameterBytes);
+  const int t = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  if (t >= count) {
+    return;
+  }
+  const int64_t group = table.groups[t];
+  const bool is_shared = group >= 0 && every_loss_reaches(grams + static_cast<int64_t>(t) * n * n, n);
+  for (int i = 0; i < n; ++i) {
+    rows[static_cast<int64_t>(t) * n + i] = is_shared ? coefficients[group * n + i] : table.weights[i];
+  }
 }
 
 // out may be one of the gradients: every element is read by the thread that writes it, and before.
@@ -326,6 +400,83 @@ std::tuple<Tensor, Tensor, Tensor> alignment_coefficients(const Tensor& gram, co
   return {coefficients, cosine, alpha};
 }
 
+// Checks the tensors' own Gram matrices [T, n, n] and their groups, and returns n.
+int own_matrices_of(const Tensor& grams, const std::vector<int64_t>& groups, int64_t num_groups) {
+  const bool square = grams.scalar_type() == ScalarType::Double && grams.dim() == 3 && grams.size(1) == grams.size(2);
+  STD_TORCH_CHECK(square && 1 <= grams.size(1) && grams.size(1) <= kMaxLosses, "grams must be float64 [tensors, n, n], n of 1 to 8");
+  const int64_t num_tensors = static_cast<int64_t>(groups.size());
+  STD_TORCH_CHECK(grams.size(0) == num_tensors, "groups must have ", grams.size(0), " entries, got ", num_tensors);
+  for (int64_t group : groups) {
+    STD_TORCH_CHECK(-1 <= group && group < num_groups, "groups must be in [-1, ", num_groups, "), got ", group);
+  }
+  return static_cast<int>(grams.size(1));
+}
+
+// The members of the groups from `group` on, as many as the table holds, taken from `order`[`position`...]. Returns the number of groups;
+// the last one may have further members.
+int fill(GroupMembers& members, int64_t group, int64_t num_groups, const std::vector<int64_t>& groups, const std::vector<size_t>& order,
+         size_t& position) {
+  int count = 0, size = 0;
+  auto is_next = [&] { return position < order.size() && groups[order[position]] == group + count; };
+  while (count < GroupMembers::kCapacity && group + count < num_groups) {
+    while (size < GroupMembers::kCapacity && is_next()) {
+      members.tensors[size++] = static_cast<int32_t>(order[position++]);
+    }
+    const bool is_full = is_next();
+    members.first[++count] = size;
+    if (is_full) {
+      break;
+    }
+  }
+  return count;
+}
+
+Tensor group_gram(const Tensor& grams, const std::vector<int64_t>& groups, int64_t num_groups) {
+  const int n = own_matrices_of(grams, groups, num_groups);
+  DeviceScope scope(grams);
+  Tensor own = torch::stable::contiguous(grams);
+  Tensor matrices = new_float64(grams, {num_groups, n, n});
+  const std::vector<size_t> order = sorted_by_group(groups);
+  size_t position = std::count(groups.begin(), groups.end(), -1);
+  bool continued = false;
+  for (int64_t group = 0; group < num_groups;) {
+    GroupMembers members{};
+    const int count = fill(members, group, num_groups, groups, order, position);
+    group_gram_kernel<<<static_cast<unsigned>(count), kThreads, 0, scope.stream()>>>(
+        members, static_cast<const double*>(own.data_ptr()), static_cast<double*>(matrices.data_ptr()) + group * n * n, n, continued);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    continued = position < order.size() && groups[order[position]] == group + count - 1;
+    group += continued ? count - 1 : count;
+  }
+  return matrices;
+}
+
+Tensor tensor_coefficients(
+    const Tensor& coefficients, const Tensor& grams, const std::vector<int64_t>& groups, const std::vector<double>& weights) {
+  const bool matrix = coefficients.scalar_type() == ScalarType::Double && coefficients.dim() == 2;
+  STD_TORCH_CHECK(matrix, "coefficients must be float64 [groups, n]");
+  const int n = own_matrices_of(grams, groups, coefficients.size(0));
+  STD_TORCH_CHECK(coefficients.size(1) == n, "coefficients must be float64 [groups, ", n, "]");
+  STD_TORCH_CHECK(weights.size() == static_cast<size_t>(n), "weights must have ", n, " entries, got ", weights.size());
+  DeviceScope scope(grams);
+  Tensor own = torch::stable::contiguous(grams), group_rows = torch::stable::contiguous(coefficients);
+  const int64_t num_tensors = static_cast<int64_t>(groups.size());
+  Tensor rows = new_float64(grams, {num_tensors, n});
+  TensorGroups table{};
+  std::copy(weights.begin(), weights.end(), table.weights);
+  for (int64_t first = 0; first < num_tensors; first += TensorGroups::kCapacity) {
+    const int count = static_cast<int>(std::min<int64_t>(TensorGroups::kCapacity, num_tensors - first));
+    std::copy_n(groups.begin() + first, count, table.groups);
+    constexpr int kBlock = 64;
+    const unsigned blocks = static_cast<unsigned>((count + kBlock - 1) / kBlock);
+    tensor_coefficients_kernel<<<blocks, kBlock, 0, scope.stream()>>>(
+        table, static_cast<const double*>(group_rows.data_ptr()), static_cast<const double*>(own.data_ptr()) + first * n * n,
+        static_cast<double*>(rows.data_ptr()) + first * n, count, n);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+  return rows;
+}
+
 void combine(
     const OptionalTensors& gradients, const Tensor& coefficients, const std::vector<int64_t>& groups, const std::vector<double>& weights,
     const std::vector<Tensor>& out) {
@@ -360,7 +511,9 @@ std::vector<Kernel> alignment_kernels() {
       {"gram_kernel<4>", reinterpret_cast<const void*>(&gram_kernel<4>)},
       {"gram_kernel<8>", reinterpret_cast<const void*>(&gram_kernel<8>)},
       {"gram_reduction_kernel", reinterpret_cast<const void*>(&gram_reduction_kernel)},
+      {"group_gram_kernel", reinterpret_cast<const void*>(&group_gram_kernel)},
       {"alignment_coefficients_kernel", reinterpret_cast<const void*>(&alignment_coefficients_kernel)},
+      {"tensor_coefficients_kernel", reinterpret_cast<const void*>(&tensor_coefficients_kernel)},
       {"combine_kernel<2>", reinterpret_cast<const void*>(&combine_kernel<2>)},
       {"combine_kernel<4>", reinterpret_cast<const void*>(&combine_kernel<4>)},
       {"combine_kernel<8>", reinterpret_cast<const void*>(&combine_kernel<8>)},
@@ -369,7 +522,9 @@ std::vector<Kernel> alignment_kernels() {
 
 STABLE_TORCH_LIBRARY_IMPL(genrep_fast_cuda, CUDA, m) {
   m.impl("gram", TORCH_BOX(&gram));
+  m.impl("group_gram", TORCH_BOX(&group_gram));
   m.impl("alignment_coefficients", TORCH_BOX(&alignment_coefficients));
+  m.impl("tensor_coefficients", TORCH_BOX(&tensor_coefficients));
   m.impl("combine", TORCH_BOX(&combine));
 }
 
