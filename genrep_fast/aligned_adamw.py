@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
-from .gradient_aligner import Combination, GradientAligner, check_max_norm
-from .ops.alignment import check_length, check_tensor, check_writable
+from .averages import Averages
+from .gradient_aligner import Collected, GradientAligner, check_max_norm
+from .ops.alignment import check_tensor
 from .ops.optimizer import adamw_step_operator, check_ema_decay, check_hyperparameters, check_learning_rate
 
-# What torch.optim.AdamW keeps in a parameter group besides its hyperparameters. None of it changes anything here.
-_ADAMW_FLAGS = {
-    "amsgrad": False,
-    "maximize": False,
-    "foreach": None,
-    "capturable": False,
-    "differentiable": False,
-    "fused": None,
-    "decoupled_weight_decay": True,
-}
+# What torch.optim.AdamW does where they are set, and this optimizer does not.
+_REFUSED = ("amsgrad", "maximize", "differentiable")
 
 
 class AlignedAdamW(torch.optim.Optimizer):
@@ -29,53 +23,88 @@ class AlignedAdamW(torch.optim.Optimizer):
 
     ``step()`` combines the gradients that the aligner collected and applies them: what ``aligner.align(max_norm)``, `torch.optim.AdamW`
     and ``ema.lerp_(param, 1 - ema_decay)`` do one after the other, without writing the combined gradient. Statistics are in
-    ``aligner.stats``. A parameter that no loss reached is left alone, with its state and its average.
+    ``aligner.stats``. A parameter that no loss reached is left alone, with its state; its average goes on following it.
 
     State dicts are those of `torch.optim.AdamW` and load both ways; the averages are not in them. With a GradScaler, ``scaler.step``
     works and ``scaler.unscale_`` does not: `max_norm` clips, in unscaled units. Between the collection and the step one parameter's
-    ``.grad`` holds a copy of a gradient, for a GradScaler to look at and for nothing else.
+    ``.grad`` holds a copy of a gradient, for a GradScaler to look at and for nothing else: to write to it, replace it or set it to None is
+    an error that ``step()`` raises.
 
     Args:
         params: parameters, named parameters or groups of them, as `torch.optim.AdamW` takes them; all of the aligner's.
-        lr: learning rate, a number or a tensor without axes. A CUDA graph keeps the number of its capture: to change the rate between
+        lr: learning rate, a number or a tensor of one element. A CUDA graph keeps the number of its capture: to change the rate between
             replays, give a tensor on the parameters' device.
-        betas, eps, weight_decay: as in `torch.optim.AdamW`.
+        betas, eps, weight_decay: as in `torch.optim.AdamW`; betas may be tensors of one element on the CPU.
         aligner: GradientAligner, which from now on keeps gradients for this optimizer.
-        ema: tensors to follow the parameters, in the order of `params`; or a module with the same parameter names; None for none.
-        ema_decay: share of the old average that is kept, 0 to 1; the attribute ``ema_decay`` may be set between steps, but not through the
-            wrappers of Accelerate and Lightning: ``optimizer.optimizer.ema_decay`` there.
+        ema: what follows the parameters, in float32 or float64. Tensors in the order of `params`; a module with the aligner's parameter
+            names, wrapped or not, whose buffers are copied from the module of which the aligner was made; an AveragedModel of
+            `torch.optim.swa_utils`, whose first update copies; or diffusers' EMAModel, which counts its steps. None for none. It is read
+            at every step, and the attribute ``ema`` may be set between steps.
+        ema_decay: share of the old average that is kept, 0 to 1; None for what an AveragedModel or EMAModel has itself, else 0.999. The
+            attribute ``ema_decay`` may be set between steps, but not through the wrappers of Accelerate and Lightning:
+            ``optimizer.optimizer.ema_decay`` there.
         max_norm: shorten the gradient to this norm where it is longer (see `GradientAligner.align`); also an attribute.
+        foreach, fused, capturable: accepted, as they ask for what this step is; they only decide where `torch.optim.AdamW`, which loads a
+            state dict of this optimizer, keeps its counters.
+        amsgrad, maximize, differentiable: False; nothing else is implemented.
 
     Raises:
-        TypeError, ValueError: for hyperparameters out of range, ``amsgrad`` or ``maximize`` in a group, a parameter that the aligner does
-            not have, and averages that do not fit their parameters.
+        TypeError, ValueError: for hyperparameters out of range, ``amsgrad``, ``maximize`` or ``differentiable``, a parameter that the
+            aligner does not have, and averages that do not fit their parameters.
     """
 
-    _step_supports_amp_scaling = True  # GradScaler: step() takes grad_scale and found_inf
+    # GradScaler: step() takes grad_scale and found_inf.
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
         params: Iterable,
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        amsgrad: bool = False,
         *,
         aligner: GradientAligner,
-        ema: Sequence[Tensor] | torch.nn.Module | None = None,
-        ema_decay: float = 0.999,
+        ema: Sequence[Tensor] | torch.nn.Module | Any | None = None,
+        ema_decay: float | None = None,
         max_norm: float | None = None,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
     ):
         if not isinstance(aligner, GradientAligner):
             raise TypeError(f"aligner must be a GradientAligner, got {type(aligner).__name__}")
-        self.aligner, self.ema_decay, self.max_norm = aligner, check_ema_decay(ema_decay), check_max_norm(max_norm)
+        self.aligner, self.max_norm = aligner, check_max_norm(max_norm)
+        self.ema_decay = _check_decay(ema_decay)
         self._index = {id(parameter): index for index, parameter in enumerate(aligner.parameters)}
-        self._emas: dict[int, Tensor] | None = None
+        self._averages: Averages | None = None
+        self._ema: Any = None
         self._members: tuple[list[int], list[_Members]] | None = None
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **_ADAMW_FLAGS})
-        if ema is not None:
-            self._emas = self._averages(ema)
+        flags = {
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+            "decoupled_weight_decay": True,
+        }
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **flags})
+        self.ema = ema
         aligner.attach(self)
+
+    @property
+    def ema(self) -> Any:
+        """What follows the parameters, as it was given; None for nothing."""
+        return self._ema
+
+    @ema.setter
+    def ema(self, ema: Any) -> None:
+        self._averages = None if ema is None else Averages(ema, self._all_params(), self.aligner)
+        self._ema = ema
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as `torch.optim.Optimizer.add_param_group` does; its parameters must be the aligner's."""
@@ -88,20 +117,18 @@ class AlignedAdamW(torch.optim.Optimizer):
         self._members = None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state of an `AlignedAdamW` or a `torch.optim.AdamW`.
+        """Load a copy of the state of an `AlignedAdamW` or a `torch.optim.AdamW`, after the hooks that were registered for that.
 
         Raises:
-            ValueError: for ``amsgrad`` or ``maximize``, and for a state of another shape than its parameter; nothing is changed then.
+            ValueError: for hyperparameters that are missing or out of range, flags that are not implemented, and a state that lacks
+                something or does not fit its parameter; nothing is changed then.
         """
-        for group in state_dict["param_groups"]:
-            _check_flags(group)
-        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        for number, parameter in zip(numbers, parameters, strict=False):  # of different lengths: torch's own message
-            for name in ("exp_avg", "exp_avg_sq"):
-                tensor = state_dict["state"].get(number, {}).get(name, parameter)
-                check_tensor(tensor, f"{name} of {self.aligner.describe(self._index[id(parameter)])}", parameter.shape, None)
-        super().load_state_dict(state_dict)
+        # The last of the hooks: what it checks is what is loaded.
+        handle = self.register_load_state_dict_pre_hook(_checked_copy)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
 
     def state_dict(self) -> dict[str, Any]:
         """The state as `torch.optim.AdamW` keeps it: step counters are on the CPU unless a group is ``fused`` or ``capturable``."""
@@ -119,12 +146,13 @@ class AlignedAdamW(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
-            for flag, value in _ADAMW_FLAGS.items():
+            # Old state dicts lack the newer ones.
+            for flag, value in self.defaults.items():
                 group.setdefault(flag, value)
             for parameter in group["params"]:
                 values = self.state.get(parameter)
                 if values:
-                    values["step"] = torch.as_tensor(values["step"], dtype=torch.float32, device=parameter.device)
+                    values["step"] = torch.as_tensor(values["step"], dtype=torch.float32, device=parameter.device).reshape(())
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop everything that the aligner collected, and every ``.grad``."""
@@ -142,29 +170,50 @@ class AlignedAdamW(torch.optim.Optimizer):
             What the closure returns; None without one.
 
         Raises:
-            RuntimeError: where a loss has not been collected, a parameter that a loss reached is not of this optimizer, another optimizer
-                has been attached to the aligner, or ``.grad`` was unscaled or clipped.
+            RuntimeError: where a loss has not been collected, no loss reached a parameter or one reached a parameter that is not of this
+                optimizer, another optimizer has been attached to the aligner, or ``.grad`` was touched since the collection. Where
+                nothing was collected, every learning rate is 0 and every ``.grad`` is zero, as `torch.distributed.checkpoint` has it to
+                make an optimizer allocate its state, that is done and nothing else.
         """
         result = None
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
-        found_inf = getattr(self, "found_inf", None)  # set by GradScaler
+        # Both set by GradScaler.
+        found_inf = getattr(self, "found_inf", None)
         grad_scale = getattr(self, "grad_scale", None)
         self._check_step(grad_scale, found_inf)
-        combination = self.aligner.combination(self.max_norm, grad_scale)
-        members_of_groups = self._members_of_groups(combination)
+        if self.aligner.empty and self._only_allocates():
+            return result
+        collected = self.aligner.hand_over(self.max_norm, grad_scale)
+        members_of_groups = self._members_of_groups(collected)
+        averages = {} if self._averages is None else self._averages.tensors()
+        decay = 0.0 if self._averages is None else self._averages.decay(self.ema_decay)
         if found_inf is not None:
-            found_inf = found_inf.to(combination.coefficients.device)
+            found_inf = found_inf.to(collected.coefficients.device)
             if not self.aligner.marker_checked:
                 found_inf = found_inf + self.aligner.overflow().isnan()
         for group, members in zip(self.param_groups, members_of_groups, strict=True):
             if members.indices:
-                self._update(group, members, combination.coefficients, found_inf)
+                self._update(group, members, collected, averages, decay, found_inf)
+        if self._averages is not None:
+            weight = 1 - decay if found_inf is None else (1 - decay) * (found_inf == 0)
+            trained = {self._index[id(parameter)] for parameter, state in self.state.items() if state}
+            updated = {index for members in members_of_groups for index in members.indices}
+            self._averages.follow(averages, updated, trained, weight)
+            self._averages.advance(decay)
         self.aligner.finish(scaler_used=found_inf is not None)
         return result
 
-    def _update(self, group: dict[str, Any], members: _Members, coefficients: Tensor, found_inf: Tensor | None) -> None:
+    def _update(
+        self,
+        group: dict[str, Any],
+        members: _Members,
+        collected: Collected,
+        averages: dict[int, Tensor],
+        ema_decay: float,
+        found_inf: Tensor | None,
+    ) -> None:
         states = [self._state(parameter) for parameter in members.params]
         steps = [state["step"] for state in states]
         torch._foreach_add_(steps, 1.0 if found_inf is None else [(found_inf == 0).to(steps[0])] * len(steps))
@@ -173,17 +222,17 @@ class AlignedAdamW(torch.optim.Optimizer):
             members.params,
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
-            members.emas,
-            [gradients[index] for gradients in self.aligner.gradients for index in members.indices],
-            coefficients,
+            [averages[index] for index in members.indices] if averages else [],
+            [gradients[index] for gradients in collected.gradients for index in members.indices],
+            collected.coefficients,
             members.rows,
             [],
             steps,
-            lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64),
-            *group["betas"],
+            lr.reshape(()) if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64),
+            *map(float, group["betas"]),
             group["eps"],
             group["weight_decay"],
-            self.ema_decay,
+            ema_decay,
             found_inf,
         )
 
@@ -195,14 +244,23 @@ class AlignedAdamW(torch.optim.Optimizer):
             state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         return state
 
+    def _only_allocates(self) -> bool:
+        """Allocate the state of every parameter with a ``.grad`` if this is all that the step is for; whether it is."""
+        params = [parameter for parameter in self._all_params() if parameter.grad is not None]
+        if not params or any(float(group["lr"]) != 0 for group in self.param_groups):
+            return False
+        if any(parameter.grad.any() for parameter in params):
+            return False
+        for parameter in params:
+            self._state(parameter)
+        return True
+
     def _check_step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         if not self.aligner.attached(self):
             raise RuntimeError("another AlignedAdamW has been attached to the aligner since, which keeps gradients for that one")
         if found_inf is not None and grad_scale is None:
             raise RuntimeError("scaler.unscale_ does not reach the gradients that the aligner holds: leave it out, and clip with max_norm")
-        if found_inf is None and self.aligner.marker_changed:
-            raise RuntimeError("a .grad was written to, which does not change the gradients that the aligner holds: clip with max_norm")
-        check_ema_decay(self.ema_decay)
+        _check_decay(self.ema_decay)
         for group in self.param_groups:
             self._check_hyperparameters(group)
 
@@ -211,21 +269,23 @@ class AlignedAdamW(torch.optim.Optimizer):
         check_learning_rate(group["lr"], self.aligner.parameters[0].device)
         check_hyperparameters(group["betas"], group["eps"], group["weight_decay"])
 
-    def _members_of_groups(self, combination: Combination) -> list[_Members]:
-        """For each parameter group what `combination` says of it; as long as the same parameters are reached, the same list."""
-        if self._members is None or self._members[0] is not combination.rows:
-            places = {index: place for place, index in enumerate(combination.indices)}
+    def _all_params(self) -> list[Tensor]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
+    def _members_of_groups(self, collected: Collected) -> list[_Members]:
+        """For each parameter group what was collected for it; as long as the same parameters are reached, the same list."""
+        if self._members is None or self._members[0] is not collected.rows:
+            rows = dict(zip(collected.indices, collected.rows, strict=True))
             members = []
             for group in self.param_groups:
                 indices = [self._index[id(parameter)] for parameter in group["params"]]
-                indices = [index for index in indices if index in places]
+                indices = [index for index in indices if index in rows]
                 params = [self.aligner.parameters[index] for index in indices]
-                emas = [] if self._emas is None else [self._emas[index] for index in indices]
-                members.append(_Members(indices, params, emas, [combination.rows[places.pop(index)] for index in indices]))
-            if places:
-                name = self.aligner.describe(min(places))
+                members.append(_Members(indices, params, [rows.pop(index) for index in indices]))
+            if rows:
+                name = self.aligner.describe(min(rows))
                 raise RuntimeError(f"{name} was reached by a loss, but is in no parameter group of this optimizer")
-            self._members = (combination.rows, members)
+            self._members = (collected.rows, members)
         return self._members[1]
 
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -234,28 +294,8 @@ class AlignedAdamW(torch.optim.Optimizer):
             if id(parameter) not in self._index:
                 name = group.get("param_names", {position: f"params[{position}]"})[position]
                 raise ValueError(f"{name} must be one of the aligner's parameters, got another tensor of shape {tuple(parameter.shape)}")
-        if self._emas is not None:
-            raise ValueError("parameter groups cannot be added to an AlignedAdamW with averages")
-
-    def _averages(self, ema: Sequence[Tensor] | torch.nn.Module) -> dict[int, Tensor]:
-        """The average of each of the optimizer's parameters, by the aligner's index."""
-        params = [parameter for group in self.param_groups for parameter in group["params"]]
-        indices = [self._index[id(parameter)] for parameter in params]
-        if isinstance(ema, torch.nn.Module):
-            named = dict(ema.named_parameters())
-            names = [self.aligner.parameter_names[index] for index in indices]
-            missing = [self.aligner.describe(index) for index, name in zip(indices, names, strict=True) if name not in named]
-            if missing:
-                raise ValueError(f"ema must be a module with the parameter names of the aligner, got none called {missing[0]}")
-            tensors = [named[name].detach() for name in names]
-        else:
-            check_length(ema, "ema", len(params))
-            names, tensors = range(len(params)), ema
-        for name, tensor, parameter in zip(names, tensors, params, strict=True):
-            check_writable(tensor, f"ema[{name}]", parameter.shape, parameter.device)
-            if tensor.is_set_to(parameter):
-                raise ValueError(f"ema[{name}] must be a copy of its parameter, got the parameter")
-        return dict(zip(indices, tensors, strict=True))
+        if self._averages is not None and self._averages.fixed:
+            raise ValueError("parameter groups cannot be added to an AlignedAdamW whose averages are tensors: set its ema to None first")
 
 
 class _Members(NamedTuple):
@@ -263,11 +303,56 @@ class _Members(NamedTuple):
 
     indices: list[int]  # in the aligner's parameters
     params: list[Tensor]
-    emas: list[Tensor]  # or none
     rows: list[int]  # of the coefficients
 
 
-def _check_flags(group: dict[str, Any]) -> None:
-    for flag in ("amsgrad", "maximize"):
+def _check_decay(ema_decay: float | None) -> float | None:
+    return None if ema_decay is None else check_ema_decay(ema_decay)
+
+
+def _check_flags(group: Mapping[str, Any]) -> None:
+    for flag in _REFUSED:
         if group.get(flag):
             raise ValueError(f"AlignedAdamW does not implement {flag}, got {flag}={group[flag]}")
+
+
+def _checked_copy(optimizer: AlignedAdamW, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """`state_dict`, once it fits `optimizer`, with copies of the tensors that both would share; torch compares numbers of parameters."""
+    for group in state_dict["param_groups"]:
+        for name in ("lr", "betas", "eps", "weight_decay"):
+            if name not in group:
+                raise ValueError(f"state_dict must have {name} in every parameter group, got {', '.join(sorted(group))}")
+        optimizer._check_hyperparameters(group)
+    numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+    copies = dict(state_dict["state"])
+    for number, parameter in zip(numbers, optimizer._all_params(), strict=False):
+        state = copies.get(number)
+        if not state:
+            continue
+        _check_state(state, parameter, optimizer.aligner.describe(optimizer._index[id(parameter)]))
+        copies[number] = {key: _copy_for(value, parameter) for key, value in state.items()}
+    return {**state_dict, "state": copies}
+
+
+def _copy_for(value: Any, parameter: Tensor) -> Any:
+    """A copy of a tensor that torch would load as it is, for the state of `parameter`."""
+    if not isinstance(value, Tensor) or value.device != parameter.device:
+        return value
+    return value.clone()
+
+
+def _check_state(state: Mapping[str, Any], parameter: Tensor, name: str) -> None:
+    for key in ("step", "exp_avg", "exp_avg_sq"):
+        if key not in state:
+            raise ValueError(f"state_dict must have {key} for {name}, got {', '.join(map(str, state)) or 'nothing'}")
+    for key in ("exp_avg", "exp_avg_sq"):
+        check_tensor(state[key], f"{key} of {name}", parameter.shape, None)
+    if (state["exp_avg_sq"] < 0).any():
+        raise ValueError(f"exp_avg_sq of {name} must not be negative, got {state['exp_avg_sq'].min().item()}")
+    step = state["step"]
+    if isinstance(step, Tensor):
+        if step.numel() != 1:
+            raise ValueError(f"step of {name} must have one element, got shape {tuple(step.shape)}")
+        step = step.item()
+    if not isinstance(step, (int, float)) or not math.isfinite(step) or step < 0 or step != int(step):
+        raise ValueError(f"step of {name} must be a whole number, not negative, got {step}")

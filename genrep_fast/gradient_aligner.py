@@ -2,28 +2,26 @@
 
 Alignment needs the gradient of every loss by itself. Autograd makes a tensor for each of them anyway, and hands it over where a parameter's
 ``.grad`` is None; a preset ``.grad`` would be added to, which costs up to two more passes over memory. So `GradientAligner.collect` takes
-``.grad`` away after each loss and keeps the tensors as they are: nothing is copied or concatenated. From then on each gradient is read once
-for the Gram matrices and once for the combination, which is written over the first loss's gradient.
+``.grad`` away before each block and keeps the tensors that the block leaves there: nothing is copied or concatenated. Each gradient is then
+read once for the Gram matrices and once for the combination, which is written over the first loss's gradient.
 
-The Gram matrix of a group is the sum of its tensors' own, always in the same order. A tensor's own matrix can be computed as soon as the
-last loss has delivered its gradient: backward calls for it in batches whose gradients are still in cache, and goes on.
+Every tensor has a Gram matrix of its own. Where its diagonal holds a zero, some loss does not reach the tensor, though autograd made zeros
+of a missing gradient; the matrix of a group is the sum over the tensors that every loss reaches.
 """
 
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import itertools
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
-from .gradient_storage import Buckets, HeldMemory, TensorGrams
+from .gradient_storage import Buckets, Fate, HeldMemory, LeftGradients, TensorGrams
 from .ops.alignment import (
     DTYPES,
     MAX_LOSSES,
@@ -32,12 +30,11 @@ from .ops.alignment import (
     check_number,
     check_weights,
     combine_operator,
+    group_gram_operator,
+    tensor_coefficients_operator,
 )
 from .rules import resolve_rule
-
-# Parameters' elements whose Gram matrices are worth a call while backward runs: reading them takes much longer than the call itself, and
-# they are still in the last-level cache. With a quarter of it the calls cost 1 % of a small transformer's training step on the CPU.
-_BATCH_ELEMENTS = 1 << 22
+from .wrappers import is_data_parallel, is_flat_shard, plain_name, plain_names, unwrapped, world_size
 
 
 @dataclass(frozen=True)
@@ -57,41 +54,48 @@ class AlignerStats(AlignmentStats):
     total_norm: Tensor | None
 
 
-class Combination(NamedTuple):
-    """What is left to do: the gradient of parameter ``indices[t]`` is the sum of its losses' gradients times row ``rows[t]``."""
+class Collected(NamedTuple):
+    """What an aligner hands over: the gradient of parameter ``indices[t]`` is the sum of its losses' gradients times row ``rows[t]``."""
 
+    gradients: list[list[Tensor | None]]  # for each loss, of every parameter
     indices: list[int]
     rows: list[int]
-    coefficients: Tensor  # [groups + 1, n] float64, the last row for what is not aligned
+    coefficients: Tensor  # [rows, n] float64
 
 
 class GradientAligner:
     """Collects the gradients of n losses and writes their aligned sum to ``.grad``, or keeps them for `AlignedAdamW.step`.
 
     The parameters of a group share one Gram matrix, from which the rule makes one coefficient a loss. A parameter that has no group or that
-    some loss does not reach takes the sum of its gradients times `weights`; one that no loss reaches keeps ``.grad`` None. Parameters count
-    while they require gradients, now or later. Nothing here waits for the device, except TorchJD's weightings. The rule "genrep" is that of
-    `align_gradients` (GenRep, Li, Yang and Wang, ICLR 2026); `genrep_fast.rules` has the others and their papers.
+    some loss does not reach takes the sum of its gradients times `weights`; one that no loss reaches keeps ``.grad`` None. A loss does not
+    reach a parameter whose gradient is None or exactly zero everywhere, as autograd makes it of None in compiled, checkpointed and sliced
+    models. Parameters count while they require gradients, now or later. Nothing here waits for the device, except TorchJD's weightings and
+    what asks whether gradients were zeroed. The rule "genrep" is that of `align_gradients` (GenRep, Li, Yang and Wang, ICLR 2026);
+    `genrep_fast.rules` has the others and their papers.
 
     Args:
-        params: parameters, pairs of a name and a parameter, or a module; float32, bfloat16, float16 or float64, on one device.
+        params: parameters, pairs of a name and a parameter, or a module; float32, bfloat16, float16 or float64, on one device. Names come
+            without what torch.compile, DistributedDataParallel, DataParallel, AveragedModel and Lightning Fabric put before them.
         names: of the n losses, 2 to 8.
-        weights: n numbers, one a loss; of all rules, "genrep" alone uses them for parameters that are aligned.
+        weights: n numbers, one a loss; None: (0.7, 0.3) for the rule "genrep" and ones for every other. Of all rules, "genrep" alone uses
+            them for parameters that are aligned.
         power: damping exponent of the rule "genrep", >= 0; 0 gives the plain weighted sum.
         groups: "all" (one group), "tensor" (each parameter is one), "block" (a name up to its first number, "blocks.3" for
             "blocks.3.norm.weight", or its module where it has no number), or a function from a parameter's name to a key (None: no group).
         rule: a name in `genrep_fast.rules.RULES`, a function from Gram matrices [groups, n, n] to coefficients [groups, n], both of
             float64, or a Weighting of TorchJD.
-        flat: copy the gradients of a loss into one contiguous buffer as they come, group by group, as communication wants them. It costs
-            the copies, and buffers that stay allocated.
+        flat: copy the gradients of a loss into one contiguous buffer, group by group, as communication wants them. It costs the copies,
+            and buffers that stay allocated.
 
     Attributes:
         stats: AlignerStats of the last alignment, by `align`, `backward` or an `AlignedAdamW`'s ``step``; None before the first.
         parameters, parameter_names: lists of the parameters, and of their names (None where they have none).
+        module: the module that `params` is, without its wrappers; None where it is none.
 
     Raises:
         TypeError: for an argument of a wrong type, or a parameter of a wrong dtype.
         ValueError: for a wrong value, and where `groups` needs names that parameters do not have.
+        RuntimeError: for parameters that FSDP1 has flattened.
     """
 
     def __init__(
@@ -99,37 +103,39 @@ class GradientAligner:
         params: torch.nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]],
         *,
         names: Sequence[str] = ("perception", "generation"),
-        weights: Sequence[float] = (0.7, 0.3),
+        weights: Sequence[float] | None = None,
         power: float = 2.0,
         groups: str | Callable[[str], Hashable | None] = "all",
         rule: str | Callable[[Tensor], Tensor] = "genrep",
         flat: bool = False,
     ):
         self.names = _check_names(names)
-        self.weights = weights
-        self.parameters, self.parameter_names = _named_parameters(params)
+        is_genrep = isinstance(rule, str) and rule == "genrep"
+        self.weights = _default_weights(is_genrep, len(self.names)) if weights is None else weights
+        self.module = unwrapped(params) if isinstance(params, torch.nn.Module) else None
+        self.parameters, self.parameter_names = _named_parameters(params if self.module is None else self.module)
+        self._known = {id(parameter) for parameter in self.parameters}
         self.stats: AlignerStats | None = None
         self._power = power
         resolved = resolve_rule(rule, self.weights, power, len(self.names))
-        self._rule = None if isinstance(rule, str) and rule == "genrep" else resolved  # None: the operator, which has statistics, too
+        # None: the operator, which has statistics, too.
+        self._rule = None if is_genrep else resolved
         self._group_key = _key_function(groups, self.parameter_names)
         self._group_rows: dict[Hashable, int] = {}
-        self._groups: list[int | None] = [None] * len(self.parameters)  # -1: in no group; None: has not required a gradient yet
+        # -1: in no group; None: has not required a gradient yet
+        self._groups: list[int | None] = [None] * len(self.parameters)
         self._assign_groups()
         self._buckets = Buckets(len(self.names)) if flat else None
         self._grams = TensorGrams(len(self.names))
         self._memory = HeldMemory()
-        self._elements = sum(parameter.numel() for parameter in self.parameters)
-        self._hooks = [partial(self._take, index) for index in range(len(self.parameters))]
+        self._left = LeftGradients()
         self._layout: _Layout | None = None
-        self._optimizer: Callable[[], torch.optim.Optimizer | None] = lambda: None  # a weak reference
-        self._marker: _Marker | None = None
-        self._collecting: int | None = None  # which loss
-        self._stream: Any = None
-        self._context: contextvars.Context | None = None
-        self._expected_passes = len(self.names)  # of a whole step, known from the last one
-        self._rest_expected = False  # whether the last step asked for the norms of gradients that are not aligned
+        # A weak reference.
+        self._optimizer: Callable[[], torch.optim.Optimizer | None] = lambda: None
         self._scaler_expected = True
+        # Which loss.
+        self._collecting: int | None = None
+        self._data_parallel: bool | None = None
         self._reset()
 
     @property
@@ -162,8 +168,8 @@ class GradientAligner:
         Raises:
             TypeError: for a loss that is not a tensor.
             ValueError: for a wrong number of losses, and for a loss of more than one element.
-            RuntimeError: in a process group of more than one process, where wrappers reduce the gradient of one backward pass alone; and as
-                `collect` and `align`.
+            RuntimeError: under DistributedDataParallel and in a process group of more than one process, where the gradient of one backward
+                pass alone is reduced; and as `collect` and `align`.
         """
         if len(losses) != len(self.names):
             raise ValueError(f"losses must be one for each of {', '.join(self.names)}, got {len(losses)}")
@@ -172,75 +178,61 @@ class GradientAligner:
                 raise TypeError(f"the loss {name} must be a tensor, got {type(loss).__name__}")
             if loss.numel() != 1:
                 raise ValueError(f"the loss {name} must have one element, got shape {tuple(loss.shape)}")
-        if _world_size() > 1:
-            raise RuntimeError(
-                f"backward runs several backward passes over one graph, of which data-parallel wrappers reduce but one, and "
-                f"{_world_size()} processes are running. Run a forward pass for each loss, and its backward pass inside `with "
-                f"aligner.collect(name):`, then call aligner.align()"
-            )
+        self._check_one_reducer()
+        self._check_free()
         before = list(self._passes)
         try:
             for position, (name, loss) in enumerate(zip(self.names, losses, strict=True)):
                 retain_graph = position < len(losses) - 1
-                with self.collect(name):
+                with self._block(name):
                     if backward is None:
                         loss.backward(retain_graph=retain_graph)
                     else:
                         backward(loss, retain_graph=retain_graph)
+                self._clear_gradients()
         except BaseException:
-            if any(before):
-                self._broken |= self._passes != before
-            else:
+            if not any(before):
                 self._reset()
+            elif self._passes != before:
+                self._broken = True
+            self._leave()
             raise
-        return self.align() if self._optimizer() is None else None
+        if self._optimizer() is None:
+            return self.align()
+        self._leave()
+        return None
 
     @contextlib.contextmanager
     def collect(self, name: str) -> Iterator[None]:
         """Take over the gradients that the block leaves in ``.grad`` as those of the loss `name`.
 
-        Several blocks of the same name in one step, as for micro-batches, add their gradients up. If the block raises, its gradients are
-        dropped. Gradients are taken over as they are and written to: what else still holds their memory, as the caller of
+        What the block does to ``.grad``, such as clipping it, counts. Several blocks of the same name in one step, as for micro-batches,
+        each find ``.grad`` empty, and add their gradients up. Until the next block the gradients can be read in ``.grad``; to write to
+        them is an error, and to drop them, as ``zero_grad`` does, drops everything that was collected. If the block raises, its gradients
+        are dropped. Gradients are taken over as they are and written to: what else still holds their memory, as the caller of
         ``parameter.view(-1).backward(gradient)`` holds ``gradient``, sees that. Only where they overlap each other they are copied.
 
         In several processes the last block of each name must be one whose gradients the data-parallel wrapper averages: a forward pass for
-        each loss, through the wrapper.
+        each loss, through the wrapper. There ``.grad`` holds what was collected in the blocks before.
 
         Args:
             name: one of `names`.
 
         Raises:
             ValueError: for an unknown name, and for a sparse gradient.
-            RuntimeError: inside another block, where a parameter holds a ``.grad`` already, and after a block that raised where others of
-                its name had been collected before: start the step over with `zero_grad`.
+            RuntimeError: inside another block, where a parameter holds a ``.grad`` already, where what was collected was written to, and
+                after a block that raised where others of its name had been collected before: start the step over with `zero_grad`.
         """
-        self._begin(name)
-        # Without hooks gradients stay in `.grad` until the block ends: as good where nothing is to be done with them before, and necessary
-        # where a data-parallel wrapper has yet to average them.
-        distributed = _world_size() > 1
-        hooked = (self._early or self._passes[self._collecting] > 0 or self._buckets is not None) and not distributed
-        handles = []
-        if distributed:
-            self._put_back()
+        if name not in self.names:
+            raise ValueError(f"name must be one of {', '.join(self.names)}, got {name!r}")
+        if self._collecting is not None:
+            raise RuntimeError(f"{name!r} cannot be collected while {self.names[self._collecting]!r} is")
+        self._check_free()
         try:
-            if hooked:
-                for parameter, hook in zip(self.parameters, self._hooks, strict=True):
-                    if parameter.requires_grad:
-                        handles.append(parameter.register_post_accumulate_grad_hook(hook))
-            yield
-            for index, parameter in enumerate(self.parameters):
-                if parameter.grad is not None:
-                    self._take(index, parameter)
-            self._passes[self._collecting] += 1
-        except BaseException:
-            self._abandon()
-            raise
+            with self._block(name):
+                yield
         finally:
-            self._collecting = self._stream = self._context = None
-            for handle in handles:
-                handle.remove()
-        if self._optimizer() is not None and all(self._passes):
-            self._leave_marker()
+            self._leave()
 
     @torch.no_grad()
     def align(self, max_norm: float | None = None) -> AlignerStats:
@@ -255,30 +247,24 @@ class GradientAligner:
             The statistics; they stay in `GradientAligner.stats`.
 
         Raises:
-            RuntimeError: where a loss has not been collected.
+            RuntimeError: where a loss has not been collected, no loss reached a parameter, what was collected was dropped or written to
+                since, or a loss reached parameters of the module that the aligner does not know.
             TypeError, ValueError: for a `max_norm` that is not a number, or not positive.
         """
-        combination = self.combination(max_norm)
-        layout = self._layout
-        if layout.tensors:
-            gradients = self._gradients_of(layout.tensors)
-            results = [self._gradients[loss][index] for loss, index in zip(layout.first, layout.indices, strict=True)]
-            out = results
-            if self._buckets is not None:
-                views, runs = self._buckets.views[0], layout.runs
-                results = [views[index] for index in layout.indices]
-                out = [self._buckets.span(0, runs[tensor]) if tensor in runs else views[tensor] for tensor in layout.tensors]
-            combine_operator(gradients, combination.coefficients, layout.tensor_rows, [], out)
-            for index, result in zip(layout.indices, results, strict=True):
-                self.parameters[index].grad = result
+        collected = self.hand_over(max_norm)
+        results = [self._result(loss, index) for loss, index in zip(self._layout.first, collected.indices, strict=True)]
+        gradients = self._gradients_of(collected.indices)
+        combine_operator(gradients, collected.coefficients, collected.rows, [], results)
+        self._left.clear()
+        for index, result in zip(collected.indices, results, strict=True):
+            self.parameters[index].grad = result
         self.finish()
         return self.stats
 
     def zero_grad(self) -> None:
         """Drop everything that was collected, and set every parameter's ``.grad`` to None."""
         self._reset()
-        for parameter in self.parameters:
-            parameter.grad = None
+        self._clear_gradients()
 
     def __reduce_ex__(self, protocol: int) -> NoReturn:
         raise TypeError(
@@ -301,107 +287,132 @@ class GradientAligner:
         return self._optimizer() is optimizer
 
     @property
-    def gradients(self) -> list[list[Tensor | None]]:
-        """For each loss, what was collected for each of `parameters`."""
-        return self._gradients
+    def empty(self) -> bool:
+        """Whether nothing has been collected."""
+        return not any(self._passes) and not self._broken
 
-    def combination(self, max_norm: float | None, grad_scale: Tensor | None = None) -> Combination:
-        """Coefficients of the collected gradients, divided by their `grad_scale`; `max_norm` and the statistics are free of it."""
+    def hand_over(self, max_norm: float | None, grad_scale: Tensor | None = None) -> Collected:
+        """The collected gradients and their coefficients, divided by `grad_scale`; `max_norm` and the statistics are free of it.
+
+        The gradients stay here until `finish`.
+        """
         check_max_norm(max_norm)
+        # It looked for non-finite values.
+        self._check_left(written_by_scaler=grad_scale is not None)
         self._check_collected()
+        if self._optimizer() is not None:
+            self._check_nothing_else()
         layout = self._current_layout()
-        gram = self._gram_matrices(layout, rest=max_norm is not None)
+        self._check_reached(layout)
+        grams, groups, rows = self._tensor_grams(layout, everything=max_norm is not None)
         if grad_scale is not None:
-            grad_scale = grad_scale.to(gram)
-            gram = gram / grad_scale**2
-        coefficients, cosine, alpha, norms = self._coefficients(gram[: len(self._group_rows)])
-        if self._weight_row is None or self._weight_row.device != gram.device:
-            self._weight_row = torch.tensor([self._weights], dtype=torch.float64, device=gram.device)
-        rows, total_norm = torch.cat([coefficients, self._weight_row]), None
+            grad_scale = grad_scale.to(grams)
+            grams = grams / grad_scale**2
+        gram = group_gram_operator(grams, groups, len(self._group_rows))
+        coefficients, cosine, alpha, norms = self._coefficients(gram)
+        table = tensor_coefficients_operator(coefficients, grams, groups, list(self._weights))
+        total_norm = None
         if max_norm is not None:
-            total_norm = (rows[:, :, None] * gram * rows[:, None, :]).sum().clamp(min=0).sqrt()
-            rows = rows * (max_norm / (total_norm + 1e-6)).clamp(max=1)
+            total_norm = (table[:, :, None] * grams * table[:, None, :]).sum().clamp(min=0).sqrt()
+            table = table * (max_norm / (total_norm + 1e-6)).clamp(max=1)
+        else:
+            table = torch.cat([table, self._row_of_weights(table.device)])
         if grad_scale is not None:
-            rows = rows / grad_scale
+            table = table / grad_scale
         self.stats = AlignerStats(cosine, alpha, norms, coefficients, total_norm)
-        return Combination(layout.indices, layout.rows, rows)
+        return Collected(self._gradients, layout.indices, rows, table)
 
     def overflow(self) -> Tensor:
         """0 where all that was collected is finite, NaN otherwise; float64 without axes."""
-        return self._gram_matrices(self._current_layout(), rest=True).sum() * 0
+        grams, _, _ = self._tensor_grams(self._current_layout(), everything=True)
+        return grams.sum() * 0
 
     @property
     def marker_checked(self) -> bool:
         """Whether the ``.grad`` that was left for a GradScaler says if all that was collected is finite."""
-        return self._marker is not None and self._marker.checked
-
-    @property
-    def marker_changed(self) -> bool:
-        """Whether somebody wrote to the ``.grad`` that was left for a GradScaler."""
-        return self._marker is not None and self._marker.tensor._version != self._marker.version
+        return self._marker_checked
 
     def finish(self, *, scaler_used: bool = False) -> None:
         """Forget the collected gradients, which have been consumed, but remember how the step went."""
-        self._expected_passes = sum(self._passes)
-        self._rest_expected = self._rest_used
         self._scaler_expected = scaler_used
         self._reset()
 
-    def _begin(self, name: str) -> None:
-        if name not in self.names:
-            raise ValueError(f"name must be one of {', '.join(self.names)}, got {name!r}")
-        if self._collecting is not None:
-            raise RuntimeError(f"{name!r} cannot be collected while {self.names[self._collecting]!r} is")
-        self._check_whole()
-        own = None if self._marker is None else self._marker.tensor
-        for index, parameter in enumerate(self.parameters):
-            if parameter.grad is not None and parameter.grad is not own:
-                raise RuntimeError(
-                    f"{self.describe(index)} holds a .grad already, to which backward would add: call "
-                    f"optimizer.zero_grad(set_to_none=True) first. To add up micro-batches, collect all of them before align(), or attach "
-                    f"an AlignedAdamW"
-                )
-        self._remove_marker()
+    @contextlib.contextmanager
+    def _block(self, name: str) -> Iterator[None]:
+        """Take over what the block leaves in ``.grad``, without removing it there."""
+        self._left.take_back()
+        self._grams.clear()
         self._assign_groups()
-        if self._buckets is not None:
-            self._grams.clear()  # pieces of the buckets may change
+        if self._buckets is not None and not any(self._passes):
             requiring = {index: parameter for index, parameter in enumerate(self.parameters) if parameter.requires_grad}
-            if not any(self._passes) and self._buckets.arrange(requiring, self._groups):
-                self._layout = None  # its runs are neighbours in the buckets of before
+            self._buckets.arrange(requiring, self._groups)
         self._collecting = self.names.index(name)
-        # Gradients of several passes are complete in the last one alone, which the last step tells.
-        last = sum(self._passes) + 1 == self._expected_passes
-        self._early = last and self._buckets is None and self._elements >= _BATCH_ELEMENTS
-        self._stream = _current_stream(self.parameters[0].device)
-        self._context = contextvars.copy_context()  # use_backend holds for the threads of backward, too
+        if (world_size() or 1) > 1:
+            self._put_back()
+        try:
+            yield
+            self._take_all()
+            self._passes[self._collecting] += 1
+        except BaseException:
+            self._abandon()
+            raise
+        finally:
+            self._collecting = None
 
-    def _take(self, index: int, parameter: Tensor) -> None:
-        """Take ``parameter.grad`` over as, or into, the gradient of the loss that is being collected."""
-        gradient, parameter.grad = parameter.grad, None
-        if gradient.requires_grad:  # create_graph=True
+    def _check_free(self) -> None:
+        """Raise RuntimeError where the next block cannot begin, as ``.grad`` is not empty but for what was left there."""
+        self._check_whole()
+        self._check_left()
+        stranger = self._left.stranger(self.parameters)
+        if stranger is not None:
+            raise RuntimeError(
+                f"{self.describe(stranger)} holds a .grad already, to which backward would add: call "
+                f"optimizer.zero_grad(set_to_none=True) first. To add up micro-batches, collect all of them before align(), or attach "
+                f"an AlignedAdamW"
+            )
+        if world_size() is not None:
+            for parameter in self.parameters:
+                _check_not_flattened(parameter)
+
+    def _take_all(self) -> None:
+        """Take every ``.grad`` over as, or into, the gradient of the loss that is being collected."""
+        collected = self._gradients[self._collecting]
+        sums: list[Tensor] = []
+        addends: list[Tensor] = []
+        for index, parameter in enumerate(self.parameters):
+            if parameter.grad is None:
+                continue
+            gradient = self._dense(index, parameter)
+            if collected[index] is not None:
+                self._check_new(index, gradient)
+                sums.append(collected[index])
+                addends.append(gradient)
+            else:
+                collected[index] = self._own(index, gradient)
+        if sums:
+            torch._foreach_add_(sums, addends)
+
+    def _dense(self, index: int, parameter: Tensor) -> Tensor:
+        """``parameter.grad`` as a dense tensor that carries no gradient."""
+        gradient = parameter.grad
+        # create_graph=True
+        if gradient.requires_grad:
             gradient = gradient.detach()
         if gradient.layout != torch.strided:
             raise ValueError(f"the gradient of {self.describe(index)} must be dense, got layout {gradient.layout}: use sparse=False")
-        if not gradient.is_contiguous() and gradient.stride() != parameter.stride():  # set by hand; it may be an expanded tensor
+        # Set by hand: it may be an expanded tensor.
+        if not gradient.is_contiguous() and gradient.stride() != parameter.stride():
             gradient = torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
-        losses = [gradients[index] for gradients in self._gradients]
-        collected = losses[self._collecting]
-        self._grams.forget(index)
-        if collected is not None:
-            self._check_new(index, gradient)
-            collected.add_(gradient)
-        else:
-            if self._buckets is not None:
-                gradient = self._bucket(index, gradient.dtype).copy_(gradient)
-            elif not self._memory.claim(gradient):
-                self._check_new(index, gradient)
-                gradient = torch.empty_like(gradient).copy_(gradient)
-            self._gradients[self._collecting][index] = losses[self._collecting] = gradient
-        if self._early and (self._groups[index] >= 0 or self._rest_expected) and all(loss is not None for loss in losses):
-            self._grams.submit(index, gradient.numel())
-            # What other streams computed is certain to be there only after backward.
-            if self._grams.elements >= _BATCH_ELEMENTS and self._stream == _current_stream(gradient.device):
-                self._context.run(self._grams.compute, self._gradients_of)
+        return gradient
+
+    def _own(self, index: int, gradient: Tensor) -> Tensor:
+        """`gradient`, or a copy: in the flat buffers, and where its memory is another gradient's too."""
+        if self._buckets is not None:
+            return self._bucket(index, gradient.dtype).copy_(gradient)
+        if self._memory.claim(gradient):
+            return gradient
+        self._check_new(index, gradient)
+        return torch.empty_like(gradient).copy_(gradient)
 
     def _put_back(self) -> None:
         """Let the next pass add to ``.grad``, as without an aligner.
@@ -437,14 +448,72 @@ class GradientAligner:
 
     def _abandon(self) -> None:
         """Drop the gradients of the block that raised."""
-        for parameter in self.parameters:
-            parameter.grad = None
-        self._grams.clear()
-        if self._passes[self._collecting]:  # they have been added to those of earlier blocks
+        self._clear_gradients()
+        if self._passes[self._collecting]:
+            # They may have been added to those of earlier blocks.
             self._broken = True
         else:
             self._gradients[self._collecting] = [None] * len(self.parameters)
             self._claim_collected()
+
+    def _clear_gradients(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    @torch.no_grad()
+    def _leave(self) -> None:
+        """Leave in ``.grad`` what shows whether somebody drops or changes what was collected.
+
+        That is a gradient of each parameter, or, once an optimizer has all that it needs, one of them alone: a copy that is NaN where any
+        gradient is not finite. GradScaler looks for such values in ``.grad`` alone, insists on finding one there, and writes to it.
+        """
+        if self._broken:
+            return
+        complete = all(self._passes)
+        if complete and self._optimizer() is not None:
+            self._clear_gradients()
+            self._leave_marker()
+            return
+        shown: list[Tensor | None] = [None] * len(self.parameters)
+        for gradients in self._gradients:
+            shown = [gradient if before is None else before for gradient, before in zip(gradients, shown, strict=True)]
+        indices = [index for index, gradient in enumerate(shown) if gradient is not None]
+        smallest = self._current_layout().smallest if complete else None
+        watched = None if smallest is None else shown[smallest]
+        self._left.leave([self.parameters[index] for index in indices], [shown[index] for index in indices], watched)
+
+    def _leave_marker(self) -> None:
+        index = self._current_layout().smallest
+        self._marker_checked = self._scaler_expected
+        if index is None:
+            return
+        marker = next(gradients[index] for gradients in self._gradients if gradients[index] is not None)
+        if self._scaler_expected:
+            marker = marker + self.overflow().to(marker.dtype)
+        self._left.leave([self.parameters[index]], [marker], marker)
+
+    def _check_left(self, *, written_by_scaler: bool = False) -> None:
+        """Drop what was collected where ``zero_grad`` dropped what was left of it; raise RuntimeError where that was changed."""
+        message = (
+            "a .grad was written to, replaced or set to None after its gradient had been collected, which does not change what the aligner "
+            "holds: write to .grad inside the block of collect, clip with max_norm, or start the step over with zero_grad()"
+        )
+        fate = self._left.fate(written_by_scaler=written_by_scaler)
+        if fate is Fate.CHANGED:
+            raise RuntimeError(message)
+        if fate is Fate.DROPPED:
+            self._reset()
+            self._dropped = True
+        else:
+            self._left.assert_values(message)
+
+    def _check_nothing_else(self) -> None:
+        stranger = self._left.stranger(self.parameters)
+        if stranger is not None:
+            raise RuntimeError(
+                f"{self.describe(stranger)} holds a .grad that the aligner did not leave there, and which the optimizer would ignore: "
+                f"collect it in a block, or add its loss to one of {', '.join(self.names)}"
+            )
 
     def _check_whole(self) -> None:
         if self._broken:
@@ -453,8 +522,49 @@ class GradientAligner:
     def _check_collected(self) -> None:
         self._check_whole()
         missing = [name for name, passes in zip(self.names, self._passes, strict=True) if not passes]
+        if missing and self._dropped:
+            raise RuntimeError(
+                f"no gradients of {', '.join(missing)} to align: zero_grad, or whoever else emptied .grad, dropped them after they had been "
+                f"collected"
+            )
         if missing:
             raise RuntimeError(f"no gradients of {', '.join(missing)} to align: run its backward pass inside `with aligner.collect(name):`")
+
+    def _check_reached(self, layout: _Layout) -> None:
+        for name, parameter in () if self.module is None else self.module.named_parameters():
+            if parameter.grad is not None and id(parameter) not in self._known:
+                raise RuntimeError(
+                    f"a loss reached {plain_name(name)}, which is not among the aligner's parameters: it joined the module, or was replaced "
+                    f"(as by load_state_dict(assign=True)), after the aligner was made. Make a new aligner and a new optimizer"
+                )
+        if not layout.indices:
+            raise RuntimeError(
+                f"no loss reached any of the aligner's {len(self.parameters)} parameters: if the model has others now (as after "
+                f"load_state_dict(assign=True)), make a new aligner and a new optimizer"
+            )
+
+    def _check_one_reducer(self) -> None:
+        """Raise RuntimeError where a data-parallel wrapper would reduce one of several backward passes."""
+        processes = world_size()
+        if processes is None:
+            return
+        if processes == 1:
+            if self._data_parallel is None:
+                self._data_parallel = is_data_parallel(self.parameters)
+            if not self._data_parallel:
+                return
+        last_call = "aligner.align()" if self._optimizer() is None else "optimizer.step()"
+        raise RuntimeError(
+            f"backward runs several backward passes over one graph, of which DistributedDataParallel reduces but one, and {processes} "
+            f"process{'es are' if processes > 1 else ' is'} running. Run a forward pass for each loss, through the wrapper, and its "
+            f"backward pass inside `with aligner.collect(name):`, then call {last_call}. Where a loss does not reach every parameter, wrap "
+            f"with find_unused_parameters=True; with Accelerate's gradient accumulation, also pass "
+            f"GradientAccumulationPlugin(num_steps=..., sync_each_batch=True)"
+        )
+
+    def _result(self, loss: int, index: int) -> Tensor:
+        """Where the aligned gradient of a parameter is written, `loss` being the first to reach it."""
+        return self._gradients[loss][index] if self._buckets is None else self._buckets.views[0][index]
 
     def _current_layout(self) -> _Layout:
         present = [[gradient is not None for gradient in gradients] for gradients in self._gradients]
@@ -464,81 +574,69 @@ class GradientAligner:
         return self._layout
 
     def _new_layout(self, key: tuple[list[list[bool]], int]) -> _Layout:
-        present, rest = key
-        losses = {t: [loss for loss, there in enumerate(column) if there] for t, column in enumerate(zip(*present, strict=True))}
-        losses = {index: reaching for index, reaching in losses.items() if reaching}
-        whole = {index for index, reaching in losses.items() if len(reaching) == len(self.names)}
-        rows = {index: self._groups[index] if index in whole and self._groups[index] >= 0 else rest for index in losses}
-        runs = [[index] for index in rows] if self._buckets is None else self._buckets.runs(rows, whole)
-        not_empty = [index for index in rows if self.parameters[index].numel()]
-        return _Layout(
-            key,
-            indices=list(rows),
-            rows=list(rows.values()),
-            first=[reaching[0] for reaching in losses.values()],
-            tensors=[run[0] for run in runs],
-            tensor_rows=[rows[run[0]] for run in runs],
-            runs={run[0]: run for run in runs if len(run) > 1},
-            smallest=min(not_empty, key=lambda index: self.parameters[index].numel(), default=None),
-        )
+        layout = _Layout(key, [], [], [], [], [], [], [], None)
+        smallest = None
+        for index, reached in enumerate(zip(*key[0], strict=True)):
+            if not any(reached):
+                continue
+            group = self._groups[index] if all(reached) else -1
+            layout.places.append(len(layout.indices))
+            layout.indices.append(index)
+            layout.groups.append(group)
+            layout.first.append(reached.index(True))
+            # What is not aligned has the row behind those of what is: -1 until their number is known.
+            layout.rows.append(len(layout.aligned) if group >= 0 else -1)
+            if group >= 0:
+                layout.aligned.append(index)
+                layout.aligned_groups.append(group)
+            numel = self.parameters[index].numel()
+            if numel and (smallest is None or numel < self.parameters[smallest].numel()):
+                smallest = index
+        rows = [row if row >= 0 else len(layout.aligned) for row in layout.rows]
+        return layout._replace(rows=rows, smallest=smallest)
 
-    def _gradients_of(self, tensors: list[int]) -> list[Tensor | None]:
-        """Gradients of `tensors` of a layout, flattened loss by loss."""
-        if self._buckets is None:
-            return [gradients[index] for gradients in self._gradients for index in tensors]
-        runs = self._layout.runs
-        return [
-            self._buckets.span(loss, runs[index]) if index in runs else gradients[index]
-            for loss, gradients in enumerate(self._gradients)
-            for index in tensors
-        ]
+    def _gradients_of(self, indices: list[int]) -> list[Tensor | None]:
+        """Gradients of parameters, flattened loss by loss."""
+        return [gradients[index] for gradients in self._gradients for index in indices]
 
-    def _gram_matrices(self, layout: _Layout, rest: bool) -> Tensor:
-        """[groups, n, n], with `rest` [groups + 1, n, n]: the last matrix is that of what is not aligned, missing gradients being zero."""
-        self._rest_used |= rest
-        groups = len(self._group_rows)
-        tensors, rows = layout.tensors, layout.tensor_rows
-        if not rest:
-            tensors = [tensor for tensor, row in zip(tensors, rows, strict=True) if row < groups]
-            rows = [row for row in rows if row < groups]
-        if not tensors:
-            return torch.zeros(groups + rest, *[len(self.names)] * 2, dtype=torch.float64, device=self.parameters[0].device)
-        return self._grams.sums(tensors, rows, groups, rest, self._gradients_of)
+    def _tensor_grams(self, layout: _Layout, everything: bool) -> tuple[Tensor, list[int], list[int]]:
+        """Gram matrices [T, n, n] of what is aligned or of `everything`, the groups of these T tensors, and the row of every parameter.
+
+        Without `everything` the row T is that of what is not aligned.
+        """
+        indices, groups, rows = layout.aligned, layout.aligned_groups, layout.rows
+        if everything:
+            indices, groups, rows = layout.indices, layout.groups, layout.places
+        if not indices:
+            n = len(self.names)
+            return torch.zeros(0, n, n, dtype=torch.float64, device=self.parameters[0].device), groups, rows
+        return self._grams.matrices(indices, self._gradients_of), groups, rows
+
+    def _row_of_weights(self, device: torch.device) -> Tensor:
+        if self._weight_row is None or self._weight_row.device != device:
+            self._weight_row = torch.tensor([self._weights], dtype=torch.float64, device=device)
+        return self._weight_row
 
     def _coefficients(self, gram: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """Coefficients, cosine, alpha and norms of the groups' Gram matrices."""
         norms = gram.diagonal(dim1=1, dim2=2).sqrt()
         if self._rule is None:
             return *alignment_coefficients_operator(gram, self._weights, self._power), norms
-        cosine = torch.where(norms[:, :, None] * norms[:, None, :] == 0, 0.0, gram / norms[:, :, None] / norms[:, None, :]).clamp(-1, 1)
+        products = norms[:, :, None] * norms[:, None, :]
+        cosine = torch.where(products == 0, 0.0, gram / norms[:, :, None] / norms[:, None, :]).clamp(-1, 1)
         return self._rule(gram), cosine if len(self.names) > 2 else cosine[:, 0, 1], None, norms
-
-    @torch.no_grad()
-    def _leave_marker(self) -> None:
-        """Leave one gradient in ``.grad``, or, where a GradScaler is expected, a copy that is NaN where any gradient is not finite.
-
-        GradScaler looks for such values in ``.grad`` alone, and insists on finding one there.
-        """
-        layout = self._current_layout()
-        if layout.smallest is not None:
-            gradient = next(gradients[layout.smallest] for gradients in self._gradients if gradients[layout.smallest] is not None)
-            tensor = gradient + self.overflow().to(gradient.dtype) if self._scaler_expected else gradient
-            self.parameters[layout.smallest].grad = tensor
-            self._marker = _Marker(self.parameters[layout.smallest], tensor, tensor._version, self._scaler_expected)
-
-    def _remove_marker(self) -> None:
-        if self._marker is not None and self._marker.parameter.grad is self._marker.tensor:
-            self._marker.parameter.grad = None
-        self._marker = None
 
     def _reset(self) -> None:
         self._gradients: list[list[Tensor | None]] = [[None] * len(self.parameters) for _ in self.names]
         self._passes = [0] * len(self.names)
-        self._broken = False  # whether gradients of a pass that raised have been added to others
-        self._rest_used = False
+        # Whether gradients of a pass that raised have been added to others.
+        self._broken = False
+        self._dropped = False
+        # Whether the gradient that was left tells a GradScaler if all is finite.
+        self._marker_checked = False
         self._grams.clear()
         self._memory.clear()
-        self._remove_marker()
+        self._left.take_back()
 
     def _assign_groups(self) -> None:
         """Give the parameters that require a gradient for the first time their rows."""
@@ -553,28 +651,17 @@ class GradientAligner:
 
 
 class _Layout(NamedTuple):
-    """Which gradients belong where, as long as `key` holds: which there are, and the number of groups.
-
-    Operators see tensors: parameters' gradients, or runs of them that are neighbours in flat buckets. A run bears its first one's index.
-    """
+    """Which gradients belong where, as long as `key` holds: which there are, and the number of groups."""
 
     key: tuple[list[list[bool]], int]
     indices: list[int]  # parameters that some loss reaches
-    rows: list[int]  # of the coefficients, for each of them
+    groups: list[int]  # of each, -1 where it is not aligned
     first: list[int]  # which loss is the first to reach it
-    tensors: list[int]
-    tensor_rows: list[int]
-    runs: dict[int, list[int]]  # tensors of several parameters
+    places: list[int]  # 0, 1, 2, ...
+    rows: list[int]  # of the coefficients of `aligned`, behind which one row is that of the others
+    aligned: list[int]  # parameters that all losses reach and that have a group
+    aligned_groups: list[int]
     smallest: int | None  # of the parameters with elements
-
-
-class _Marker(NamedTuple):
-    """The ``.grad`` that is left for a GradScaler."""
-
-    parameter: Tensor
-    tensor: Tensor
-    version: int  # counts writes to the tensor
-    checked: bool
 
 
 def check_max_norm(max_norm: float | None) -> float | None:
@@ -586,13 +673,17 @@ def check_max_norm(max_norm: float | None) -> float | None:
     return max_norm
 
 
-def _world_size() -> int:
-    available = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if available else 1
+def _default_weights(is_genrep: bool, n: int) -> tuple[float, ...]:
+    """GenRep's weights are its paper's; the papers of all other rules sum losses."""
+    return (0.7, 0.3) if is_genrep and n == 2 else (1.0,) * n
 
 
-def _current_stream(device: torch.device) -> Any:
-    return torch.cuda.current_stream(device) if device.type == "cuda" else None
+def _check_not_flattened(parameter: Tensor) -> None:
+    if is_flat_shard(parameter):
+        raise RuntimeError(
+            "params are flat shards of FullyShardedDataParallel (FSDP1), of which every process would align its own: use "
+            "DistributedDataParallel, or one process"
+        )
 
 
 def _check_names(names: Sequence[str]) -> tuple[str, ...]:
@@ -608,10 +699,14 @@ def _named_parameters(params: torch.nn.Module | Iterable) -> tuple[list[Tensor],
         raise TypeError(f"params must be parameters, named parameters or a module, got {type(params).__name__}")
     items = list(params.named_parameters() if isinstance(params, torch.nn.Module) else params)
     named = [item if isinstance(item, (tuple, list)) else (None, item) for item in items]
+    if all(isinstance(name, str) for name, _ in named):
+        names = [plain_name(name) for name, _ in named] if isinstance(params, torch.nn.Module) else plain_names([name for name, _ in named])
+        named = list(zip(names, [parameter for _, parameter in named], strict=True))
     for position, (name, parameter) in enumerate(named):
         called = name or f"params[{position}]"
         if not isinstance(parameter, Tensor):
             raise TypeError(f"{called} must be a parameter, got {type(parameter).__name__}")
+        _check_not_flattened(parameter)
         if not parameter.is_leaf:
             raise ValueError(f"{called} must be a leaf tensor, got the result of an operation")
         if parameter.device != named[0][1].device:

@@ -1,8 +1,10 @@
-"""What `GradientAligner` keeps of gradients: Gram matrices of single tensors, the memory they occupy, and flat buckets."""
+"""What `GradientAligner` keeps of gradients: Gram matrices of single tensors, the memory they occupy, flat buckets, and what stays in
+``.grad`` meanwhile."""
 
 from __future__ import annotations
 
 import bisect
+import enum
 from collections.abc import Callable
 
 import torch
@@ -11,65 +13,125 @@ from torch import Tensor
 from .ops.alignment import gram_operator
 
 
+_WATCHED_ELEMENTS = 4096
+
+
 class TensorGrams:
     """Gram matrices [n, n] of tensors by number, computed in batches, and their sums."""
 
     def __init__(self, n: int):
-        self.n = n
-        self._key: tuple | None = None
+        self._n = n
+        self._key: list[int] | None = None
         self.clear()
 
     def clear(self) -> None:
         """Forget every tensor."""
         self._batches: list[Tensor] = []
-        self._places: dict[int, int] = {}  # tensor -> its place among all batches' matrices, from 1
-        self._computed = 0
-        self._pending: dict[int, None] = {}
-        self.elements = 0  # that are pending
+        self._places: dict[int, int] = {}  # tensor -> its place among all batches' matrices
 
-    def forget(self, tensor: int) -> None:
-        """The gradients of `tensor` change."""
-        self._places.pop(tensor, None)
+    def compute(self, tensors: list[int], gradients_of: Callable[[list[int]], list[Tensor | None]]) -> None:
+        """Compute the matrices of `tensors`; ``gradients_of(tensors)`` returns their gradients, flattened loss by loss."""
+        if not tensors:
+            return
+        first = sum(map(len, self._batches))
+        self._batches.append(gram_operator(gradients_of(tensors), self._n, list(range(len(tensors))), len(tensors)))
+        self._places.update(zip(tensors, range(first, first + len(tensors)), strict=True))
 
-    def submit(self, tensor: int, elements: int) -> None:
-        """Let the next batch hold `tensor`."""
-        if tensor not in self._pending:
-            self._pending[tensor] = None
-            self.elements += elements
+    def matrices(self, tensors: list[int], gradients_of: Callable[[list[int]], list[Tensor | None]]) -> Tensor:
+        """Matrices [T, n, n] float64 of `tensors`, at least one, in their order; see `compute`."""
+        self.compute([tensor for tensor in tensors if tensor not in self._places], gradients_of)
+        places = [self._places[tensor] for tensor in tensors]
+        matrices = self._batches[0] if len(self._batches) == 1 else torch.cat(self._batches)
+        if places == list(range(len(matrices))):
+            return matrices
+        if self._key != places:
+            self._key, self._index = places, torch.tensor(places, device=matrices.device)
+        return matrices[self._index]
 
-    def compute(self, gradients_of: Callable[[list[int]], list[Tensor | None]]) -> None:
-        """Compute the matrices of what was submitted; ``gradients_of(tensors)`` returns their gradients, flattened loss by loss."""
-        batch = list(self._pending)
-        if batch:
-            self._batches.append(gram_operator(gradients_of(batch), self.n, list(range(len(batch))), len(batch)))
-            self._places.update(zip(batch, range(self._computed + 1, self._computed + len(batch) + 1), strict=True))
-            self._computed += len(batch)
-            self._pending, self.elements = {}, 0
 
-    def sums(
-        self, tensors: list[int], rows: list[int], groups: int, rest: bool, gradients_of: Callable[[list[int]], list[Tensor | None]]
-    ) -> Tensor:
-        """Sums [groups, n, n], with `rest` [groups + 1, n, n], over the tensors of the same row, in their order; see `compute`."""
-        self._pending.update((tensor, None) for tensor in tensors if tensor not in self._places)
-        self.compute(gradients_of)
-        key = ([self._places[tensor] for tensor in tensors], rows, groups)
-        if self._key != key:
-            self._key = key
-            self._index_groups(*key)
-        # A NaN stays in its group, and the order of a sum is fixed.
-        matrices = torch.cat([self._batches[0].new_zeros(1, self.n, self.n), *self._batches])
-        sums = matrices[self._grouped].sum(dim=1)
-        return torch.cat([sums, matrices[self._rest].sum(dim=0, keepdim=True)]) if rest else sums
+class Fate(enum.Enum):
+    """What became of gradients that were left in ``.grad``."""
 
-    def _index_groups(self, places: list[int], rows: list[int], groups: int) -> None:
-        members: list[list[int]] = [[] for _ in range(groups + 1)]
-        for place, row in zip(places, rows, strict=True):
-            members[row].append(place)
-        longest = max((len(places) for places in members[:groups]), default=0)
-        padded = [places + [0] * (longest - len(places)) for places in members[:groups]]  # 0: a matrix of zeros
-        device = self._batches[0].device
-        self._grouped = torch.tensor(padded, dtype=torch.int64, device=device).reshape(groups, longest)
-        self._rest = torch.tensor(members[groups], dtype=torch.int64, device=device)
+    KEPT = enum.auto()
+    DROPPED = enum.auto()
+    CHANGED = enum.auto()
+
+
+class LeftGradients:
+    """Gradients that stay in ``.grad`` between two blocks, so that what anybody does to them meanwhile is noticed.
+
+    They are the collected tensors themselves, or one of them alone. The values of a watched one, or a part of them, are compared, since a
+    write through ``.data`` counts no version.
+    """
+
+    def __init__(self):
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what was left, and leave it where it is."""
+        self._parameters: list[Tensor] = []
+        self._gradients: list[Tensor] = []
+        # Counts of the writes to them.
+        self._versions: list[int] = []
+        self._of: dict[int, Tensor] = {}
+        # A part of what was left, and a copy.
+        self._watched: tuple[Tensor, Tensor] | None = None
+
+    def leave(self, parameters: list[Tensor], gradients: list[Tensor], watched: Tensor | None = None) -> None:
+        """Put `gradients` into the ``.grad`` of `parameters`; `watched` is one of them, or None."""
+        self.clear()
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if parameter.grad is not gradient:
+                parameter.grad = gradient
+        self._parameters, self._gradients = parameters, gradients
+        self._versions = [gradient._version for gradient in gradients]
+        self._of = dict(zip(map(id, parameters), gradients, strict=True))
+        if watched is not None:
+            part = _part(watched)
+            self._watched = (part, part.clone())
+
+    def take_back(self) -> None:
+        """Take away what was left, where it still lies."""
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            if parameter.grad is gradient:
+                parameter.grad = None
+        self.clear()
+
+    def stranger(self, parameters: list[Tensor]) -> int | None:
+        """The first of `parameters` whose ``.grad`` was not left there."""
+        for index, parameter in enumerate(parameters):
+            gradient = parameter.grad
+            if gradient is not None and self._of.get(id(parameter)) is not gradient:
+                return index
+        return None
+
+    def fate(self, *, written_by_scaler: bool = False) -> Fate:
+        """Whether all is as it was left, gone or zeroed as by ``zero_grad``, or something else.
+
+        A GradScaler that looked for non-finite values wrote the values that were there.
+        """
+        now = [parameter.grad for parameter in self._parameters]
+        if any(gradient is not left for gradient, left in zip(now, self._gradients, strict=True)):
+            gone = all(gradient is None for gradient in now)
+            return Fate.DROPPED if gone else Fate.CHANGED
+        if written_by_scaler or self._versions == [gradient._version for gradient in self._gradients]:
+            return Fate.KEPT
+        zeroed = not any(gradient.any() for gradient in self._gradients)
+        return Fate.DROPPED if zeroed else Fate.CHANGED
+
+    def assert_values(self, message: str) -> None:
+        """Raise RuntimeError with `message`, on a GPU when it gets there, where the watched gradient has other values than it had."""
+        if self._watched is not None:
+            gradient, copy = self._watched
+            same = (gradient == copy) | (gradient.isnan() & copy.isnan())
+            torch._assert_async(same.all(), message)
+
+
+def _part(tensor: Tensor) -> Tensor:
+    """A view of `tensor`, or of a part of it that takes no time to compare."""
+    while tensor.numel() > _WATCHED_ELEMENTS:
+        tensor = tensor[0] if tensor.ndim > 1 else tensor[:_WATCHED_ELEMENTS]
+    return tensor
 
 
 class HeldMemory:
@@ -114,46 +176,29 @@ class Buckets:
         self.views: list[dict[int, Tensor]] = [{} for _ in range(n)]  # for each loss, parameter -> its part of the buffer
         self._key: list[tuple] | None = None
 
-    def arrange(self, parameters: dict[int, Tensor], groups: list[int | None]) -> bool:
-        """Allocate buffers for `parameters`, the ones without a group (-1) last, unless they are there; whether that was necessary."""
+    def arrange(self, parameters: dict[int, Tensor], groups: list[int | None]) -> None:
+        """Allocate buffers for `parameters`, the ones without a group (-1) last, unless they are there."""
         key = [(index, groups[index], _gradient_dtype(parameter), parameter.device) for index, parameter in parameters.items()]
         if self._key == key:
-            return False
+            return
         self._key = key
-        self._dtypes = {index: dtype for index, _, dtype, _ in key}
-        self._order = sorted(parameters, key=lambda index: (str(self._dtypes[index]), groups[index] < 0, groups[index], index))
-        self._starts: dict[int, int] = {}
+        dtypes = {index: dtype for index, _, dtype, _ in key}
+        starts: dict[int, int] = {}
         sizes: dict[torch.dtype, int] = {}
-        for index in self._order:
-            self._starts[index] = sizes.get(self._dtypes[index], 0)
-            sizes[self._dtypes[index]] = self._starts[index] + parameters[index].numel()
+
+        def place(index: int) -> tuple:
+            return str(dtypes[index]), groups[index] < 0, groups[index], index
+
+        for index in sorted(parameters, key=place):
+            starts[index] = sizes.get(dtypes[index], 0)
+            sizes[dtypes[index]] = starts[index] + parameters[index].numel()
         device = next(iter(parameters.values())).device if parameters else None
-        self._buffers = [{dtype: torch.empty(size, dtype=dtype, device=device) for dtype, size in sizes.items()} for _ in self.views]
-        for views, buffers in zip(self.views, self._buffers, strict=True):
+        for views in self.views:
+            buffers = {dtype: torch.empty(size, dtype=dtype, device=device) for dtype, size in sizes.items()}
             views.clear()
             for index, parameter in parameters.items():
                 strides = torch.empty_like(parameter, device="meta").stride()
-                views[index] = buffers[self._dtypes[index]].as_strided(parameter.shape, strides, self._starts[index])
-        return True
-
-    def runs(self, rows: dict[int, int], whole: set[int]) -> list[list[int]]:
-        """The parameters of `rows`, in the buffers' order: neighbours of the same row are one run if all losses reach them (`whole`)."""
-        runs: list[list[int]] = []
-        open_key = None  # of the run that the next parameter may join
-        for index in self._order:
-            key = (rows[index], self._dtypes[index]) if index in whole else None
-            if key is not None and key == open_key:
-                runs[-1].append(index)
-            elif index in rows:
-                runs.append([index])
-            open_key = key
-        return runs
-
-    def span(self, loss: int, run: list[int]) -> Tensor:
-        """The part of the buffer that holds `run`."""
-        first, last = run[0], run[-1]
-        end = self._starts[last] + self.views[loss][last].numel()
-        return self._buffers[loss][self._dtypes[first]][self._starts[first] : end]
+                views[index] = buffers[dtypes[index]].as_strided(parameter.shape, strides, starts[index])
 
 
 def _gradient_dtype(parameter: Tensor) -> torch.dtype:

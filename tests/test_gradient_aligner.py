@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import genrep_fast as gf
-from genrep_fast import gradient_aligner, gradient_storage
+from genrep_fast import gradient_storage
 
 NAMES = ("perception", "generation")
 WEIGHTS = (0.7, 0.3)
@@ -119,13 +119,12 @@ def test_equals_align_gradients(joint, groups, flat):
     model = Model()
     aligner = gf.GradientAligner(model, groups=groups, flat=flat)
     assert aligner.group_keys == GROUPINGS[groups][0]
-    for seed in (1, 2):  # the second step knows how many passes to expect
+    for seed in (1, 2):
         expected, expected_stats = aligned(model, groups, (seed,))
         if joint:
             stats = aligner.backward(*model(batch(seed)))
         else:
             collect_all(aligner, model, (seed,))
-            assert all(parameter.grad is None for parameter in trained(model))
             stats = aligner.align()
         assert_gradients(model, expected)
         assert_stats(stats, expected_stats)
@@ -143,8 +142,7 @@ def test_equals_align_gradients_to_the_bit_in_every_dtype(dtype):
 
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("order", ["ppgg", "pgpg", "ggpp", "gppgp"])
-def test_micro_batches_add_up(order, flat, monkeypatch):
-    monkeypatch.setattr(gradient_aligner, "_BATCH_ELEMENTS", 1)  # every Gram matrix starts as early as it can
+def test_micro_batches_add_up(order, flat):
     model = Model()
     aligner = gf.GradientAligner(model, groups="block", flat=flat)
     for _ in range(3):
@@ -267,16 +265,15 @@ def test_clipping_equals_clip_grad_norm(max_norm, groups, flat):
 def test_gradients_are_taken_over_and_written_in_place():
     model = Model()
     aligner = gf.GradientAligner(model)
-    for step in range(2):
+    for _ in range(2):
         for loss, name in enumerate(aligner.names):
             with aligner.collect(name):
                 model(batch())[loss].backward()
-                if step == loss == 0:  # nothing is hooked into the first pass
+                if loss == 0:
                     first = {parameter: parameter.grad for parameter in trained(model) if parameter.grad is not None}
         aligner.align()
-        if step == 0:
-            for parameter, gradient in first.items():
-                assert parameter.grad is gradient
+        for parameter, gradient in first.items():
+            assert parameter.grad is gradient
         model.zero_grad()
 
 
@@ -320,12 +317,11 @@ def test_only_gradients_that_overlap_are_copied():
     expected, _ = gf.align_gradients(*[[buffer[start : start + size].clone() for start, size in places] for buffer in buffers])
     aligner = gf.GradientAligner(parameters)
     for attempt in range(2):  # what a block that raised had taken is free again
-        with contextlib.suppress(ZeroDivisionError), aligner.collect("perception"):
+        with contextlib.suppress(ValueError), aligner.collect("perception"):
             for parameter, (start, size) in zip(parameters, places, strict=True):
                 parameter.grad = buffers[0][start : start + size]
             if attempt == 0:
-                aligner._take(0, parameters[0])
-                raise ZeroDivisionError
+                parameters[-1].grad = torch.zeros(0).to_sparse()
     with aligner.collect("generation"):
         for parameter, (start, size) in zip(parameters, places, strict=True):
             parameter.grad = buffers[1][start : start + size]
@@ -335,8 +331,10 @@ def test_only_gradients_that_overlap_are_copied():
     assert in_buffer[:4] == [True, True, True, False]
 
 
-def test_gram_matrices_start_during_the_last_pass_and_are_computed_once(monkeypatch):
-    model, sizes = Model(), []
+@pytest.mark.parametrize("scaler", [False, True])
+@pytest.mark.parametrize("max_norm", [None, 1.0])
+def test_every_gradient_is_read_once_for_its_gram_matrix(max_norm, scaler, monkeypatch):
+    model, sizes = Model(torch.float32), []
     compute = gradient_storage.gram_operator
 
     def counting(gradients, n, groups, num_groups):
@@ -344,29 +342,12 @@ def test_gram_matrices_start_during_the_last_pass_and_are_computed_once(monkeypa
         return compute(gradients, n, groups, num_groups)
 
     monkeypatch.setattr(gradient_storage, "gram_operator", counting)
-    monkeypatch.setattr(gradient_aligner, "_BATCH_ELEMENTS", 50)
-    aligner = gf.GradientAligner(model)
-    for step in range(3):
-        sizes.clear()
-        collect_all(aligner, model, (1, 2))
-        early = len(sizes)
-        aligner.align()
-        model.zero_grad()
-        # Five parameters are shared. Only the first step, which expects two passes, computes what further passes then change.
-        assert early > 0 and sum(sizes) == (5 if step else 10)
-
-
-def test_bits_do_not_depend_on_when_gram_matrices_are_computed(monkeypatch):
-    results = []
-    for elements in (1, 60, 1 << 40):
-        monkeypatch.setattr(gradient_aligner, "_BATCH_ELEMENTS", elements)
-        model = Model(torch.float32)
-        aligner = gf.GradientAligner(model, groups="all")
-        collect_all(aligner, model)
-        aligner.align(max_norm=0.1)
-        results.append([parameter.grad for parameter in trained(model)])
-    assert_gradients(model, results[0], rtol=0, atol=0)
-    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+    optimizer = gf.AlignedAdamW(model.parameters(), aligner=gf.GradientAligner(model), max_norm=max_norm)
+    optimizer.aligner.finish(scaler_used=scaler)  # whether a GradScaler is expected to look at .grad
+    optimizer.aligner.backward(*model(batch(dtype=torch.float32)))
+    optimizer.step()
+    # Nine parameters are reached and five of them shared, whose matrices say enough without clipping and without a GradScaler.
+    assert sum(sizes) == (9 if max_norm or scaler else 5)
 
 
 def test_flat_gradients_are_neighbours_in_one_buffer():
@@ -381,24 +362,6 @@ def test_flat_gradients_are_neighbours_in_one_buffer():
     sizes = [8 * parameter.numel() for parameter in (*trained(model)[:4], model.unused, *trained(model)[4:8])]  # without a group: last
     starts = [sum(sizes[:t]) for t in range(9)]
     assert [pointer - pointers[0][0] for pointer in pointers[0]] == [*starts[:4], *starts[5:]]
-
-
-def test_flat_runs_end_where_a_loss_does_not_reach(monkeypatch):
-    parameters = [nn.Parameter(torch.full((size,), float(size))) for size in (3, 2, 4, 1)]
-    aligner = gf.GradientAligner(parameters, flat=True)
-    gradients = [[torch.full_like(p, 1.0 + t) for t, p in enumerate(parameters)], [torch.full_like(p, -2.0) for p in parameters]]
-    gradients[1][1] = None
-    expected, _ = gf.align_gradients(*gradients)
-    numbers = []
-    combine = gradient_aligner.combine_operator
-    monkeypatch.setattr(gradient_aligner, "combine_operator", lambda *arguments: (numbers.append(len(arguments[2])), combine(*arguments)))
-    for name, side in zip(aligner.names, gradients, strict=True):
-        with aligner.collect(name):
-            for parameter, gradient in zip(parameters, side, strict=True):
-                parameter.grad = gradient
-    aligner.align()
-    assert numbers == [3]  # a run before the one-sided tensor, itself, and a run behind it
-    torch.testing.assert_close([parameter.grad for parameter in parameters], expected)
 
 
 def test_flat_gram_matrices_follow_every_micro_batch():
@@ -545,8 +508,7 @@ def compiled_like(model, compiled):
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_activation_checkpointing(use_reentrant, monkeypatch):
-    monkeypatch.setattr(gradient_aligner, "_BATCH_ELEMENTS", 1)
+def test_activation_checkpointing(use_reentrant):
     model = Model()
 
     def forward(x):
@@ -688,8 +650,8 @@ def test_losses_that_reach_nothing():
     for name in NAMES:
         with aligner.collect(name):
             pass
-    assert aligner.align(max_norm=1.0).total_norm.item() == 0
-    assert all(parameter.grad is None for parameter in trained(model))
+    with pytest.raises(RuntimeError, match=r"no loss reached any of the aligner's 11 parameters.*load_state_dict\(assign=True\)"):
+        aligner.align()
 
 
 # What goes wrong
@@ -867,11 +829,8 @@ def aligner_of(params=None, **options):
         (lambda: aligner_of(names=("a", "a")), ValueError, "names must be 2 to 8 different ones"),
         (lambda: aligner_of(names="ab"), TypeError, "names must be a sequence of strings, got 'ab'"),
         (lambda: aligner_of(names=2), TypeError, "names must be a sequence of strings, got 2"),
-        (
-            lambda: aligner_of(names=("a", "b", "c")),
-            ValueError,
-            r"weights must be 3 finite numbers, got \(0.7, 0.3\); give one for each loss, the default is for two",
-        ),
+        (lambda: aligner_of(names=("a", "b", "c")), ValueError, "'genrep' takes 2 losses, got 3"),
+        (lambda: aligner_of(names=("a", "b", "c"), rule="config", weights=(1, 1)), ValueError, "weights must be 3 finite numbers"),
         (lambda: aligner_of(weights=(1.0,)), ValueError, "weights must be 2 finite numbers"),
         (lambda: aligner_of(power=-1.0), ValueError, "power must be finite and not negative, got -1.0"),
         (lambda: aligner_of(rule="genrap"), ValueError, "rule must be one of genrep, .* got 'genrap'"),

@@ -192,7 +192,7 @@ def test_found_inf_decides_whether_anything_changes(dtype, shape):
         ({"emas": [torch.ones(2)]}, ValueError, r"emas\[0\] must have shape \(3,\), got \(2,\)"),
         ({"steps": [torch.ones(1)]}, ValueError, r"steps\[0\] must have shape \(\), got \(1,\)"),
         ({"steps": [1]}, TypeError, r"steps\[0\] must be a tensor, got int"),
-        ({"lr": torch.ones(2)}, ValueError, r"lr must have shape \(\), got \(2,\)"),
+        ({"lr": torch.ones(2)}, ValueError, r"lr must have one element, got shape \(2,\)"),
         ({"lr": torch.ones((), device="meta")}, ValueError, r"lr must be on cpu or on the CPU, got meta"),
         ({"lr": -0.1}, ValueError, r"lr must be finite and not negative, got -0.1"),
         ({"lr": math.nan}, ValueError, r"lr must be finite and not negative, got nan"),

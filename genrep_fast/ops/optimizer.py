@@ -102,8 +102,8 @@ def adamw_step(
             [layout.groups[t] for t in reached],
             weights,
             [steps[t] for t in reached],
-            lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64),
-            *betas,
+            lr.reshape(()) if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64),
+            *map(float, betas),
             eps,
             weight_decay,
             ema_decay,
@@ -112,9 +112,11 @@ def adamw_step(
 
 
 def check_learning_rate(lr: float | Tensor, device: torch.device) -> None:
-    """Check that `lr` is a finite number, not negative, or a tensor without axes on `device` or the CPU; its value where it is at hand."""
+    """Check that `lr` is a finite number, not negative, or a tensor of one element on `device` or the CPU; its value where it is at hand."""
     if isinstance(lr, Tensor):
-        _check_scalar(lr, "lr", device)
+        if lr.numel() != 1:
+            raise ValueError(f"lr must have one element, got shape {tuple(lr.shape)}")
+        _check_scalar(lr.reshape(()), "lr", device)
         if type(lr) is not Tensor or lr.device.type != "cpu" or torch.compiler.is_compiling():
             return
         lr = lr.item()
@@ -123,12 +125,19 @@ def check_learning_rate(lr: float | Tensor, device: torch.device) -> None:
 
 def check_hyperparameters(betas: tuple[float, float], eps: float, weight_decay: float) -> None:
     """Check AdamW's hyperparameters but the learning rate."""
-    if not isinstance(betas, Sequence) or not all(isinstance(beta, numbers.Real) for beta in betas):
+    if not isinstance(betas, Sequence) or not all(map(_is_number, betas)):
         raise TypeError(f"betas must be two numbers, got {betas!r}")
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
     check_not_negative(eps, "eps")
     check_not_negative(weight_decay, "weight_decay")
+
+
+def _is_number(value: object) -> bool:
+    """Whether `value` is a number, or a tensor of one element on the CPU, whose value nobody waits for."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and value.device.type == "cpu"
+    return isinstance(value, numbers.Real)
 
 
 def check_ema_decay(ema_decay: float) -> float:

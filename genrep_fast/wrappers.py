@@ -1,0 +1,78 @@
+"""What stands between a user's module and its parameters: torch.compile, data parallelism, averages, sharding."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+_COMPILED = "_orig_mod"  # where torch.compile keeps the module
+_FORWARD = "_forward_module"  # where Lightning Fabric does
+_HOLDERS = (DistributedDataParallel, DataParallel, AveragedModel)
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside of torch.compile, DistributedDataParallel, DataParallel, AveragedModel and Fabric's wrapper."""
+    while True:
+        inner = _inside(module)
+        if inner is None:
+            return module
+        module = inner
+
+
+def averaged_module(module: nn.Module) -> nn.Module:
+    """As `unwrapped`, and inside of any module that holds nothing but one called ``module``, as timm's averages do."""
+    while True:
+        module = unwrapped(module)
+        if list(module._modules) != ["module"] or module._parameters:
+            return module
+        module = module.module
+
+
+def plain_name(name: str) -> str:
+    """`name` without what torch.compile puts into it."""
+    return ".".join(part for part in name.split(".") if part != _COMPILED)
+
+
+def plain_names(names: Sequence[str]) -> list[str]:
+    """`plain_name` of all, and without the ``module.`` that data-parallel wrappers put before every one of them."""
+    names = [plain_name(name) for name in names]
+    while names and all(name.startswith("module.") for name in names):
+        names = [name.removeprefix("module.") for name in names]
+    return names
+
+
+def is_flat_shard(parameter: Tensor) -> bool:
+    """Whether FSDP1 keeps `parameter` as a shard of a flat one, or as its flat one."""
+    return hasattr(parameter, "_fsdp_flattened") or hasattr(parameter, "_is_flat_param")
+
+
+def is_data_parallel(parameters: Iterable[Tensor]) -> bool:
+    """Whether a DistributedDataParallel holds one of `parameters`; looks at every object that Python knows."""
+    wanted = {id(parameter) for parameter in parameters}
+    for candidate in gc.get_objects():
+        # The type, since isinstance may run the code of an object that pretends to be another one.
+        if issubclass(type(candidate), DistributedDataParallel):
+            if any(id(parameter) in wanted for parameter in candidate.parameters()):
+                return True
+    return False
+
+
+def world_size() -> int | None:
+    """Number of processes, None where torch.distributed has not been initialised."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return None
+    return torch.distributed.get_world_size()
+
+
+def _inside(module: nn.Module) -> nn.Module | None:
+    for name in (_COMPILED, _FORWARD):
+        if name in module._modules:
+            return module._modules[name]
+    if isinstance(module, _HOLDERS):
+        return module.module
+    return None
