@@ -232,7 +232,7 @@ class GradientAligner:
             with self._block(name):
                 yield
         finally:
-            self._leave()
+            self._leave(latest=self.names.index(name))
 
     @torch.no_grad()
     def align(self, max_norm: float | None = None) -> AlignerStats:
@@ -461,10 +461,10 @@ class GradientAligner:
             parameter.grad = None
 
     @torch.no_grad()
-    def _leave(self) -> None:
+    def _leave(self, latest: int = 0) -> None:
         """Leave in ``.grad`` what shows whether somebody drops or changes what was collected.
 
-        That is a gradient of each parameter, or, once an optimizer has all that it needs, one of them alone: a copy that is NaN where any
+        That is a gradient of each parameter, of the loss `latest` where it has one, or, once an optimizer has all that it needs, one of them alone: a copy that is NaN where any
         gradient is not finite. GradScaler looks for such values in ``.grad`` alone, insists on finding one there, and writes to it.
         """
         if self._broken:
@@ -474,7 +474,7 @@ class GradientAligner:
             self._clear_gradients()
             self._leave_marker()
             return
-        shown: list[Tensor | None] = [None] * len(self.parameters)
+        shown = self._gradients[latest]
         for gradients in self._gradients:
             shown = [gradient if before is None else before for gradient, before in zip(gradients, shown, strict=True)]
         indices = [index for index, gradient in enumerate(shown) if gradient is not None]
@@ -524,8 +524,8 @@ class GradientAligner:
         missing = [name for name, passes in zip(self.names, self._passes, strict=True) if not passes]
         if missing and self._dropped:
             raise RuntimeError(
-                f"no gradients of {', '.join(missing)} to align: zero_grad, or whoever else emptied .grad, dropped them after they had been "
-                f"collected"
+                f"no gradients of {', '.join(missing)} to align: they were dropped after they had been collected, by zero_grad or whatever "
+                f"else emptied .grad"
             )
         if missing:
             raise RuntimeError(f"no gradients of {', '.join(missing)} to align: run its backward pass inside `with aligner.collect(name):`")
@@ -534,8 +534,8 @@ class GradientAligner:
         for name, parameter in () if self.module is None else self.module.named_parameters():
             if parameter.grad is not None and id(parameter) not in self._known:
                 raise RuntimeError(
-                    f"a loss reached {plain_name(name)}, which is not among the aligner's parameters: it joined the module, or was replaced "
-                    f"(as by load_state_dict(assign=True)), after the aligner was made. Make a new aligner and a new optimizer"
+                    f"a loss reached {plain_name(name)}, which is not among the aligner's parameters: it joined the module or was "
+                    f"replaced (as by load_state_dict(assign=True)) after the aligner was made. Make a new aligner and a new optimizer"
                 )
         if not layout.indices:
             raise RuntimeError(

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from .ops.alignment import gram_operator
 
-
 _WATCHED_ELEMENTS = 4096
 
 

@@ -56,9 +56,10 @@ def is_data_parallel(parameters: Iterable[Tensor]) -> bool:
     wanted = {id(parameter) for parameter in parameters}
     for candidate in gc.get_objects():
         # The type, since isinstance may run the code of an object that pretends to be another one.
-        if issubclass(type(candidate), DistributedDataParallel):
-            if any(id(parameter) in wanted for parameter in candidate.parameters()):
-                return True
+        if not issubclass(type(candidate), DistributedDataParallel):
+            continue
+        if any(id(parameter) in wanted for parameter in candidate.parameters()):
+            return True
     return False
 
 
