@@ -228,7 +228,9 @@ def test_a_drop_of_a_part_is_refused(set_to_none):
     collect(aligner, net, names=["perception"])
     torch.optim.SGD(net.trunk.parameters(), 0.1).zero_grad(set_to_none=set_to_none)
     for call in (lambda: collect(aligner, net), lambda: aligner.backward(*net(batch()))):
-        with pytest.raises(RuntimeError, match=r"a \.grad was written to, replaced or set to None .* start the step over with zero_grad\(\)"):
+        with pytest.raises(
+            RuntimeError, match=r"a \.grad was written to, replaced or set to None .* start the step over with zero_grad\(\)"
+        ):
             call()
     aligner.zero_grad()
     aligner.backward(*net(batch()))

@@ -100,9 +100,7 @@ def batch(seed=0, dtype=torch.float32):
 def expected_gradients(net, x, rule="genrep", weights=None, groups="all"):
     """With `torch.autograd.grad`, which says None; by the definition of GenRep, else with the rule's weights of the trunk alone."""
     parameters = list(net.parameters())
-    first, second = (
-        torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True) for loss in losses_of(net(x), x)
-    )
+    first, second = (torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True) for loss in losses_of(net(x), x))
     weights = weights or (WEIGHTS if rule == "genrep" else (1.0, 1.0))
     shared = [t for t in range(len(parameters)) if first[t] is not None and second[t] is not None]
     rows = {}
