@@ -34,7 +34,7 @@ from .ops.alignment import (
     tensor_coefficients_operator,
 )
 from .rules import resolve_rule
-from .wrappers import is_data_parallel, is_flat_shard, plain_name, plain_names, unwrapped, world_size
+from .wrappers import is_data_parallel, is_flat_shard, is_sharded, plain_name, plain_names, unwrapped, world_size
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class GradientAligner:
     Raises:
         TypeError: for an argument of a wrong type, or a parameter of a wrong dtype.
         ValueError: for a wrong value, and where `groups` needs names that parameters do not have.
-        RuntimeError: for parameters that FSDP1 has flattened.
+        RuntimeError: for parameters that FSDP has flattened or sharded.
     """
 
     def __init__(
@@ -372,7 +372,7 @@ class GradientAligner:
             )
         if world_size() is not None:
             for parameter in self.parameters:
-                _check_not_flattened(parameter)
+                _check_not_sharded(parameter)
 
     def _take_all(self) -> None:
         """Take every ``.grad`` over as, or into, the gradient of the loss that is being collected."""
@@ -464,8 +464,9 @@ class GradientAligner:
     def _leave(self, latest: int = 0) -> None:
         """Leave in ``.grad`` what shows whether somebody drops or changes what was collected.
 
-        That is a gradient of each parameter, of the loss `latest` where it has one, or, once an optimizer has all that it needs, one of them alone: a copy that is NaN where any
-        gradient is not finite. GradScaler looks for such values in ``.grad`` alone, insists on finding one there, and writes to it.
+        That is a gradient of each parameter, of the loss `latest` where it has one. Once an optimizer has all that it needs it is one of
+        them alone, with a NaN where any gradient is not finite: GradScaler looks for such values in ``.grad`` alone, insists on finding
+        one there, and writes to it.
         """
         if self._broken:
             return
@@ -678,12 +679,14 @@ def _default_weights(is_genrep: bool, n: int) -> tuple[float, ...]:
     return (0.7, 0.3) if is_genrep and n == 2 else (1.0,) * n
 
 
-def _check_not_flattened(parameter: Tensor) -> None:
+def _check_not_sharded(parameter: Tensor) -> None:
     if is_flat_shard(parameter):
         raise RuntimeError(
             "params are flat shards of FullyShardedDataParallel (FSDP1), of which every process would align its own: use "
             "DistributedDataParallel, or one process"
         )
+    if is_sharded(parameter):
+        raise RuntimeError("params are sharded tensors (DTensor, as FSDP2 makes them), which cannot be aligned yet: use one process, or DDP")
 
 
 def _check_names(names: Sequence[str]) -> tuple[str, ...]:
@@ -706,7 +709,7 @@ def _named_parameters(params: torch.nn.Module | Iterable) -> tuple[list[Tensor],
         called = name or f"params[{position}]"
         if not isinstance(parameter, Tensor):
             raise TypeError(f"{called} must be a parameter, got {type(parameter).__name__}")
-        _check_not_flattened(parameter)
+        _check_not_sharded(parameter)
         if not parameter.is_leaf:
             raise ValueError(f"{called} must be a leaf tensor, got the result of an operation")
         if parameter.device != named[0][1].device:

@@ -51,6 +51,11 @@ def is_flat_shard(parameter: Tensor) -> bool:
     return hasattr(parameter, "_fsdp_flattened") or hasattr(parameter, "_is_flat_param")
 
 
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether `parameter` is a DTensor, as FSDP2 and tensor parallelism make them."""
+    return hasattr(parameter, "device_mesh") and hasattr(parameter, "placements")
+
+
 def is_data_parallel(parameters: Iterable[Tensor]) -> bool:
     """Whether a DistributedDataParallel holds one of `parameters`; looks at every object that Python knows."""
     wanted = {id(parameter) for parameter in parameters}

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
@@ -126,6 +127,13 @@ def test_the_message_for_two_processes_names_what_helps(monkeypatch):
     with pytest.raises(RuntimeError, match=r"2 processes are .* optimizer\.step\(\).*find_unused_parameters=True.*sync_each_batch=True"):
         aligner.backward(*net(torch.ones(2, 6)))
     assert not optimizer.state
+
+
+def test_sharded_parameters_of_fsdp2_are_refused():
+    with one_process():
+        net = fully_shard(Net(), mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(RuntimeError, match="params are sharded tensors"):
+            gf.GradientAligner(net)
 
 
 @pytest.mark.parametrize("use_orig_params", [False, True])
