@@ -686,7 +686,7 @@ def _check_not_sharded(parameter: Tensor) -> None:
             "DistributedDataParallel, or one process"
         )
     if is_sharded(parameter):
-        raise RuntimeError("params are sharded tensors (DTensor, as FSDP2 makes them), which cannot be aligned yet: use one process, or DDP")
+        raise RuntimeError("params are sharded tensors (DTensor, as FSDP2 makes them), which it cannot align yet: use one process, or DDP")
 
 
 def _check_names(names: Sequence[str]) -> tuple[str, ...]:
