@@ -1,0 +1,371 @@
+"""Whether tensors share memory, for operators that write: an output may be exactly an input, or has memory of its own.
+
+A strided tensor of w-byte elements occupies the bytes start + sum_k i_k s_k, 0 <= i_k < n_k, where the run inside an element
+counts as one more axis (w, 1). Two tensors overlap where two such sums are equal, a bounded linear Diophantine equation: in
+general NP-complete, but a few steps for the views that programs make (slices, columns, channels, transposes). What a bounded
+search does not decide counts as no overlap, as in torch (c10/core/MemoryOverlap) and in ``numpy.may_share_memory``.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import math
+import operator
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Tensors = Tensor | Sequence[Tensor | None] | Mapping[str, Tensor | None]
+
+# Of other classes (fake, functional, distributed tensors) the memory is not known or not the tensor's own.
+_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+
+_STEPS_OF_A_PAIR = 1 << 12
+_STEPS_OF_A_CALL = 1 << 16  # some 0.1 s
+
+
+def overlaps(first: Tensor, second: Tensor) -> bool | None:
+    """Whether two strided tensors share a byte; None where a bounded search does not tell, or their memory is not known."""
+    if type(first) not in _PLAIN_TENSORS or type(second) not in _PLAIN_TENSORS:
+        return None
+    if first.numel() == 0 or second.numel() == 0:
+        return False
+    spans = [_span(0, 0, first), _span(0, 1, second)]
+    if spans[0].space != spans[1].space:
+        return False
+    return _spans_overlap(*spans, _Work(_STEPS_OF_A_PAIR))
+
+
+def overlaps_itself(tensor: Tensor) -> bool | None:
+    """Whether two elements of a strided tensor share memory; None where a bounded search does not tell."""
+    pairs = zip(tensor.stride(), tensor.shape, strict=True)
+    axes = sorted((stride, size) for stride, size in pairs if size != 1)
+    if tensor.numel() == 0 or not axes:
+        return False
+    if axes[0][0] == 0:
+        return True
+    work = _Work(_STEPS_OF_A_PAIR)
+    answer: bool | None = False
+    reach = 0
+    # Two index vectors with the same sum differ by a vector d with sum_k d_k s_k = 0. Let its last entry that is not zero,
+    # d_k, be positive: then sum_{j<k} (d_j + n_j - 1) s_j + (d_k - 1) s_k = sum_{j<k} (n_j - 1) s_j - s_k, without signs.
+    for position, (stride, size) in enumerate(axes):
+        if stride <= reach:
+            inner = [(inner_stride, 2 * (inner_size - 1)) for inner_stride, inner_size in axes[:position]]
+            found = _has_solution([*inner, (stride, size - 2)], reach - stride, work)
+            if found:
+                return True
+            answer = None if found is None else answer
+        reach += (size - 1) * stride
+    return answer
+
+
+def in_same_place(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors are the same elements in the same order: address, shape, strides and dtype."""
+    if first is second:
+        return True
+    if first.dtype != second.dtype or first.shape != second.shape or first.device != second.device:
+        return False
+    strides = zip(first.shape, first.stride(), second.stride(), strict=True)
+    return first.data_ptr() == second.data_ptr() and all(a == b for size, a, b in strides if size > 1)
+
+
+def check_no_overlap(
+    written: Mapping[str, Tensors],
+    read: Mapping[str, Tensors] | None = None,
+    *,
+    in_place: Collection[str] = (),
+) -> None:
+    """Check that no tensor of `written` shares memory with another one of `written` or with one of `read`.
+
+    Tensors of `read` may share memory with each other. Nothing is checked in a traced program, of tensor subclasses, and
+    between devices; tensors without elements share nothing. Costs a sort where every tensor has memory of its own.
+
+    Args:
+        written: arguments that are written to, by name: a tensor, a sequence, or a mapping, whose keys are its indices in
+            messages; None where there is no tensor.
+        read: arguments that are read, in the same form.
+        in_place: names in `read` of sequences whose tensor t may also be exactly (`in_same_place`) tensor t of `written`.
+
+    Raises:
+        ValueError: for an overlap, naming both tensors.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return
+    outputs = [_Argument(name, *_listed(tensors), True, False) for name, tensors in written.items()]
+    inputs = [_Argument(name, *_listed(tensors), False, name in in_place) for name, tensors in (read or {}).items()]
+    for argument in inputs:
+        if argument.in_place:
+            argument.tensors = _without_outputs(argument.tensors, outputs)
+    arguments = outputs + inputs
+    if not _are_disjoint([tensor for argument in arguments for tensor in argument.tensors if type(tensor) in _PLAIN_TENSORS]):
+        _check_pairs(arguments)
+
+
+@dataclass
+class _Argument:
+    name: str
+    tensors: Sequence[Tensor | None]
+    keys: Sequence[int | str | None]
+    written: bool
+    in_place: bool
+
+    def label(self, index: int) -> str:
+        key = self.keys[index]
+        return self.name if key is None else f"{self.name}[{key}]"
+
+
+class _Span(NamedTuple):
+    """The memory of a tensor."""
+
+    argument: int
+    index: int
+    tensor: Tensor
+    space: tuple  # what addresses count in
+    start: int  # first byte
+    end: int
+    axes: list[tuple[int, int]]  # strides in bytes and sizes, the largest stride first; the last is a run of bytes
+
+
+@dataclass
+class _Work:
+    """Steps that are left to a search."""
+
+    left: int
+
+
+def _listed(tensors: Tensors) -> tuple[Sequence[Tensor | None], Sequence[int | str | None]]:
+    if isinstance(tensors, Tensor):
+        return [tensors], [None]
+    if isinstance(tensors, Mapping):
+        return list(tensors.values()), list(tensors)
+    return tensors, range(len(tensors))
+
+
+def _without_outputs(tensors: Sequence[Tensor | None], outputs: list[_Argument]) -> Sequence[Tensor | None]:
+    """`tensors` without those that are the same object as an output of their index, which stands for both."""
+    for output in outputs:
+        pairs = zip(tensors, output.tensors, strict=True)
+        tensors = [None if tensor is result else tensor for tensor, result in pairs]
+    return tensors
+
+
+def _are_disjoint(tensors: list[Tensor]) -> bool:
+    """Whether the ranges of addresses from the tensors' first bytes to their last ones are disjoint."""
+    starts = list(map(Tensor.data_ptr, tensors))
+    contiguous = all(map(Tensor.is_contiguous, tensors))
+    lengths = map(operator.attrgetter("nbytes") if contiguous else _length, tensors)
+    ends = sorted(map(operator.add, starts, lengths))
+    starts.sort()
+    # At each start all ranges but one must have ended that have started by then; no matter which end belongs to which start.
+    return all(map(operator.le, ends, starts[1:]))
+
+
+def _length(tensor: Tensor) -> int:
+    """Bytes from the first to the last one of `tensor`."""
+    if tensor.numel() == 0:
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
+
+
+def _check_pairs(arguments: list[_Argument]) -> None:
+    spaces: dict[tuple, list[_Span]] = {}
+    for number, argument in enumerate(arguments):
+        for index, tensor in enumerate(argument.tensors):
+            if type(tensor) in _PLAIN_TENSORS and tensor.numel() > 0:
+                span = _span(number, index, tensor)
+                spaces.setdefault(span.space, []).append(span)
+    work = _Work(_STEPS_OF_A_CALL)
+    for spans in spaces.values():
+        for cluster in _clusters(spans, arguments):
+            outputs = [span for span in cluster if arguments[span.argument].written]
+            inputs = [span for span in cluster if not arguments[span.argument].written]
+            for output, other in itertools.chain(itertools.combinations(outputs, 2), itertools.product(outputs, inputs)):
+                _check_pair(output, other, arguments, work)
+
+
+def _check_pair(output: _Span, other: _Span, arguments: list[_Argument], work: _Work) -> None:
+    may_be_same = arguments[other.argument].in_place and output.index == other.index
+    if may_be_same and in_same_place(output.tensor, other.tensor):
+        return
+    if not _spans_overlap(output, other, work):
+        return
+    name = arguments[output.argument].label(output.index)
+    other_name = arguments[other.argument].label(other.index)
+    if may_be_same:
+        rule = f"unless it is exactly {other_name}, in the same place with the same strides and dtype, it must share no memory with it"
+    else:
+        rule = "what is written must share no memory with it"
+    raise ValueError(f"{name} overlaps {other_name}: {rule}")
+
+
+def _span(argument: int, index: int, tensor: Tensor) -> _Span:
+    # Tensors of one storage have addresses in common, and so have storages that were made from the same foreign memory.
+    space = (tensor.device, tensor.untyped_storage()._cdata) if tensor.is_meta else (tensor.device,)
+    start = tensor.data_ptr()
+    return _Span(argument, index, tensor, space, start, start + _length(tensor), _byte_axes(tensor))
+
+
+def _byte_axes(tensor: Tensor) -> list[tuple[int, int]]:
+    """Strides in bytes and sizes, as few as give the same addresses, the largest stride first; the last is a run of bytes."""
+    width = tensor.element_size()
+    pairs = zip(tensor.stride(), tensor.shape, strict=True)
+    axes = [(1, width)]
+    for stride, size in sorted((width * stride, size) for stride, size in pairs if size > 1 and stride > 0):
+        inner_stride, inner_size = axes[-1]
+        # Steps that lead no further than the inner axis' end: together they are one longer axis.
+        if stride % inner_stride == 0 and stride <= inner_size * inner_stride:
+            axes[-1] = (inner_stride, (size - 1) * (stride // inner_stride) + inner_size)
+        else:
+            axes.append((stride, size))
+    return axes[::-1]
+
+
+def _spans_overlap(first: _Span, second: _Span, work: _Work) -> bool | None:
+    """Whether two spans of one space share a byte."""
+    if first.start >= second.end or second.start >= first.end:
+        return False
+    offset = second.start - first.start
+    # Count in the largest unit that both tensors are made of, in general their elements.
+    unit = math.gcd(
+        offset,
+        first.axes[-1][1],
+        second.axes[-1][1],
+        *(stride for stride, _ in first.axes[:-1] + second.axes[:-1]),
+    )
+    # sum i_k s_k - sum j_k t_k = offset; with m_k - 1 - j_k instead of j_k all signs are the same.
+    terms = [(stride // unit, size - 1) for stride, size in first.axes[:-1] + second.axes[:-1]]
+    runs = [first.axes[-1][1] // unit - 1, second.axes[-1][1] // unit - 1]
+    target = offset // unit + sum((size - 1) * (stride // unit) for stride, size in second.axes[:-1]) + runs[1]
+    return _has_solution([*terms, (1, sum(runs))], target, work)
+
+
+def _has_solution(terms: list[tuple[int, int]], target: int, work: _Work) -> bool | None:
+    """Whether sum_k c_k x_k = target for integers 0 <= x_k <= bound_k; `terms` are pairs (c_k > 0, bound_k)."""
+    bounds: dict[int, int] = {}
+    for coefficient, bound in terms:
+        if bound > 0:
+            bounds[coefficient] = bounds.get(coefficient, 0) + bound
+    if not 0 <= target <= sum(coefficient * bound for coefficient, bound in bounds.items()):
+        return False
+    # Nested strides are decided from the largest one on; where many steps of one fit into another's, few values go first.
+    answer = _search(sorted(bounds.items(), reverse=True), target, work)
+    if answer is None:
+        answer = _search(sorted(bounds.items(), key=operator.itemgetter(1)), target, work)
+    return answer
+
+
+class _Suffix(NamedTuple):
+    """The values of the terms from some position on: multiples of `divisor` up to `reach`, all of them where `complete`."""
+
+    divisor: int
+    reach: int
+    complete: bool
+
+
+def _suffix(terms: list[tuple[int, int]]) -> _Suffix:
+    divisor, reach, complete = 0, 0, True
+    for coefficient, bound in sorted(terms):
+        if divisor > 0:
+            complete = complete and coefficient % divisor == 0 and coefficient <= reach + divisor
+        divisor = math.gcd(divisor, coefficient)
+        reach += coefficient * bound
+    return _Suffix(divisor, reach, complete)
+
+
+def _search(terms: list[tuple[int, int]], target: int, work: _Work) -> bool | None:
+    if work.left == 0:
+        return None
+    suffixes = [_suffix(terms[position:]) for position in range(len(terms) + 1)]
+    limit = max(work.left - _STEPS_OF_A_PAIR, 0)
+    # What is left of the target for the terms from a position on.
+    open_cases: list[Iterator[tuple[int, int]]] = [iter([(0, target)])]
+    while open_cases:
+        case = next(open_cases[-1], None)
+        if case is None:
+            open_cases.pop()
+            continue
+        if work.left <= limit:
+            return None
+        work.left -= 1
+        position, rest = case
+        suffix = suffixes[position]
+        if not 0 <= rest <= suffix.reach or rest % (suffix.divisor or 1) != 0:
+            continue
+        if suffix.complete:
+            return True
+        values = _values(*terms[position], rest, suffixes[position + 1])
+        if suffixes[position + 1].complete:
+            if values:
+                return True
+            continue
+        open_cases.append(_cases(position + 1, rest, terms[position][0], values))
+    return False
+
+
+def _cases(position: int, rest: int, coefficient: int, values: range) -> Iterator[tuple[int, int]]:
+    for value in values:
+        yield position, rest - coefficient * value
+
+
+def _values(coefficient: int, bound: int, rest: int, others: _Suffix) -> range:
+    """The values x of a term that leave ``rest - coefficient x`` to `others`: in their reach, and a multiple of their divisor."""
+    first = max(0, -((others.reach - rest) // coefficient))
+    last = min(bound, rest // coefficient)
+    common = math.gcd(coefficient, others.divisor)
+    step = others.divisor // common
+    residue = rest // common * pow(coefficient // common, -1, step)
+    return range(first + (residue - first) % step, last + 1, step)
+
+
+def _clusters(spans: list[_Span], arguments: list[_Argument]) -> Iterator[list[_Span]]:
+    """Parts of `spans` between which nothing overlaps, those that have to be looked at pair by pair; a filter without pairs."""
+    depth = max((len(span.axes) for span in spans), default=0)
+    parts = [spans]
+    for level in range(depth):
+        parts = [part for cluster in parts for part in _apart(cluster, level) if _needs_pairs(part, arguments)]
+    for part in parts:
+        yield sorted(part, key=lambda span: (span.argument, span.index))
+
+
+def _needs_pairs(spans: list[_Span], arguments: list[_Argument]) -> bool:
+    return len(spans) > 1 and any(arguments[span.argument].written for span in spans)
+
+
+def _apart(spans: list[_Span], level: int) -> list[list[_Span]]:
+    """Parts of `spans` that no window joins: the addresses, modulo the common divisor of everyone's `level` outermost strides.
+
+    Modulo it a tensor occupies but the window of its inner axes. Level 0 has no modulus: windows are the tensors' ranges.
+    """
+    modulus = math.gcd(*(stride for span in spans for stride, _ in span.axes[:-1][:level]))
+    if level > 0 and modulus == 0:
+        return [spans]
+    windows = []
+    for span in spans:
+        inner = span.axes[min(level, len(span.axes) - 1) :]
+        length = sum((size - 1) * stride for stride, size in inner) + 1
+        first = span.start % modulus if modulus > 0 else span.start
+        if 0 < modulus <= length:
+            return [spans]
+        windows.append((first, first + length, span))
+    windows.sort(key=operator.itemgetter(0))
+    parts: list[list[_Span]] = []
+    starts: list[int] = []
+    end = -1
+    for first, window_end, span in windows:
+        if first >= end:
+            parts.append([])
+            starts.append(first)
+        parts[-1].append(span)
+        end = max(end, window_end)
+    if modulus == 0:
+        return parts
+    # What of the last windows goes past the modulus goes on from 0.
+    joined = bisect.bisect_left(starts[:-1], end - modulus)
+    parts[-1] += itertools.chain.from_iterable(parts[:joined])
+    return parts[joined:]
