@@ -9,12 +9,13 @@ search does not decide counts as no overlap, as in torch (c10/core/MemoryOverlap
 from __future__ import annotations
 
 import bisect
+import functools
 import itertools
 import math
 import operator
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from torch import Tensor
 Tensors = Tensor | Sequence[Tensor | None] | Mapping[str, Tensor | None]
 
 # Of other classes (fake, functional, distributed tensors) the memory is not known or not the tensor's own.
-_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+_PLAIN_TENSORS = {Tensor, torch.nn.Parameter}
 
 _STEPS_OF_A_PAIR = 1 << 12
 _STEPS_OF_A_CALL = 1 << 16  # some 0.1 s
@@ -68,10 +69,14 @@ def in_same_place(first: Tensor, second: Tensor) -> bool:
     """Whether two tensors are the same elements in the same order: address, shape, strides and dtype."""
     if first is second:
         return True
-    if first.dtype != second.dtype or first.shape != second.shape or first.device != second.device:
+    if type(first) not in _PLAIN_TENSORS or type(second) not in _PLAIN_TENSORS:
+        return False
+    if first.data_ptr() != second.data_ptr() or first.dtype != second.dtype:
+        return False
+    if first.shape != second.shape or _space(first) != _space(second):
         return False
     strides = zip(first.shape, first.stride(), second.stride(), strict=True)
-    return first.data_ptr() == second.data_ptr() and all(a == b for size, a, b in strides if size > 1)
+    return all(a == b for size, a, b in strides if size > 1)
 
 
 def check_no_overlap(
@@ -98,11 +103,14 @@ def check_no_overlap(
         return
     outputs = [_Argument(name, *_listed(tensors), True, False) for name, tensors in written.items()]
     inputs = [_Argument(name, *_listed(tensors), False, name in in_place) for name, tensors in (read or {}).items()]
-    for argument in inputs:
-        if argument.in_place:
-            argument.tensors = _without_outputs(argument.tensors, outputs)
     arguments = outputs + inputs
-    if not _are_disjoint([tensor for argument in arguments for tensor in argument.tensors if type(tensor) in _PLAIN_TENSORS]):
+    inputs_in_place = [argument for argument in inputs if argument.in_place]
+    for argument in inputs_in_place:
+        argument.leave_out(outputs, operator.is_)
+    if _are_disjoint(arguments):
+        return
+    left_out = [argument.leave_out(outputs, in_same_place) for argument in inputs_in_place]
+    if not any(left_out) or not _are_disjoint(arguments):
         _check_pairs(arguments)
 
 
@@ -117,6 +125,17 @@ class _Argument:
     def label(self, index: int) -> str:
         key = self.keys[index]
         return self.name if key is None else f"{self.name}[{key}]"
+
+    def leave_out(self, outputs: list[_Argument], are_same: Callable[[Any, Any], bool]) -> bool:
+        """Forget tensors that are the same as an output of their index, which stands for both; whether there are any."""
+        any_same = False
+        for output in outputs:
+            same = list(map(are_same, self.tensors, output.tensors))
+            if any(same):
+                any_same = True
+                pairs = zip(self.tensors, same, strict=True)
+                self.tensors = [None if is_output else tensor for tensor, is_output in pairs]
+        return any_same
 
 
 class _Span(NamedTuple):
@@ -146,16 +165,11 @@ def _listed(tensors: Tensors) -> tuple[Sequence[Tensor | None], Sequence[int | s
     return tensors, range(len(tensors))
 
 
-def _without_outputs(tensors: Sequence[Tensor | None], outputs: list[_Argument]) -> Sequence[Tensor | None]:
-    """`tensors` without those that are the same object as an output of their index, which stands for both."""
-    for output in outputs:
-        pairs = zip(tensors, output.tensors, strict=True)
-        tensors = [None if tensor is result else tensor for tensor, result in pairs]
-    return tensors
-
-
-def _are_disjoint(tensors: list[Tensor]) -> bool:
+def _are_disjoint(arguments: list[_Argument]) -> bool:
     """Whether the ranges of addresses from the tensors' first bytes to their last ones are disjoint."""
+    tensors = list(itertools.chain.from_iterable(argument.tensors for argument in arguments))
+    if not set(map(type, tensors)) <= _PLAIN_TENSORS:
+        tensors = [tensor for tensor in tensors if type(tensor) in _PLAIN_TENSORS]
     starts = list(map(Tensor.data_ptr, tensors))
     contiguous = all(map(Tensor.is_contiguous, tensors))
     lengths = map(operator.attrgetter("nbytes") if contiguous else _length, tensors)
@@ -169,7 +183,8 @@ def _length(tensor: Tensor) -> int:
     """Bytes from the first to the last one of `tensor`."""
     if tensor.numel() == 0:
         return 0
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    strides = tensor.stride()
+    last = sum(map(operator.mul, tensor.shape, strides)) - sum(strides)
     return (last + 1) * tensor.element_size()
 
 
@@ -190,14 +205,11 @@ def _check_pairs(arguments: list[_Argument]) -> None:
 
 
 def _check_pair(output: _Span, other: _Span, arguments: list[_Argument], work: _Work) -> None:
-    may_be_same = arguments[other.argument].in_place and output.index == other.index
-    if may_be_same and in_same_place(output.tensor, other.tensor):
-        return
     if not _spans_overlap(output, other, work):
         return
     name = arguments[output.argument].label(output.index)
     other_name = arguments[other.argument].label(other.index)
-    if may_be_same:
+    if arguments[other.argument].in_place and output.index == other.index:
         rule = f"unless it is exactly {other_name}, in the same place with the same strides and dtype, it must share no memory with it"
     else:
         rule = "what is written must share no memory with it"
@@ -205,16 +217,20 @@ def _check_pair(output: _Span, other: _Span, arguments: list[_Argument], work: _
 
 
 def _span(argument: int, index: int, tensor: Tensor) -> _Span:
-    # Tensors of one storage have addresses in common, and so have storages that were made from the same foreign memory.
-    space = (tensor.device, tensor.untyped_storage()._cdata) if tensor.is_meta else (tensor.device,)
     start = tensor.data_ptr()
-    return _Span(argument, index, tensor, space, start, start + _length(tensor), _byte_axes(tensor))
+    axes = _byte_axes(tensor.shape, tensor.stride(), tensor.element_size())
+    return _Span(argument, index, tensor, _space(tensor), start, start + _length(tensor), axes)
 
 
-def _byte_axes(tensor: Tensor) -> list[tuple[int, int]]:
+def _space(tensor: Tensor) -> tuple:
+    """What the addresses of `tensor` are comparable in: a device, where two storages may have the same foreign memory, too."""
+    return (tensor.device, tensor.untyped_storage()._cdata) if tensor.is_meta else (tensor.device,)
+
+
+@functools.lru_cache(maxsize=4096)
+def _byte_axes(shape: torch.Size, strides: tuple[int, ...], width: int) -> list[tuple[int, int]]:
     """Strides in bytes and sizes, as few as give the same addresses, the largest stride first; the last is a run of bytes."""
-    width = tensor.element_size()
-    pairs = zip(tensor.stride(), tensor.shape, strict=True)
+    pairs = zip(strides, shape, strict=True)
     axes = [(1, width)]
     for stride, size in sorted((width * stride, size) for stride, size in pairs if size > 1 and stride > 0):
         inner_stride, inner_size = axes[-1]
@@ -323,14 +339,18 @@ def _values(coefficient: int, bound: int, rest: int, others: _Suffix) -> range:
     return range(first + (residue - first) % step, last + 1, step)
 
 
-def _clusters(spans: list[_Span], arguments: list[_Argument]) -> Iterator[list[_Span]]:
+def _clusters(spans: list[_Span], arguments: list[_Argument]) -> list[list[_Span]]:
     """Parts of `spans` between which nothing overlaps, those that have to be looked at pair by pair; a filter without pairs."""
     depth = max((len(span.axes) for span in spans), default=0)
     parts = [spans]
     for level in range(depth):
         parts = [part for cluster in parts for part in _apart(cluster, level) if _needs_pairs(part, arguments)]
-    for part in parts:
-        yield sorted(part, key=lambda span: (span.argument, span.index))
+    # Which overlap a message names does not depend on addresses.
+    return sorted((sorted(part, key=_order) for part in parts), key=lambda part: _order(part[0]))
+
+
+def _order(span: _Span) -> tuple[int, int]:
+    return span.argument, span.index
 
 
 def _needs_pairs(spans: list[_Span], arguments: list[_Argument]) -> bool:
@@ -342,17 +362,15 @@ def _apart(spans: list[_Span], level: int) -> list[list[_Span]]:
 
     Modulo it a tensor occupies but the window of its inner axes. Level 0 has no modulus: windows are the tensors' ranges.
     """
-    modulus = math.gcd(*(stride for span in spans for stride, _ in span.axes[:-1][:level]))
-    if level > 0 and modulus == 0:
+    layouts = {id(span.axes): span.axes for span in spans}  # few, as `_byte_axes` gives equal layouts the same list
+    modulus = math.gcd(*(stride for axes in layouts.values() for stride, _ in axes[:-1][:level]))
+    lengths = {key: _window(axes, level) for key, axes in layouts.items()}
+    if level > 0 and modulus <= max(lengths.values()):
         return [spans]
     windows = []
     for span in spans:
-        inner = span.axes[min(level, len(span.axes) - 1) :]
-        length = sum((size - 1) * stride for stride, size in inner) + 1
         first = span.start % modulus if modulus > 0 else span.start
-        if 0 < modulus <= length:
-            return [spans]
-        windows.append((first, first + length, span))
+        windows.append((first, first + lengths[id(span.axes)], span))
     windows.sort(key=operator.itemgetter(0))
     parts: list[list[_Span]] = []
     starts: list[int] = []
@@ -369,3 +387,9 @@ def _apart(spans: list[_Span], level: int) -> list[list[_Span]]:
     joined = bisect.bisect_left(starts[:-1], end - modulus)
     parts[-1] += itertools.chain.from_iterable(parts[:joined])
     return parts[joined:]
+
+
+def _window(axes: list[tuple[int, int]], level: int) -> int:
+    """Bytes from the first to the last one of the axes inside the `level` outermost ones."""
+    inner = axes[min(level, len(axes) - 1) :]
+    return sum((size - 1) * stride for stride, size in inner) + 1
