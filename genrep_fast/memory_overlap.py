@@ -1,9 +1,10 @@
-"""Whether tensors share memory, for operators that write: an output may be exactly an input, or has memory of its own.
+"""Whether tensors share memory: what an operator writes is exactly an input, or has memory of its own.
 
-A strided tensor of w-byte elements occupies the bytes start + sum_k i_k s_k, 0 <= i_k < n_k, where the run inside an element
-counts as one more axis (w, 1). Two tensors overlap where two such sums are equal, a bounded linear Diophantine equation: in
-general NP-complete, but a few steps for the views that programs make (slices, columns, channels, transposes). What a bounded
-search does not decide counts as no overlap, as in torch (c10/core/MemoryOverlap) and in ``numpy.may_share_memory``.
+A strided tensor of w-byte elements occupies the bytes start + sum_k i_k s_k, 0 <= i_k < n_k, where the
+bytes of an element are one more axis of stride 1 and size w. Two tensors overlap where two such sums are
+equal, a bounded linear Diophantine equation: in general NP-complete, but a few steps for the views that
+programs make (slices, columns, channels, transposes). What a bounded search does not decide counts as no
+overlap. So does what is too hard for torch (ATen/MemoryOverlap), which tells dense tensors apart alone.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor
 
 Tensors = Tensor | Sequence[Tensor | None] | Mapping[str, Tensor | None]
 
-# Of other classes (fake, functional, distributed tensors) the memory is not known or not the tensor's own.
+# Tensors of other classes (fake, functional, distributed) have no memory, or none of their own.
 _PLAIN_TENSORS = {Tensor, torch.nn.Parameter}
 
 _STEPS_OF_A_PAIR = 1 << 12
@@ -30,7 +31,7 @@ _STEPS_OF_A_CALL = 1 << 16  # some 0.1 s
 
 
 def overlaps(first: Tensor, second: Tensor) -> bool | None:
-    """Whether two strided tensors share a byte; None where a bounded search does not tell, or their memory is not known."""
+    """Whether two strided tensors share a byte; None where that takes too long, and for subclasses."""
     if type(first) not in _PLAIN_TENSORS or type(second) not in _PLAIN_TENSORS:
         return None
     if first.numel() == 0 or second.numel() == 0:
@@ -42,7 +43,7 @@ def overlaps(first: Tensor, second: Tensor) -> bool | None:
 
 
 def overlaps_itself(tensor: Tensor) -> bool | None:
-    """Whether two elements of a strided tensor share memory; None where a bounded search does not tell."""
+    """Whether two elements of a strided tensor share memory; None where that takes too long."""
     pairs = zip(tensor.stride(), tensor.shape, strict=True)
     axes = sorted((stride, size) for stride, size in pairs if size != 1)
     if tensor.numel() == 0 or not axes:
@@ -52,11 +53,12 @@ def overlaps_itself(tensor: Tensor) -> bool | None:
     work = _Work(_STEPS_OF_A_PAIR)
     answer: bool | None = False
     reach = 0
-    # Two index vectors with the same sum differ by a vector d with sum_k d_k s_k = 0. Let its last entry that is not zero,
-    # d_k, be positive: then sum_{j<k} (d_j + n_j - 1) s_j + (d_k - 1) s_k = sum_{j<k} (n_j - 1) s_j - s_k, without signs.
+    # Two index vectors with the same sum differ by a vector d with sum_k d_k s_k = 0. Let d_k be its
+    # last entry that is not zero, and positive. Then, in numbers without signs,
+    # sum_{j<k} (d_j + n_j - 1) s_j + (d_k - 1) s_k = sum_{j<k} (n_j - 1) s_j - s_k.
     for position, (stride, size) in enumerate(axes):
         if stride <= reach:
-            inner = [(inner_stride, 2 * (inner_size - 1)) for inner_stride, inner_size in axes[:position]]
+            inner = [(step, 2 * (count - 1)) for step, count in axes[:position]]
             found = _has_solution([*inner, (stride, size - 2)], reach - stride, work)
             if found:
                 return True
@@ -66,7 +68,7 @@ def overlaps_itself(tensor: Tensor) -> bool | None:
 
 
 def in_same_place(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors are the same elements in the same order: address, shape, strides and dtype."""
+    """Whether two tensors are one: the same address, shape, strides and dtype."""
     if first is second:
         return True
     if type(first) not in _PLAIN_TENSORS or type(second) not in _PLAIN_TENSORS:
@@ -85,16 +87,17 @@ def check_no_overlap(
     *,
     in_place: Collection[str] = (),
 ) -> None:
-    """Check that no tensor of `written` shares memory with another one of `written` or with one of `read`.
+    """Check that no tensor of `written` shares memory with another of `written` or one of `read`.
 
-    Tensors of `read` may share memory with each other. Nothing is checked in a traced program, of tensor subclasses, and
-    between devices; tensors without elements share nothing. Costs a sort where every tensor has memory of its own.
+    Tensors of `read` may share memory with each other. Traced programs and tensor subclasses are not
+    checked. Takes a sort where each tensor has a range of addresses of its own.
 
     Args:
-        written: arguments that are written to, by name: a tensor, a sequence, or a mapping, whose keys are its indices in
-            messages; None where there is no tensor.
+        written: arguments that are written to, by name: a tensor, or a sequence or mapping of tensors
+            and None, whose indices or keys are in messages.
         read: arguments that are read, in the same form.
-        in_place: names in `read` of sequences whose tensor t may also be exactly (`in_same_place`) tensor t of `written`.
+        in_place: names in `read` of sequences as long as each of `written`, whose tensor t may also be
+            tensor t of a written one (`in_same_place`).
 
     Raises:
         ValueError: for an overlap, naming both tensors.
@@ -102,7 +105,10 @@ def check_no_overlap(
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return
     outputs = [_Argument(name, *_listed(tensors), True, False) for name, tensors in written.items()]
-    inputs = [_Argument(name, *_listed(tensors), False, name in in_place) for name, tensors in (read or {}).items()]
+    read = read or {}
+    inputs = []
+    for name, tensors in read.items():
+        inputs.append(_Argument(name, *_listed(tensors), False, name in in_place))
     arguments = outputs + inputs
     inputs_in_place = [argument for argument in inputs if argument.in_place]
     for argument in inputs_in_place:
@@ -127,7 +133,7 @@ class _Argument:
         return self.name if key is None else f"{self.name}[{key}]"
 
     def leave_out(self, outputs: list[_Argument], are_same: Callable[[Any, Any], bool]) -> bool:
-        """Forget tensors that are the same as an output of their index, which stands for both; whether there are any."""
+        """Forget tensors that are the output of their index, which stands for both; whether any are."""
         any_same = False
         for output in outputs:
             same = list(map(are_same, self.tensors, output.tensors))
@@ -147,7 +153,7 @@ class _Span(NamedTuple):
     space: tuple  # what addresses count in
     start: int  # first byte
     end: int
-    axes: list[tuple[int, int]]  # strides in bytes and sizes, the largest stride first; the last is a run of bytes
+    axes: list[tuple[int, int]]  # as `_byte_axes` gives them
 
 
 @dataclass
@@ -166,7 +172,7 @@ def _listed(tensors: Tensors) -> tuple[Sequence[Tensor | None], Sequence[int | s
 
 
 def _are_disjoint(arguments: list[_Argument]) -> bool:
-    """Whether the ranges of addresses from the tensors' first bytes to their last ones are disjoint."""
+    """Whether the tensors' ranges of addresses, from first byte to last, are disjoint."""
     tensors = list(itertools.chain.from_iterable(argument.tensors for argument in arguments))
     if not set(map(type, tensors)) <= _PLAIN_TENSORS:
         tensors = [tensor for tensor in tensors if type(tensor) in _PLAIN_TENSORS]
@@ -175,7 +181,7 @@ def _are_disjoint(arguments: list[_Argument]) -> bool:
     lengths = map(operator.attrgetter("nbytes") if contiguous else _length, tensors)
     ends = sorted(map(operator.add, starts, lengths))
     starts.sort()
-    # At each start all ranges but one must have ended that have started by then; no matter which end belongs to which start.
+    # At each start as many ranges must have ended as have started before, no matter which ones.
     return all(map(operator.le, ends, starts[1:]))
 
 
@@ -200,7 +206,9 @@ def _check_pairs(arguments: list[_Argument]) -> None:
         for cluster in _clusters(spans, arguments):
             outputs = [span for span in cluster if arguments[span.argument].written]
             inputs = [span for span in cluster if not arguments[span.argument].written]
-            for output, other in itertools.chain(itertools.combinations(outputs, 2), itertools.product(outputs, inputs)):
+            for output, other in itertools.combinations(outputs, 2):
+                _check_pair(output, other, arguments, work)
+            for output, other in itertools.product(outputs, inputs):
                 _check_pair(output, other, arguments, work)
 
 
@@ -210,7 +218,8 @@ def _check_pair(output: _Span, other: _Span, arguments: list[_Argument], work: _
     name = arguments[output.argument].label(output.index)
     other_name = arguments[other.argument].label(other.index)
     if arguments[other.argument].in_place and output.index == other.index:
-        rule = f"unless it is exactly {other_name}, in the same place with the same strides and dtype, it must share no memory with it"
+        exactly = "in the same place with the same strides and dtype"
+        rule = f"unless it is exactly {other_name}, {exactly}, it must share no memory with it"
     else:
         rule = "what is written must share no memory with it"
     raise ValueError(f"{name} overlaps {other_name}: {rule}")
@@ -223,16 +232,17 @@ def _span(argument: int, index: int, tensor: Tensor) -> _Span:
 
 
 def _space(tensor: Tensor) -> tuple:
-    """What the addresses of `tensor` are comparable in: a device, where two storages may have the same foreign memory, too."""
+    """Where addresses count: on a device, as two storages may hold the same foreign memory."""
     return (tensor.device, tensor.untyped_storage()._cdata) if tensor.is_meta else (tensor.device,)
 
 
 @functools.lru_cache(maxsize=4096)
 def _byte_axes(shape: torch.Size, strides: tuple[int, ...], width: int) -> list[tuple[int, int]]:
-    """Strides in bytes and sizes, as few as give the same addresses, the largest stride first; the last is a run of bytes."""
+    """Strides in bytes and sizes of as few axes as there may be, from the largest stride to 1."""
     pairs = zip(strides, shape, strict=True)
     axes = [(1, width)]
-    for stride, size in sorted((width * stride, size) for stride, size in pairs if size > 1 and stride > 0):
+    steps = sorted((width * stride, size) for stride, size in pairs if size > 1 and stride > 0)
+    for stride, size in steps:
         inner_stride, inner_size = axes[-1]
         # Steps that lead no further than the inner axis' end: together they are one longer axis.
         if stride % inner_stride == 0 and stride <= inner_size * inner_stride:
@@ -247,29 +257,27 @@ def _spans_overlap(first: _Span, second: _Span, work: _Work) -> bool | None:
     if first.start >= second.end or second.start >= first.end:
         return False
     offset = second.start - first.start
+    *first_axes, (_, first_run) = first.axes
+    *second_axes, (_, second_run) = second.axes
+    axes = first_axes + second_axes
     # Count in the largest unit that both tensors are made of, in general their elements.
-    unit = math.gcd(
-        offset,
-        first.axes[-1][1],
-        second.axes[-1][1],
-        *(stride for stride, _ in first.axes[:-1] + second.axes[:-1]),
-    )
+    unit = math.gcd(offset, first_run, second_run, *(stride for stride, _ in axes))
     # sum i_k s_k - sum j_k t_k = offset; with m_k - 1 - j_k instead of j_k all signs are the same.
-    terms = [(stride // unit, size - 1) for stride, size in first.axes[:-1] + second.axes[:-1]]
-    runs = [first.axes[-1][1] // unit - 1, second.axes[-1][1] // unit - 1]
-    target = offset // unit + sum((size - 1) * (stride // unit) for stride, size in second.axes[:-1]) + runs[1]
-    return _has_solution([*terms, (1, sum(runs))], target, work)
+    terms = [(stride // unit, size - 1) for stride, size in axes]
+    terms.append((1, (first_run + second_run) // unit - 2))
+    last = sum((size - 1) * stride for stride, size in second_axes) + second_run - unit
+    return _has_solution(terms, (offset + last) // unit, work)
 
 
 def _has_solution(terms: list[tuple[int, int]], target: int, work: _Work) -> bool | None:
-    """Whether sum_k c_k x_k = target for integers 0 <= x_k <= bound_k; `terms` are pairs (c_k > 0, bound_k)."""
+    """Whether sum_k c_k x_k = target for integers 0 <= x_k <= b_k; `terms`: pairs (c_k > 0, b_k)."""
     bounds: dict[int, int] = {}
     for coefficient, bound in terms:
         if bound > 0:
             bounds[coefficient] = bounds.get(coefficient, 0) + bound
     if not 0 <= target <= sum(coefficient * bound for coefficient, bound in bounds.items()):
         return False
-    # Nested strides are decided from the largest one on; where many steps of one fit into another's, few values go first.
+    # The largest coefficient first decides nested strides; for others, few values first may do.
     answer = _search(sorted(bounds.items(), reverse=True), target, work)
     if answer is None:
         answer = _search(sorted(bounds.items(), key=operator.itemgetter(1)), target, work)
@@ -277,7 +285,7 @@ def _has_solution(terms: list[tuple[int, int]], target: int, work: _Work) -> boo
 
 
 class _Suffix(NamedTuple):
-    """The values of the terms from some position on: multiples of `divisor` up to `reach`, all of them where `complete`."""
+    """The sums of terms: multiples of `divisor` up to `reach`, all of them if `complete`."""
 
     divisor: int
     reach: int
@@ -330,7 +338,7 @@ def _cases(position: int, rest: int, coefficient: int, values: range) -> Iterato
 
 
 def _values(coefficient: int, bound: int, rest: int, others: _Suffix) -> range:
-    """The values x of a term that leave ``rest - coefficient x`` to `others`: in their reach, and a multiple of their divisor."""
+    """Values x of a term where `others` may, for all their reach and divisor say, sum up to the rest."""
     first = max(0, -((others.reach - rest) // coefficient))
     last = min(bound, rest // coefficient)
     common = math.gcd(coefficient, others.divisor)
@@ -340,13 +348,15 @@ def _values(coefficient: int, bound: int, rest: int, others: _Suffix) -> range:
 
 
 def _clusters(spans: list[_Span], arguments: list[_Argument]) -> list[list[_Span]]:
-    """Parts of `spans` between which nothing overlaps, those that have to be looked at pair by pair; a filter without pairs."""
+    """Parts of `spans` in which something may overlap; between parts nothing does. Compares no pairs."""
     depth = max((len(span.axes) for span in spans), default=0)
     parts = [spans]
     for level in range(depth):
-        parts = [part for cluster in parts for part in _apart(cluster, level) if _needs_pairs(part, arguments)]
+        pieces = itertools.chain.from_iterable(_apart(part, level) for part in parts)
+        parts = [piece for piece in pieces if _needs_pairs(piece, arguments)]
     # Which overlap a message names does not depend on addresses.
-    return sorted((sorted(part, key=_order) for part in parts), key=lambda part: _order(part[0]))
+    ordered = [sorted(part, key=_order) for part in parts]
+    return sorted(ordered, key=lambda part: _order(part[0]))
 
 
 def _order(span: _Span) -> tuple[int, int]:
@@ -358,11 +368,12 @@ def _needs_pairs(spans: list[_Span], arguments: list[_Argument]) -> bool:
 
 
 def _apart(spans: list[_Span], level: int) -> list[list[_Span]]:
-    """Parts of `spans` that no window joins: the addresses, modulo the common divisor of everyone's `level` outermost strides.
+    """Parts of `spans` with disjoint addresses modulo the divisor of everyone's `level` outermost strides.
 
-    Modulo it a tensor occupies but the window of its inner axes. Level 0 has no modulus: windows are the tensors' ranges.
+    Modulo it a tensor stays in a window, as long as its inner axes reach. Level 0 has whole ranges.
     """
-    layouts = {id(span.axes): span.axes for span in spans}  # few, as `_byte_axes` gives equal layouts the same list
+    # Few, as `_byte_axes` gives equal layouts the same list.
+    layouts = {id(span.axes): span.axes for span in spans}
     modulus = math.gcd(*(stride for axes in layouts.values() for stride, _ in axes[:-1][:level]))
     lengths = {key: _window(axes, level) for key, axes in layouts.items()}
     if level > 0 and modulus <= max(lengths.values()):
