@@ -1,10 +1,11 @@
-"""Whether tensors share memory: what an operator writes is exactly an input, or has memory of its own.
+"""Whether tensors share memory: what an operator writes is an input itself, or has its own memory.
 
-A strided tensor of w-byte elements occupies the bytes start + sum_k i_k s_k, 0 <= i_k < n_k, where the
-bytes of an element are one more axis of stride 1 and size w. Two tensors overlap where two such sums are
-equal, a bounded linear Diophantine equation: in general NP-complete, but a few steps for the views that
-programs make (slices, columns, channels, transposes). What a bounded search does not decide counts as no
-overlap. So does what is too hard for torch (ATen/MemoryOverlap), which tells dense tensors apart alone.
+A strided tensor of w-byte elements occupies the bytes start + sum_k i_k s_k, 0 <= i_k < n_k,
+where the bytes of an element are one more axis of stride 1 and size w. Two tensors overlap where
+two such sums are equal, a bounded linear Diophantine equation: in general NP-complete, but a few
+steps for the views that programs make (slices, columns, channels, transposes). What a bounded
+search does not decide counts as no overlap. So does what is too hard for torch
+(ATen/MemoryOverlap), which tells dense tensors apart alone.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _STEPS_OF_A_CALL = 1 << 16  # some 0.1 s
 
 
 def overlaps(first: Tensor, second: Tensor) -> bool | None:
-    """Whether two strided tensors share a byte; None where that takes too long, and for subclasses."""
+    """Whether two strided tensors share a byte; None where it takes too long, or of a subclass."""
     if type(first) not in _PLAIN_TENSORS or type(second) not in _PLAIN_TENSORS:
         return None
     if first.numel() == 0 or second.numel() == 0:
@@ -53,8 +54,8 @@ def overlaps_itself(tensor: Tensor) -> bool | None:
     work = _Work(_STEPS_OF_A_PAIR)
     answer: bool | None = False
     reach = 0
-    # Two index vectors with the same sum differ by a vector d with sum_k d_k s_k = 0. Let d_k be its
-    # last entry that is not zero, and positive. Then, in numbers without signs,
+    # Two index vectors with the same sum differ by a vector d with sum_k d_k s_k = 0. Let d_k be
+    # its last entry that is not zero, and positive. Then, in numbers without signs,
     # sum_{j<k} (d_j + n_j - 1) s_j + (d_k - 1) s_k = sum_{j<k} (n_j - 1) s_j - s_k.
     for position, (stride, size) in enumerate(axes):
         if stride <= reach:
@@ -89,15 +90,15 @@ def check_no_overlap(
 ) -> None:
     """Check that no tensor of `written` shares memory with another of `written` or one of `read`.
 
-    Tensors of `read` may share memory with each other. Traced programs and tensor subclasses are not
-    checked. Takes a sort where each tensor has a range of addresses of its own.
+    Tensors of `read` may share memory with each other. Traced programs and tensor subclasses are
+    not checked. Takes a sort where each tensor has a range of addresses of its own.
 
     Args:
-        written: arguments that are written to, by name: a tensor, or a sequence or mapping of tensors
-            and None, whose indices or keys are in messages.
+        written: arguments that are written to, by name: a tensor, or a sequence or mapping of
+            tensors and None, whose indices or keys are in messages.
         read: arguments that are read, in the same form.
-        in_place: names in `read` of sequences as long as each of `written`, whose tensor t may also be
-            tensor t of a written one (`in_same_place`).
+        in_place: names in `read` of sequences as long as each of `written`, whose tensor t may also
+            be tensor t of a written one (`in_same_place`).
 
     Raises:
         ValueError: for an overlap, naming both tensors.
@@ -133,7 +134,7 @@ class _Argument:
         return self.name if key is None else f"{self.name}[{key}]"
 
     def leave_out(self, outputs: list[_Argument], are_same: Callable[[Any, Any], bool]) -> bool:
-        """Forget tensors that are the output of their index, which stands for both; whether any are."""
+        """Forget tensors that are the output of their index, which stays; whether any are."""
         any_same = False
         for output in outputs:
             same = list(map(are_same, self.tensors, output.tensors))
@@ -270,7 +271,7 @@ def _spans_overlap(first: _Span, second: _Span, work: _Work) -> bool | None:
 
 
 def _has_solution(terms: list[tuple[int, int]], target: int, work: _Work) -> bool | None:
-    """Whether sum_k c_k x_k = target for integers 0 <= x_k <= b_k; `terms`: pairs (c_k > 0, b_k)."""
+    """Whether sum_k c_k x_k = target for integers 0 <= x_k <= b_k; `terms` are (c_k > 0, b_k)."""
     bounds: dict[int, int] = {}
     for coefficient, bound in terms:
         if bound > 0:
@@ -338,7 +339,7 @@ def _cases(position: int, rest: int, coefficient: int, values: range) -> Iterato
 
 
 def _values(coefficient: int, bound: int, rest: int, others: _Suffix) -> range:
-    """Values x of a term where `others` may, for all their reach and divisor say, sum up to the rest."""
+    """Values of a term that leave a rest in the reach of `others`, a multiple of their divisor."""
     first = max(0, -((others.reach - rest) // coefficient))
     last = min(bound, rest // coefficient)
     common = math.gcd(coefficient, others.divisor)
@@ -348,7 +349,7 @@ def _values(coefficient: int, bound: int, rest: int, others: _Suffix) -> range:
 
 
 def _clusters(spans: list[_Span], arguments: list[_Argument]) -> list[list[_Span]]:
-    """Parts of `spans` in which something may overlap; between parts nothing does. Compares no pairs."""
+    """Parts of `spans` inside which something may overlap, and between which nothing does."""
     depth = max((len(span.axes) for span in spans), default=0)
     parts = [spans]
     for level in range(depth):
@@ -368,9 +369,10 @@ def _needs_pairs(spans: list[_Span], arguments: list[_Argument]) -> bool:
 
 
 def _apart(spans: list[_Span], level: int) -> list[list[_Span]]:
-    """Parts of `spans` with disjoint addresses modulo the divisor of everyone's `level` outermost strides.
+    """Parts of `spans` with disjoint addresses, modulo the common divisor of outermost strides.
 
-    Modulo it a tensor stays in a window, as long as its inner axes reach. Level 0 has whole ranges.
+    The `level` outermost ones count. Modulo their divisor a tensor stays in a window, as long as its
+    inner axes reach; at level 0 in the range of its addresses.
     """
     # Few, as `_byte_axes` gives equal layouts the same list.
     layouts = {id(span.axes): span.axes for span in spans}

@@ -208,7 +208,7 @@ def test_tensors_that_overlap_themselves(tensor, expected):
 
 
 def hard_pair():
-    """Two views that overlap where some of twenty numbers add up to another: one of 2 ** 20 sums."""
+    """Two views that overlap where some of twenty numbers add up to another, of 2 ** 20 sums."""
     generator = random.Random(0)
     strides = [[generator.randrange(10**9, 2 * 10**9) for _ in range(10)] for _ in range(2)]
     base = torch.empty(2**36, device="meta")
