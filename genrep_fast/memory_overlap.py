@@ -371,8 +371,8 @@ def _needs_pairs(spans: list[_Span], arguments: list[_Argument]) -> bool:
 def _apart(spans: list[_Span], level: int) -> list[list[_Span]]:
     """Parts of `spans` with disjoint addresses, modulo the common divisor of outermost strides.
 
-    The `level` outermost ones count. Modulo their divisor a tensor stays in a window, as long as its
-    inner axes reach; at level 0 in the range of its addresses.
+    The `level` outermost ones count. Modulo their divisor a tensor stays in a window, as long as
+    its inner axes reach; at level 0 in the range of its addresses.
     """
     # Few, as `_byte_axes` gives equal layouts the same list.
     layouts = {id(span.axes): span.axes for span in spans}
