@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from .gradient_aligner import GradientAligner
+from .memory_overlap import check_no_overlap, in_same_place
 from .ops.alignment import check_length, check_writable
 from .ops.optimizer import check_ema_decay
 from .wrappers import averaged_module, plain_name
@@ -105,13 +106,16 @@ class Averages:
         for index, tensor in tensors.items():
             name, parameter = self._source.describe(index), self._aligner.parameters[index]
             check_writable(tensor, name, parameter.shape, parameter.device)
-            if tensor.is_set_to(parameter):
+            if in_same_place(tensor, parameter):
                 raise ValueError(f"{name} must be a copy of its parameter, got the parameter")
             if tensor.dtype not in (torch.float32, torch.float64):
                 raise ValueError(
                     f"{name} must be float32 or float64, got {tensor.dtype}, in which small steps of an average are lost: keep averages "
                     f"of half-precision parameters in float32"
                 )
+        parameters = {self._aligner.describe(index): parameter for index, parameter in enumerate(self._aligner.parameters)}
+        averages = {self._source.describe(index): tensor for index, tensor in tensors.items()}
+        check_no_overlap(averages, parameters)
         self._checked, self._frozen = list(tensors.values()), {}
 
 

@@ -351,6 +351,87 @@ def test_nothing_is_written_when_a_later_tensor_is_wrong():
     assert out[0].tolist() == [0, 0]
 
 
+# Outputs that share memory
+
+
+def overlapping_outputs():
+    """Name -> gradients of two losses, outputs, and the tensors that overlap."""
+    p, g, flat = [torch.ones(4), torch.full((4,), 10.0)], [torch.zeros(4), torch.zeros(4)], torch.arange(16.0)
+    square, rows = flat.view(4, 4), flat.view(4, 4).unbind(0)
+    shared = torch.zeros(4)
+    return {
+        "exchanged": (p, g, [p[1], p[0]], r"out\[0\] overlaps perception\[1\]"),
+        "another input": (p, g, [None, g[0]], r"out\[1\] overlaps generation\[0\]"),
+        "shifted": ([flat[:5]], [torch.ones(5)], [flat[1:6]], r"out\[0\] overlaps perception\[0\]: unless it is exactly"),
+        "one output twice": (p, g, [shared, shared], r"out\[0\] overlaps out\[1\]"),
+        "outputs in part": (p, g, [flat[:4], flat[3:7]], r"out\[0\] overlaps out\[1\]"),
+        "transposed": ([square], [torch.ones(4, 4)], [square.T], r"out\[0\] overlaps perception\[0\]: unless"),
+        "a column of an input": ([square, rows[0]], [torch.ones(4, 4), p[0]], [None, square[:, 2]], r"out\[1\] overlaps perception\[0\]"),
+        "another dtype": ([flat[:4]], [torch.ones(4)], [flat.view(torch.bfloat16)[4:8]], r"out\[0\] overlaps perception\[0\]"),
+        "an input of one loss": ([None, p[1]], g, [p[1], None], r"out\[0\] overlaps perception\[1\]"),
+        "windows": (
+            [torch.ones(3, 4)],
+            [torch.ones(3, 4)],
+            [flat.unfold(0, 4, 2)[:3]],
+            r"out\[0\] is written to and must not overlap itself",
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", overlapping_outputs())
+def test_outputs_that_share_memory_are_refused_before_anything_is_written(name):
+    p, g, out, message = overlapping_outputs()[name]
+    tensors = [tensor for tensor in (*p, *g, *out) if tensor is not None]
+    before = [tensor.clone() for tensor in tensors]
+    with pytest.raises(ValueError, match=message):
+        gf.align_gradients(p, g, out=out)
+    message = message.replace("perception", r"gradients\[0\]").replace("generation", r"gradients\[1\]")
+    with pytest.raises(ValueError, match=message):
+        gf.combine((p, g), ONE_ROW, weights=WEIGHTS, out=out)
+    torch.testing.assert_close(tensors, before, rtol=0, atol=0)
+
+
+def test_coefficients_that_are_an_output_are_refused():
+    coefficients = torch.ones(1, 2, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"out\[0\] overlaps coefficients:"):
+        gf.combine(([A], [A]), coefficients, out=[coefficients[0]])
+    assert coefficients.tolist() == [[1, 1]]
+
+
+def parts_of_a_buffer(kind, count):
+    if kind == "columns":
+        return torch.empty(7, count).unbind(1)
+    if kind == "channels":
+        return torch.empty(2, count, 3, 5).unbind(1)
+    if kind == "steps":
+        return [torch.empty(5 * count)[start::count] for start in range(count)]
+    return torch.empty(count * 7).split(7)
+
+
+@pytest.mark.parametrize("kind", ["columns", "channels", "steps", "pieces"])
+def test_outputs_may_lie_between_the_inputs(kind):
+    parts = parts_of_a_buffer(kind, 9)
+    for seed, part in enumerate(parts):
+        part.copy_(torch.randn(part.shape, generator=torch.Generator().manual_seed(seed)))
+    p, g, out = parts[::3], parts[1::3], list(parts[2::3])
+    expected, _ = gf.align_gradients([tensor.clone() for tensor in p], [tensor.clone() for tensor in g])
+    results, _ = gf.align_gradients(p, g, out=out)
+    assert all(result is tensor for result, tensor in zip(results, out, strict=True))
+    torch.testing.assert_close(results, expected)
+
+
+def test_out_may_be_views_in_the_place_of_both_inputs():
+    p = [torch.arange(6.0).view(2, 3), torch.ones(3)]
+    results, _ = gf.align_gradients(p, p, weights=(1.0, 1.0), power=0.0, out=[tensor.detach() for tensor in p])
+    torch.testing.assert_close(results, [2 * torch.arange(6.0).view(2, 3), torch.full((3,), 2.0)])
+    assert results[0].data_ptr() == p[0].data_ptr()
+
+
+def test_an_output_that_no_loss_reaches_may_be_anything():
+    p = [torch.ones(3), None]
+    assert gf.align_gradients(p, p, out=[p[0], p[0]])[0][1] is None
+
+
 # Operators
 
 

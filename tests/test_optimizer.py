@@ -217,6 +217,50 @@ def test_wrong_arguments_raise_before_anything_is_written(change, exception, mes
     assert param.tolist() == [1] * 3 and arguments["exp_avgs"][0].tolist() == [0] * 3
 
 
+@pytest.mark.parametrize(
+    ("overlap", "message"),
+    [
+        (lambda a: {"emas": [a["params"][1], a["emas"][1]]}, r"params\[1\] overlaps emas\[0\]"),
+        (lambda a: {"emas": a["params"]}, r"params\[0\] overlaps emas\[0\]"),
+        (lambda a: {"emas": [a["params"][0].T, a["emas"][1]]}, r"params\[0\] overlaps emas\[0\]"),
+        (lambda a: {"emas": [a["emas"][0]] * 2}, r"emas\[0\] overlaps emas\[1\]"),
+        (lambda a: {"params": [a["params"][0]] * 2}, r"params\[0\] overlaps params\[1\]"),
+        (lambda a: {"exp_avg_sqs": a["exp_avgs"]}, r"exp_avgs\[0\] overlaps exp_avg_sqs\[0\]"),
+        (lambda a: {"exp_avgs": a["gradients"][0]}, r"exp_avgs\[0\] overlaps gradients\[0\]\[0\]"),
+        (lambda a: {"gradients": [a["gradients"][0], [None, a["params"][0]]]}, r"params\[0\] overlaps gradients\[1\]\[1\]"),
+        (lambda a: {"steps": [a["steps"][0], a["params"][1][2, 2]]}, r"params\[1\] overlaps steps\[1\]"),
+        (lambda a: {"lr": a["exp_avgs"][0][0, 0]}, r"exp_avgs\[0\] overlaps lr"),
+        (lambda a: {"found_inf": a["emas"][1][0, 0]}, r"emas\[1\] overlaps found_inf"),
+        (lambda a: {"emas": [torch.zeros(6).as_strided((3, 3), (1, 1)), a["emas"][1]]}, r"emas\[0\] is written to and must not overlap"),
+    ],
+)
+def test_tensors_that_share_memory_are_refused_before_anything_is_written(overlap, message):
+    params = [torch.arange(9.0).view(3, 3), torch.full((3, 3), 2.0)]
+    gradients = [[torch.ones(3, 3) for _ in params] for _ in range(2)]
+    arguments = {"params": params, "gradients": gradients, "coefficients": torch.ones(1, 2), "weights": WEIGHTS, "lr": 0.1}
+    arguments |= new_state(params)
+    arguments |= overlap(arguments)
+    written = [tensor for name in ("params", "exp_avgs", "exp_avg_sqs", "emas") for tensor in arguments[name]]
+    before = [tensor.clone() for tensor in written]
+    with pytest.raises(ValueError, match=message):
+        ops.adamw_step(**arguments)
+    torch.testing.assert_close(written, before, rtol=0, atol=0)
+
+
+def test_parts_of_one_buffer_and_unreached_tensors_are_no_overlap():
+    columns = torch.rand(5, 8).unbind(1)
+    state = {"exp_avgs": columns[2:4], "exp_avg_sqs": columns[4:6], "emas": columns[6:], "steps": [torch.ones(())] * 2}
+    gradients = [[torch.ones(5), None]] * 2
+    copies = {name: [tensor.clone() for tensor in tensors] for name, tensors in state.items()}
+    results = []
+    for params, tensors in ((list(columns[:2]), state), ([column.clone() for column in columns[:2]], copies)):
+        ops.adamw_step(params, gradients, torch.ones(1, 2), lr=0.1, **tensors)
+        results.append([*params, *tensors["exp_avgs"], *tensors["exp_avg_sqs"], *tensors["emas"]])
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    unreached = {name: [tensors[0], tensors[0]] for name, tensors in copies.items()}
+    ops.adamw_step([results[1][0]] * 2, gradients, torch.ones(1, 2), lr=0.1, **unreached)
+
+
 # Operator
 
 

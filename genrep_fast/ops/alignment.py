@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import NamedTuple
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..backends import define_operator
+from ..memory_overlap import check_no_overlap, overlaps_itself
 from ..reference import alignment as reference
 
 Gradients = Sequence[Tensor | None]  # of one loss: a tensor for each parameter, None where the loss does not reach it
@@ -107,7 +108,8 @@ def align_gradients(
         power: damping exponent, >= 0; 0 gives the plain weighted sum.
         groups: for each tensor the index of its group, or None for a plain weighted sum; None puts every tensor into group 0.
         out: tensors to write the results to, of the gradients' shapes and any of the dtypes above; may be `perception` or `generation`.
-            None, also as an entry, allocates.
+            out[t] may be perception[t] or generation[t], in the same place with the same strides and dtype; it must share no memory with
+            any other gradient or output. None, also as an entry, allocates.
 
     Returns:
         The aligned gradients (None where both gradients are), in the promoted dtype of the two gradients unless `out` says otherwise, and
@@ -115,13 +117,14 @@ def align_gradients(
 
     Raises:
         TypeError: for an argument of a wrong type, or a gradient of a wrong dtype.
-        ValueError: for a wrong length, shape, device, layout, group index, weight or power.
+        ValueError: for a wrong length, shape, device, layout, group index, weight or power, and for an output that overlaps itself, a
+            gradient or another output; nothing is written then.
     """
     gradients = (perception, generation)
     layout = check_gradients(gradients, ("perception", "generation"), groups)
     weights = check_weights(weights, 2)
     power = check_power(power)
-    _check_out(out, layout)
+    _check_out(out, layout, {"perception": perception, "generation": generation})
     grouped = layout.grouped
     groups, rows = [layout.groups[t] for t in grouped], list(range(len(grouped)))
     grams = _gram_matrices(gradients, grouped, rows, len(rows), layout.device)
@@ -172,7 +175,8 @@ def combine(
         coefficients: [groups, n] floating point on the gradients' device, e.g. ``AlignmentStats.coefficients``.
         groups: for each tensor the row of `coefficients`, or None to use `weights`; None uses row 0 for every tensor.
         weights: n numbers for tensors that have no group or of which some gradient is None; None where there are no such tensors.
-        out: as in `align_gradients`; may be one of `gradients`.
+        out: as in `align_gradients`; may be one of `gradients`, out[t] the same tensor as gradients[i][t] of one i. It must share no
+            memory with any other gradient, output or the coefficients.
 
     Returns:
         The sums (None where every gradient is None), in the promoted dtype of the tensor's gradients unless `out` says otherwise. Sums
@@ -180,11 +184,12 @@ def combine(
 
     Raises:
         TypeError: for an argument of a wrong type, or a tensor of a wrong dtype.
-        ValueError: for a wrong number of gradients, length, shape, device, layout or group index, or for `weights` that are missing.
+        ValueError: for a wrong number of gradients, length, shape, device, layout or group index, for `weights` that are missing, and for
+            an output that overlaps itself, another argument or another output; nothing is written then.
     """
     layout = check_gradients(gradients, _numbered(gradients), groups)
     coefficients, weights = check_coefficients(coefficients, weights, len(gradients), layout)
-    _check_out(out, layout)
+    _check_out(out, layout, dict(zip(_numbered(gradients), gradients, strict=True)), coefficients)
     return _combined(gradients, coefficients, [layout.groups[t] for t in layout.reached], layout, weights, out)
 
 
@@ -268,10 +273,15 @@ def check_tensor(tensor: Tensor, name: str, shape: torch.Size | None, device: to
 
 
 def check_writable(tensor: Tensor, name: str, shape: torch.Size, device: torch.device) -> None:
-    """`check_tensor`, and that no two elements of `tensor` share memory as an expanded tensor's do."""
+    """`check_tensor`, and that no two elements of `tensor` share memory, as those of an expanded tensor or of windows do."""
     check_tensor(tensor, name, shape, device)
     if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
         raise ValueError(f"{name} is written to and must not be an expanded tensor, got strides {tensor.stride()}")
+    # A traced program's strides may be symbols.
+    if torch.compiler.is_compiling() or tensor.is_contiguous():
+        return
+    if overlaps_itself(tensor):
+        raise ValueError(f"{name} is written to and must not overlap itself, got shape {tuple(shape)} with strides {tensor.stride()}")
 
 
 def check_coefficients(coefficients: Tensor, weights: Sequence[float] | None, n: int, layout: GradientLayout) -> tuple[Tensor, list[float]]:
@@ -333,15 +343,22 @@ def _check_groups(groups: Sequence[int | None] | None, num_tensors: int) -> tupl
     return indices, max(indices, default=-1) + 1
 
 
-def _check_out(out: Gradients | None, layout: GradientLayout) -> None:
+def _check_out(
+    out: Gradients | None, layout: GradientLayout, gradients: Mapping[str, Gradients], coefficients: Tensor | None = None
+) -> None:
+    """Check `out`, of which tensor t may be tensor t of one of `gradients`, by name, and overlaps no other argument."""
     if out is None:
         return
     check_length(out, "out", len(layout.samples))
-    if _are_alike(out, layout.samples, layout.device) and all([tensor.is_contiguous() for tensor in out if tensor is not None]):
-        return
-    for t in layout.reached:
-        if out[t] is not None:
-            check_writable(out[t], f"out[{t}]", layout.samples[t].shape, layout.device)
+    contiguous = _are_alike(out, layout.samples, layout.device) and all([tensor.is_contiguous() for tensor in out if tensor is not None])
+    if not contiguous:
+        for t in layout.reached:
+            if out[t] is not None:
+                check_writable(out[t], f"out[{t}]", layout.samples[t].shape, layout.device)
+    # What no loss reaches is not written.
+    written = [None if sample is None else tensor for tensor, sample in zip(out, layout.samples, strict=True)]
+    read = dict(gradients) if coefficients is None else {**gradients, "coefficients": coefficients}
+    check_no_overlap({"out": written}, read, in_place=gradients)
 
 
 def _numbered(gradients: Sequence[Gradients]) -> list[str]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ..backends import define_operator
+from ..memory_overlap import check_no_overlap
 from ..reference import optimizer as reference
 from .alignment import (
     Gradients,
@@ -69,7 +70,8 @@ def adamw_step(
 
     Raises:
         TypeError: for an argument of a wrong type, or a tensor of a wrong dtype.
-        ValueError: for a wrong length, shape, device, layout, group index or hyperparameter; nothing is changed then.
+        ValueError: for a wrong length, shape, device, layout, group index or hyperparameter, and for a tensor that is updated and overlaps
+            itself or any other tensor of the arguments; nothing is changed then.
     """
     names = [f"gradients[{i}]" for i in range(len(gradients))]
     layout = check_gradients(gradients, names, groups)
@@ -91,6 +93,10 @@ def adamw_step(
         for name, tensors in written.items():
             check_writable(tensors[t], f"{name}[{t}]", layout.samples[t].shape, layout.device)
         _check_scalar(steps[t], f"steps[{t}]", layout.device)
+    lists = dict(zip(names, gradients, strict=True)) | {"steps": steps}
+    scalars = {"coefficients": coefficients, "lr": lr, "found_inf": found_inf}
+    tensors = {name: tensor for name, tensor in scalars.items() if isinstance(tensor, Tensor)}
+    check_no_overlap(_only(written, reached), {**_only(lists, reached), **tensors})
     if reached:
         adamw_step_operator(
             [params[t] for t in reached],
@@ -109,6 +115,12 @@ def adamw_step(
             ema_decay,
             found_inf,
         )
+
+
+def _only(lists: Mapping[str, Sequence[Tensor | None]], indices: Sequence[int]) -> dict[str, list[Tensor | None]]:
+    """`lists` with None at all but `indices`."""
+    kept = set(indices)
+    return {name: [tensor if t in kept else None for t, tensor in enumerate(tensors)] for name, tensors in lists.items()}
 
 
 def check_learning_rate(lr: float | Tensor, device: torch.device) -> None:
