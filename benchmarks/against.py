@@ -1,4 +1,4 @@
-"""Two commits on the same machine, in turn: what got slower beyond the noise."""
+"""Two commits on the same machine, in turn, each with its own benchmarks: what got slower beyond the noise."""
 
 from __future__ import annotations
 
@@ -23,12 +23,15 @@ _RUN = """
 import json, pathlib, sys
 from genrep_fast.benchmarks import suite
 options = json.loads(sys.argv[1])
+options["suites"] = [name for name in options["suites"] if name in suite.SUITES]
 pathlib.Path(sys.argv[2]).write_text(json.dumps(suite.run(**options, roles=["ours", "variant"])))
 """
 
 
 def compare(revision: str, options: dict, *, rounds: int = 5, progress: Callable[[str], None] = lambda text: None) -> list[dict]:
-    """Measure `revision` and the sources as they lie here, in as many rounds of one and the other, with the benchmarks as they lie here.
+    """Measure `revision` and the sources as they lie here, in as many rounds of one and the other, each with its own benchmarks.
+
+    Rows of both belong together where suite, case and provider have the same names: the work of a case must not change under its name.
 
     Args:
         revision: of this checkout's git.
@@ -42,7 +45,7 @@ def compare(revision: str, options: dict, *, rounds: int = 5, progress: Callable
 
     Raises:
         ValueError: where the package does not run from a git checkout, or `revision` is none of its commits.
-        RuntimeError: where a commit cannot be built, or lacks what these benchmarks need of it.
+        RuntimeError: where a commit cannot be built, or its benchmarks do not run with these options.
     """
     if rounds < 2:
         raise ValueError(f"rounds must be at least 2, got {rounds}")
@@ -83,10 +86,10 @@ def _verdict(key: tuple[str, str, str], old: list[float] | None, new: list[float
 
 
 def _build(root: Path, site: Path) -> None:
-    """A copy of the package at `root` with its own native code and the benchmarks of here."""
+    """A copy of the package at `root` with its own native code and benchmarks."""
     package = shutil.copytree(root / "genrep_fast", site / "genrep_fast", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     shutil.copytree(root / "kernels/triton", package / "kernels")
-    shutil.copytree(Path(__file__).parent, package / "benchmarks", ignore=shutil.ignore_patterns("results", "test_*", "__pycache__"))
+    shutil.copytree(root / "benchmarks", package / "benchmarks", ignore=shutil.ignore_patterns("results", "test_*", "__pycache__"))
     environment = os.environ | {"PYTHONPATH": str(root / "csrc")}
     if DEVICE == "cpu":
         environment["GENREP_FAST_CUDA"] = "0"

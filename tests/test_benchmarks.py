@@ -265,6 +265,31 @@ def test_commits_are_measured_in_turn(monkeypatch):
     assert {row["case"]: row["verdict"] for row in rows} == {"a": "same", "b": "slower"}
 
 
+SUITE = """
+SUITES = ("alignment",{more})
+
+def run(suites, roles):
+    assert roles == ["ours", "variant"]
+    return {{"rows": [{{"suite": suite, "case": {case!r}, "provider": "mine", "ms": 1.0}} for suite in suites]}}
+"""
+
+
+def test_each_commit_runs_its_own_benchmarks(monkeypatch, tmp_path):
+    for name, suite_source in (("old", SUITE.format(more="", case="a")), ("new", SUITE.format(more='"retrieval"', case="b"))):
+        for folder in ("genrep_fast", "kernels/triton", "benchmarks", "csrc"):
+            (tmp_path / name / folder).mkdir(parents=True)
+        for file in ("genrep_fast/__init__.py", "kernels/triton/__init__.py", "benchmarks/__init__.py"):
+            (tmp_path / name / file).touch()
+        (tmp_path / name / "csrc/build.py").write_text("def build(package, objects): pass\n")
+        (tmp_path / name / "benchmarks/suite.py").write_text(suite_source)
+        against._build(tmp_path / name, tmp_path / "sites" / name)
+    found = {}
+    for name in ("old", "new"):
+        rows = against._run(tmp_path / "sites" / name, {"suites": ["alignment", "retrieval"]}, tmp_path / "rows.json")
+        found[name] = [(row["suite"], row["case"]) for row in rows]
+    assert found == {"old": [("alignment", "a")], "new": [("alignment", "b"), ("retrieval", "b")]}
+
+
 def test_nothing_to_compare_with(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="rounds must be at least 2, got 1"):
         against.compare("HEAD", {}, rounds=1)
