@@ -118,6 +118,8 @@ def _build_group_tables_once(groups: tuple[int, ...], num_groups: int, device: t
 
 
 def _build_group_tables(groups: tuple[int, ...], num_groups: int, device: torch.device) -> GroupTables:
+    if groups and not -1 <= min(groups) <= max(groups) < num_groups:
+        raise ValueError(f"groups must be from -1 to {num_groups - 1}, got {min(groups)} to {max(groups)}")
     table = torch.tensor(groups, dtype=torch.int64)
     members = table.argsort(stable=True)
     bounds = torch.searchsorted(table[members], torch.arange(num_groups + 1))
