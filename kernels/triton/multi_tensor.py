@@ -5,8 +5,9 @@ same number of elements. The table has a row for each t with the addresses of it
 elements of one t, which a second table names. A kernel is compiled for a combination of dtypes (None: the tensor is missing) and for
 aligned or unaligned memory, never for a size; tensors of different combinations go to different launches.
 
-A table goes to the device once, as long as the tensors and their groups stay as they are. Inside a CUDA graph's capture the upload is a part of the
-graph, from pinned memory that PyTorch keeps for the graph, and no table from outside is used, which could be freed before the graph.
+A table goes to the device once, as long as the tensors and their groups stay as they are. Inside a CUDA graph's capture the upload is a
+part of the graph, from pinned memory that PyTorch keeps for the graph, and no table from outside is used, which could be freed before the
+graph.
 """
 
 from __future__ import annotations
