@@ -20,7 +20,7 @@ from genrep_fast.benchmarks.measurement import DEVICE, Case, Provider, compiled_
 from genrep_fast.reference.alignment import alignment_coefficients
 
 WEIGHTS, POWER = [0.7, 0.3], 2.0
-BACKENDS = compiled_backends("gram", "alignment_coefficients", "combine")
+BACKENDS = compiled_backends("gram", "group_gram", "alignment_coefficients", "tensor_coefficients", "combine")
 
 
 class Setting:

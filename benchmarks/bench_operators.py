@@ -53,6 +53,16 @@ def alignment_coefficients(groups):
     return [factors @ factors.mT, [0.7, 0.3], 2.0]
 
 
+def group_gram(tensors):
+    factors = Random()(tensors, 2, 8).double()
+    return [factors @ factors.mT, [0] * tensors, 1]
+
+
+def tensor_coefficients(tensors):
+    coefficients = torch.tensor([[0.7, 0.3]], dtype=torch.float64, device=DEVICE)
+    return [coefficients, *group_gram(tensors)[:2], [0.5, 0.5]]
+
+
 def combine(numel):
     tensors = gradients(numel, 3)
     count = len(tensors) // 3
@@ -121,6 +131,8 @@ SCORES = [(8, 10), (64, 1000), (8, 150, 16384)]
 ARGUMENTS = {  # case -> operator, what makes its arguments, FLOPs an element of the largest one, sizes
     "gram": ("gram", gram, 6, PARAMETERS),
     "alignment_coefficients": ("alignment_coefficients", alignment_coefficients, 20, [(1,), (100,), (10_000,)]),
+    "group_gram": ("group_gram", group_gram, 2, [(1,), (100,), (10_000,)]),
+    "tensor_coefficients": ("tensor_coefficients", tensor_coefficients, 1, [(1,), (100,), (10_000,)]),
     "combine": ("combine", combine, 3, PARAMETERS),
     "adamw_step": ("adamw_step", adamw_step, 20, PARAMETERS),
     "log_likelihood": ("log_likelihood", log_likelihood, 6, CHUNKS),
@@ -183,7 +195,7 @@ def case(operator, builder, flops, sizes):
     if operator == "adamw_step":  # parameters, moments and averages are written too
         moved += sum(tensor.nbytes for tensor in flatten(arguments[:4]))
     work = elements * (sizes[0] if builder is shared_centres else 1)
-    arithmetic = builder is shared_centres or operator == "alignment_coefficients"
+    arithmetic = builder is shared_centres or operator in ("group_gram", "alignment_coefficients", "tensor_coefficients")
     return Case(providers, elements, None if arithmetic else moved, flops * work, **copy_of(torch.empty(max(elements, 1), device=DEVICE)))
 
 

@@ -19,7 +19,7 @@ from genrep_fast.benchmarks.bench_alignment import POWER, WEIGHTS
 from genrep_fast.benchmarks.measurement import DEVICE, Case, Provider, compiled_backends, copy_of
 
 EMA_DECAY = 0.999
-BACKENDS = compiled_backends("gram", "alignment_coefficients", "combine", "adamw_step")
+BACKENDS = compiled_backends("gram", "group_gram", "alignment_coefficients", "tensor_coefficients", "combine", "adamw_step")
 
 
 class Setting(bench_alignment.Setting):

@@ -58,15 +58,28 @@ def align(n, dtypes, device):
     make = Tensors(dtypes, device)
     gradients = [make(size) for _ in range(n) for size in SIZES]
     gradients[3] = None
-    matrices = operators.gram(gradients, n, [max(group, 0) for group in GROUPS], 3)
+    grams = operators.gram(gradients, n, list(range(len(SIZES))), len(SIZES))
+    matrices = operators.group_gram(grams, GROUPS, 3)
     coefficients = operators.alignment_coefficients(matrices, [0.7, 0.3], 2.0)[0] if n == 2 else torch.ones(3, n).double().to(device)
+    rows = operators.tensor_coefficients(coefficients, grams, GROUPS, [1 / n] * n)
     out = [make(size) for size in SIZES]
+    operators.combine(gradients, rows, list(range(len(SIZES))), [], out)
     operators.combine(gradients, coefficients, GROUPS, [1 / n] * n, out)
     params, *state = ([make(size, dtype=dtypes[0]) for size in SIZES] for _ in range(4))
     steps = [torch.ones(()) for _ in SIZES]
     rest = (GROUPS, [1 / n] * n, steps, torch.tensor(0.01), 0.9, 0.999, 1e-8, 0.1, 0.99, torch.zeros(1).to(device))
     operators.adamw_step(params, *state, gradients, coefficients, *rest)
-    require_finite(f"n = {n}, {dtypes}", matrices, coefficients, *out, *params, *state[0], *state[1], *state[2])
+    require_finite(f"n = {n}, {dtypes}", matrices, coefficients, rows, *out, *params, *state[0], *state[1], *state[2])
+
+
+def group(device):
+    """Tensors and groups that take the GPU's kernels several launches."""
+    for n in (2, 3, 8):
+        make = Tensors([torch.float64], device)
+        for groups, num_groups in (([0] * 1201, 1), (list(range(1201)), 1201), ([t % 7 - 1 for t in range(1201)], 600)):
+            grams, coefficients = make(1201, n, n), make(num_groups, n)
+            matrices = operators.group_gram(grams, groups, num_groups)
+            require_finite(f"groups, n = {n}", matrices, operators.tensor_coefficients(coefficients, grams, groups, [1 / n] * n))
 
 
 def score(name, x, model_output, x_t, reduction, per_location, make):
@@ -135,7 +148,7 @@ def main():
         for n in (2, 3, 8):
             for dtypes in (*([dtype] for dtype in DTYPES), DTYPES):
                 align(n, dtypes, device)
-        for run in (score_layouts, score_shapes, score_shared_centres, bayes, step_chains):
+        for run in (group, score_layouts, score_shapes, score_shared_centres, bayes, step_chains):
             run(device)
     print(f"{backend}: every result is finite")
 

@@ -19,24 +19,26 @@ import genrep_fast as gf  # noqa: E402
 def backend(request, monkeypatch):
     """Insists on one compiled backend after the other, those that can run here."""
     if request.param == "triton" and not HAS_GPU:
-        round_to_bfloat16(monkeypatch)
+        convert_bfloat16_as_a_gpu(monkeypatch)
     with gf.use_backend(request.param):
         yield request.param
 
 
-def round_to_bfloat16(monkeypatch):
-    """Triton's interpreter cuts float32 off to bfloat16, where a GPU rounds."""
+def convert_bfloat16_as_a_gpu(monkeypatch):
+    """Triton's interpreter cuts float32 off to bfloat16, where a GPU rounds, and takes bfloat16's subnormal numbers for zeros."""
     import triton.language as tl
     from triton.runtime import interpreter
 
     convert = interpreter._convert_float
 
-    def rounding(values, source, target, mode):
-        if (source, target) != (tl.float32, tl.bfloat16):
-            return convert(values, source, target, mode)
-        return torch.from_numpy(values).bfloat16().view(torch.int16).numpy().view("uint16")
+    def exact(values, source, target, mode):
+        if (source, target) == (tl.float32, tl.bfloat16):
+            return torch.from_numpy(values).bfloat16().view(torch.int16).numpy().view("uint16")
+        if (source, target) == (tl.bfloat16, tl.float32):
+            return values.view("uint16").astype("uint32") << 16
+        return convert(values, source, target, mode)
 
-    monkeypatch.setattr(interpreter, "_convert_float", rounding)
+    monkeypatch.setattr(interpreter, "_convert_float", exact)
 
 
 def build_backbone(kind, num_classes=3, *, channels=1, **options):

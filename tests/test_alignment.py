@@ -1,6 +1,7 @@
 """Gradient alignment against an explicit parallel/orthogonal decomposition, exact sums and plain loops."""
 
 import math
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -143,6 +144,108 @@ def test_norm_of_the_result_follows_from_the_gram_matrix():
     aligned, stats = gf.align_gradients(p, g)
     c, matrix = stats.coefficients[0], gf.gram(p, g)[0]
     torch.testing.assert_close((c @ matrix @ c).sqrt(), flatten(aligned).norm(), rtol=1e-12, atol=0)
+
+
+# Losses that do not reach a tensor
+
+REACHED_GROUPS = [0, 0, 0, 1, 1, 1, None, 0, 1, 2]
+REACHED_SHAPES = [(5,), (63,), (7, 3), (129,), (1,), (4, 5), (9,), (11,), (2, 2), (6,)]
+UNREACHED = {  # losses -> tensors that they do not reach; tensor 9 is its group's only one
+    (0,): [1, 9],
+    (1,): [3, 6],
+    (0, 1): [7],
+}
+
+
+def with_unreached(gradients, replace):
+    """The gradients of losses, those of UNREACHED replaced; a third loss and further ones reach everything but tensor 2."""
+    gradients = [list(tensors) for tensors in gradients]
+    for losses, indices in UNREACHED.items():
+        for loss in losses:
+            for t in indices:
+                gradients[loss][t] = replace(gradients[loss][t])
+    for tensors in gradients[2:]:
+        tensors[2] = replace(tensors[2])
+    return gradients
+
+
+def negative_zeros(tensor):
+    return -torch.zeros_like(tensor)
+
+
+@pytest.mark.parametrize("replace", [torch.zeros_like, negative_zeros], ids=["zeros", "negative zeros"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_zeros_are_as_good_as_none(dtype, replace):
+    pair = gradient_pair(REACHED_SHAPES, dtype=dtype)
+    zeros, missing = with_unreached(pair, replace), with_unreached(pair, lambda tensor: None)
+    aligned, stats = gf.align_gradients(*zeros, groups=REACHED_GROUPS)
+    expected, expected_stats = gf.align_gradients(*missing, groups=REACHED_GROUPS)
+    torch.testing.assert_close(vars(stats), vars(expected_stats), rtol=1e-15, atol=0)
+    for t, (result, value) in enumerate(zip(aligned, expected, strict=True)):
+        if t in UNREACHED[0, 1]:
+            assert result.dtype == dtype and result.count_nonzero() == 0 and value is None
+        else:
+            torch.testing.assert_close(result, value, rtol=0, atol=0)
+    # What the shared tensors alone say.
+    p, g = (flatten([tensors[t].double() for t in (4, 5, 8)]) for tensors in pair)
+    cosine = p @ g / p.norm() / g.norm()
+    torch.testing.assert_close(stats.cosine[1], cosine, rtol=1e-6, atol=0)
+    torch.testing.assert_close(stats.norms[1], torch.stack([p.norm(), g.norm()]), rtol=1e-6, atol=0)
+    result = flatten([aligned[t] for t in (4, 5, 8)])
+    assert relative_error(result, decomposed(p, g)) < 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(aligned[3], (0.7 * pair[0][3].double()).to(dtype), rtol=torch.finfo(dtype).eps, atol=0)
+    assert stats.norms[2].tolist() == [0, 0] and stats.coefficients[2].tolist() == list(WEIGHTS)  # nothing of it is shared
+
+
+@pytest.mark.parametrize("value", [5e-324, 1e-170])
+def test_a_float64_gradient_whose_square_vanishes_is_reached(value):
+    tiny = torch.zeros(1000, dtype=torch.float64)
+    tiny[777] = -value
+    with gf.use_backend("reference"):
+        matrices = torch.ops.genrep_fast.gram([tiny, 0 * tiny, tiny + 1, tiny + 1], 2, [0, 1], 2)
+    assert (matrices[0].diagonal() > 0).all() and matrices[1].diagonal().tolist() == [0, 1000]
+    (aligned, _), stats = gf.align_gradients([tiny, 0 * tiny], [tiny + 1, tiny + 1])
+    assert stats.norms[0, 0] > 0 and stats.norms[0, 1] == pytest.approx(math.sqrt(1000))
+    torch.testing.assert_close(aligned, torch.full_like(aligned, 0.3), rtol=1e-12, atol=0)
+
+
+def test_a_nan_does_not_spread_to_tensors_that_one_loss_reaches():
+    p = [torch.tensor([1.0, math.nan]), torch.zeros(2), torch.tensor([math.inf, 1.0])]
+    g = [torch.ones(2), torch.ones(2), torch.zeros(2)]
+    aligned, stats = gf.align_gradients(p, g)
+    assert aligned[0].isnan().all() and stats.norms.isnan().tolist() == [[True, False]]
+    torch.testing.assert_close(aligned[1:], [torch.tensor([0.3, 0.3]), torch.tensor([math.inf, 0.7])])
+
+
+def test_gram_and_combine_take_zeros_as_they_are():
+    p, g = [torch.zeros(3), torch.ones(3)], [torch.ones(3), torch.ones(3)]
+    assert gf.gram(p, g).tolist() == [[[3, 3], [3, 6]]]
+    results = gf.combine((p, g), torch.tensor([[2.0, 5.0]]))
+    assert [result.tolist() for result in results] == [[5] * 3, [7] * 3]
+
+
+@pytest.mark.parametrize("n", range(2, 9))
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_matrices_of_groups_and_coefficients_of_tensors_equal_loops(n, backend):
+    gradients = with_unreached([random_gradients(REACHED_SHAPES, seed=i, shift=0.2 * i) for i in range(n)], torch.zeros_like)
+    gradients[n - 1][0][2] = math.nan
+    groups = [-1 if group is None else group for group in REACHED_GROUPS]
+    shared = [t for t in range(10) if all(tensors[t].count_nonzero() for tensors in gradients)]
+    assert shared == ([0, 2, 4, 5, 8] if n == 2 else [0, 4, 5, 8])
+    grams = torch.stack([torch.tensor([[(a[t] * b[t]).sum() for b in gradients] for a in gradients]) for t in range(10)])
+    coefficients, weights = torch.randn(4, n, dtype=torch.float64), [0.7 - 0.2 * i for i in range(n)]
+    backends = gf.use_backend(backend) if backend else nullcontext()
+    with backends:
+        matrices = torch.ops.genrep_fast.group_gram(grams, groups, 4)
+        rows = torch.ops.genrep_fast.tensor_coefficients(coefficients, grams, groups, weights)
+    for group in range(4):
+        counted = [t for t in shared if groups[t] == group]
+        for i in range(n):
+            for j in range(n):
+                exact = math.fsum(grams[t, i, j].item() for t in counted)
+                assert matrices[group, i, j].item() == pytest.approx(exact, rel=1e-12, abs=1e-12, nan_ok=True)
+    expected = [coefficients[group].tolist() if t in shared and group >= 0 else weights for t, group in enumerate(groups)]
+    assert rows.tolist() == expected
 
 
 # Gram matrices and sums of n gradients
@@ -439,7 +542,9 @@ def operator_arguments():
     p, g = gradient_pair([(3,), (2, 2)], dtype=torch.float32)
     return {
         "gram": ([*p, *g], 2, [1, 0], 2),
+        "group_gram": (torch.stack([gf.gram(p, g)[0], torch.zeros(2, 2).double()]), [1, -1], 3),
         "alignment_coefficients": (gf.gram(p, g), [0.7, 0.3], 2.0),
+        "tensor_coefficients": (torch.ones(1, 2, dtype=torch.float64), torch.cat([gf.gram(p, g)] * 3), [0, -1, 0], [0.7, 0.3]),
         "combine": ([*p, None, g[1]], torch.ones(1, 2, dtype=torch.float64), [-1, 0], [0.7, 0.3], [torch.empty(3), torch.empty(2, 2)]),
     }
 
@@ -457,10 +562,20 @@ def test_the_reference_never_asks_the_device(name):
         getattr(reference, name)(*arguments)
 
 
+def test_alignment_never_asks_the_device():
+    with FakeTensorMode() as mode:
+        p, g = ([mode.from_tensor(tensor) for tensor in tensors] for tensors in gradient_pair(dtype=torch.float32))
+        p[0] = None
+        aligned, stats = gf.align_gradients(p, g, groups=GROUPS)
+    assert [tensor.shape for tensor in aligned] == [torch.Size(shape) for shape in SHAPES]
+    assert stats.coefficients.shape == (3, 2)
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiles_into_one_graph(backend):
     p, g = gradient_pair(SHAPES[:4], dtype=torch.float32)
     p[1] = None
+    g[0] = torch.zeros_like(g[0])
     aligned, stats = gf.align_gradients(p, g, groups=GROUPS[:4])
 
     @partial(torch.compile, fullgraph=True, backend=backend)

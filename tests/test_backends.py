@@ -51,11 +51,14 @@ def test_another_backend_changes_no_caller(calls):
     torch.testing.assert_close(gf.posterior(SCORES.double()), SCORES.double().log_softmax(1))  # float64 is the reference's
 
 
+ALIGNMENT = ("gram", "group_gram", "alignment_coefficients", "tensor_coefficients", "combine")
+
+
 @pytest.fixture
 def alignment_calls(registry):
-    """The alignment operators that a fake "cpu" backend, which holds all three, has run; each does what the reference does."""
+    """The alignment operators that a fake "cpu" backend, which holds all five, has run; each does what the reference does."""
     ran = []
-    for name in ("gram", "alignment_coefficients", "combine"):
+    for name in ALIGNMENT:
         reference = registry._implementations[name]["reference"]
         registry.register_implementation(name, "cpu", lambda *args, name=name, reference=reference: ran.append(name) or reference(*args))
     return ran
@@ -64,7 +67,7 @@ def alignment_calls(registry):
 def test_float64_gram_matrices_of_float32_gradients_reach_every_backend(alignment_calls):
     with gf.use_backend("cpu"):
         gf.align_gradients([torch.ones(3)], [torch.ones(3)])
-    assert alignment_calls == ["gram", "alignment_coefficients", "combine"]
+    assert alignment_calls == list(ALIGNMENT)
 
 
 def test_one_float64_gradient_among_float32_ones_takes_the_reference(alignment_calls):

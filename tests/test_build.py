@@ -41,7 +41,7 @@ def built_libraries():
 def test_cpu_library_is_loaded_and_describes_itself():
     cpu = gf.info()["backends"]["cpu"]
     assert cpu["available"] and cpu["reason"] is None
-    assert {"adamw_step", "alignment_coefficients", "combine", "gram"} <= set(cpu["operators"])
+    assert {"adamw_step", "alignment_coefficients", "combine", "gram", "group_gram", "tensor_coefficients"} <= set(cpu["operators"])
     assert cpu["build"]["torch_target"] == native_build.TORCH_TARGET
     assert cpu["build"]["capability"] in ("default", "avx2", "avx512")
 

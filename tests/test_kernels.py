@@ -160,6 +160,148 @@ def test_gram_without_elements():
     assert operators.gram(empty, 2, [1], 3).tolist() == [[[0, 0], [0, 0]]] * 3
 
 
+@pytest.mark.parametrize("dtypes", [(F32, F32), (F32, BF16), (BF16, F16), (F32, F16, BF16), (F32, BF16, F32), (F32,) * 8])
+def test_gram_is_zero_where_every_element_is_and_nowhere_else(dtypes):
+    # The last loss has one element that is not zero, the smallest of its dtype: among 10^5 that are, and at the ends of small tensors.
+    smallest = {F32: 1e-45, BF16: 2.0**-133, F16: 2.0**-24}[dtypes[-1]]
+    sizes, places = [100_003, 5, 63, 63, 20_001], [77_777, 4, 0, 62, None]
+    gradients = losses(dtypes, sizes=sizes)
+    last = gradients[-len(sizes) :]
+    for tensor, place in zip(last, places, strict=True):
+        tensor.zero_()
+        if place is not None:
+            tensor[place] = -smallest
+    squares = operators.gram(gradients, len(dtypes), list(range(len(sizes))), len(sizes)).diagonal(dim1=1, dim2=2)
+    square = last[1][4].double().item() ** 2
+    assert square > 0 and squares[:, -1].tolist() == [*[square] * 4, 0]
+    assert (squares[:, :-1] > 0).all()
+
+
+# Gram matrices of groups, and coefficients of tensors
+
+
+def own_matrices(num_tensors, n):
+    """Gram matrices [T, n, n] of tensors; some losses do not reach some of them, and some have a NaN or an infinity."""
+    factors = torch.randn(num_tensors, n, 4, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    factors *= 10 ** torch.linspace(-3, 3, num_tensors, dtype=torch.float64)[:, None, None]
+    for t, loss in enumerate(range(0, 3 * n)):
+        factors[5 * t + 1, loss % n] = -0.0 if t % 2 else 0.0
+    factors[2] = 0
+    matrices = factors @ factors.mT
+    matrices[3, 0, 0], matrices[4, n - 1, n - 1], matrices[6, n - 1, n - 1] = 5e-324, math.nan, math.inf
+    matrices[7, 0, :] = matrices[7, :, 0] = math.nan
+    matrices[7, n - 1, n - 1] = 0  # no part of its group, whatever the NaN
+    matrices[8, 0, 0] = -0.0
+    return matrices.to(DEVICE)
+
+
+GROUPINGS = {  # a name -> groups of 120 tensors or more, number of groups
+    "one": ([0] * 2500, 1),
+    "few": ([(7 * t) % 9 - 1 for t in range(120)], 10),  # the last one is empty
+    "several launches": ([t % 3 - 1 if t < 1900 else 5 for t in range(2500)], 7),
+    "a tensor": (list(range(1500)), 1500),
+    "empty ones between": ([400 * (t % 5) for t in range(120)], 2100),
+    "none": ([-1] * 120, 3),
+    "no groups": ([-1] * 120, 0),
+}
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in:RuntimeWarning")  # of the interpreter, inf - inf
+@pytest.mark.parametrize("name", GROUPINGS)
+@pytest.mark.parametrize("n", [2, 3, 8])
+def test_group_gram(n, name):
+    groups, num_groups = GROUPINGS[name]
+    grams = own_matrices(len(groups), n)
+    expected = alignment_reference.group_gram(grams, groups, num_groups)
+    result = operators.group_gram(grams, groups, num_groups)
+    assert result.dtype == torch.float64 and result.shape == (num_groups, n, n)
+    # Sums in another order: up to a rounding of the largest entry for each of the tensors.
+    torch.testing.assert_close(result, expected, rtol=1e-13, atol=1e-6, equal_nan=True)
+    assert torch.equal(result == 0, expected == 0)
+    assert_equal_bits([result], [operators.group_gram(grams, groups, num_groups)])
+    transposed = grams.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    assert_equal_bits([result], [operators.group_gram(transposed, groups, num_groups)])
+
+
+@pytest.mark.parametrize("name", GROUPINGS)
+@pytest.mark.parametrize("n", [2, 3, 8])
+def test_tensor_coefficients(n, name):
+    groups, num_groups = GROUPINGS[name]
+    grams, coefficients = own_matrices(len(groups), n), random_coefficients(n, num_groups)
+    if num_groups > 1:
+        coefficients[1] = math.nan
+    weights = [0.7 - 0.2 * i for i in range(n)]
+    expected = alignment_reference.tensor_coefficients(coefficients, grams, groups, weights)
+    for layout in (grams, grams.permute(1, 2, 0).contiguous().permute(2, 0, 1)):
+        assert_equal_bits([operators.tensor_coefficients(coefficients, layout, groups, weights)], [expected])
+
+
+def test_no_tensors():
+    none = torch.empty(0, 3, 3, dtype=torch.float64, device=DEVICE)
+    assert operators.group_gram(none, [], 2).tolist() == [[[0] * 3] * 3] * 2
+    assert operators.group_gram(none, [], 0).shape == (0, 3, 3)
+    assert operators.tensor_coefficients(random_coefficients(3), none, [], [1.0] * 3).shape == (0, 3)
+
+
+def test_wrong_matrices_and_groups_are_refused(backend):
+    grams = torch.ones(2, 2, 2, dtype=torch.float64, device=DEVICE)
+    row, weights = torch.ones(1, 2, dtype=torch.float64, device=DEVICE), [0.5, 0.5]
+    for groups in ([0, 1], [-2, 0]):
+        with pytest.raises((RuntimeError, ValueError), match="groups must be"):
+            operators.group_gram(grams, groups, 1)
+        with pytest.raises((RuntimeError, ValueError), match="groups must be"):
+            operators.tensor_coefficients(row, grams, groups, weights)
+    if backend == "triton":
+        return  # checks nothing else
+    for arguments in ((grams.float(), [0, 0], 1), (grams[0], [0, 0], 1), (grams[:, :1], [0, 0], 1), (grams, [0], 1)):
+        with pytest.raises(RuntimeError):
+            operators.group_gram(*arguments)
+    for arguments in (
+        (row.float(), grams, [0, 0], weights),
+        (row[0], grams, [0, 0], weights),
+        (row[:, :1], grams, [0, 0], weights),
+        (row, grams.float(), [0, 0], weights),
+        (row, grams, [0], weights),
+        (row, grams, [0, 0], []),
+        (row, grams, [0, 0], [1.0] * 3),
+    ):
+        with pytest.raises(RuntimeError):
+            operators.tensor_coefficients(*arguments)
+
+
+def combine_shared(gradients, n, groups, num_groups, weights, out):
+    """Gradients as combined with coefficients of their groups, the sums of each row of the matrix over its trace; and the matrices."""
+    num_tensors = len(groups)
+    grams = operators.gram(gradients, n, list(range(num_tensors)), num_tensors)
+    matrices = operators.group_gram(grams, groups, num_groups)
+    coefficients = matrices.sum(2) / matrices.diagonal(dim1=1, dim2=2).sum(1, keepdim=True)
+    rows = operators.tensor_coefficients(coefficients, grams, groups, weights)
+    operators.combine(gradients, rows, list(range(num_tensors)), [], out)
+    return matrices
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in:RuntimeWarning")
+@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, F16), (F32, BF16, F16), (F32,) * 8])
+def test_zeros_are_combined_as_if_they_were_missing(dtypes):
+    n, T = len(dtypes), len(SIZES)
+    gradients, weights = losses(dtypes), [0.7 - 0.2 * i for i in range(n)]
+    for i, t, value in ((0, 5, 0.0), (n - 1, 6, -0.0), (0, 7, 0.0), (n - 1, 7, 0.0), (0, 8, 0.0)):
+        gradients[i * T + t].fill_(value)
+    gradients[3][100] = gradients[(n - 1) * T + 8][-1] = math.nan  # of a tensor without a group, and beside zeros
+    shared = [group if group >= 0 and t not in (2, 5, 6, 7, 8) else -1 for t, group in enumerate(GROUPS)]  # the third is empty
+    out, expected = tensors(F32, seed=8, scale=math.nan), tensors(F32, seed=8, scale=math.nan)
+    matrices = combine_shared(gradients, n, GROUPS, NUM_GROUPS, weights, out)
+    counted = [t for t, group in enumerate(shared) if group >= 0]
+    chosen = [gradients[i * T + t] for i in range(n) for t in counted]
+    exact = alignment_reference.gram(chosen, n, [shared[t] for t in counted], NUM_GROUPS)
+    torch.testing.assert_close(matrices, exact, rtol=2e-7, atol=2e-7 * exact.max().item())
+    coefficients = exact.sum(2) / exact.diagonal(dim1=1, dim2=2).sum(1, keepdim=True)
+    alignment_reference.combine(gradients, coefficients, shared, weights, expected)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert not torch.cat(out[4:8]).isnan().any() and out[7].count_nonzero() == (0 if n == 2 else len(out[7]))
+    assert_surroundings_untouched(out)
+
+
 # Coefficients
 
 
@@ -439,12 +581,17 @@ def test_a_captured_step_can_be_replayed():
     steps = [torch.ones((), device=DEVICE) for _ in SIZES]
     arguments = list(optimizer_arguments((F32, BF16), steps=steps, lr=torch.tensor(0.1, device=DEVICE)))
     gradients = arguments[4]
+    gradients[5].zero_()
+    arguments[6] = list(range(len(SIZES)))  # rows of the coefficients
 
-    def step(gram, coefficients_of, update):
-        arguments[5] = coefficients_of(gram(gradients, 2, GRAM_GROUPS, NUM_GROUPS), [0.7, 0.3], 2.0)[0]
+    def step(gram, group_gram, coefficients_of, tensor_coefficients, update):
+        grams = gram(gradients, 2, list(range(len(SIZES))), len(SIZES))
+        coefficients = coefficients_of(group_gram(grams, GROUPS, NUM_GROUPS), [0.7, 0.3], 2.0)[0]
+        arguments[5] = tensor_coefficients(coefficients, grams, GROUPS, [0.7, 0.3])
         update(*arguments)
 
-    kernels = (operators.gram, operators.alignment_coefficients, operators.adamw_step)
+    names = ("gram", "group_gram", "alignment_coefficients", "tensor_coefficients")
+    kernels = (*(getattr(operators, name) for name in names), operators.adamw_step)
     initial = [copies(values) for values in arguments[:4]]
     previous = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
@@ -465,6 +612,6 @@ def test_a_captured_step_can_be_replayed():
         count.add_(1)
     graph.replay()
     arguments[:4] = initial
-    step(alignment_reference.gram, alignment_reference.alignment_coefficients, optimizer_reference.adamw_step)
+    step(*(getattr(alignment_reference, name) for name in names), optimizer_reference.adamw_step)
     for results, values in zip(state, initial, strict=True):
         torch.testing.assert_close(results, values, rtol=1e-5, atol=1e-6)

@@ -61,6 +61,19 @@ def test_tables_are_built_once_while_tensors_stay_where_they_are():
     assert multi_tensor._build_once.cache_info().misses == misses + 3
 
 
+def test_tables_of_groups_are_built_once_and_serve_both_operators():
+    grams = torch.ones(3, 2, 2, dtype=torch.float64, device=DEVICE)
+    coefficients = torch.ones(2, 2, dtype=torch.float64, device=DEVICE)
+    misses = multi_tensor._build_group_tables_once.cache_info().misses
+    for groups, count in (([1, -1, 0], 1), ([1, -1, 0], 1), ([0, -1, 0], 2)):
+        assert alignment.group_gram(grams, groups, 2)[:, 0, 0].tolist() == [groups.count(0), groups.count(1)]
+        assert alignment.tensor_coefficients(coefficients, grams, groups, [3.0, 4.0])[:, 0].tolist() == [1, 3, 1]
+        assert multi_tensor._build_group_tables_once.cache_info().misses == misses + count
+    for groups in ([2], [-2]):
+        with pytest.raises(ValueError, match=f"groups must be from -1 to 1, got {groups[0]} to {groups[0]}"):
+            alignment.group_gram(grams[:1], groups, 2)
+
+
 def test_wide_loads_are_for_aligned_tensors_alone():
     buffer = torch.zeros(600, device=DEVICE)
     aligned, shifted = buffer[:256], buffer[257:513]
@@ -186,6 +199,9 @@ def compile_offline(capability, folder):
         params, *state = ([torch.ones(size, dtype=dtype)] for dtype in (dtypes[0], F32, F32, F32))
         gram = alignment.gram(gradients, len(dtypes), [0], 1)
         coefficients = alignment.alignment_coefficients(gram[:, :2, :2], [0.7, 0.3], 2.0)[0].new_empty(1, len(dtypes))
+        own = torch.ones(1, len(dtypes), len(dtypes), dtype=torch.float64)
+        alignment.group_gram(own, [0], 1)
+        alignment.tensor_coefficients(coefficients, own, [0], [0.5] * len(dtypes))
         alignment.combine(gradients, coefficients, [0], [], params)
         for emas, found_inf in ((state[2], None), ([], torch.zeros(1))):
             scalars = ([torch.ones(())], torch.tensor(0.1), 0.9, 0.999, 1e-8, 0.01, 0.999, found_inf)

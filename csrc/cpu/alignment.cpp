@@ -236,15 +236,18 @@ std::tuple<Tensor, Tensor, Tensor> alignment_coefficients(Tensor gram, std::vect
   return {coefficients, cosine, alpha};
 }
 
+// Asking first takes less than the call of an operator that has nothing to do.
+Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+
 // The tensors' own Gram matrices, checked: [T, n, n] float64 and T group indices from -1 to num_groups - 1.
 struct OwnMatrices {
-  Tensor dense;
+  Tensor tensor;
   const std::vector<int64_t>& groups;
   int64_t n;
   const double* matrices;
 
   OwnMatrices(const Tensor& grams, const std::vector<int64_t>& group_indices, int64_t num_groups)
-      : dense(torch::stable::contiguous(grams)), groups(group_indices) {
+      : tensor(dense(grams)), groups(group_indices) {
     STD_TORCH_CHECK(
         grams.scalar_type() == ScalarType::Double && grams.dim() == 3 && grams.size(1) == grams.size(2),
         "grams must be a float64 tensor of shape [tensors, n, n]");
@@ -253,7 +256,7 @@ struct OwnMatrices {
       STD_TORCH_CHECK(group >= -1 && group < num_groups, "groups must be between -1 and the number of groups - 1");
     }
     n = grams.size(1);
-    matrices = static_cast<const double*>(dense.const_data_ptr());
+    matrices = static_cast<const double*>(tensor.const_data_ptr());
   }
 
   const double* of(int64_t t) const { return matrices + t * n * n; }
@@ -293,8 +296,8 @@ Tensor tensor_coefficients(Tensor coefficients, Tensor grams, std::vector<int64_
   OwnMatrices own(grams, groups, coefficients.size(0));
   STD_TORCH_CHECK(coefficients.size(1) == own.n, "coefficients must be a float64 tensor of shape [groups, n]");
   STD_TORCH_CHECK(static_cast<int64_t>(weights.size()) == own.n, "weights must be n numbers");
-  Tensor dense = torch::stable::contiguous(coefficients);
-  const double* group_rows = static_cast<const double*>(dense.const_data_ptr());
+  Tensor rows_of_groups = dense(coefficients);
+  const double* group_rows = static_cast<const double*>(rows_of_groups.const_data_ptr());
   Tensor result = torch::stable::empty({static_cast<int64_t>(groups.size()), own.n}, ScalarType::Double);
   double* rows = static_cast<double*>(result.mutable_data_ptr());
   for (size_t t = 0; t < groups.size(); ++t) {

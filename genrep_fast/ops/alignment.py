@@ -365,9 +365,7 @@ def _numbered(gradients: Sequence[Gradients]) -> list[str]:
     return [f"gradients[{i}]" for i in range(len(gradients))]
 
 
-def _gram_matrices(
-    gradients: Sequence[Gradients], indices: list[int], groups: list[int], num_groups: int, device: torch.device
-) -> Tensor:
+def _gram_matrices(gradients: Sequence[Gradients], indices: list[int], groups: list[int], num_groups: int, device: torch.device) -> Tensor:
     """[num_groups, n, n]: Gram matrices of the tensors `indices`, which belong to `groups`."""
     n = len(gradients)
     if not indices:

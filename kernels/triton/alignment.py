@@ -188,9 +188,7 @@ def group_gram_kernel(grams_ptr, members_ptr, bounds_ptr, matrices_ptr, N: tl.co
     tl.store(matrix_ptrs, tl.sum(total, axis=0), mask=tl.arange(0, ENTRIES) < N * N)
 
 
-@triton.jit(
-    do_not_specialize=["num_tensors"], do_not_specialize_on_alignment=["coefficients_ptr", "grams_ptr", "groups_ptr", "rows_ptr"]
-)
+@triton.jit(do_not_specialize=["num_tensors"], do_not_specialize_on_alignment=["coefficients_ptr", "grams_ptr", "groups_ptr", "rows_ptr"])
 def tensor_coefficients_kernel(
     coefficients_ptr,
     grams_ptr,

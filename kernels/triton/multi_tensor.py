@@ -5,8 +5,9 @@ same number of elements. The table has a row for each t with the addresses of it
 elements of one t, which a second table names. A kernel is compiled for a combination of dtypes (None: the tensor is missing) and for
 aligned or unaligned memory, never for a size; tensors of different combinations go to different launches.
 
-A table goes to the device once, as long as the tensors and their groups stay as they are. Inside a CUDA graph's capture the upload is a part of the
-graph, from pinned memory that PyTorch keeps for the graph, and no table from outside is used, which could be freed before the graph.
+A table goes to the device once, as long as the tensors and their groups stay as they are. Inside a CUDA graph's capture the upload is a
+part of the graph, from pinned memory that PyTorch keeps for the graph, and no table from outside is used, which could be freed before the
+graph.
 """
 
 from __future__ import annotations
@@ -118,6 +119,8 @@ def _build_group_tables_once(groups: tuple[int, ...], num_groups: int, device: t
 
 
 def _build_group_tables(groups: tuple[int, ...], num_groups: int, device: torch.device) -> GroupTables:
+    if groups and not -1 <= min(groups) <= max(groups) < num_groups:
+        raise ValueError(f"groups must be from -1 to {num_groups - 1}, got {min(groups)} to {max(groups)}")
     table = torch.tensor(groups, dtype=torch.int64)
     members = table.argsort(stable=True)
     bounds = torch.searchsorted(table[members], torch.arange(num_groups + 1))
