@@ -472,7 +472,7 @@ def test_joint_gradients_are_aligned_on_the_attention_blocks(make_config, backbo
     applied = applied_gradients(trainer)
 
     def record(*_):
-        collected = [[None if g is None else g.double() for g in gradients] for gradients in trainer.aligner.gradients]
+        collected = [[None if g is None else g.double() for g in gradients] for gradients in trainer.aligner._gradients]
         seen.append(dict(zip(trainer.aligner.names, collected, strict=True)))
 
     trainer.optimizer.optimizer.register_step_pre_hook(record)
@@ -511,7 +511,7 @@ def test_the_only_loss_of_an_early_stage_counts_whole(make_config):
     applied = applied_gradients(trainer)
 
     def record(*_):
-        (gradients,) = [gradients for gradients in trainer.aligner.gradients if any(gradient is not None for gradient in gradients)]
+        (gradients,) = [gradients for gradients in trainer.aligner._gradients if any(gradient is not None for gradient in gradients)]
         seen.append([None if gradient is None else gradient.clone() for gradient in gradients])
 
     trainer.optimizer.optimizer.register_step_pre_hook(record)
