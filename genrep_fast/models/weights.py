@@ -1,0 +1,76 @@
+"""Weights that are loaded complete or refused: no key missing, none left over, every shape right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+_NAMED = 3  # keys in a message; the others are counted
+
+
+def load_complete(from_pretrained: Callable[..., Any], path: str | Path, **kwargs) -> Any:
+    """What ``from_pretrained(path, **kwargs)`` of a diffusers model returns, of safetensors alone and of complete ones.
+
+    Raises:
+        ValueError: with the keys that are missing, unexpected or of another shape.
+        OSError: where the weights cannot be read.
+    """
+    wants_info = kwargs.pop("output_loading_info", False)
+    try:
+        model, info = from_pretrained(path, **kwargs | {"use_safetensors": True, "output_loading_info": True})
+    except SafetensorError as error:
+        raise OSError(f"the weights in {path} cannot be read: {error}") from error
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        raise ValueError(f"the weights in {path} do not fit: {' '.join(str(error).split())}") from error
+    missing = set(info["missing_keys"])
+    if kwargs.get("device_map") is None:
+        # A file of several may lack what their index promises. Only weights that are offloaded may stay on the meta device.
+        missing |= meta_tensors(model)
+    _refuse(f"the weights in {path}", missing, info["unexpected_keys"])
+    return (model, info) if wants_info else model
+
+
+def meta_tensors(model: torch.nn.Module) -> set[str]:
+    """Names of parameters and buffers that have no values."""
+    named = (*model.named_parameters(), *model.named_buffers())
+    return {name for name, tensor in named if tensor.is_meta}
+
+
+def check_weights(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], what: str) -> None:
+    """Refuse tensors that are not, name by name, of the shapes and dtypes of `expected`; `what` holds them.
+
+    Raises:
+        ValueError: with the names that are missing, unexpected or do not fit.
+    """
+    _refuse(what, expected.keys() - found.keys(), found.keys() - expected.keys())
+    wrong = [
+        f"{name} is {_description(tensor)}, not {_description(expected[name])}"
+        for name, tensor in found.items()
+        if (tensor.shape, tensor.dtype) != (expected[name].shape, expected[name].dtype)
+    ]
+    if wrong:
+        raise ValueError(f"{what} do not fit: {named(wrong)}")
+
+
+def named(names: Collection[str]) -> str:
+    """The first few of `names`, and how many there are beside them."""
+    names = list(names)
+    others = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {others} more" if others > 0 else "")
+
+
+def _refuse(what: str, missing: Collection[str], unexpected: Collection[str]) -> None:
+    lacks = [f"{len(missing)} missing ({named(sorted(missing))})"] if missing else []
+    has = [f"{len(unexpected)} unexpected ({named(sorted(unexpected))})"] if unexpected else []
+    if lacks or has:
+        raise ValueError(f"{what} are not those of this model: {', '.join(lacks + has)}")
+
+
+def _description(tensor: torch.Tensor) -> str:
+    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
