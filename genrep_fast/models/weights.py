@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 _NAMED = 3  # keys in a message; the others are counted
+_log = logging.getLogger("diffusers.models.modeling_utils")
 
 
 def load_complete(from_pretrained: Callable[..., Any], path: str | Path, **kwargs) -> Any:
@@ -20,14 +22,18 @@ def load_complete(from_pretrained: Callable[..., Any], path: str | Path, **kwarg
         OSError: where the weights cannot be read.
     """
     wants_info = kwargs.pop("output_loading_info", False)
+    options = kwargs | {"use_safetensors": True, "output_loading_info": True}
+    _log.addFilter(_is_no_error_here)
     try:
-        model, info = from_pretrained(path, **kwargs | {"use_safetensors": True, "output_loading_info": True})
+        model, info = from_pretrained(path, **options)
     except SafetensorError as error:
         raise OSError(f"the weights in {path} cannot be read: {error}") from error
     except RuntimeError as error:
         if "size mismatch" not in str(error):
             raise
         raise ValueError(f"the weights in {path} do not fit: {' '.join(str(error).split())}") from error
+    finally:
+        _log.removeFilter(_is_no_error_here)
     missing = set(info["missing_keys"])
     if kwargs.get("device_map") is None:
         # A file of several may lack what their index promises. Only weights that are offloaded may stay on the meta device.
@@ -63,6 +69,12 @@ def named(names: Collection[str]) -> str:
     names = list(names)
     others = len(names) - _NAMED
     return ", ".join(names[:_NAMED]) + (f" and {others} more" if others > 0 else "")
+
+
+def _is_no_error_here(record: logging.LogRecord) -> bool:
+    """Whether a record of diffusers' is not a warning of what is refused here, with an error that says it once."""
+    message = record.getMessage()
+    return not message.startswith("Some weights of") or "shapes did not match" in message
 
 
 def _refuse(what: str, missing: Collection[str], unexpected: Collection[str]) -> None:
