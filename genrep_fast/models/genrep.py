@@ -146,11 +146,12 @@ class GenRep(ModelMixin, ConfigMixin):
         """
         return load_complete(super().from_pretrained, path, **kwargs)
 
-    def save_pretrained(self, path: str | Path, **kwargs) -> None:
+    # The variant by its name, which is how diffusers' pipelines find out that there may be one.
+    def save_pretrained(self, path: str | Path, *, variant: str | None = None, **kwargs) -> None:
         """Write config.json and the weights, as safetensors; arguments are those of diffusers' `ModelMixin.save_pretrained`."""
         if not kwargs.get("safe_serialization", True):
             raise ValueError("safe_serialization must be True: weights are written as safetensors only")
-        super().save_pretrained(path, **kwargs)
+        super().save_pretrained(path, variant=variant, **kwargs)
 
     @property
     def null_class(self) -> int:

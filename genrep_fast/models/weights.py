@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+
+from ..files import read_json
 
 _NAMED = 3  # keys in a message; the others are counted
+_SIZE = r"torch\.Size\((\[[\d, ]*\])\)"
 _log = logging.getLogger("diffusers.models.modeling_utils")
 
 
@@ -28,17 +32,15 @@ def load_complete(from_pretrained: Callable[..., Any], path: str | Path, **kwarg
         model, info = from_pretrained(path, **options)
     except SafetensorError as error:
         raise OSError(f"the weights in {path} cannot be read: {error}") from error
-    except RuntimeError as error:
-        if "size mismatch" not in str(error):
+    except (ValueError, RuntimeError) as error:
+        wrong = _wrong_shapes(str(error))
+        if not wrong:
             raise
-        raise ValueError(f"the weights in {path} do not fit: {' '.join(str(error).split())}") from error
+        raise ValueError(f"the weights in {path} do not fit: {named(wrong)}") from error
     finally:
         _log.removeFilter(_is_no_error_here)
-    missing = set(info["missing_keys"])
-    if kwargs.get("device_map") is None:
-        # A file of several may lack what their index promises. Only weights that are offloaded may stay on the meta device.
-        missing |= meta_tensors(model)
-    _refuse(f"the weights in {path}", missing, info["unexpected_keys"])
+    missing = info["missing_keys"] + _missing_in_shards(Path(path, kwargs.get("subfolder") or ""), kwargs.get("variant"))
+    _refuse(f"the weights in {path}", set(missing), info["unexpected_keys"])
     return (model, info) if wants_info else model
 
 
@@ -74,7 +76,33 @@ def named(names: Collection[str]) -> str:
 def _is_no_error_here(record: logging.LogRecord) -> bool:
     """Whether a record of diffusers' is not a warning of what is refused here, with an error that says it once."""
     message = record.getMessage()
-    return not message.startswith("Some weights of") or "shapes did not match" in message
+    if message.startswith("Some weights of"):
+        return "shapes did not match" in message
+    return not message.startswith("An error occurred while trying to fetch")
+
+
+def _wrong_shapes(message: str) -> list[str]:
+    """What diffusers and PyTorch say of shapes, as `check_weights` says it; nothing for a message about anything else."""
+    of_diffusers = re.findall(rf"because (\S+) expected shape {_SIZE}, but got {_SIZE}", message)
+    of_torch = re.findall(rf"size mismatch for (\S+): copying a param with shape {_SIZE} from .*? is {_SIZE}", message)
+    wrong = [(name, found, expected) for name, expected, found in of_diffusers] + of_torch
+    return [f"{name} is {found}, not {expected}" for name, found, expected in wrong]
+
+
+def _missing_in_shards(folder: Path, variant: str | None) -> list[str]:
+    """Keys that the index of weights in several files promises, which is what diffusers looks at, and that their file lacks."""
+    index = folder / f"diffusion_pytorch_model.safetensors.index.{f'{variant}.' if variant else ''}json"
+    if not index.is_file():
+        return []
+    keys = {}
+    missing = []
+    for name, shard in read_json(index)["weight_map"].items():
+        if shard not in keys:
+            with safe_open(folder / shard, "pt") as file:
+                keys[shard] = set(file.keys())
+        if name not in keys[shard]:
+            missing.append(name)
+    return missing
 
 
 def _refuse(what: str, missing: Collection[str], unexpected: Collection[str]) -> None:
