@@ -1,4 +1,4 @@
-"""Files that survive the death of a process: written whole or not at all, read with one clear line where damaged, one writer a folder."""
+"""Files that survive the death of a process: written whole or not at all, and by one writer a folder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ except ImportError:  # Windows
 
 _LOCK = ".lock"
 _UNFINISHED = re.compile(r"\..+\.[0-9]+\.tmp")
-# What filesystems say that cannot lock, or cannot flush a folder: some network ones and some in user space.
+# What filesystems say that cannot lock or flush: some network ones and some in user space.
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 _IN_USE = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES)
 
@@ -34,7 +34,7 @@ _held: ContextVar[frozenset[tuple[int, int]]] = ContextVar("held", default=froze
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write `content` so that `path` holds either the old or the new content, whenever process or machine dies.
+    """Write `content` so that `path` holds the old or the new content, whenever the machine dies.
 
     Raises:
         OSError: where it cannot be written; the old content is kept.
@@ -45,13 +45,15 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a free name beside `path`, for a file or a folder that takes the place of `path` when the block ends.
+    """Give a name beside `path`, for a file or folder that takes the place of `path` at the end.
 
-    Whenever process or machine dies, `path` holds all of the old content or all of the new; where a block fails, the old. A folder that
-    replaces another is missing for a moment between two renames.
+    Whenever process or machine dies, `path` holds all of the old content or all of the new; where
+    the block fails, the old. A folder that replaces another is missing for a moment between two
+    renames.
 
     Raises:
-        OSError: with `path` in it, where the block or the renaming fails for want of space, rights and the like.
+        OSError: with `path` in it, where the block or the renaming fails for want of space, rights
+            and the like.
     """
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -90,7 +92,7 @@ def remove(path: Path) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what processes that died in `replacing` left in `folder`, which nobody else may be writing to."""
+    """Remove what processes that died in `replacing` left in `folder`, to which nobody writes."""
     if folder.is_dir():
         for path in list(folder.iterdir()):
             if _UNFINISHED.fullmatch(path.name):
@@ -118,10 +120,12 @@ def read_json_lines(path: Path) -> list[Any]:
 
 @contextlib.contextmanager
 def only_writer(folder: Path, argument: str = "output") -> Iterator[None]:
-    """Make `folder` where it is missing, and keep other writers out of it until the block ends; blocks of one thread may be nested.
+    """Make `folder` where it is missing, and keep other writers out of it until the block ends.
 
-    The operating system holds the lock, on the file ``.lock`` in the folder, and drops it when the process dies. Where the filesystem has
-    no locks, a warning says so and the block runs without one. A folder that was made here is removed if nothing was written to it.
+    Blocks of one thread may be nested. The operating system holds the lock, on the file ``.lock``
+    in the folder, and drops it when the process dies. Where the filesystem has no locks, a warning
+    says so and the block runs without one. A folder that was made here is removed if nothing was
+    written to it.
 
     Args:
         folder: by any of its spellings.
@@ -137,7 +141,8 @@ def only_writer(folder: Path, argument: str = "output") -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         found = folder.stat()
     except OSError as error:
-        raise OSError(f"{argument}: {folder} cannot be used as a folder ({error.strerror or error})") from error
+        why = error.strerror or error
+        raise OSError(f"{argument}: {folder} cannot be used as a folder ({why})") from error
     identity = (found.st_dev, found.st_ino)
     if identity in _held.get():
         yield
@@ -149,7 +154,7 @@ def only_writer(folder: Path, argument: str = "output") -> Iterator[None]:
             yield
         finally:
             _held.reset(token)
-            # While the lock is held: whoever opened the file in the meantime sees that it has gone, and makes another.
+            # While the lock is held: whoever opened the file sees that it has gone, and makes another.
             with contextlib.suppress(OSError):
                 (folder / _LOCK).unlink()
             os.close(file)
@@ -166,7 +171,8 @@ def _lock(folder: Path, argument: str) -> int:
         try:
             file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         except OSError as error:
-            raise OSError(f"{argument}: {folder} cannot be written to ({path.name}: {error.strerror})") from error
+            why = f"{path.name}: {error.strerror}"
+            raise OSError(f"{argument}: {folder} cannot be written to ({why})") from error
         try:
             _lock_file(file, folder, argument)
             with contextlib.suppress(FileNotFoundError):
@@ -180,18 +186,21 @@ def _lock(folder: Path, argument: str) -> int:
 
 
 def _lock_file(file: int, folder: Path, argument: str) -> None:
-    if fcntl is None:
-        warnings.warn(f"{argument}: {folder} cannot be locked on this system; let no other run write to it", stacklevel=5)
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in _IN_USE:
-            message = f"{argument}: {folder} is in use by another run{_signature(file)}; wait until it ends, or choose another folder"
-            raise BlockingIOError(message) from error
-        if error.errno not in _UNSUPPORTED:
-            raise OSError(f"{argument}: {folder} cannot be locked ({error.strerror})") from error
-        warnings.warn(f"{argument}: {folder} cannot be locked ({error.strerror}); let no other run write to it", stacklevel=5)
+    why = "this system has no flock"
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError as error:
+            if error.errno in _IN_USE:
+                used = f"{argument}: {folder} is in use by another run{_signature(file)}"
+                advice = "wait until it ends, or choose another folder"
+                raise BlockingIOError(f"{used}; {advice}") from error
+            why = error.strerror
+            if error.errno not in _UNSUPPORTED:
+                raise OSError(f"{argument}: {folder} cannot be locked ({why})") from error
+    advice = "let no other run write to it"
+    warnings.warn(f"{argument}: {folder} cannot be locked ({why}); {advice}", stacklevel=5)
 
 
 def _sign(file: int) -> None:

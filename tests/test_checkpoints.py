@@ -182,7 +182,10 @@ def test_a_checkpoint_of_accelerate_is_refused_with_the_reason(copied, newest, f
     shutil.rmtree(newest)
     shutil.rmtree(newest.with_name(BEFORE))
     Trainer(dataclasses.replace(finished[0], output=str(copied), resume=True), make_splits()).accelerator.save_state(str(newest))
-    with pytest.raises(ValueError, match=f"{NEWEST} cannot be read .*pickles, which can run code: train anew in another folder"):
+    with pytest.raises(
+        ValueError,
+        match=f"{NEWEST} cannot be read .*pickles, which can run code: train anew in another folder",
+    ):
         resume(copied, finished[0])
 
 
@@ -201,10 +204,17 @@ def test_damage_is_named_with_the_checkpoint_before(copied, newest, tmp_path, fi
     else:
         path.unlink()
         (tmp_path / "elsewhere").write_bytes(content)
-        make = {"missing": lambda: None, "link": lambda: path.symlink_to(tmp_path / "elsewhere"), "folder": path.mkdir}
+        make = {
+            "missing": lambda: None,
+            "link": lambda: path.symlink_to(tmp_path / "elsewhere"),
+            "folder": path.mkdir,
+        }
         make.get(damage, lambda: os.mkfifo(path))()
     before = snapshot(copied) if damage != "pipe" else None
-    with pytest.raises(ValueError, match=rf"{NEWEST} cannot be read \({file} is .*\); delete it to resume from the one before, step 3"):
+    with pytest.raises(
+        ValueError,
+        match=rf"{NEWEST} cannot be read \({file} is .*\); delete it to resume from the one before, step 3",
+    ):
         read_checkpoint(newest)
     assert before is None or snapshot(copied) == before
 
@@ -216,7 +226,10 @@ def test_the_checkpoint_before_a_damaged_one_serves(copied, newest, finished, fi
     damaged = newest / file
     damaged.write_bytes(damaged.read_bytes()[: int(kept * damaged.stat().st_size)])
     before = snapshot(copied)
-    with pytest.raises(ValueError, match=r"checkpoint .*step-0000004 cannot be read .*delete it to resume from the one before"):
+    with pytest.raises(
+        ValueError,
+        match=r"checkpoint .*step-0000004 cannot be read .*delete it to resume from the one before",
+    ):
         resume(copied, config)
     assert snapshot(copied) == before
     shutil.rmtree(newest)
@@ -233,7 +246,10 @@ def test_any_bit_of_the_manifest_counts(newest):
             read_checkpoint(newest)
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"7", b"{}", b"\xff\xfe", b"[" * 100_000, b'{"files": []}', b" " * 2_000_000])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[]", b"7", b"{}", b"\xff\xfe", b"[" * 100_000, b'{"files": []}', b" " * 2_000_000],
+)
 def test_a_manifest_of_something_else_is_named(newest, content):
     (newest / "manifest.json").write_bytes(content)
     with pytest.raises(ValueError, match="manifest.json is damaged"):
@@ -241,7 +257,13 @@ def test_a_manifest_of_something_else_is_named(newest, content):
 
 
 @pytest.mark.parametrize(
-    "files", [[], {"model.safetensors": 3}, {"model.safetensors": {}}, {"model.safetensors": {"bytes": "many", "sha256": None}}]
+    "files",
+    [
+        [],
+        {"model.safetensors": 3},
+        {"model.safetensors": {}},
+        {"model.safetensors": {"bytes": "many", "sha256": None}},
+    ],
 )
 def test_a_manifest_of_odd_entries_is_named(newest, files):
     write_manifest(newest, lambda manifest: manifest.update(files=files))
@@ -249,7 +271,16 @@ def test_a_manifest_of_odd_entries_is_named(newest, files):
         read_checkpoint(newest)
 
 
-@pytest.mark.parametrize("where", ["../../secret", "{tmp}/secret", "../step-0000003/model.safetensors", "./model.safetensors", ""])
+@pytest.mark.parametrize(
+    "where",
+    [
+        "../../secret",
+        "{tmp}/secret",
+        "../step-0000003/model.safetensors",
+        "./model.safetensors",
+        "",
+    ],
+)
 def test_a_path_in_the_manifest_is_not_followed(newest, tmp_path, monkeypatch, where):
     (tmp_path / "run" / "secret").write_text("x")
     (tmp_path / "secret").write_text("x")
@@ -296,16 +327,26 @@ def test_surplus_files_are_named(newest):
 def test_where_no_checkpoint_is_whole_the_message_says_so(copied, newest):
     flip(newest / "model.safetensors")
     flip(newest.with_name(BEFORE) / "model.safetensors")
-    with pytest.raises(ValueError, match=f"delete {copied}/checkpoints, in which there is no whole one before it, to start"):
+    with pytest.raises(
+        ValueError,
+        match=f"delete {copied}/checkpoints, in which there is no whole one before it, to start",
+    ):
         read_checkpoint(newest)
 
 
 @pytest.mark.parametrize("what", ["file", "link", "empty"])
 def test_a_checkpoint_that_is_no_folder_of_files_is_named(copied, newest, finished, what):
     shutil.move(newest, copied / "moved")
-    make = {"file": newest.touch, "link": lambda: newest.symlink_to(copied / "moved"), "empty": newest.mkdir}
+    make = {
+        "file": newest.touch,
+        "link": lambda: newest.symlink_to(copied / "moved"),
+        "empty": newest.mkdir,
+    }
     make[what]()
-    with pytest.raises(ValueError, match=f"{NEWEST} cannot be read .*(is not a folder|manifest.json is missing).* step 3"):
+    with pytest.raises(
+        ValueError,
+        match=f"{NEWEST} cannot be read .*(is not a folder|manifest.json is missing).* step 3",
+    ):
         resume(copied, finished[0])
 
 
@@ -317,14 +358,26 @@ def test_a_file_in_the_place_of_the_checkpoints_is_named(copied, finished):
 
 
 def test_checkpoints_are_sorted_by_number_and_other_names_left_alone(tmp_path):
-    names = ["step-0000002", "step-10000000", "step-9999999", "step-0000009 (copy)", "step-²", "step-x", "step-", "step-0000011.bak"]
+    names = [
+        "step-0000002",
+        "step-10000000",
+        "step-9999999",
+        "step-0000009 (copy)",
+        "step-²",
+        "step-x",
+        "step-",
+        "step-0000011.bak",
+    ]
     for name in (*names, ".step-99999999.7.tmp"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     assert newest_checkpoint(tmp_path).name == "step-10000000"
     content = checkpoints.Checkpoint({"step": 20_000_000}, {})
     save_checkpoint(tmp_path, content)
     left = {path.name for path in (tmp_path / "checkpoints").iterdir()}
-    assert left == {*names, "step-20000000", ".step-99999999.7.tmp"} - {"step-0000002", "step-9999999"}
+    assert left == {*names, "step-20000000", ".step-99999999.7.tmp"} - {
+        "step-0000002",
+        "step-9999999",
+    }
 
 
 @pytest.mark.parametrize("digits", [1, 12])
@@ -351,8 +404,14 @@ def test_weights_of_another_network_change_nothing(copied, newest, finished):
         for change, message in (
             (lambda t, key=key: t.pop(key), rf"1 missing \({key}\)"),
             (lambda t: t.update(extra=torch.zeros(1)), r"1 unexpected \(extra\)"),
-            (lambda t, key=key: t.update({key: torch.zeros(7)}), rf"{key} is \[7\] float32, not \[3\] float32"),
-            (lambda t, key=key: t.update({key: t[key].double()}), rf"{key} is \[3\] float64, not \[3\] float32"),
+            (
+                lambda t, key=key: t.update({key: torch.zeros(7)}),
+                rf"{key} is \[7\] float32, not \[3\] float32",
+            ),
+            (
+                lambda t, key=key: t.update({key: t[key].double()}),
+                rf"{key} is \[3\] float64, not \[3\] float32",
+            ),
         ):
             changed = dict(tensors)
             change(changed)
@@ -360,7 +419,10 @@ def test_weights_of_another_network_change_nothing(copied, newest, finished):
             write_manifest(newest)
             run = Trainer(dataclasses.replace(config, output=str(copied), resume=True), make_splits())
             before = [tensor.clone() for tensor in (*run.parameters, *run.averages)]
-            with pytest.raises(ValueError, match=f"checkpoint {newest} is not one of this run: .*{file}.safetensors.* {message}"):
+            with pytest.raises(
+                ValueError,
+                match=f"checkpoint {newest} is not one of this run: .*{file}.safetensors.* {message}",
+            ):
                 run.run()
             assert all(torch.equal(a, b) for a, b in zip((*run.parameters, *run.averages), before, strict=True))
             assert run.state.step == 0 and run.state.teacher is None and not run.optimizer.state_dict()["state"]
@@ -371,13 +433,17 @@ def test_weights_of_another_network_change_nothing(copied, newest, finished):
     ("change", "message"),
     [
         ({"micro_batch": 7}, "micro-batch 7 .* no place in this run"),
-        ({"stage": 1}, "is no part of stage 1"),
+        ({"stage": 1}, "stage 1 are no place in this run"),
         ({"teacher": None}, "teacher's part"),
         ({"history": [{"step": 1}]}, "row 1 of the history"),
         ({"history": 7}, "the history is a int"),
         ({"seconds": {"diffusion": 1.0}}, "seconds"),
-        ({"schedule": {}}, "state.json lacks"),
+        ({"schedule": {}}, "schedule in state.json is not"),
         ({"scaler": {"scale": 1.0}}, "scaler .* mixed precision"),
+        ({"schedule": {"last_epoch": 4, "_step_count": 5, "_last_lr": ["x"]}}, "schedule .* numbers"),
+        ({"schedule": {"last_epoch": 4, "_step_count": 5, "_last_lr": []}}, "0 learning rates for 1"),
+        ({"teacher": {"temperature": "x"}}, "teacher's part of state.json must be numbers"),
+        ({"teacher": {"temperature": 1.0}}, "state.json lacks"),
         ({"options": 7}, "state.json lacks"),
     ],
 )
@@ -390,7 +456,13 @@ def test_a_state_of_something_else_is_named(copied, newest, finished, change, me
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("seed", 1), ("batch_size", 9), ("learning_rate", 2.1e-3), ("gradient_weights", [0.7, 0.4]), ("semantic", False)],
+    [
+        ("seed", 1),
+        ("batch_size", 9),
+        ("learning_rate", 2.1e-3),
+        ("gradient_weights", [0.7, 0.4]),
+        ("semantic", False),
+    ],
 )
 def test_an_option_that_changed_in_the_configuration_is_named(copied, name, value):
     """As by a flipped bit that leaves another option that could be meant."""
@@ -430,7 +502,12 @@ def train_scaled(config):
 
 @pytest.mark.parametrize("steps", [4, 14])
 def test_the_scale_of_fp16_survives_a_checkpoint(finished, tmp_path, monkeypatch, steps):
-    lengths = {"diffusion_steps": 18, "perception_steps": 0, "joint_steps": 0, "checkpoint_every": 2}
+    lengths = {
+        "diffusion_steps": 18,
+        "perception_steps": 0,
+        "joint_steps": 0,
+        "checkpoint_every": 2,
+    }
     config = dataclasses.replace(finished[0], **lengths, output=str(tmp_path / "whole"))
     whole = train_scaled(config)
     interrupted = dataclasses.replace(config, output=str(tmp_path / "run"))
@@ -455,7 +532,10 @@ def test_the_scale_of_fp16_survives_a_checkpoint(finished, tmp_path, monkeypatch
 # Files that are damaged beside the checkpoints
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[]", b"7", b"[" * 100_000, b'{"data": 7}', b'{"batch_size": "8"}'])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"\xff", b"[]", b"7", b"[" * 100_000, b'{"data": 7}', b'{"batch_size": "8"}'],
+)
 def test_a_damaged_configuration_is_one_line(capsys, copied, content):
     (copied / "config.json").write_bytes(content)
     before = snapshot(copied)
@@ -486,7 +566,17 @@ def test_odd_options_in_the_configuration_are_named(copied, name, value):
         TrainingConfig(output=str(copied), resume=True).resumed()
 
 
-@pytest.mark.parametrize("content", [b'{"step": 1', b"\xff", b"[1]", b'{"step": 1}', b'{"step": 1, "stage": 0, "loss": "x"}', b"\n"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"step": 1',
+        b"\xff",
+        b"[1]",
+        b'{"step": 1}',
+        b'{"step": 1, "stage": 0, "loss": "x"}',
+        b"\n",
+    ],
+)
 def test_a_damaged_history_is_one_line_and_a_resumed_run_writes_it_again(capsys, copied, finished, content):
     history = copied / "history.jsonl"
     whole = history.read_bytes()
@@ -533,7 +623,12 @@ def test_a_file_limit_ends_in_one_line(copied, finished):
     )
     limit = (200_000, 200_000)
     command = [sys.executable, "-c", code, str(copied / "large.safetensors")]
-    result = subprocess.run(command, capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+    result = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
+    )
     assert f"File too large: '{copied / 'large.safetensors'}'" in result.stderr.splitlines()[-1]
     assert not [path for path in copied.iterdir() if path.name.startswith((".", "large"))]
 
@@ -587,7 +682,11 @@ def test_a_block_that_fails_leaves_the_old_content(tmp_path, kind):
 def test_an_error_of_the_system_names_the_file(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=f"'{tmp_path}/none/x'"):
         write_atomically(tmp_path / "none" / "x", "content")
-    monkeypatch.setattr(Path, "write_bytes", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    monkeypatch.setattr(
+        Path,
+        "write_bytes",
+        lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")),
+    )
     with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/x'"):
         write_atomically(tmp_path / "x", "content")
     assert not list(tmp_path.iterdir())
@@ -699,7 +798,10 @@ def test_without_locks_a_warning_says_so(tmp_path, monkeypatch, number):
         monkeypatch.setattr(files, "fcntl", None)
     else:
         monkeypatch.setattr(files.fcntl, "flock", flock)
-    with pytest.warns(UserWarning, match="cannot be locked.*let no other run write to it"), only_writer(tmp_path):
+    with (
+        pytest.warns(UserWarning, match="cannot be locked.*let no other run write to it"),
+        only_writer(tmp_path),
+    ):
         pass
     assert not list(tmp_path.iterdir())
 
@@ -719,7 +821,10 @@ def test_a_lock_file_that_goes_while_it_is_waited_for_is_made_again(tmp_path, mo
         assert len(calls) == 2 and (tmp_path / ".lock").exists()
 
 
-@pytest.mark.parametrize("what", ["folder is a file", "lock is a folder", "lock is a link", "read-only", "link to nothing"])
+@pytest.mark.parametrize(
+    "what",
+    ["folder is a file", "lock is a folder", "lock is a link", "read-only", "link to nothing"],
+)
 def test_a_folder_that_cannot_be_locked_is_one_line(capsys, tmp_path, monkeypatch, what):
     output = tmp_path / "run"
     if what == "folder is a file":
@@ -728,7 +833,11 @@ def test_a_folder_that_cannot_be_locked_is_one_line(capsys, tmp_path, monkeypatc
         output.symlink_to(tmp_path / "gone" / "away" / "\0".replace("\0", "x" * 300))
     elif what == "read-only":
         output.mkdir()
-        monkeypatch.setattr(files.os, "open", lambda *_: (_ for _ in ()).throw(OSError(errno.EROFS, os.strerror(errno.EROFS))))
+        monkeypatch.setattr(
+            files.os,
+            "open",
+            lambda *_: (_ for _ in ()).throw(OSError(errno.EROFS, os.strerror(errno.EROFS))),
+        )
     elif what == "lock is a folder":
         (output / ".lock").mkdir(parents=True)
     else:
@@ -742,4 +851,9 @@ def test_a_folder_that_cannot_be_locked_is_one_line(capsys, tmp_path, monkeypatc
 
 def test_a_run_leaves_no_lock(finished):
     config, _ = finished
-    assert sorted(os.listdir(config.output)) == ["checkpoints", "config.json", "history.jsonl", "model"]
+    assert sorted(os.listdir(config.output)) == [
+        "checkpoints",
+        "config.json",
+        "history.jsonl",
+        "model",
+    ]

@@ -1,4 +1,4 @@
-"""Weights that are loaded complete or refused: no key missing, none left over, every shape right."""
+"""Weights that are loaded complete or refused: no key missing or left over, every shape right."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from ..files import read_json
 
 _NAMED = 3  # keys in a message; the others are counted
 _SIZE = r"torch\.Size\((\[[\d, ]*\])\)"
+_Named = Mapping[str, torch.Tensor]
 _log = logging.getLogger("diffusers.models.modeling_utils")
 
 
 def load_complete(from_pretrained: Callable[..., Any], path: str | Path, **kwargs) -> Any:
-    """What ``from_pretrained(path, **kwargs)`` of a diffusers model returns, of safetensors alone and of complete ones.
+    """What a diffusers model's ``from_pretrained(path, **kwargs)`` returns, of complete safetensors.
 
     Raises:
         ValueError: with the keys that are missing, unexpected or of another shape.
@@ -39,7 +40,8 @@ def load_complete(from_pretrained: Callable[..., Any], path: str | Path, **kwarg
         raise ValueError(f"the weights in {path} do not fit: {named(wrong)}") from error
     finally:
         _log.removeFilter(_is_no_error_here)
-    missing = info["missing_keys"] + _missing_in_shards(Path(path, kwargs.get("subfolder") or ""), kwargs.get("variant"))
+    folder = Path(path, kwargs.get("subfolder") or "")
+    missing = info["missing_keys"] + _missing_in_shards(folder, kwargs.get("variant"))
     _refuse(f"the weights in {path}", set(missing), info["unexpected_keys"])
     return (model, info) if wants_info else model
 
@@ -50,8 +52,11 @@ def meta_tensors(model: torch.nn.Module) -> set[str]:
     return {name for name, tensor in named if tensor.is_meta}
 
 
-def check_weights(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], what: str) -> None:
-    """Refuse tensors that are not, name by name, of the shapes and dtypes of `expected`; `what` holds them.
+def check_weights(found: _Named, expected: _Named, what: str) -> None:
+    """Refuse tensors that are not, name by name, of the shapes and dtypes of `expected`.
+
+    Args:
+        what: they are called in the message.
 
     Raises:
         ValueError: with the names that are missing, unexpected or do not fit.
@@ -74,7 +79,7 @@ def named(names: Collection[str]) -> str:
 
 
 def _is_no_error_here(record: logging.LogRecord) -> bool:
-    """Whether a record of diffusers' is not a warning of what is refused here, with an error that says it once."""
+    """Whether a record of diffusers' is not about what an error says here once more."""
     message = record.getMessage()
     if message.startswith("Some weights of"):
         return "shapes did not match" in message
@@ -82,16 +87,18 @@ def _is_no_error_here(record: logging.LogRecord) -> bool:
 
 
 def _wrong_shapes(message: str) -> list[str]:
-    """What diffusers and PyTorch say of shapes, as `check_weights` says it; nothing for a message about anything else."""
+    """What diffusers and PyTorch say of shapes, as `check_weights` says it; else nothing."""
     of_diffusers = re.findall(rf"because (\S+) expected shape {_SIZE}, but got {_SIZE}", message)
-    of_torch = re.findall(rf"size mismatch for (\S+): copying a param with shape {_SIZE} from .*? is {_SIZE}", message)
+    mismatch = rf"size mismatch for (\S+): copying a param with shape {_SIZE} from .*? is {_SIZE}"
+    of_torch = re.findall(mismatch, message)
     wrong = [(name, found, expected) for name, expected, found in of_diffusers] + of_torch
     return [f"{name} is {found}, not {expected}" for name, found, expected in wrong]
 
 
 def _missing_in_shards(folder: Path, variant: str | None) -> list[str]:
-    """Keys that the index of weights in several files promises, which is what diffusers looks at, and that their file lacks."""
-    index = folder / f"diffusion_pytorch_model.safetensors.index.{f'{variant}.' if variant else ''}json"
+    """Keys that a file of several lacks, though their index, which is all that diffusers looks at, has them."""
+    ending = f"{variant}.json" if variant else "json"
+    index = folder / f"diffusion_pytorch_model.safetensors.index.{ending}"
     if not index.is_file():
         return []
     keys = {}

@@ -1,7 +1,7 @@
-"""Checkpoints of a run: folders ``checkpoints/step-N`` that appear whole or not at all, and are read whole or not at all.
+"""Checkpoints of a run: folders ``checkpoints/step-N`` that are written and read whole or not at all.
 
-They hold JSON and safetensors: nothing in them can run code. ``manifest.json`` lists the other files with their
-sizes and SHA-256 hashes.
+They hold JSON and safetensors: nothing in them can run code. ``manifest.json`` lists the other
+files with their sizes and SHA-256 hashes.
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ _BLOCK = 2**20  # bytes that are hashed at once
 _TENSORS = ("model", "optimizer", "averages", "momentum", "teacher")  # NAME.safetensors
 _ALWAYS = (_STATE, "model.safetensors", "optimizer.safetensors", "averages.safetensors")
 _ALLOWED = {_STATE, _BANK, *(f"{name}.safetensors" for name in _TENSORS)}
-# What file browsers and network filesystems leave in any folder, besides names that begin with a dot.
+# What file browsers leave in any folder, besides names that begin with a dot.
 _OF_THE_SYSTEM = {"Thumbs.db", "desktop.ini"}
 # What accelerator.save_state writes: pickles, all of them.
 _OF_ACCELERATE = re.compile(
-    r"(optimizer|scheduler|sampler|dl_state_dict)(_\d+)?\.bin|(custom_checkpoint|random_states)_\d+\.pkl|scaler\.pt"
+    r"(optimizer|scheduler|sampler|dl_state_dict)(_\d+)?\.bin|scaler\.pt"
+    r"|(custom_checkpoint|random_states)_\d+\.pkl"
 )
 
 
@@ -47,7 +48,8 @@ class Checkpoint:
 
     Attributes:
         state: what JSON can hold; ``state["step"]`` is the optimizer step.
-        tensors: by the name of their file, model, optimizer and averages, and momentum and teacher where there are such networks.
+        tensors: by the name of their file: model, optimizer and averages, and momentum and teacher
+            where there are such networks.
         bank: of the teacher, where it has one.
     """
 
@@ -66,7 +68,7 @@ class _Damage(Exception):
 
 
 def save_checkpoint(output: Path, checkpoint: Checkpoint) -> Path:
-    """Write a checkpoint next to the others, let it appear under its name in one rename, and drop all but the newest two.
+    """Write a checkpoint, let it appear in one rename, and drop all but the newest two.
 
     Raises:
         OSError: where it cannot be written; the checkpoints before it are kept.
@@ -80,7 +82,8 @@ def save_checkpoint(output: Path, checkpoint: Checkpoint) -> Path:
     except OSError as error:
         older = [found.path.name for found in _checkpoints(output) if found.path != final]
         kept = f"; the one before, {older[-1]}, is kept" if older else ""
-        raise OSError(f"checkpoint {final} cannot be written ({error.strerror or error}){kept}") from error
+        why = error.strerror or error
+        raise OSError(f"checkpoint {final} cannot be written ({why}){kept}") from error
     for old in _checkpoints(output)[:-_KEPT]:
         _drop(old.path)
     return final
@@ -90,7 +93,8 @@ def read_checkpoint(folder: Path, device: torch.device | str = "cpu") -> Checkpo
     """Read a checkpoint that `save_checkpoint` wrote: its tensors on the CPU, its bank on `device`.
 
     Raises:
-        ValueError: where a file is damaged, missing or surplus, with its name and with the checkpoint from which the run can go on.
+        ValueError: where a file is damaged, missing or surplus, with its name and with the
+            checkpoint from which the run can go on.
     """
     try:
         step = _verify(folder)
@@ -108,7 +112,11 @@ def read_checkpoint(folder: Path, device: torch.device | str = "cpu") -> Checkpo
 
 
 def newest_checkpoint(output: Path) -> Path | None:
-    """The newest checkpoint in the output folder of a run, or None; raises ValueError where ``checkpoints`` is no folder."""
+    """The newest checkpoint in the output folder of a run, or None.
+
+    Raises:
+        ValueError: where ``checkpoints`` is no folder.
+    """
     folder = output / "checkpoints"
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output: {folder} is not a folder")
@@ -138,24 +146,31 @@ def optimizer_state_dict(
     Its hyperparameters are those that the optimizer has, but for the learning rates.
 
     Raises:
-        ValueError: for tensors that do not fit the parameters, and another number of learning rates than of groups.
+        ValueError: for tensors that do not fit the parameters, and another number of learning rates
+            than of groups.
     """
     groups = optimizer.state_dict()["param_groups"]
     if len(learning_rates) != len(groups):
-        raise ValueError(f"there are {len(learning_rates)} learning rates for {len(groups)} groups of parameters")
+        counts = f"{len(learning_rates)} learning rates for {len(groups)}"
+        raise ValueError(f"there are {counts} groups of parameters")
     numbers = [number for group in groups for number in group["params"]]
     reached = {name.rpartition("/")[0] for name in tensors}
     counter = torch.zeros((), dtype=torch.float32)
     expected = {}
     for name in reached & parameters.keys():
-        expected |= {f"{name}/step": counter, f"{name}/exp_avg": parameters[name], f"{name}/exp_avg_sq": parameters[name]}
+        expected |= {
+            f"{name}/step": counter,
+            f"{name}/exp_avg": parameters[name],
+            f"{name}/exp_avg_sq": parameters[name],
+        }
     check_weights(tensors, expected, "the tensors of optimizer.safetensors")
     state = {}
     for number, (name, parameter) in zip(numbers, parameters.items(), strict=True):
         if name in reached:
             # In the parameter's own order of memory, as the optimizer makes them.
-            moments = {key: torch.empty_like(parameter).copy_(tensors[f"{name}/{key}"]) for key in ("exp_avg", "exp_avg_sq")}
-            state[number] = {"step": tensors[f"{name}/step"], **moments}
+            state[number] = {"step": tensors[f"{name}/step"]}
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[number][key] = torch.empty_like(parameter).copy_(tensors[f"{name}/{key}"])
     rates = [{**group, "lr": rate} for group, rate in zip(groups, learning_rates, strict=True)]
     return {"state": state, "param_groups": rates}
 
@@ -181,16 +196,21 @@ def _canonical(manifest: dict[str, Any]) -> bytes:
 
 
 def _verify(folder: Path) -> int:
-    """The step of a checkpoint whose files are all there, alone, and as they were written; else raise _Damage or OSError."""
+    """The step of a checkpoint whose files are all there, alone, and as they were written.
+
+    Raises:
+        _Damage, OSError: for any other.
+    """
     if folder.is_symlink() or not folder.is_dir():
         raise _Damage("it is not a folder")
-    present = {name for name in os.listdir(folder) if not name.startswith(".") and name not in _OF_THE_SYSTEM}
+    present = {name for name in os.listdir(folder) if not name.startswith(".")} - _OF_THE_SYSTEM
     if _MANIFEST not in present:
         if any(_OF_ACCELERATE.fullmatch(name) for name in present):
-            raise _Damage("an earlier genrep_fast wrote it as pickles, which can run code: train anew in another folder")
+            pickles = "an earlier genrep_fast wrote it as pickles, which can run code"
+            raise _Damage(f"{pickles}: train anew in another folder")
         raise _Damage(f"{_MANIFEST} is missing")
     step, files = _read_manifest(folder / _MANIFEST)
-    # The names of the folder's own listing are compared, and only they are opened: nothing outside of it can be reached.
+    # Only names of the folder's own listing are opened: nothing outside of it can be reached.
     _refuse(files.keys() - present, "missing")
     _refuse(present - files.keys() - {_MANIFEST}, "no part of it")
     _refuse(files.keys() - _ALLOWED, "no part of a checkpoint")
@@ -201,9 +221,9 @@ def _verify(folder: Path) -> int:
         path = folder / name
         size = _size(path)
         if entry != {"bytes": size, "sha256": entry.get("sha256")}:
-            raise _Damage(f"{name} is damaged: it has {size} bytes, and {entry.get('bytes')} when it was written")
+            raise _Damage(f"{name} is damaged: it has {size} bytes, and was written with {entry.get('bytes')}")
         if entry["sha256"] != _hash(path):
-            raise _Damage(f"{name} is damaged: it has another SHA-256 hash than when it was written")
+            raise _Damage(f"{name} is damaged: its SHA-256 hash is not that of when it was written")
     return step
 
 
@@ -220,9 +240,12 @@ def _read_manifest(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
     if not whole:
         raise _Damage(damaged)
     if manifest.get("format") != _FORMAT:
-        raise _Damage(f"{_MANIFEST} has the format {manifest.get('format')!r}, this genrep_fast reads {_FORMAT!r}")
+        found = f"{_MANIFEST} has the format {manifest.get('format')!r}"
+        raise _Damage(f"{found}, this genrep_fast reads {_FORMAT!r}")
     step, files = manifest.get("step"), manifest.get("files")
-    if type(step) is not int or not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
+    if type(step) is not int or not isinstance(files, dict):
+        raise _Damage(damaged)
+    if not all(isinstance(entry, dict) for entry in files.values()):
         raise _Damage(damaged)
     return step, files
 
@@ -255,7 +278,8 @@ def _copied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _advice(damaged: Path) -> str:
     """What to do about a damaged checkpoint: names the newest one before it that is whole."""
-    older = [found for found in _checkpoints(damaged.parent.parent) if found.step < (_number(damaged) or 0)]
+    step = _number(damaged) or 0
+    older = [found for found in _checkpoints(damaged.parent.parent) if found.step < step]
     for found in reversed(older):
         try:
             _verify(found.path)
@@ -263,7 +287,8 @@ def _advice(damaged: Path) -> str:
             continue
         between = "it" if found is older[-1] else f"it and those after {found.path.name}"
         return f"delete {between} to resume from the one before, step {found.step}"
-    return f"delete {damaged.parent}, in which there is no whole one before it, to start from the beginning"
+    none = f"delete {damaged.parent}, in which there is no whole one before it"
+    return f"{none}, to start from the beginning"
 
 
 def _number(folder: Path) -> int | None:
@@ -272,14 +297,14 @@ def _number(folder: Path) -> int | None:
 
 
 def _checkpoints(output: Path) -> list[_Found]:
-    """The checkpoints of a run by their steps, whatever the number of digits; other names are not theirs."""
+    """The checkpoints of a run by their steps, whatever the number of digits."""
     folder = output / "checkpoints"
     paths = folder.iterdir() if folder.is_dir() else ()
     return sorted(_Found(_number(path), path) for path in paths if _number(path) is not None)
 
 
 def _drop(old: Path) -> None:
-    """Remove an old checkpoint, which disappears under its name at once; links and files of such names are not ours."""
+    """Remove an old checkpoint, which disappears at once; links and files of such names stay."""
     if old.is_dir() and not old.is_symlink():
         leaving = old.with_name(f".{old.name}.{os.getpid()}.tmp")
         os.rename(old, leaving)

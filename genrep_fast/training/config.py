@@ -12,7 +12,7 @@ from ..files import read_json, write_atomically
 
 STAGES = ("diffusion", "perception", "joint")
 
-# Where files lie, what is done with them, and what follows a run: no number of the training depends on these names.
+# Where files lie, and what follows a run: no number of the training depends on these.
 _INDECISIVE = ("output", "resume", "evaluate", "data", "backbone", "vae", "scheduler")
 
 
@@ -168,13 +168,17 @@ class TrainingConfig:
             raise ValueError(f"{path} is damaged: {error}") from error
 
     def decisive(self) -> dict[str, Any]:
-        """The options that decide the numbers of a run, as JSON holds them: all but folders and what is done at the end."""
-        options = dataclasses.asdict(self)
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in options.items() if name not in _INDECISIVE}
+        """The options that decide the numbers of a run, as JSON holds them: all but folders and the end."""
+        options = json.loads(json.dumps(dataclasses.asdict(self)))
+        return {name: value for name, value in options.items() if name not in _INDECISIVE}
 
 
 def saved_data(path: Path) -> str:
-    """The option `data` of a run's config.json, whatever version wrote it; raises ValueError with `path` in it where it is damaged."""
+    """The option `data` of a run's config.json, whatever version wrote it.
+
+    Raises:
+        ValueError: with `path` in it, where it is damaged.
+    """
     saved = read_json(path)
     if not isinstance(saved, dict) or not isinstance(saved.get("data"), str):
         raise ValueError(f"{path} is damaged: it does not say what the data were")
@@ -182,13 +186,18 @@ def saved_data(path: Path) -> str:
 
 
 def _read_options(path: Path) -> dict[str, Any]:
-    """Options of a config.json; raises ValueError where there are others than those of TrainingConfig, or values of other types."""
+    """The options of a config.json.
+
+    Raises:
+        ValueError: where it is damaged, has other options than TrainingConfig, or values of other types.
+    """
     saved, kinds = read_json(path), get_type_hints(TrainingConfig)
     if not isinstance(saved, dict):
         raise ValueError(f"{path} is damaged: it holds no options, but a {type(saved).__name__}")
     for name, value in saved.items():
         if name not in kinds:
-            raise ValueError(f"{path} is damaged, or of another version of genrep_fast: there is no option {name!r}")
+            of_another = f"{path} is damaged, or of another version of genrep_fast"
+            raise ValueError(f"{of_another}: there is no option {name!r}")
         if not _fits(value, kinds[name]):
             raise ValueError(f"{path} is damaged: {name} cannot be {value!r}")
     return saved
@@ -200,7 +209,8 @@ def _fits(value: Any, kind: Any) -> bool:
         return isinstance(value, str) and value in get_args(kind)
     if get_origin(kind) is tuple:
         kinds = get_args(kind)
-        return isinstance(value, list) and len(value) == len(kinds) and all(map(_fits, value, kinds))
+        fits = isinstance(value, list) and len(value) == len(kinds)
+        return fits and all(map(_fits, value, kinds))
     if get_args(kind):  # a union
         return any(_fits(value, part) for part in get_args(kind))
     if kind is float:

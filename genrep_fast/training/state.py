@@ -1,4 +1,4 @@
-"""What a training run is besides weights and optimizer: place, momentum network, teacher, history."""
+"""What a run is besides weights and optimizer: place, momentum network, teacher, history."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .checkpoints import Checkpoint
 from .config import STAGES, TrainingConfig
 from .teacher import Teacher
 
-# What is read off gradients may overflow where a GradScaler then skips the step; the losses may not.
+# What is read off gradients may overflow where a GradScaler skips the step; the losses may not.
 _MAY_OVERFLOW = ("gradient_norm", "cosine", "alpha")
 
 
@@ -43,7 +43,7 @@ class TrainingState:
 
     @property
     def teacher_percent(self) -> float:
-        """What the teacher takes of a training step of the stages that it teaches, in per cent of the step's time."""
+        """What the teacher takes of a training step that it teaches, in per cent of the step's time."""
         taught = self.seconds["perception"] + self.seconds["joint"]
         return 100 * self.teacher.in_steps.seconds / taught
 
@@ -69,7 +69,7 @@ class TrainingState:
         torch._foreach_lerp_(followers, list(self.parameters.values()), 1 - momentum)
 
     def checkpoint(self) -> Checkpoint:
-        """This state as a checkpoint holds it, which `restore` takes back; the trainer adds weights and optimizer."""
+        """This state as a checkpoint holds it; the trainer adds weights and optimizer."""
         teacher = None if self.teacher is None else self.teacher.state_dict()
         tensors = {"averages": dict(zip(self.parameters, self.averages, strict=True))}
         if self.momentum is not None:
@@ -95,24 +95,37 @@ class TrainingState:
             if name in options and options[name] != saved:
                 raise ValueError(f"{name} is {options[name]} now, and was {saved}")
         place = tuple(state[name] for name in ("step", "micro_batch", "stage"))
-        expected_batches = place[0] * self.config.gradient_accumulation_steps
-        total = sum(self.config.stage_steps)
-        if not 0 <= place[0] <= total or place[1] != expected_batches or place[2] not in range(len(STAGES)):
-            raise ValueError(f"step {place[0]}, micro-batch {place[1]} and stage {place[2]} are no place in this run")
-        if set(state["seconds"]) != set(STAGES) or not all(isinstance(value, float) for value in state["seconds"].values()):
-            raise ValueError("seconds are not those of the stages")
+        if place not in self._places(place[0]):
+            found = f"step {place[0]}, micro-batch {place[1]} and stage {place[2]}"
+            raise ValueError(f"{found} are no place in this run")
+        if state["seconds"].keys() != set(STAGES):
+            raise ValueError("the seconds in state.json are not those of the stages")
+        check_numbers(state["seconds"], "the seconds in state.json")
         check_history(state["history"])
-        check_weights(checkpoint.tensors["averages"], self.parameters, "the tensors of averages.safetensors")
+        averages = checkpoint.tensors["averages"]
+        check_weights(averages, self.parameters, "the tensors of averages.safetensors")
         taught = place[2] > 0 and self.config.teacher != "none"
         wanted = {"momentum": place[2] == 2, "teacher": taught}
         for name, want in wanted.items():
             if want != (name in checkpoint.tensors):
-                raise ValueError(f"{name}.safetensors is {'missing' if want else 'no part of stage ' + str(place[2])}")
+                fault = "missing" if want else f"no part of stage {place[2]}"
+                raise ValueError(f"{name}.safetensors is {fault}")
         if taught != (state["teacher"] is not None):
             raise ValueError("the teacher's part of state.json is not that of its stage")
+        if taught:
+            check_numbers(state["teacher"], "the teacher's part of state.json")
+
+    def _places(self, step: int) -> list[tuple[int, int, int]]:
+        """Step, micro-batches and stage of a checkpoint after `step` steps, if there can be one."""
+        end = 0
+        for stage, length in enumerate(self.config.stage_steps):
+            if type(step) is int and end < step <= end + length:
+                return [(step, step * self.config.gradient_accumulation_steps, stage)]
+            end += length
+        return []
 
     def restore(self, checkpoint: Checkpoint, model: GenRep, scheduler) -> None:
-        """Go to the place of `checkpoint`, which `check` accepted; the networks beside the trained one are built like `model`.
+        """Go to the place of `checkpoint`, which `check` accepted; its networks are built like `model`.
 
         Raises:
             ValueError: for networks and a bank that do not fit; nothing is changed then.
@@ -120,13 +133,22 @@ class TrainingState:
         momentum, teacher = None, None
         if "momentum" in checkpoint.tensors:
             momentum = model.frozen_copy()
-            check_weights(checkpoint.tensors["momentum"], momentum.trained_state(), "the tensors of momentum.safetensors")
+            check_weights(
+                checkpoint.tensors["momentum"],
+                momentum.trained_state(),
+                "the tensors of momentum.safetensors",
+            )
             momentum.load_state_dict(momentum.state_dict() | checkpoint.tensors["momentum"])
         if "teacher" in checkpoint.tensors:
             teacher = Teacher(self.config, model.frozen_copy(), scheduler)
-            check_weights(checkpoint.tensors["teacher"], teacher.model.trained_state(), "the tensors of teacher.safetensors")
+            check_weights(
+                checkpoint.tensors["teacher"],
+                teacher.model.trained_state(),
+                "the tensors of teacher.safetensors",
+            )
             teacher.bank = checkpoint.bank
-            teacher.load_state_dict({**checkpoint.state["teacher"], "model": checkpoint.tensors["teacher"]})
+            facts = checkpoint.state["teacher"]
+            teacher.load_state_dict({**facts, "model": checkpoint.tensors["teacher"]})
         for name in ("step", "micro_batch", "stage", "history", "seconds"):
             setattr(self, name, checkpoint.state[name])
         self.momentum, self.teacher = momentum, teacher
@@ -153,11 +175,20 @@ def read_history(path: Path) -> list[dict[str, Any]]:
     return history
 
 
+def check_numbers(values: Any, what: str) -> None:
+    """Raise ValueError where `values`, which `what` names, is not a dictionary of numbers alone."""
+    fits = isinstance(values, dict) and all(type(value) in (int, float) for value in values.values())
+    if not fits:
+        raise ValueError(f"{what} must be numbers, got {repr(values)[:80]}")
+
+
 def check_history(history: Any) -> None:
-    """Raise ValueError where `history` is not a list of rows of numbers, each with its step and stage."""
+    """Raise ValueError where `history` is not rows of numbers, each with its step and stage."""
     if not isinstance(history, list):
         raise ValueError(f"the history is a {type(history).__name__}")
     for number, row in enumerate(history, start=1):
         fits = isinstance(row, dict) and all(type(value) in (int, float) for value in row.values())
-        if not fits or type(row.get("step")) is not int or row.get("stage") not in range(len(STAGES)):
-            raise ValueError(f"row {number} of the history has no step, no stage or something that is no number")
+        placed = fits and type(row.get("step")) is int and row.get("stage") in range(len(STAGES))
+        if not placed:
+            fault = "no step, no stage or something that is no number"
+            raise ValueError(f"row {number} of the history has {fault}")

@@ -58,19 +58,26 @@ class Teacher:
 
     @property
     def bank(self) -> ChainBank | None:
-        """The bank of a teacher that has one; `state_dict` holds the rest. Setting it raises ValueError for one of other sizes."""
+        """The bank of a teacher that has one; `state_dict` holds the rest.
+
+        Raises:
+            ValueError: where it is set to a bank of other sizes.
+        """
         return self.estimator if self.config.teacher == "bank" else None
 
     @bank.setter
     def bank(self, bank: ChainBank | None) -> None:
         if (bank is not None) != (self.config.teacher == "bank"):
-            raise ValueError(f"a teacher of the kind {self.config.teacher} got {'a' if bank else 'no'} bank")
+            fault = "no" if bank is None else "a"
+            raise ValueError(f"a teacher of the kind {self.config.teacher} got {fault} bank")
         if bank is None:
             return
         found = (len(bank.centers), bank.settings.chains, *bank.centers.shape[2:])
-        expected = (self.model.config.num_classes, scaled_chains(self.config), *self.model.sample_shape)
+        num_classes = self.model.config.num_classes
+        expected = (num_classes, scaled_chains(self.config), *self.model.sample_shape)
         if found != expected:
-            raise ValueError(f"the bank has classes, chains and sample shape {found}, its teacher {expected}")
+            sizes = "classes, chains and sample shape"
+            raise ValueError(f"the bank has {sizes} {found}, its teacher {expected}")
         self.estimator = bank
 
     def prepare(self, images: torch.Tensor, labels: torch.Tensor) -> None:

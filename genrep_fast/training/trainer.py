@@ -19,11 +19,18 @@ from ..gradient_aligner import GradientAligner
 from ..models import GenRep, GenRepPipeline
 from ..models.backbones import require_saved
 from ..models.weights import check_weights
-from .checkpoints import Checkpoint, newest_checkpoint, optimizer_state_dict, optimizer_tensors, read_checkpoint, save_checkpoint
+from .checkpoints import (
+    Checkpoint,
+    newest_checkpoint,
+    optimizer_state_dict,
+    optimizer_tensors,
+    read_checkpoint,
+    save_checkpoint,
+)
 from .config import STAGES, TrainingConfig
 from .losses import GenerationLoss, perception_loss
 from .progress import StageProgress
-from .state import TrainingState, copy_
+from .state import TrainingState, check_numbers, copy_
 from .teacher import Teacher
 
 _WARMUP_STEPS = 50
@@ -78,14 +85,14 @@ class Trainer:
         self.generation_loss = GenerationLoss(
             self.scheduler, alignment_weight=config.alignment_weight, variance_weight=config.variance_weight
         ).to(self.accelerator.device)
-        self.state = TrainingState(config, dict(zip(self.names, self.parameters, strict=True)), self.averages)
+        self.state = TrainingState(config, named, self.averages)
 
     def run(self) -> GenRepPipeline:
         """Train from the newest checkpoint, or from the start, to the end.
 
         Raises:
             BlockingIOError: where another run writes to the output folder.
-            ValueError: for a damaged checkpoint, and for one of another run; nothing is changed then.
+            ValueError: for a damaged checkpoint and one of another run; nothing is changed then.
             OSError: where the output folder cannot be written to; the checkpoints in it are kept.
             FloatingPointError: for a loss or a parameter that is not finite.
         """
@@ -249,9 +256,13 @@ class Trainer:
         write_atomically(self.output / "history.jsonl", lines)
 
     def _content(self) -> Checkpoint:
-        """What a checkpoint holds. No state of a random number generator is needed: `_step` seeds each micro-batch by its index."""
+        """What a checkpoint holds.
+
+        No state of a random number generator is needed: `_step` seeds each micro-batch by its index.
+        """
         checkpoint = self.state.checkpoint()
-        checkpoint.tensors |= {"model": self.model.state_dict(), "optimizer": optimizer_tensors(self.optimizer.optimizer, self.names)}
+        moments = optimizer_tensors(self.optimizer.optimizer, self.names)
+        checkpoint.tensors |= {"model": self.model.state_dict(), "optimizer": moments}
         schedule, scaler = self.schedule.state_dict(), self.accelerator.scaler
         checkpoint.state |= {
             "schedule": {name: schedule[name] for name in _OF_THE_SCHEDULE},
@@ -262,17 +273,22 @@ class Trainer:
     def _restore(self, folder: Path) -> None:
         """Take over a checkpoint's content, all of which is checked before anything is changed."""
         checkpoint = read_checkpoint(folder, self.accelerator.device)
-        tensors, optimizer, scaler = checkpoint.tensors, self.optimizer.optimizer, self.accelerator.scaler
+        tensors, optimizer = checkpoint.tensors, self.optimizer.optimizer
+        scaler = self.accelerator.scaler
         try:
             self.state.check(checkpoint)
+            current = self.model.state_dict()
+            check_weights(tensors["model"], current, "the tensors of model.safetensors")
             schedule, saved_scaler = checkpoint.state["schedule"], checkpoint.state["scaler"]
-            check_weights(tensors["model"], self.model.state_dict(), "the tensors of model.safetensors")
-            named = dict(zip(self.names, self.parameters, strict=True))
-            moments = optimizer_state_dict(optimizer, named, tensors["optimizer"], schedule["_last_lr"])
             if schedule.keys() != set(_OF_THE_SCHEDULE):
                 raise ValueError("the schedule in state.json is not that of this run")
-            if (None if scaler is None else scaler.state_dict().keys()) != (saved_scaler and saved_scaler.keys()):
-                raise ValueError("the scaler in state.json is not that of this run's mixed precision")
+            rates = dict(enumerate(schedule["_last_lr"]))
+            check_numbers({**schedule, "_last_lr": 0.0, **rates}, "the schedule in state.json")
+            moments = optimizer_state_dict(optimizer, self.state.parameters, tensors["optimizer"], list(rates.values()))
+            scaler_keys = None if scaler is None else scaler.state_dict().keys()
+            if scaler_keys != (saved_scaler and saved_scaler.keys()):
+                raise ValueError("the scaler in state.json is not that of this mixed precision")
+            check_numbers(saved_scaler or {}, "the scaler in state.json")
             self.state.restore(checkpoint, self.model, self.scheduler)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             reason = error if isinstance(error, ValueError) else "state.json lacks something"
