@@ -1,4 +1,4 @@
-"""Files that survive the death of a process: written whole or not at all, and by one writer a folder."""
+"""Files that survive the death of a process, written whole or not at all; one writer a folder."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def only_writer(folder: Path, argument: str = "output") -> Iterator[None]:
             yield
         finally:
             _held.reset(token)
-            # While the lock is held: whoever opened the file sees that it has gone, and makes another.
+            # While the lock is held: who opened the file sees that it has gone, and makes another.
             with contextlib.suppress(OSError):
                 (folder / _LOCK).unlink()
             os.close(file)

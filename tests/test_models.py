@@ -384,6 +384,15 @@ def test_incomplete_weights_in_several_files_are_refused(tiny_model, tmp_path, l
         GenRep.from_pretrained(tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
 
 
+@pytest.mark.parametrize("content", ["", "[]", '{"weight_map": []}', '{"weight_map": {"head.1.bias": "../x.safetensors"}}'])
+def test_a_damaged_index_of_several_files_is_named(tiny_model, tmp_path, content):
+    tiny_model("unet").save_pretrained(tmp_path, max_shard_size="40KB")
+    index = tmp_path / f"{WEIGHTS}.index.json"
+    index.write_text(content)
+    with pytest.raises(ValueError, match=f"{index} is damaged"):
+        GenRep.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
 def test_every_way_of_loading_refuses_incomplete_weights(saved, tmp_path, low_cpu_mem_usage):
     folder = shutil.copytree(saved[0] / "genrep", tmp_path / "genrep")
@@ -409,7 +418,7 @@ def test_what_else_from_pretrained_takes_keeps_working(tiny_model, tmp_path):
 def test_a_network_without_values_is_refused(tiny_backbone):
     with torch.device("meta"):
         backbone = tiny_backbone("unet")
-    with pytest.raises(ValueError, match="backbone must have values for all of its weights, got none for .* and [0-9]+ more"):
+    with pytest.raises(ValueError, match="backbone must have values for all weights, got none for .* and [0-9]+ more"):
         GenRep.from_backbone(backbone, NUM_CLASSES)
 
 

@@ -23,14 +23,16 @@ def load_backbone(path: str | Path) -> nn.Module:
 
     Raises:
         FileNotFoundError: without a config.json there.
-        ValueError: for a class that is not one of `BACKBONES`, a damaged config.json, and weights that are not those of the
-            backbone, with the keys that are missing, unexpected or of another shape.
+        ValueError: for a class that is not one of `BACKBONES`, a damaged config.json, and weights
+            that are not those of the backbone, with the keys that are missing, unexpected or of
+            another shape.
         OSError: where there are no weights, or none that can be read.
     """
     config_path = require_saved("backbone", path, "config.json")
     config = read_json(config_path)
     if not isinstance(config, dict):
-        raise ValueError(f"backbone: {config_path} must hold a configuration, got {type(config).__name__}")
+        found = type(config).__name__
+        raise ValueError(f"backbone: {config_path} must hold a configuration, got {found}")
     return load_complete(backbone_class(config.get("_class_name")).from_pretrained, path)
 
 

@@ -113,8 +113,9 @@ class GenRep(ModelMixin, ConfigMixin):
             kwargs: perception_blocks, semantic_block, pool_size, class_names.
 
         Raises:
-            ValueError: for an unknown backbone class, another number of classes, an unknown block, and for weights that are
-                not those of the configured network: keys missing or unexpected, other shapes.
+            ValueError: for an unknown backbone class, another number of classes, an unknown block,
+                and for weights that are not those of the configured network: keys missing or
+                unexpected, other shapes.
             FileNotFoundError: where a directory holds no model.
             OSError: where a directory's weights cannot be read.
         """
@@ -126,7 +127,8 @@ class GenRep(ModelMixin, ConfigMixin):
         for name, module in (("backbone", backbone), ("vae", vae)):
             empty = set() if module is None else meta_tensors(module)
             if empty:
-                raise ValueError(f"{name} must have values for all of its weights, got none for {named(sorted(empty))}")
+                without = named(sorted(empty))
+                raise ValueError(f"{name} must have values for all weights, got none for {without}")
         config, state = with_null_class(backbone, num_classes)
         model = cls(config, num_classes, None if vae is None else dict(vae.config), **kwargs)
         model.backbone.load_state_dict(state)
@@ -141,7 +143,8 @@ class GenRep(ModelMixin, ConfigMixin):
         Arguments are those of diffusers' `ModelMixin.from_pretrained`.
 
         Raises:
-            ValueError: for weights that are not those of the model, with the keys that are missing, unexpected or of another shape.
+            ValueError: for weights that are not those of the model, with the keys that are missing,
+                unexpected or of another shape.
             OSError: where there are no weights, or none that can be read.
         """
         return load_complete(super().from_pretrained, path, **kwargs)

@@ -58,7 +58,8 @@ class GenRepPipeline(DiffusionPipeline):
         """
         require_saved("path", path, "model_index.json")
         options = {key: kwargs[key] for key in ("torch_dtype", "dtype", "variant") if key in kwargs}
-        model = kwargs.pop("model", None) or GenRep.from_pretrained(os.path.join(path, "model"), **options)
+        folder = os.path.join(path, "model")
+        model = kwargs.pop("model", None) or GenRep.from_pretrained(folder, **options)
         return super().from_pretrained(path, model=model, **kwargs)
 
     @torch.no_grad()

@@ -20,7 +20,7 @@ _log = logging.getLogger("diffusers.models.modeling_utils")
 
 
 def load_complete(from_pretrained: Callable[..., Any], path: str | Path, **kwargs) -> Any:
-    """What a diffusers model's ``from_pretrained(path, **kwargs)`` returns, of complete safetensors.
+    """What a diffusers model's ``from_pretrained(path, **kwargs)`` returns, of complete weights.
 
     Raises:
         ValueError: with the keys that are missing, unexpected or of another shape.
@@ -28,6 +28,8 @@ def load_complete(from_pretrained: Callable[..., Any], path: str | Path, **kwarg
     """
     wants_info = kwargs.pop("output_loading_info", False)
     options = kwargs | {"use_safetensors": True, "output_loading_info": True}
+    folder = Path(path, kwargs.get("subfolder") or "")
+    shards = _shards(folder, kwargs.get("variant"))
     _log.addFilter(_is_no_error_here)
     try:
         model, info = from_pretrained(path, **options)
@@ -40,16 +42,15 @@ def load_complete(from_pretrained: Callable[..., Any], path: str | Path, **kwarg
         raise ValueError(f"the weights in {path} do not fit: {named(wrong)}") from error
     finally:
         _log.removeFilter(_is_no_error_here)
-    folder = Path(path, kwargs.get("subfolder") or "")
-    missing = info["missing_keys"] + _missing_in_shards(folder, kwargs.get("variant"))
+    missing = info["missing_keys"] + _missing_in_shards(folder, shards)
     _refuse(f"the weights in {path}", set(missing), info["unexpected_keys"])
     return (model, info) if wants_info else model
 
 
 def meta_tensors(model: torch.nn.Module) -> set[str]:
     """Names of parameters and buffers that have no values."""
-    named = (*model.named_parameters(), *model.named_buffers())
-    return {name for name, tensor in named if tensor.is_meta}
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    return {name for name, tensor in tensors if tensor.is_meta}
 
 
 def check_weights(found: _Named, expected: _Named, what: str) -> None:
@@ -95,21 +96,29 @@ def _wrong_shapes(message: str) -> list[str]:
     return [f"{name} is {found}, not {expected}" for name, found, expected in wrong]
 
 
-def _missing_in_shards(folder: Path, variant: str | None) -> list[str]:
-    """Keys that a file of several lacks, though their index, which is all that diffusers looks at, has them."""
+def _shards(folder: Path, variant: str | None) -> dict[str, str]:
+    """The file of each key, from the index of weights in several files; empty without one."""
     ending = f"{variant}.json" if variant else "json"
-    index = folder / f"diffusion_pytorch_model.safetensors.index.{ending}"
-    if not index.is_file():
-        return []
+    path = folder / f"diffusion_pytorch_model.safetensors.index.{ending}"
+    if not path.is_file():
+        return {}
+    index = read_json(path)
+    shards = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(shards, dict):
+        raise ValueError(f"{path} is damaged: it has no weight_map")
+    for shard in shards.values():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise ValueError(f"{path} is damaged: {shard!r} is no name of a file in its folder")
+    return shards
+
+
+def _missing_in_shards(folder: Path, shards: dict[str, str]) -> list[str]:
+    """Keys that their file lacks, though the index, which diffusers relies on, has them."""
     keys = {}
-    missing = []
-    for name, shard in read_json(index)["weight_map"].items():
-        if shard not in keys:
-            with safe_open(folder / shard, "pt") as file:
-                keys[shard] = set(file.keys())
-        if name not in keys[shard]:
-            missing.append(name)
-    return missing
+    for shard in sorted(set(shards.values())):
+        with safe_open(folder / shard, "pt") as file:
+            keys[shard] = set(file.keys())
+    return [name for name, shard in shards.items() if name not in keys[shard]]
 
 
 def _refuse(what: str, missing: Collection[str], unexpected: Collection[str]) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: folders ``checkpoints/step-N`` that are written and read whole or not at all.
+"""Checkpoints of a run: folders ``checkpoints/step-N``, written and read whole or not at all.
 
 They hold JSON and safetensors: nothing in them can run code. ``manifest.json`` lists the other
 files with their sizes and SHA-256 hashes.
@@ -107,7 +107,8 @@ def read_checkpoint(folder: Path, device: torch.device | str = "cpu") -> Checkpo
         bank = ChainBank.load(folder / _BANK, device=device) if (folder / _BANK).is_file() else None
     except (_Damage, OSError, ValueError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise ValueError(f"checkpoint {folder} cannot be read ({reason}); {_advice(folder)}") from error
+        message = f"checkpoint {folder} cannot be read ({reason}); {_advice(folder)}"
+        raise ValueError(message) from error
     return Checkpoint(state, tensors, bank)
 
 
@@ -128,11 +129,12 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Sequence[str]) ->
     """The state of an AdamW, as ``PARAMETER/KEY``; `names` are those of its parameters in order."""
     state_dict = optimizer.state_dict()
     numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
-    return {
-        f"{name}/{key}": value
-        for number, name in zip(numbers, names, strict=True)
-        for key, value in state_dict["state"].get(number, {}).items()
-    }
+    tensors = {}
+    for number, name in zip(numbers, names, strict=True):
+        for key, value in state_dict["state"].get(number, {}).items():
+            # Counters may be one tensor for many parameters, which safetensors does not write.
+            tensors[f"{name}/{key}"] = value.clone() if value.ndim == 0 else value
+    return tensors
 
 
 def optimizer_state_dict(
@@ -183,7 +185,9 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
     if checkpoint.bank is not None:
         checkpoint.bank.save(folder / _BANK)
     (folder / _STATE).write_text(json.dumps(checkpoint.state), encoding="utf-8")
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": _hash(path)} for path in folder.iterdir()}
+    files = {}
+    for path in folder.iterdir():
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": _hash(path)}
     manifest = {"format": _FORMAT, "step": checkpoint.state["step"], "files": files}
     (folder / _MANIFEST).write_bytes(_canonical(manifest))
 
@@ -221,7 +225,8 @@ def _verify(folder: Path) -> int:
         path = folder / name
         size = _size(path)
         if entry != {"bytes": size, "sha256": entry.get("sha256")}:
-            raise _Damage(f"{name} is damaged: it has {size} bytes, and was written with {entry.get('bytes')}")
+            wanted = entry.get("bytes")
+            raise _Damage(f"{name} is damaged: it has {size} bytes, and was written with {wanted}")
         if entry["sha256"] != _hash(path):
             raise _Damage(f"{name} is damaged: its SHA-256 hash is not that of when it was written")
     return step

@@ -149,7 +149,8 @@ class TrainingConfig:
         """The configuration saved in the output folder, where there is one, with `resume` as it is here.
 
         Raises:
-            ValueError: for an option that was given and differs from the saved one, and for a damaged file.
+            ValueError: for an option that was given and differs from the saved one, and for a
+                damaged file.
         """
         path = Path(self.output) / "config.json"
         if not path.exists():
@@ -168,7 +169,7 @@ class TrainingConfig:
             raise ValueError(f"{path} is damaged: {error}") from error
 
     def decisive(self) -> dict[str, Any]:
-        """The options that decide the numbers of a run, as JSON holds them: all but folders and the end."""
+        """The options that decide the numbers of a run, as JSON holds them."""
         options = json.loads(json.dumps(dataclasses.asdict(self)))
         return {name: value for name, value in options.items() if name not in _INDECISIVE}
 
@@ -189,7 +190,8 @@ def _read_options(path: Path) -> dict[str, Any]:
     """The options of a config.json.
 
     Raises:
-        ValueError: where it is damaged, has other options than TrainingConfig, or values of other types.
+        ValueError: where it is damaged, has other options than TrainingConfig, or values of other
+            types.
     """
     saved, kinds = read_json(path), get_type_hints(TrainingConfig)
     if not isinstance(saved, dict):

@@ -125,7 +125,7 @@ class TrainingState:
         return []
 
     def restore(self, checkpoint: Checkpoint, model: GenRep, scheduler) -> None:
-        """Go to the place of `checkpoint`, which `check` accepted; its networks are built like `model`.
+        """Go to the place of `checkpoint`, which `check` accepted, with networks like `model`.
 
         Raises:
             ValueError: for networks and a bank that do not fit; nothing is changed then.
@@ -176,9 +176,9 @@ def read_history(path: Path) -> list[dict[str, Any]]:
 
 
 def check_numbers(values: Any, what: str) -> None:
-    """Raise ValueError where `values`, which `what` names, is not a dictionary of numbers alone."""
-    fits = isinstance(values, dict) and all(type(value) in (int, float) for value in values.values())
-    if not fits:
+    """Raise ValueError where `values`, which `what` names, is no dictionary of numbers alone."""
+    found = values.values() if isinstance(values, dict) else [None]
+    if not all(type(value) in (int, float) for value in found):
         raise ValueError(f"{what} must be numbers, got {repr(values)[:80]}")
 
 

@@ -258,7 +258,7 @@ class Trainer:
     def _content(self) -> Checkpoint:
         """What a checkpoint holds.
 
-        No state of a random number generator is needed: `_step` seeds each micro-batch by its index.
+        No state of a random number generator: `_step` seeds each micro-batch by its index.
         """
         checkpoint = self.state.checkpoint()
         moments = optimizer_tensors(self.optimizer.optimizer, self.names)
@@ -282,9 +282,11 @@ class Trainer:
             schedule, saved_scaler = checkpoint.state["schedule"], checkpoint.state["scaler"]
             if schedule.keys() != set(_OF_THE_SCHEDULE):
                 raise ValueError("the schedule in state.json is not that of this run")
-            rates = dict(enumerate(schedule["_last_lr"]))
-            check_numbers({**schedule, "_last_lr": 0.0, **rates}, "the schedule in state.json")
-            moments = optimizer_state_dict(optimizer, self.state.parameters, tensors["optimizer"], list(rates.values()))
+            rates = schedule["_last_lr"]
+            numbers = {**schedule, "_last_lr": 0.0, **dict(enumerate(rates))}
+            check_numbers(numbers, "the schedule in state.json")
+            parameters = self.state.parameters
+            moments = optimizer_state_dict(optimizer, parameters, tensors["optimizer"], rates)
             scaler_keys = None if scaler is None else scaler.state_dict().keys()
             if scaler_keys != (saved_scaler and saved_scaler.keys()):
                 raise ValueError("the scaler in state.json is not that of this mixed precision")
