@@ -27,6 +27,7 @@ from .coefficients import (
     normal_tables,
     reverse_kernel,
 )
+from .files import replacing
 from .ops.reverse_step import reverse_step
 from .ops.scoring import log_likelihood
 from .reference import scoring as reference
@@ -209,7 +210,6 @@ class ChainBank:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the bank to one safetensors file; a file that was there is replaced as a whole or not at all."""
-        path = Path(path)
         # Where running and scoring have the same deviation it is one tensor, which safetensors refuses to write twice.
         kernel = {name: table.clone() for name, table in self._kernel._asdict().items()}
         tensors = {"centers": self.centers, "timesteps": self._timesteps, **kernel}
@@ -217,12 +217,8 @@ class ChainBank:
             tensors["log_variance_ratio"] = self._log_variance_ratio
         tensors |= {f"coefficients.{name}": getattr(self._coefficients, name) for name in _COEFFICIENTS}
         state = {"settings": dataclasses.asdict(self.settings), "drawn": self._drawn, "evaluations": self.evaluations}
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
+        with replacing(Path(path)) as unfinished:
             save_file(tensors, unfinished, metadata={"chain_bank": json.dumps(state)})
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike, device: torch.device | str = "cpu") -> ChainBank:

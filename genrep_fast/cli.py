@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from json import dumps, loads
+from json import dumps
 from pathlib import Path
 
 try:
@@ -12,7 +12,7 @@ except ImportError:
     sys.exit("genrep: the command needs what comes with: pip install 'genrep_fast[train]'")
 
 from .backends import info as backend_info
-from .training.config import TrainingConfig
+from .training.config import TrainingConfig, saved_data
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -51,7 +51,7 @@ def train(ablation: bool = False, seeds: int = 3, **options) -> None:
     else:
         from .training.run import run
 
-        run(config.resumed() if config.resume else config)
+        run(config)
 
 
 def evaluate(
@@ -70,18 +70,20 @@ def evaluate(
     from .data import load_data
     from .evaluation import EvaluationSettings
     from .evaluation import evaluate as run_evaluation
+    from .files import only_writer
     from .training.progress import console, evaluation_progress
     from .training.run import result_table
+    from .training.state import read_history
 
     pipeline = _load_pipeline(checkpoint)
     config = Path(checkpoint) / "config.json"
-    trained_on = loads(config.read_text())["data"] if config.is_file() else "digits"
+    trained_on = saved_data(config) if config.is_file() else "digits"
     splits = load_data(data or trained_on, image_size=pipeline.model.image_shape[1])
     settings = EvaluationSettings(elbo_steps=elbo_steps, samples_per_class=samples_per_class, seed=seed)
     log = Path(checkpoint) / "history.jsonl"
-    history = [loads(line) for line in log.read_text().splitlines()] if log.is_file() else None
+    history = read_history(log) if log.is_file() else None
     folder = Path(output or Path(checkpoint) / "evaluation")
-    with evaluation_progress() as progress:
+    with only_writer(folder), evaluation_progress() as progress:
         metrics = run_evaluation(pipeline.model, pipeline.scheduler, splits, folder, settings=settings, history=history, progress=progress)
     console.print(result_table(metrics))
     console.print(f"wrote {folder}: metrics.json, report.html, figures/")

@@ -1,11 +1,13 @@
 """GenRep over diffusers' UNet and DiT: construction, the null class, what labels reach, modulation, VAE, saving and loading."""
 
 import json
+import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler
+from safetensors.torch import load_file, save_file
 
 from genrep_fast.models import GenRep
 from genrep_fast.models.backbones import class_embeddings
@@ -302,6 +304,122 @@ def test_save_and_load_are_equal_to_the_bit(tiny_model, tiny_vae, tmp_path, kind
     assert torch.equal(loaded.perceive(x), model.perceive(x))
     assert torch.equal(loaded.train().denoise(x, 20, labels), model.denoise(x, 20, labels))
     assert [p.requires_grad for p in loaded.parameters()] == [p.requires_grad for p in model.parameters()]
+
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def saved(tiny_backbone, tiny_model, tiny_vae, tmp_path_factory):
+    """Folders of a GenRep, of backbones and of a VAE; a function for each that loads a folder like it."""
+    root = tmp_path_factory.mktemp("saved")
+    tiny_model("unet").save_pretrained(root / "genrep")
+    tiny_backbone("unet").save_pretrained(root / "unet")
+    tiny_backbone("dit").save_pretrained(root / "dit")
+    tiny_vae().save_pretrained(root / "vae")
+    latent = tiny_backbone("dit", channels=4)
+    return root, {
+        "genrep": GenRep.from_pretrained,
+        "unet": lambda folder: GenRep.from_backbone(folder, NUM_CLASSES),
+        "dit": lambda folder: GenRep.from_backbone(folder, NUM_CLASSES),
+        "vae": lambda folder: GenRep.from_backbone(latent, NUM_CLASSES, vae=folder),
+    }
+
+
+def change_weights(folder, change, file=WEIGHTS):
+    tensors = load_file(folder / file)
+    change(tensors, sorted(tensors))
+    save_file(tensors, folder / file, metadata={"format": "pt"})
+
+
+CHANGES = {
+    "missing": (lambda t, names: t.pop(names[3]), r"1 missing \({3}\)"),
+    "several missing": (lambda t, names: [t.pop(name) for name in names[:6]], r"6 missing \({0}, {1}, {2} and 3 more\)"),
+    "unexpected": (lambda t, names: t.update(extra=torch.zeros(1)), r"1 unexpected \(extra\)"),
+    "renamed": (lambda t, names: t.update(extra=t.pop(names[3])), r"1 missing \({3}\), 1 unexpected \(extra\)"),
+    "another shape": (lambda t, names: t.update({names[3]: torch.zeros(2, 3, 5)}), r"{3} is \[2, 3, 5\], not \[\d+"),
+    "all of them": (lambda t, names: t.clear() or t.update(x=torch.zeros(1)), "missing .* more.*, 1 unexpected"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("what", ["genrep", "unet", "dit", "vae"])
+def test_weights_of_something_else_are_refused(saved, tmp_path, caplog, what, change):
+    root, load = saved
+    folder = shutil.copytree(root / what, tmp_path / what)
+    load[what](folder)
+    names = [name.replace(".", r"\.") for name in sorted(load_file(folder / WEIGHTS))]
+    alter, message = CHANGES[change]
+    change_weights(folder, alter)
+    with pytest.raises(ValueError, match=message.format(*names)) as error:
+        load[what](folder)
+    assert "\n" not in str(error.value) and str(folder) in str(error.value)
+    assert not caplog.records, "a warning says what the error says already"
+
+
+@pytest.mark.parametrize("content", [b"", b"text", bytes(100)])
+@pytest.mark.parametrize("what", ["genrep", "unet", "vae"])
+def test_weights_that_cannot_be_read_are_refused(saved, tmp_path, what, content):
+    root, load = saved
+    folder = shutil.copytree(root / what, tmp_path / what)
+    (folder / WEIGHTS).write_bytes(content)
+    with pytest.raises(OSError, match=f"{tmp_path}"):
+        load[what](folder)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+def test_incomplete_weights_in_several_files_are_refused(tiny_model, tmp_path, low_cpu_mem_usage):
+    """Their index still promises the key: diffusers leaves the parameter without values, or with random ones."""
+    model = tiny_model("unet", active=True)
+    model.save_pretrained(tmp_path, max_shard_size="40KB")
+    shards = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert len(shards) > 1
+    assert_same_state(GenRep.from_pretrained(tmp_path).state_dict(), model.state_dict())
+    name = sorted(load_file(tmp_path / shards[1]))[0]
+    change_weights(tmp_path, lambda tensors, names: tensors.pop(name), shards[1])
+    with pytest.raises(ValueError, match=rf"1 missing \({name}\)"):
+        GenRep.from_pretrained(tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    (tmp_path / shards[1]).unlink()
+    with pytest.raises(OSError, match=shards[1]):
+        GenRep.from_pretrained(tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"weight_map": []}', '{"weight_map": {"head.1.bias": "../x.safetensors"}}'])
+def test_a_damaged_index_of_several_files_is_named(tiny_model, tmp_path, content):
+    tiny_model("unet").save_pretrained(tmp_path, max_shard_size="40KB")
+    index = tmp_path / f"{WEIGHTS}.index.json"
+    index.write_text(content)
+    with pytest.raises(ValueError, match=f"{index} is damaged"):
+        GenRep.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+def test_every_way_of_loading_refuses_incomplete_weights(saved, tmp_path, low_cpu_mem_usage):
+    folder = shutil.copytree(saved[0] / "genrep", tmp_path / "genrep")
+    change_weights(folder, lambda tensors, names: tensors.pop("head.1.bias"))
+    for options in ({}, {"dtype": torch.float16}, {"output_loading_info": True}, {"use_safetensors": False}):
+        with pytest.raises(ValueError, match=r"1 missing \(head.1.bias\)"):
+            GenRep.from_pretrained(folder, low_cpu_mem_usage=low_cpu_mem_usage, **options)
+    change_weights(folder, lambda tensors, names: tensors.update({"head.1.bias": torch.zeros(5)}))
+    with pytest.raises(ValueError, match=r"do not fit: head.1.bias is \[5\], not \[3\]"):
+        GenRep.from_pretrained(folder, low_cpu_mem_usage=low_cpu_mem_usage)
+
+
+def test_what_else_from_pretrained_takes_keeps_working(tiny_model, tmp_path):
+    model = tiny_model("unet", active=True)
+    model.save_pretrained(tmp_path / "one", variant="fp16")
+    assert_same_state(GenRep.from_pretrained(tmp_path / "one", variant="fp16").state_dict(), model.state_dict())
+    model.save_pretrained(tmp_path / "many", variant="fp16", max_shard_size="40KB")
+    assert_same_state(GenRep.from_pretrained(tmp_path, subfolder="many", variant="fp16").state_dict(), model.state_dict())
+    loaded, info = GenRep.from_pretrained(tmp_path / "many", variant="fp16", output_loading_info=True)
+    assert isinstance(loaded, GenRep) and not info["missing_keys"]
+
+
+def test_a_network_without_values_is_refused(tiny_backbone):
+    with torch.device("meta"):
+        backbone = tiny_backbone("unet")
+    with pytest.raises(ValueError, match="backbone must have values for all weights, got none for .* and [0-9]+ more"):
+        GenRep.from_backbone(backbone, NUM_CLASSES)
 
 
 def test_a_vae_directory_equals_the_vae(tiny_backbone, tiny_vae, tmp_path):

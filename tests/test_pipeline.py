@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from genrep_fast import GenRepPipeline
 from genrep_fast.data import image_to_tensor
@@ -91,6 +92,23 @@ def test_truncated_weights_are_one_error(make_pipeline, tmp_path):
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(OSError, match="diffusion_pytorch_model.safetensors"):
         GenRepPipeline.from_pretrained(tmp_path)
+
+
+def test_incomplete_weights_are_one_error(make_pipeline, tmp_path):
+    make_pipeline().save_pretrained(tmp_path)
+    weights = tmp_path / "model" / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(weights).items() if not name.startswith("head.")}, weights)
+    with pytest.raises(ValueError, match=r"4 missing \(head.0.bias, head.0.weight, head.1.bias and 1 more\)"):
+        GenRepPipeline.from_pretrained(tmp_path)
+
+
+def test_a_variant_is_loaded(make_pipeline, tmp_path):
+    pipeline = make_pipeline()
+    pipeline.save_pretrained(tmp_path, variant="fp16")
+    loaded = GenRepPipeline.from_pretrained(tmp_path, variant="fp16", torch_dtype=torch.float16)
+    assert loaded.model.dtype == torch.float16
+    for parameter, expected in zip(loaded.model.parameters(), pipeline.model.parameters(), strict=True):
+        assert torch.equal(parameter, expected.half())
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,9 @@ import torch
 from diffusers import DiTTransformer2DModel, UNet2DModel
 from diffusers.models.attention_processor import Attention
 from torch import nn
+
+from ..files import read_json
+from .weights import load_complete
 
 BACKBONES = {"UNet2DModel": UNet2DModel, "DiTTransformer2DModel": DiTTransformer2DModel}
 
@@ -21,11 +23,17 @@ def load_backbone(path: str | Path) -> nn.Module:
 
     Raises:
         FileNotFoundError: without a config.json there.
-        ValueError: for a class that is not one of `BACKBONES`.
+        ValueError: for a class that is not one of `BACKBONES`, a damaged config.json, and weights
+            that are not those of the backbone, with the keys that are missing, unexpected or of
+            another shape.
+        OSError: where there are no weights, or none that can be read.
     """
     config_path = require_saved("backbone", path, "config.json")
-    class_name = json.loads(config_path.read_text()).get("_class_name")
-    return backbone_class(class_name).from_pretrained(path, use_safetensors=True)
+    config = read_json(config_path)
+    if not isinstance(config, dict):
+        found = type(config).__name__
+        raise ValueError(f"backbone: {config_path} must hold a configuration, got {found}")
+    return load_complete(backbone_class(config.get("_class_name")).from_pretrained, path)
 
 
 def require_saved(argument: str, path: str | Path, file: str) -> Path:

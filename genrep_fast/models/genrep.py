@@ -27,6 +27,7 @@ from .backbones import (
     run_backbone,
     with_null_class,
 )
+from .weights import load_complete, meta_tensors, named
 
 _TIME_EMBEDDING = 64
 
@@ -112,14 +113,22 @@ class GenRep(ModelMixin, ConfigMixin):
             kwargs: perception_blocks, semantic_block, pool_size, class_names.
 
         Raises:
-            ValueError: for an unknown backbone class, another number of classes, an unknown block.
+            ValueError: for an unknown backbone class, another number of classes, an unknown block,
+                and for weights that are not those of the configured network: keys missing or
+                unexpected, other shapes.
             FileNotFoundError: where a directory holds no model.
+            OSError: where a directory's weights cannot be read.
         """
         if isinstance(backbone, (str, Path)):
             backbone = load_backbone(backbone)
         if isinstance(vae, (str, Path)):
             require_saved("vae", vae, "config.json")
-            vae = AutoencoderKL.from_pretrained(vae, use_safetensors=True)
+            vae = load_complete(AutoencoderKL.from_pretrained, vae)
+        for name, module in (("backbone", backbone), ("vae", vae)):
+            empty = set() if module is None else meta_tensors(module)
+            if empty:
+                without = named(sorted(empty))
+                raise ValueError(f"{name} must have values for all weights, got none for {without}")
         config, state = with_null_class(backbone, num_classes)
         model = cls(config, num_classes, None if vae is None else dict(vae.config), **kwargs)
         model.backbone.load_state_dict(state)
@@ -132,14 +141,20 @@ class GenRep(ModelMixin, ConfigMixin):
         """Load a model from a directory that `save_pretrained` wrote, or from the hub; weights are read through safetensors only.
 
         Arguments are those of diffusers' `ModelMixin.from_pretrained`.
-        """
-        return super().from_pretrained(path, **kwargs | {"use_safetensors": True})
 
-    def save_pretrained(self, path: str | Path, **kwargs) -> None:
+        Raises:
+            ValueError: for weights that are not those of the model, with the keys that are missing,
+                unexpected or of another shape.
+            OSError: where there are no weights, or none that can be read.
+        """
+        return load_complete(super().from_pretrained, path, **kwargs)
+
+    # The variant by its name, which is how diffusers' pipelines find out that there may be one.
+    def save_pretrained(self, path: str | Path, *, variant: str | None = None, **kwargs) -> None:
         """Write config.json and the weights, as safetensors; arguments are those of diffusers' `ModelMixin.save_pretrained`."""
         if not kwargs.get("safe_serialization", True):
             raise ValueError("safe_serialization must be True: weights are written as safetensors only")
-        super().save_pretrained(path, **kwargs)
+        super().save_pretrained(path, variant=variant, **kwargs)
 
     @property
     def null_class(self) -> int:

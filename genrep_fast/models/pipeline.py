@@ -54,10 +54,12 @@ class GenRepPipeline(DiffusionPipeline):
 
         Raises:
             FileNotFoundError: where the directory holds no pipeline.
+            ValueError, OSError: as `GenRep.from_pretrained`.
         """
         require_saved("path", path, "model_index.json")
-        dtype = {key: kwargs[key] for key in ("torch_dtype", "dtype") if key in kwargs}
-        model = kwargs.pop("model", None) or GenRep.from_pretrained(os.path.join(path, "model"), **dtype)
+        options = {key: kwargs[key] for key in ("torch_dtype", "dtype", "variant") if key in kwargs}
+        folder = os.path.join(path, "model")
+        model = kwargs.pop("model", None) or GenRep.from_pretrained(folder, **options)
         return super().from_pretrained(path, model=model, **kwargs)
 
     @torch.no_grad()

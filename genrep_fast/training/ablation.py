@@ -8,7 +8,7 @@ import statistics
 from pathlib import Path
 
 from ..evaluation import EvaluationSettings
-from ..files import write_atomically
+from ..files import only_writer, read_json, replacing, write_atomically
 from ..models import GenRep
 from .config import TrainingConfig
 from .progress import console
@@ -48,9 +48,15 @@ def run_ablation(config: TrainingConfig, seeds: int) -> str:
 
     Raises:
         ValueError: for fewer than one seed, and for options other than those of the rows that the folder holds already.
+        BlockingIOError: where another run writes to the folder.
     """
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
+    with only_writer(Path(config.output)):
+        return _run_ablation(config, seeds)
+
+
+def _run_ablation(config: TrainingConfig, seeds: int) -> str:
     results = {row: [] for row in ROWS}
     for seed in range(config.seed, config.seed + seeds):
         base = dataclasses.replace(config, seed=seed, resume=True, labelled_per_class=config.labelled_per_class or LABELLED_PER_CLASS)
@@ -76,9 +82,8 @@ def _shared_backbone(config: TrainingConfig) -> Path:
     backbone = output / "backbone"
     if not backbone.is_dir():
         run(config)
-        unfinished = output / "unfinished"
-        GenRep.from_pretrained(output / "model" / "model").backbone.save_pretrained(unfinished)
-        unfinished.rename(backbone)
+        with replacing(backbone) as unfinished:
+            GenRep.from_pretrained(output / "model" / "model").backbone.save_pretrained(unfinished)
     return backbone
 
 
@@ -92,8 +97,11 @@ def _metrics(config: TrainingConfig) -> dict:
     path = Path(config.output) / "metrics.json"
     if not path.is_file():
         run(config, EvaluationSettings(elbo_steps=8, seed=config.seed))
-    metrics = json.loads(path.read_text())
-    return {column: metrics[group][key] for column, (group, key) in COLUMNS.items()}
+    metrics = read_json(path)
+    try:
+        return {column: metrics[group][key] for column, (group, key) in COLUMNS.items()}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: it lacks {error}") from error
 
 
 def _table(results: dict[str, list[dict]]) -> str:

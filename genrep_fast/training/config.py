@@ -6,11 +6,14 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from ..files import write_atomically
+from ..files import read_json, write_atomically
 
 STAGES = ("diffusion", "perception", "joint")
+
+# Where files lie, and what follows a run: no number of the training depends on these.
+_INDECISIVE = ("output", "resume", "evaluate", "data", "backbone", "vae", "scheduler")
 
 
 @dataclass
@@ -146,17 +149,72 @@ class TrainingConfig:
         """The configuration saved in the output folder, where there is one, with `resume` as it is here.
 
         Raises:
-            ValueError: for an option that was given and differs from the saved one.
+            ValueError: for an option that was given and differs from the saved one, and for a
+                damaged file.
         """
         path = Path(self.output) / "config.json"
-        if not path.is_file():
+        if not path.exists():
             return self
-        saved = json.loads(path.read_text()) | {"resume": self.resume, "output": self.output}
+        saved = _read_options(path) | {"resume": self.resume, "output": self.output}
         for field in dataclasses.fields(self):
-            given, stored = getattr(self, field.name), saved.get(field.name)
+            given, stored = getattr(self, field.name), saved.get(field.name, field.default)
             stored = tuple(stored) if isinstance(stored, list) else stored
             if given not in (field.default, stored):
                 raise ValueError(
                     f"{field.name} is {given} now, but {path} says {stored}: a run is resumed with the options it was started with"
                 )
-        return TrainingConfig(**saved)
+        try:
+            return TrainingConfig(**saved)
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+
+    def decisive(self) -> dict[str, Any]:
+        """The options that decide the numbers of a run, as JSON holds them."""
+        options = json.loads(json.dumps(dataclasses.asdict(self)))
+        return {name: value for name, value in options.items() if name not in _INDECISIVE}
+
+
+def saved_data(path: Path) -> str:
+    """The option `data` of a run's config.json, whatever version wrote it.
+
+    Raises:
+        ValueError: with `path` in it, where it is damaged.
+    """
+    saved = read_json(path)
+    if not isinstance(saved, dict) or not isinstance(saved.get("data"), str):
+        raise ValueError(f"{path} is damaged: it does not say what the data were")
+    return saved["data"]
+
+
+def _read_options(path: Path) -> dict[str, Any]:
+    """The options of a config.json.
+
+    Raises:
+        ValueError: where it is damaged, has other options than TrainingConfig, or values of other
+            types.
+    """
+    saved, kinds = read_json(path), get_type_hints(TrainingConfig)
+    if not isinstance(saved, dict):
+        raise ValueError(f"{path} is damaged: it holds no options, but a {type(saved).__name__}")
+    for name, value in saved.items():
+        if name not in kinds:
+            of_another = f"{path} is damaged, or of another version of genrep_fast"
+            raise ValueError(f"{of_another}: there is no option {name!r}")
+        if not _fits(value, kinds[name]):
+            raise ValueError(f"{path} is damaged: {name} cannot be {value!r}")
+    return saved
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value of JSON is of the type of an option."""
+    if get_origin(kind) is Literal:
+        return isinstance(value, str) and value in get_args(kind)
+    if get_origin(kind) is tuple:
+        kinds = get_args(kind)
+        fits = isinstance(value, list) and len(value) == len(kinds)
+        return fits and all(map(_fits, value, kinds))
+    if get_args(kind):  # a union
+        return any(_fits(value, part) for part in get_args(kind))
+    if kind is float:
+        return type(value) in (int, float)
+    return type(value) is kind

@@ -10,10 +10,12 @@ from rich.table import Table
 
 from ..data import load_data
 from ..evaluation import EvaluationSettings, evaluate
+from ..files import only_writer
 from .config import STAGES, TrainingConfig
 from .progress import console, evaluation_progress, wall_clock
+from .state import TrainingState
 from .teacher import planned_evaluations
-from .trainer import Trainer, TrainingState
+from .trainer import Trainer
 
 # Forward and backward passes of the backbone in a step of each stage; a forward pass alone counts a third.
 _PASSES = {"diffusion": 1.0, "perception": 1.0, "joint": 2 + 1 / 3}
@@ -37,7 +39,16 @@ def run(config: TrainingConfig, settings: EvaluationSettings | None = None) -> d
 
     Returns:
         The metrics, or None where `config.evaluate` is False.
+
+    Raises:
+        BlockingIOError: where another run writes to the output folder.
+        ValueError, OSError, FloatingPointError: as `Trainer` and its `run`.
     """
+    with only_writer(Path(config.output)):
+        return _run(config.resumed() if config.resume else config, settings)
+
+
+def _run(config: TrainingConfig, settings: EvaluationSettings | None) -> dict | None:
     splits = load_data(config.data, image_size=config.image_size)
     trainer = Trainer(config, splits)
     settings = settings or evaluation_settings(config)

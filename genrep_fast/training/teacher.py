@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from ..chain_bank import ChainBank
@@ -58,6 +56,30 @@ class Teacher:
     def evaluations(self) -> int:
         return self.estimator.evaluations
 
+    @property
+    def bank(self) -> ChainBank | None:
+        """The bank of a teacher that has one; `state_dict` holds the rest.
+
+        Raises:
+            ValueError: where it is set to a bank of other sizes.
+        """
+        return self.estimator if self.config.teacher == "bank" else None
+
+    @bank.setter
+    def bank(self, bank: ChainBank | None) -> None:
+        if (bank is not None) != (self.config.teacher == "bank"):
+            fault = "no" if bank is None else "a"
+            raise ValueError(f"a teacher of the kind {self.config.teacher} got {fault} bank")
+        if bank is None:
+            return
+        found = (len(bank.centers), bank.settings.chains, *bank.centers.shape[2:])
+        num_classes = self.model.config.num_classes
+        expected = (num_classes, scaled_chains(self.config), *self.model.sample_shape)
+        if found != expected:
+            sizes = "classes, chains and sample shape"
+            raise ValueError(f"the bank has {sizes} {found}, its teacher {expected}")
+        self.estimator = bank
+
     def prepare(self, images: torch.Tensor, labels: torch.Tensor) -> None:
         """Build the bank where there is one, and calibrate the temperature on images [N, C, H, W], labels [N] that serve nothing else."""
         with self.apart:
@@ -77,16 +99,6 @@ class Teacher:
         if self.config.teacher == "bank":
             with self.apart:
                 self.estimator.refresh(self._denoise, chains=max(1, scaled_chains(self.config) // _REFRESH))
-
-    def save(self, directory: Path) -> None:
-        """Write the bank, where there is one, to bank.safetensors in `directory`; `state_dict` holds the rest."""
-        if self.config.teacher == "bank":
-            self.estimator.save(directory / "bank.safetensors")
-
-    def load(self, directory: Path) -> None:
-        """Read what `save` wrote."""
-        if self.config.teacher == "bank":
-            self.estimator = ChainBank.load(directory / "bank.safetensors", device=self.model.device)
 
     def state_dict(self) -> dict:
         return {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,18 +14,29 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..aligned_adamw import AlignedAdamW
 from ..data import DataSplits, as_tensors, few_labels
-from ..files import write_atomically
+from ..files import only_writer, remove_unfinished, replacing, write_atomically
 from ..gradient_aligner import GradientAligner
 from ..models import GenRep, GenRepPipeline
 from ..models.backbones import require_saved
-from .checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
+from ..models.weights import check_weights
+from .checkpoints import (
+    Checkpoint,
+    newest_checkpoint,
+    optimizer_state_dict,
+    optimizer_tensors,
+    read_checkpoint,
+    save_checkpoint,
+)
 from .config import STAGES, TrainingConfig
 from .losses import GenerationLoss, perception_loss
 from .progress import StageProgress
+from .state import TrainingState, check_numbers, copy_
 from .teacher import Teacher
 
 _WARMUP_STEPS = 50
 _FINAL_LEARNING_RATE = 0.01  # of the highest
+# What a checkpoint keeps of PyTorch's LambdaLR; the rest follows from the options.
+_OF_THE_SCHEDULE = ("last_epoch", "_step_count", "_last_lr")
 
 
 class Trainer:
@@ -75,15 +85,32 @@ class Trainer:
         self.generation_loss = GenerationLoss(
             self.scheduler, alignment_weight=config.alignment_weight, variance_weight=config.variance_weight
         ).to(self.accelerator.device)
-        self.state = TrainingState(self)
-        self.accelerator.register_for_checkpointing(self.state)
+        self.state = TrainingState(config, named, self.averages)
 
     def run(self) -> GenRepPipeline:
-        """Train from the newest checkpoint, or from the start, to the end."""
-        self.config.save()
+        """Train from the newest checkpoint, or from the start, to the end.
+
+        Raises:
+            BlockingIOError: where another run writes to the output folder.
+            ValueError: for a damaged checkpoint and one of another run; nothing is changed then.
+            OSError: where the output folder cannot be written to; the checkpoints in it are kept.
+            FloatingPointError: for a loss or a parameter that is not finite.
+        """
+        with only_writer(self.output):
+            self._resume()
+            return self._run()
+
+    def _resume(self) -> None:
+        """Go to the newest checkpoint, where there is one."""
         checkpoint = newest_checkpoint(self.output)
         if checkpoint is not None:
-            load_checkpoint(checkpoint, self.accelerator, self.state)
+            self._restore(checkpoint)
+            self._write_history()
+        for folder in (self.output, self.output / "checkpoints"):
+            remove_unfinished(folder)
+        self.config.save()
+
+    def _run(self) -> GenRepPipeline:
         ends = [sum(self.config.stage_steps[: i + 1]) for i in range(len(STAGES))]
         batches = iter(self._loader())
         for stage, end in enumerate(ends):
@@ -93,7 +120,8 @@ class Trainer:
         # Without Accelerate's autocast, as the pipeline will be when it is loaded again.
         self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
         pipeline = GenRepPipeline(model=self.model, scheduler=self.scheduler)
-        pipeline.save_pretrained(self.output / "model")
+        with replacing(self.output / "model") as unfinished:
+            pipeline.save_pretrained(unfinished)
         return pipeline
 
     def _run_stage(self, stage: int, end: int, batches) -> None:
@@ -111,7 +139,8 @@ class Trainer:
                 refreshing = self._refresh_teacher()
                 last = state.step == end
                 if last or state.step % self.config.log_every == 0:
-                    state.log(stage, metrics)  # which waits for the device, so the sum of the times is right on a GPU too
+                    # This waits for the device, so the sum of the times is right on a GPU too.
+                    state.log(stage, metrics, self.schedule.get_last_lr()[0])
                     progress.update(state.step, state.history[-1])
                 state.seconds[STAGES[stage]] += time.perf_counter() - started - refreshing
                 if last or state.step % self.config.checkpoint_every == 0:
@@ -193,7 +222,7 @@ class Trainer:
         state = self.state
         self._leave_stage()
         self.optimizer.optimizer.state.clear()
-        _copy_(self.averages, self.parameters)
+        copy_(self.averages, self.parameters)
         if stage > 0 and state.teacher is None and self.config.teacher != "none":
             state.teacher = Teacher(self.config, self.model.frozen_copy(), self.scheduler)
             images, labels = as_tensors(self.splits.calibration)
@@ -206,7 +235,7 @@ class Trainer:
     def _leave_stage(self) -> None:
         """Take over the averaged weights of the stage that ends."""
         if self.state.stage >= 0:
-            _copy_(self.parameters, self.averages)
+            copy_(self.parameters, self.averages)
         if self.state.stage == 0 and self.config.backbone is None:  # the null class of a pretrained backbone is initialised already
             self.model.reset_null_class()
 
@@ -219,9 +248,58 @@ class Trainer:
                 f"checkpoints up to the last finite one are kept in {self.output}"
             )
         # The history first: a run that is killed in between writes it again, since it goes on from the checkpoint before.
-        lines = "\n".join(json.dumps(row) for row in self.state.history)
-        write_atomically(self.output / "history.jsonl", lines + "\n")
-        save_checkpoint(self.output, self.accelerator, self.state)
+        self._write_history()
+        save_checkpoint(self.output, self._content())
+
+    def _write_history(self) -> None:
+        lines = "".join(json.dumps(row) + "\n" for row in self.state.history)
+        write_atomically(self.output / "history.jsonl", lines)
+
+    def _content(self) -> Checkpoint:
+        """What a checkpoint holds.
+
+        No state of a random number generator: `_step` seeds each micro-batch by its index.
+        """
+        checkpoint = self.state.checkpoint()
+        moments = optimizer_tensors(self.optimizer.optimizer, self.names)
+        checkpoint.tensors |= {"model": self.model.state_dict(), "optimizer": moments}
+        schedule, scaler = self.schedule.state_dict(), self.accelerator.scaler
+        checkpoint.state |= {
+            "schedule": {name: schedule[name] for name in _OF_THE_SCHEDULE},
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+        return checkpoint
+
+    def _restore(self, folder: Path) -> None:
+        """Take over a checkpoint's content, all of which is checked before anything is changed."""
+        checkpoint = read_checkpoint(folder, self.accelerator.device)
+        tensors, optimizer = checkpoint.tensors, self.optimizer.optimizer
+        scaler = self.accelerator.scaler
+        try:
+            self.state.check(checkpoint)
+            current = self.model.state_dict()
+            check_weights(tensors["model"], current, "the tensors of model.safetensors")
+            schedule, saved_scaler = checkpoint.state["schedule"], checkpoint.state["scaler"]
+            if schedule.keys() != set(_OF_THE_SCHEDULE):
+                raise ValueError("the schedule in state.json is not that of this run")
+            rates = schedule["_last_lr"]
+            numbers = {**schedule, "_last_lr": 0.0, **dict(enumerate(rates))}
+            check_numbers(numbers, "the schedule in state.json")
+            parameters = self.state.parameters
+            moments = optimizer_state_dict(optimizer, parameters, tensors["optimizer"], rates)
+            scaler_keys = None if scaler is None else scaler.state_dict().keys()
+            if scaler_keys != (saved_scaler and saved_scaler.keys()):
+                raise ValueError("the scaler in state.json is not that of this mixed precision")
+            check_numbers(saved_scaler or {}, "the scaler in state.json")
+            self.state.restore(checkpoint, self.model, self.scheduler)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = error if isinstance(error, ValueError) else "state.json lacks something"
+            raise ValueError(f"checkpoint {folder} is not one of this run: {reason}") from error
+        self.model.load_state_dict(tensors["model"])
+        optimizer.load_state_dict(moments)
+        self.schedule.load_state_dict(self.schedule.state_dict() | schedule)
+        if scaler is not None:
+            scaler.load_state_dict(saved_scaler)
 
     def _loader(self) -> DataLoader:
         _, labels = as_tensors(self.splits.train)
@@ -243,77 +321,6 @@ class Trainer:
         cosine = _FINAL_LEARNING_RATE + (1 - _FINAL_LEARNING_RATE) * (1 + math.cos(math.pi * position)) / 2
         highest = 1.0 if stage == 0 else self.config.perception_learning_rate / self.config.learning_rate
         return warmup * cosine * highest
-
-
-@dataclass
-class TrainingState:
-    """What a run is besides weights and optimizer: place, averages, teacher, history. Accelerate saves it in every checkpoint."""
-
-    trainer: Trainer
-    step: int = 0
-    micro_batch: int = 0
-    stage: int = -1
-    momentum: GenRep | None = None
-    teacher: Teacher | None = None
-    history: list[dict] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
-
-    @property
-    def teacher_percent(self) -> float:
-        """What the teacher takes of a training step of the stages that it teaches, in per cent of the step's time."""
-        taught = self.seconds["perception"] + self.seconds["joint"]
-        return 100 * self.teacher.in_steps.seconds / taught
-
-    def log(self, stage: int, metrics: dict[str, torch.Tensor]) -> None:
-        """Append a row to the history; raise FloatingPointError where a loss is not finite."""
-        row = {"step": self.step, "stage": stage, "learning_rate": self.trainer.schedule.get_last_lr()[0]}
-        row |= {name: float(value) for name, value in metrics.items()}
-        for name, value in row.items():
-            # What is read off gradients may overflow where a GradScaler then skips the step; the losses may not.
-            if name not in ("gradient_norm", "cosine", "alpha") and not math.isfinite(value):
-                raise FloatingPointError(
-                    f"{name} is {value} at step {self.step} ({STAGES[stage]}); "
-                    f"checkpoints up to the last finite one are kept in {self.trainer.output}"
-                )
-        if self.teacher is not None:
-            seconds = self.teacher.in_steps.seconds + self.teacher.apart.seconds
-            row |= {"teacher_evaluations": self.teacher.evaluations, "teacher_seconds": seconds}
-        self.history.append(row)
-
-    @torch.no_grad()
-    def follow(self, momentum: float) -> None:
-        """θ_sem ← momentum·θ_sem + (1 − momentum)·θ_unified."""
-        followers = [self.momentum.get_parameter(name) for name in self.trainer.names]
-        torch._foreach_lerp_(followers, self.trainer.parameters, 1 - momentum)
-
-    def state_dict(self) -> dict:
-        return {
-            "step": self.step,
-            "micro_batch": self.micro_batch,
-            "stage": self.stage,
-            "averages": self.trainer.averages,
-            "momentum": None if self.momentum is None else self.momentum.trained_state(),
-            "teacher": None if self.teacher is None else self.teacher.state_dict(),
-            "history": self.history,
-            "seconds": self.seconds,
-        }
-
-    def load_state_dict(self, state: dict) -> None:
-        trainer = self.trainer
-        for name in ("step", "micro_batch", "stage", "history", "seconds"):
-            setattr(self, name, state[name])
-        _copy_(trainer.averages, state["averages"])
-        if state["momentum"] is not None:
-            self.momentum = trainer.model.frozen_copy()
-            self.momentum.load_state_dict(self.momentum.state_dict() | state["momentum"])
-        if state["teacher"] is not None:
-            self.teacher = Teacher(trainer.config, trainer.model.frozen_copy(), trainer.scheduler)
-            self.teacher.load_state_dict(state["teacher"])
-
-
-@torch.no_grad()
-def _copy_(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
-    torch._foreach_copy_(targets, sources)
 
 
 class _PartlyLabelled(Dataset):

@@ -1,0 +1,194 @@
+"""What a run is besides weights and optimizer: place, momentum network, teacher, history."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..files import read_json_lines
+from ..models import GenRep
+from ..models.weights import check_weights
+from .checkpoints import Checkpoint
+from .config import STAGES, TrainingConfig
+from .teacher import Teacher
+
+# What is read off gradients may overflow where a GradScaler skips the step; the losses may not.
+_MAY_OVERFLOW = ("gradient_norm", "cosine", "alpha")
+
+
+@dataclass
+class TrainingState:
+    """Place, networks beside the trained one and history of a run.
+
+    Args:
+        config: of the run.
+        parameters: those that are trained, by name.
+        averages: in the same order.
+    """
+
+    config: TrainingConfig
+    parameters: dict[str, torch.Tensor]
+    averages: list[torch.Tensor]
+    step: int = 0
+    micro_batch: int = 0
+    stage: int = -1
+    momentum: GenRep | None = None
+    teacher: Teacher | None = None
+    history: list[dict] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+
+    @property
+    def teacher_percent(self) -> float:
+        """What the teacher takes of a training step that it teaches, in per cent of the step's time."""
+        taught = self.seconds["perception"] + self.seconds["joint"]
+        return 100 * self.teacher.in_steps.seconds / taught
+
+    def log(self, stage: int, metrics: dict[str, torch.Tensor], learning_rate: float) -> None:
+        """Append a row to the history; raise FloatingPointError where a loss is not finite."""
+        row = {"step": self.step, "stage": stage, "learning_rate": learning_rate}
+        row |= {name: float(value) for name, value in metrics.items()}
+        for name, value in row.items():
+            if name not in _MAY_OVERFLOW and not math.isfinite(value):
+                raise FloatingPointError(
+                    f"{name} is {value} at step {self.step} ({STAGES[stage]}); "
+                    f"checkpoints up to the last finite one are kept in {self.config.output}"
+                )
+        if self.teacher is not None:
+            seconds = self.teacher.in_steps.seconds + self.teacher.apart.seconds
+            row |= {"teacher_evaluations": self.teacher.evaluations, "teacher_seconds": seconds}
+        self.history.append(row)
+
+    @torch.no_grad()
+    def follow(self, momentum: float) -> None:
+        """θ_sem ← momentum·θ_sem + (1 − momentum)·θ_unified."""
+        followers = [self.momentum.get_parameter(name) for name in self.parameters]
+        torch._foreach_lerp_(followers, list(self.parameters.values()), 1 - momentum)
+
+    def checkpoint(self) -> Checkpoint:
+        """This state as a checkpoint holds it; the trainer adds weights and optimizer."""
+        teacher = None if self.teacher is None else self.teacher.state_dict()
+        tensors = {"averages": dict(zip(self.parameters, self.averages, strict=True))}
+        if self.momentum is not None:
+            tensors["momentum"] = self.momentum.trained_state()
+        if teacher is not None:
+            tensors["teacher"] = teacher.pop("model")
+        state = {
+            "step": self.step,
+            "micro_batch": self.micro_batch,
+            "stage": self.stage,
+            "seconds": self.seconds,
+            "history": self.history,
+            "teacher": teacher,
+            "options": self.config.decisive(),
+        }
+        return Checkpoint(state, tensors, None if self.teacher is None else self.teacher.bank)
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Raise ValueError where `checkpoint` is not one of a run with these options."""
+        state = checkpoint.state
+        options = self.config.decisive()
+        for name, saved in state["options"].items():
+            if name in options and options[name] != saved:
+                raise ValueError(f"{name} is {options[name]} now, and was {saved}")
+        place = tuple(state[name] for name in ("step", "micro_batch", "stage"))
+        if place not in self._places(place[0]):
+            found = f"step {place[0]}, micro-batch {place[1]} and stage {place[2]}"
+            raise ValueError(f"{found} are no place in this run")
+        if state["seconds"].keys() != set(STAGES):
+            raise ValueError("the seconds in state.json are not those of the stages")
+        check_numbers(state["seconds"], "the seconds in state.json")
+        check_history(state["history"])
+        averages = checkpoint.tensors["averages"]
+        check_weights(averages, self.parameters, "the tensors of averages.safetensors")
+        taught = place[2] > 0 and self.config.teacher != "none"
+        wanted = {"momentum": place[2] == 2, "teacher": taught}
+        for name, want in wanted.items():
+            if want != (name in checkpoint.tensors):
+                fault = "missing" if want else f"no part of stage {place[2]}"
+                raise ValueError(f"{name}.safetensors is {fault}")
+        if taught != (state["teacher"] is not None):
+            raise ValueError("the teacher's part of state.json is not that of its stage")
+        if taught:
+            check_numbers(state["teacher"], "the teacher's part of state.json")
+
+    def _places(self, step: int) -> list[tuple[int, int, int]]:
+        """Step, micro-batches and stage of a checkpoint after `step` steps, if there can be one."""
+        end = 0
+        for stage, length in enumerate(self.config.stage_steps):
+            if type(step) is int and end < step <= end + length:
+                return [(step, step * self.config.gradient_accumulation_steps, stage)]
+            end += length
+        return []
+
+    def restore(self, checkpoint: Checkpoint, model: GenRep, scheduler) -> None:
+        """Go to the place of `checkpoint`, which `check` accepted, with networks like `model`.
+
+        Raises:
+            ValueError: for networks and a bank that do not fit; nothing is changed then.
+        """
+        momentum, teacher = None, None
+        if "momentum" in checkpoint.tensors:
+            momentum = model.frozen_copy()
+            check_weights(
+                checkpoint.tensors["momentum"],
+                momentum.trained_state(),
+                "the tensors of momentum.safetensors",
+            )
+            momentum.load_state_dict(momentum.state_dict() | checkpoint.tensors["momentum"])
+        if "teacher" in checkpoint.tensors:
+            teacher = Teacher(self.config, model.frozen_copy(), scheduler)
+            check_weights(
+                checkpoint.tensors["teacher"],
+                teacher.model.trained_state(),
+                "the tensors of teacher.safetensors",
+            )
+            teacher.bank = checkpoint.bank
+            facts = checkpoint.state["teacher"]
+            teacher.load_state_dict({**facts, "model": checkpoint.tensors["teacher"]})
+        for name in ("step", "micro_batch", "stage", "history", "seconds"):
+            setattr(self, name, checkpoint.state[name])
+        self.momentum, self.teacher = momentum, teacher
+        copy_(self.averages, [checkpoint.tensors["averages"][name] for name in self.parameters])
+
+
+@torch.no_grad()
+def copy_(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    """Copy the values of `sources`, on whatever device, into `targets`."""
+    torch._foreach_copy_(targets, sources)
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """The rows of a history.jsonl.
+
+    Raises:
+        ValueError: with `path` in it, where it is damaged.
+    """
+    history = read_json_lines(path)
+    try:
+        check_history(history)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    return history
+
+
+def check_numbers(values: Any, what: str) -> None:
+    """Raise ValueError where `values`, which `what` names, is no dictionary of numbers alone."""
+    found = values.values() if isinstance(values, dict) else [None]
+    if not all(type(value) in (int, float) for value in found):
+        raise ValueError(f"{what} must be numbers, got {repr(values)[:80]}")
+
+
+def check_history(history: Any) -> None:
+    """Raise ValueError where `history` is not rows of numbers, each with its step and stage."""
+    if not isinstance(history, list):
+        raise ValueError(f"the history is a {type(history).__name__}")
+    for number, row in enumerate(history, start=1):
+        fits = isinstance(row, dict) and all(type(value) in (int, float) for value in row.values())
+        placed = fits and type(row.get("step")) is int and row.get("stage") in range(len(STAGES))
+        if not placed:
+            fault = "no step, no stage or something that is no number"
+            raise ValueError(f"row {number} of the history has {fault}")
