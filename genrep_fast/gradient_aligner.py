@@ -33,7 +33,7 @@ from .ops.alignment import (
     check_weights,
     combine_operator,
 )
-from .rules import resolve_rule
+from .rules import least_accurate_dtype, resolve_rule
 
 # Parameters' elements whose Gram matrices are worth a call while backward runs: reading them takes much longer than the call itself, and
 # they are still in the last-level cache. With a quarter of it the calls cost 1 % of a small transformer's training step on the CPU.
@@ -511,7 +511,8 @@ class GradientAligner:
         if self._rule is None:
             return *alignment_coefficients_operator(gram, self._weights, self._power), norms
         cosine = torch.where(norms[:, :, None] * norms[:, None, :] == 0, 0.0, gram / norms[:, :, None] / norms[:, None, :]).clamp(-1, 1)
-        return self._rule(gram), cosine if len(self.names) > 2 else cosine[:, 0, 1], None, norms
+        dtype = least_accurate_dtype(gradient for gradients in self._gradients for gradient in gradients)
+        return self._rule(gram, dtype), cosine if len(self.names) > 2 else cosine[:, 0, 1], None, norms
 
     @torch.no_grad()
     def _leave_marker(self) -> None:
