@@ -38,6 +38,8 @@ Rule = Callable[[Tensor, torch.dtype], Tensor]
 
 _NEGLIGIBLE = 1e-12  # TorchJD's: a sum or a length below it, next to numbers of order 1, is taken as 0
 _SWEEPS = 8  # of Jacobi rotations; convergence is quadratic, and 8 x 8 matrices need 5 or 6
+# The rules in place of what takes no Gram matrix in TorchJD.
+_NAMES = {"ConFIG": "config", "NashMTL": "nash_mtl", "_NashMTLWeighting": "nash_mtl"}
 _NEED_GRADIENTS = ("ExcessMTLWeighting", "_NashMTLWeighting")  # TorchJD's weightings of the gradients themselves
 
 
@@ -217,13 +219,29 @@ def _torchjd_rule(rule: Callable) -> Callable[[Tensor], Tensor] | None:
     if torchjd is None:
         return None
     if isinstance(rule, torchjd.Aggregator):
-        name = type(rule).__name__
-        raise TypeError(f"rule must be a TorchJD Weighting such as {name}Weighting(), got the aggregator {name}")
+        raise TypeError(_weighting_advice(rule, torchjd.__all__))
     if not isinstance(rule, torchjd.Weighting):
         return None
     if any(type(module).__name__ in _NEED_GRADIENTS for module in rule.modules()):
-        raise TypeError(f"rule must work from Gram matrices, got {type(rule).__name__}, which needs the gradients")
+        name = type(rule).__name__
+        instead = f'; for two losses there is rule="{_NAMES[name]}"' if name in _NAMES else ""
+        raise TypeError(f"rule must work from Gram matrices, got {name}, which needs the gradients{instead}")
     return partial(_group_by_group, rule)
+
+
+def _weighting_advice(aggregator: torch.nn.Module, public: Sequence[str]) -> str:
+    """What to pass as a rule in place of an aggregator of TorchJD; `public` are the names that ``torchjd.aggregation`` has."""
+    name = type(aggregator).__name__
+    got = f"got the aggregator {name}"
+    if name in _NAMES:
+        return f'rule must be a name or a Weighting, here rule="{_NAMES[name]}", {got}'
+    weighting = f"{name}Weighting"
+    if weighting in _NEED_GRADIENTS or not hasattr(aggregator, "weighting"):
+        return f"rule must work from Gram matrices, {got}, which needs the gradients"
+    if weighting in public:
+        return f"rule must be a TorchJD Weighting such as {weighting}(), {got}"
+    attribute = "gramian_weighting" if hasattr(aggregator, "gramian_weighting") else "weighting"
+    return f"rule must be a TorchJD Weighting, such as the aggregator's .{attribute}, {got}"
 
 
 def _group_by_group(weighting: torch.nn.Module, gram: Tensor) -> Tensor:

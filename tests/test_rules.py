@@ -1,5 +1,7 @@
 """Aggregation rules against TorchJD, against the equations that define them, and on degenerate Gram matrices."""
 
+import importlib
+import re
 import subprocess
 import sys
 
@@ -531,6 +533,13 @@ def test_a_state_is_not_shared_by_groups(weighting):
     ("rule", "message"),
     [
         (torchjd.MGDA(), r"such as MGDAWeighting\(\), got the aggregator MGDA"),
+        (torchjd.ConFIG(), 'here rule="config", got the aggregator ConFIG'),
+        (torchjd.GradDrop(), "got the aggregator GradDrop, which needs the gradients"),
+        (torchjd.ExcessMTL(1), "got the aggregator ExcessMTL, which needs the gradients"),
+        (
+            torchjd.GramianWeightedAggregator(GenRepWeighting()),
+            r"such as the aggregator's \.gramian_weighting, got the aggregator GramianWeightedAggregator",
+        ),
         (torchjd.ExcessMTLWeighting(), "got ExcessMTLWeighting, which needs the gradients"),
         (torchjd.CRMOGMWeighting(torchjd.ExcessMTLWeighting()), "got CRMOGMWeighting, which needs the gradients"),
         (None, "rule must be a name, a callable or a TorchJD Weighting, got NoneType"),
@@ -539,6 +548,50 @@ def test_a_state_is_not_shared_by_groups(weighting):
 def test_rules_of_a_wrong_type(rule, message):
     with pytest.raises(TypeError, match=message):
         resolve_rule(rule, WEIGHTS, POWER, 2)
+
+
+AGGREGATORS = [
+    name for name in torchjd.__all__ if issubclass(getattr(torchjd, name), torchjd.Aggregator) and not name.endswith("Aggregator")
+]
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+def test_the_advice_for_every_aggregator_can_be_followed(name):
+    """What the message names exists, and is a rule that gives weights."""
+    kind = getattr(torchjd, name)
+    # Neither the solvers nor the arguments matter to what the aggregator is.
+    aggregator = kind.__new__(kind)
+    torch.nn.Module.__init__(aggregator)
+    if issubclass(kind, torchjd.WeightedAggregator):
+        aggregator.weighting = torch.nn.Identity()
+    if issubclass(kind, torchjd.GramianWeightedAggregator):
+        aggregator.gramian_weighting = torch.nn.Identity()
+    with pytest.raises(TypeError, match=f"got the aggregator {name}") as error:
+        named(aggregator)
+    message = str(error.value)
+    if "needs the gradients" in message:
+        assert name in ("ExcessMTL", "GradDrop", "TrimmedMean")
+        return
+    if rule := re.search(r'rule="(\w+)"', message):
+        weights = named(rule[1])(gram(random_jacobians(1, 2)))
+    else:
+        advised = re.search(r"such as (\w+)\(\)", message)[1]
+        assert advised in torchjd.__all__
+        arguments = {"KrumWeighting": (1,), "ConstantWeighting": (torch.ones(5, dtype=torch.float64),), "FairGradWeighting": (1.0,)}
+        try:
+            weighting = getattr(torchjd, advised)(*arguments.get(advised, ()))
+        except (ImportError, TypeError):  # a solver, or an argument, is missing
+            return
+        weights = named(weighting, 5)(gram(random_jacobians(1, 5)))
+    assert weights.shape[0] == 1 and weights.isfinite().all()
+
+
+def test_a_private_weighting_is_answered_with_the_rule():
+    kind = importlib.import_module("torchjd.aggregation._nash_mtl")._NashMTLWeighting
+    weighting = kind.__new__(kind)
+    torch.nn.Module.__init__(weighting)
+    with pytest.raises(TypeError, match='got _NashMTLWeighting, which needs the gradients; for two losses there is rule="nash_mtl"'):
+        named(weighting)
 
 
 def test_a_callable_gets_all_matrices_and_gives_float64():
