@@ -9,6 +9,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+from setuptools.command.dist_info import dist_info
 
 PURE = os.environ.get("GENREP_FAST_PURE") == "1"
 if PURE:  # what an earlier editable installation built would be loaded still
@@ -40,6 +41,18 @@ class BuildNative(build_ext):
         return Path(__file__).parent / "genrep_fast" if self.inplace or self.editable_mode else Path(self.build_lib) / "genrep_fast"
 
 
+class Metadata(dist_info):
+    """Refuses to describe what cannot be built: pip would fetch torch, gigabytes, between this step and the build."""
+
+    def run(self):
+        if not PURE:
+            try:
+                native_build.torch_headers()
+            except native_build.BuildError as error:
+                sys.exit(str(error))
+        super().run()
+
+
 class BuildPython(build_py):
     """Leaves the tests that lie beside the benchmarks out of the wheel."""
 
@@ -61,5 +74,5 @@ setup(
     include_package_data=False,  # MANIFEST.in is the source distribution's
     package_data={"genrep_fast": ["gpu_backends.json", "evaluation/*.jinja"], "genrep_fast.benchmarks": ["*.jinja"]},
     ext_modules=[] if PURE else [Extension("genrep_fast._introspection", sources=[])],
-    cmdclass={"build_ext": BuildNative, "build_py": BuildPython, "bdist_wheel": Wheel},
+    cmdclass={"build_ext": BuildNative, "build_py": BuildPython, "bdist_wheel": Wheel, "dist_info": Metadata},
 )

@@ -52,7 +52,13 @@ __all__ = [
 
 def __getattr__(name: str):
     if name in _LAZY:
-        return getattr(import_module(f"genrep_fast.{_LAZY[name]}"), name)
+        try:
+            module = import_module(f"genrep_fast.{_LAZY[name]}")
+        except ModuleNotFoundError as error:
+            from .extras import advice
+
+            raise ImportError(advice(name, error) or str(error)) from error
+        return getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

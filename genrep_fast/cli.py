@@ -2,21 +2,62 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from json import dumps
 from pathlib import Path
-
-try:
-    from jsonargparse import ArgumentError, ArgumentParser
-except ImportError:
-    sys.exit("genrep: the command needs what comes with: pip install 'genrep_fast[train]'")
+from typing import Any, NoReturn
 
 from .backends import info as backend_info
+from .extras import advice
 from .training.config import TrainingConfig, saved_data
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run `genrep`; bad input ends with one line on standard error and exit status 2."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    name = "genrep"
+    try:
+        # It tells what is missing, so it has to run where that is.
+        parse = _parse_info if arguments[:1] == ["info"] else _parse
+        command, options = parse(arguments)
+        name = f"genrep {command}"
+        COMMANDS[command](**options)
+    except ModuleNotFoundError as error:
+        _end(name, advice(_asked_for(arguments), error) or error)
+    except (ValueError, TypeError, OSError, ImportError, ArithmeticError, RuntimeError, argparse.ArgumentError) as error:
+        _end(name, error)
+
+
+def _end(name: str, reason: object) -> NoReturn:
+    print(f"{name}: {' '.join(str(reason).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _asked_for(arguments: list[str]) -> str:
+    """The command as the user called it."""
+    return arguments[0] if arguments and arguments[0] in COMMANDS else "every command but info"
+
+
+class _InfoParser(argparse.ArgumentParser):
+    """Raises in place of printing a usage and exiting."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def _parse_info(arguments: list[str]) -> tuple[str, dict[str, Any]]:
+    """The command `info` and its options, by the standard library alone."""
+    parser = _InfoParser(prog="genrep info", description=info.__doc__.splitlines()[0], allow_abbrev=False)
+    for argument, keywords in _EXPLICIT_ARGUMENTS["info"].items():
+        parser.add_argument(f"--{argument}", **keywords)
+    return "info", vars(parser.parse_args(arguments[1:]))
+
+
+def _parse(arguments: list[str]) -> tuple[str, dict[str, Any]]:
+    """A command and its options."""
+    from jsonargparse import ArgumentParser
+
     parser = ArgumentParser(prog="genrep", description="Diffusion models that perceive and generate.", exit_on_error=False)
     subcommands = parser.add_subcommands()
     for name, command in COMMANDS.items():
@@ -27,14 +68,8 @@ def main(arguments: list[str] | None = None) -> None:
         for argument, keywords in explicit.items():
             subparser.add_argument(f"--{argument}", **keywords)
         subcommands.add_subcommand(name, subparser, help=summary)
-    name = "genrep"
-    try:
-        parsed = parser.parse_args(arguments)
-        name = f"genrep {parsed.subcommand}"
-        COMMANDS[parsed.subcommand](**parsed[parsed.subcommand].as_dict())
-    except (ValueError, TypeError, OSError, ImportError, ArithmeticError, RuntimeError, ArgumentError) as error:
-        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+    parsed = parser.parse_args(arguments)
+    return parsed.subcommand, parsed[parsed.subcommand].as_dict()
 
 
 def train(ablation: bool = False, seeds: int = 3, **options) -> None:

@@ -145,8 +145,7 @@ class StepCoefficients:
         """
         if center not in ("mean", "sample"):
             raise ValueError(f'center must be "mean" or "sample", got {center!r}')
-        if sigma_floor != 0 and not SMALLEST_STD < sigma_floor < math.inf:
-            raise ValueError(f"sigma_floor must be 0 or a number above {SMALLEST_STD}, got {sigma_floor!r}")
+        check_sigma_floor(sigma_floor)
         if parameterization != "mean":
             _refuse_clipping(scheduler)
         elif center != "mean":
@@ -273,6 +272,14 @@ def reverse_kernel(
         std,
         score_std,
     )
+
+
+def check_sigma_floor(sigma_floor: float) -> None:
+    """Raise where it is no smallest standard deviation: TypeError for no number, ValueError for one out of range."""
+    if isinstance(sigma_floor, (bool, str)) or not hasattr(sigma_floor, "__float__"):
+        raise TypeError(f"sigma_floor must be a number, got {sigma_floor!r}")
+    if sigma_floor != 0 and not SMALLEST_STD < sigma_floor <= torch.finfo(torch.float32).max:
+        raise ValueError(f"sigma_floor must be 0 or a number above {SMALLEST_STD}, got {sigma_floor!r}")
 
 
 def normal_tables(std: Tensor) -> tuple[Tensor, Tensor]:

@@ -41,7 +41,7 @@ class GenRepWeighting(Weighting):
         """Weights [2] of the gradients whose inner products are `gramian` [2, 2]."""
         if gramian.shape != (2, 2):
             raise ValueError(f"gramian must have shape (2, 2), got {tuple(gramian.shape)}")
-        return genrep(gramian.double()[None], self.weights, self.power)[0].to(gramian.dtype)
+        return genrep(gramian.double()[None], gramian.dtype, weights=self.weights, power=self.power)[0].to(gramian.dtype)
 
     def extra_repr(self) -> str:
         return f"weights={self.weights}, power={self.power}"

@@ -33,7 +33,7 @@ from .ops.alignment import (
     group_gram_operator,
     tensor_coefficients_operator,
 )
-from .rules import resolve_rule
+from .rules import least_accurate_dtype, resolve_rule
 from .wrappers import is_data_parallel, is_flat_shard, is_sharded, plain_name, plain_names, unwrapped, world_size
 
 
@@ -625,7 +625,8 @@ class GradientAligner:
             return *alignment_coefficients_operator(gram, self._weights, self._power), norms
         products = norms[:, :, None] * norms[:, None, :]
         cosine = torch.where(products == 0, 0.0, gram / norms[:, :, None] / norms[:, None, :]).clamp(-1, 1)
-        return self._rule(gram), cosine if len(self.names) > 2 else cosine[:, 0, 1], None, norms
+        dtype = least_accurate_dtype(gradient for gradients in self._gradients for gradient in gradients)
+        return self._rule(gram, dtype), cosine if len(self.names) > 2 else cosine[:, 0, 1], None, norms
 
     def _reset(self) -> None:
         self._gradients: list[list[Tensor | None]] = [[None] * len(self.parameters) for _ in self.names]

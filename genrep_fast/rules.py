@@ -1,7 +1,8 @@
 """Aggregation rules: weights of the gradients of n losses from their Gram matrices alone.
 
 A rule maps Gram matrices [groups, n, n] to weights [groups, n], both float64, and the aggregate of a group is sum_i weights_i g_i. None
-calls a solver, waits for the device or branches on a value, so that a CUDA graph can hold any of them.
+calls a solver, waits for the device or branches on a value, so that a CUDA graph can hold any of them. Besides the matrices a rule takes
+the dtype of the gradients, which says how exactly their angles are known: see `eigenvalue_tolerance`.
 
 | rule | n | paper |
 | --- | --- | --- |
@@ -17,13 +18,15 @@ calls a solver, waits for the device or branches on a value, so that a CUDA grap
 
 Where n is 2 the rule has a closed form for two losses and otherwise depends on a quadratic program, an iteration or a random order. All but
 genrep give the aggregate of TorchJD (the package of Quinton and Rey) at its defaults, without its regularisation and, for nash_mtl, without
-its max_norm. A NaN makes the weights that depend on it NaN, and neither it nor an infinite entry affects the weights of another matrix.
+its max_norm. Gradients at an angle below 3e-3 (float32, float16) or 5e-3 (bfloat16) count as parallel or opposite, those above 1e-2 never
+do; of dependent gradients the result of several rules is another one than the limit. A NaN makes the weights that depend on it NaN, and
+neither it nor an infinite entry affects the weights of another matrix.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
@@ -31,14 +34,16 @@ from torch import Tensor
 
 from .ops.alignment import check_power, check_weights
 
-Rule = Callable[[Tensor], Tensor]
+Rule = Callable[[Tensor, torch.dtype], Tensor]
 
 _NEGLIGIBLE = 1e-12  # TorchJD's: a sum or a length below it, next to numbers of order 1, is taken as 0
 _SWEEPS = 8  # of Jacobi rotations; convergence is quadratic, and 8 x 8 matrices need 5 or 6
+# The rules in place of what takes no Gram matrix in TorchJD.
+_NAMES = {"ConFIG": "config", "NashMTL": "nash_mtl", "_NashMTLWeighting": "nash_mtl"}
 _NEED_GRADIENTS = ("ExcessMTLWeighting", "_NashMTLWeighting")  # TorchJD's weightings of the gradients themselves
 
 
-def pcgrad(gram: Tensor) -> Tensor:
+def pcgrad(gram: Tensor, dtype: torch.dtype) -> Tensor:
     """Sum of both gradients, each without its projection onto the other one where they conflict.
 
     w_i = 1 + max(0, -<g_1,g_2>) / |g_i|^2, as g_j loses the multiple <g_1,g_2> / |g_i|^2 of g_i. A zero gradient conflicts with nothing.
@@ -47,15 +52,15 @@ def pcgrad(gram: Tensor) -> Tensor:
     return 1 + _divide((-dot).clamp(min=0), squared_norms)
 
 
-def upgrad(gram: Tensor) -> Tensor:
+def upgrad(gram: Tensor, dtype: torch.dtype) -> Tensor:
     """Mean of both gradients' projections onto the dual cone {x: <x,g_1> >= 0, <x,g_2> >= 0}.
 
     Where two gradients conflict, projecting one onto the cone projects it onto the plane orthogonal to the other: half of `pcgrad`.
     """
-    return pcgrad(gram) / 2
+    return pcgrad(gram, dtype) / 2
 
 
-def dualproj(gram: Tensor) -> Tensor:
+def dualproj(gram: Tensor, dtype: torch.dtype) -> Tensor:
     """Projection of the mean gradient onto the dual cone: w_i = max(1, -<g_1,g_2> / |g_i|^2) / 2; (1/2, 1/2) where a gradient is zero.
 
     Only the shorter of the two can have a negative inner product with the mean; its weight grows until that product is 0.
@@ -64,7 +69,7 @@ def dualproj(gram: Tensor) -> Tensor:
     return _divide(-dot, squared_norms).clamp(min=1) / 2
 
 
-def mgda(gram: Tensor) -> Tensor:
+def mgda(gram: Tensor, dtype: torch.dtype) -> Tensor:
     """Shortest convex combination: w_i proportional to max(0, |g_j|^2 - <g_1,g_2>), j the other one.
 
     A zero gradient takes the whole weight; of equal gradients each takes half (TorchJD: the first one all, with the same aggregate).
@@ -75,57 +80,66 @@ def mgda(gram: Tensor) -> Tensor:
     return torch.where(total == 0, 0.5, excess.flip(1) / total)
 
 
-def nash_mtl(gram: Tensor) -> Tensor:
+def nash_mtl(gram: Tensor, dtype: torch.dtype) -> Tensor:
     """Nash bargaining solution, Gram w = 1/w: w_i = 1 / (|g_i| sqrt(1 + cosine)).
 
     The aggregate bisects the angle and has norm sqrt(2); TorchJD's max_norm, 1 by default, then shortens it to that norm, which is not
-    done here. A zero gradient has weight 0 and leaves 1/|g_j| to the other one; of exactly opposite gradients both have weight 0, as no
-    solution exists.
+    done here. A zero gradient has weight 0 and leaves 1/|g_j| to the other one; of opposite gradients both have weight 0, as no solution
+    exists.
     """
     squared_norms, dot = _entries(gram)
     norms = squared_norms.sqrt()
     cosine = _divide(_divide(dot, norms[:, :1]), norms[:, 1:])
-    opposite = 1 + cosine <= 2 * torch.finfo(gram.dtype).eps
+    opposite = 1 + cosine <= eigenvalue_tolerance(dtype, 2)
     return torch.where(opposite, 0.0, _divide((1 + cosine).rsqrt(), norms))
 
 
-def imtl_g(gram: Tensor) -> Tensor:
+def imtl_g(gram: Tensor, dtype: torch.dtype) -> Tensor:
     """Equal projections of the aggregate onto all gradients' directions: w proportional to Gram^+ norms, its sum 1.
 
     Zero gradients have weight 0. Dependent gradients take the pseudoinverse's solution, for which projections differ: (|g_1|, ±|g_2|) /
     (|g_1| ± |g_2|) for parallel (+) and opposite (-) ones. Where the weights' sum vanishes, all of them are 0.
     """
     gram = _divide(gram, gram.diagonal(dim1=1, dim2=2).amax(dim=1)[:, None, None])  # to order 1
-    solution = _solve(gram, gram.diagonal(dim1=1, dim2=2).sqrt())
+    norms = gram.diagonal(dim1=1, dim2=2).sqrt()
+    eigenvalues, eigenvectors = _spectrum(gram, dtype)
+    solution = _transform(eigenvectors, 1 / eigenvalues, norms)
     total = solution.sum(dim=1, keepdim=True)
-    return torch.where(total.abs() < _NEGLIGIBLE, 0.0, solution / total)
+    # Of opposite gradients whose lengths differ by the share d the sum is d^2/2, and d is known to the rounding of their elements.
+    negligible = max(_NEGLIGIBLE, torch.finfo(dtype).eps ** 2 / 2)
+    return torch.where(total.abs() < negligible, 0.0, solution / total)
 
 
-def aligned_mtl(gram: Tensor) -> Tensor:
+def aligned_mtl(gram: Tensor, dtype: torch.dtype) -> Tensor:
     """Mean of the gradients after all their principal components got the smallest one's length: w = sqrt(lambda_min) Gram^(-1/2) 1/n.
 
     lambda_min is the smallest eigenvalue of those that are not negligible, the others drop out; where none is left w = 1/n.
     """
     n = gram.shape[1]
-    eigenvalues, eigenvectors = _spectrum(gram)
+    eigenvalues, eigenvectors = _spectrum(gram, dtype)
     smallest = eigenvalues.amin(dim=1, keepdim=True)
     mean = gram.new_full((1, n), 1 / n)
     return torch.where(smallest.isinf(), mean, _transform(eigenvectors, (smallest / eigenvalues).sqrt(), mean))
 
 
-def config(gram: Tensor) -> Tensor:
+def config(gram: Tensor, dtype: torch.dtype) -> Tensor:
     """Direction of equal cosine with all gradients, its length the sum of their projections onto it.
 
     With cosines C and u = C^+ 1: w_i = u_i / |g_i| sum_j |g_j| (C u)_j / (u^T C u). At n = 2 that is (|g_1| + |g_2|) / (2 |g_i|), whatever
-    the angle. Zero gradients have weight 0; where the direction vanishes (two exactly opposite gradients), so have all.
+    the angle. Zero gradients have weight 0; where the direction vanishes (two opposite gradients), so have all.
     """
     norms = gram.diagonal(dim1=1, dim2=2).sqrt()
-    cosine = _divide(_divide(gram, norms[:, :, None]), norms[:, None, :])
-    solution = _solve(cosine, torch.ones_like(norms))
+    cosine = _cosine(gram, norms)
+    eigenvalues, eigenvectors = _eigenpairs(cosine)
+    negligible = _negligible(eigenvalues, dtype)
+    eigenvalues = torch.where(negligible, torch.inf, eigenvalues)
+    solution = _transform(eigenvectors, 1 / eigenvalues, torch.ones_like(norms))
     projections = (cosine @ solution[:, :, None])[:, :, 0]
     squared_length = (solution * projections).sum(dim=1, keepdim=True)  # of sum_i u_i g_i / |g_i|
     total = (norms * projections).sum(dim=1, keepdim=True)
-    return torch.where(squared_length < _NEGLIGIBLE**2, 0.0, _divide(solution, norms) * total / squared_length)
+    # Of independent gradients it is at least 1; of dependent ones it is the square of an angle to those whose direction vanishes.
+    vanishing = _NEGLIGIBLE**2 if dtype == torch.float64 else eigenvalue_tolerance(dtype, gram.shape[1])
+    return torch.where(squared_length < vanishing, 0.0, _divide(solution, norms) * total / squared_length)
 
 
 _OF_TWO: dict[str, Rule] = {"pcgrad": pcgrad, "upgrad": upgrad, "dualproj": dualproj, "mgda": mgda, "nash_mtl": nash_mtl}
@@ -133,12 +147,16 @@ _OF_ANY: dict[str, Rule] = {"imtl_g": imtl_g, "aligned_mtl": aligned_mtl, "confi
 RULES = ("genrep", *_OF_TWO, *_OF_ANY)
 
 
-def resolve_rule(rule: str | Rule, weights: Sequence[float], power: float, n: int) -> Rule:
-    """The function from Gram matrices [groups, n, n] to weights [groups, n], both float64, that `rule` stands for.
+def resolve_rule(rule: str | Callable[[Tensor], Tensor], weights: Sequence[float], power: float, n: int) -> Rule:
+    """The function ``(gram, dtype) -> weights`` that `rule` stands for.
+
+    Its arguments are Gram matrices [groups, n, n] float64 and the least accurate dtype of the gradients (`least_accurate_dtype`), its
+    result are weights [groups, n] float64.
 
     Args:
         rule: one of `RULES`; or a callable from Gram matrices [groups, n, n] float64 to weights [groups, n] on the same device; or a
-            Weighting of TorchJD, called with one [n, n] matrix after the other. Most of these make the host wait for the device.
+            Weighting of TorchJD, called with one [n, n] matrix after the other. Both get the matrices alone, not the dtype. Most
+            Weightings make the host wait for the device.
         weights: of the n losses, for genrep alone.
         power: damping exponent, >= 0, for genrep alone.
         n: number of losses.
@@ -158,7 +176,29 @@ def resolve_rule(rule: str | Rule, weights: Sequence[float], power: float, n: in
     return partial(_checked, _torchjd_rule(rule) or rule)
 
 
-def genrep(gram: Tensor, weights: Sequence[float], power: float) -> Tensor:
+def least_accurate_dtype(tensors: Iterable[Tensor | None]) -> torch.dtype:
+    """The coarsest dtype of those that are not None; float64 where there is none."""
+    dtypes = (tensor.dtype for tensor in tensors if tensor is not None)
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float64)
+
+
+def eigenvalue_tolerance(dtype: torch.dtype, n: int) -> float:
+    """The largest eigenvalue of the cosine matrix of n gradients of `dtype` that counts as zero; of two it is 1 - |cosine|, angle^2 / 2.
+
+    The entries of a Gram matrix of float32 are accurate to |dG_ij| <= eps sqrt(G_ii G_jj), hence these eigenvalues to a few eps, and what
+    is kept, more than 32 eps, to about a tenth. Half precision has exact products, but rounds the gradients' elements: by ulp / sqrt(12)
+    in the root mean square, which makes an expected 1 - |cosine| of at most eps^2 / 12 of two parallel gradients; twice that is negligible.
+    float64 has the tolerance of `torch.linalg.pinv`, relative to the largest eigenvalue, and of the Gram matrix itself where a rule is
+    defined by that; so has TorchJD.
+    """
+    if dtype == torch.float64:
+        return n * torch.finfo(torch.float64).eps
+    of_the_entries = 32 * torch.finfo(torch.float32).eps
+    of_the_elements = torch.finfo(dtype).eps ** 2 / 6
+    return max(of_the_entries, of_the_elements)
+
+
+def genrep(gram: Tensor, dtype: torch.dtype, *, weights: Sequence[float], power: float) -> Tensor:
     """Coefficients [groups, 2] of the operator ``genrep_fast::alignment_coefficients``, which defines them."""
     return torch.ops.genrep_fast.alignment_coefficients(gram, weights, power)[0]
 
@@ -173,19 +213,35 @@ def _named_rule(name: str, weights: Sequence[float], power: float, n: int) -> Ru
     return (_OF_TWO | _OF_ANY)[name]
 
 
-def _torchjd_rule(rule: Callable) -> Rule | None:
+def _torchjd_rule(rule: Callable) -> Callable[[Tensor], Tensor] | None:
     """The rule that calls a TorchJD Weighting group by group; None where `rule` is something else."""
     torchjd = sys.modules.get("torchjd.aggregation")  # an object of TorchJD's exists only where TorchJD was imported
     if torchjd is None:
         return None
     if isinstance(rule, torchjd.Aggregator):
-        name = type(rule).__name__
-        raise TypeError(f"rule must be a TorchJD Weighting such as {name}Weighting(), got the aggregator {name}")
+        raise TypeError(_weighting_advice(rule, torchjd.__all__))
     if not isinstance(rule, torchjd.Weighting):
         return None
     if any(type(module).__name__ in _NEED_GRADIENTS for module in rule.modules()):
-        raise TypeError(f"rule must work from Gram matrices, got {type(rule).__name__}, which needs the gradients")
+        name = type(rule).__name__
+        instead = f'; for two losses there is rule="{_NAMES[name]}"' if name in _NAMES else ""
+        raise TypeError(f"rule must work from Gram matrices, got {name}, which needs the gradients{instead}")
     return partial(_group_by_group, rule)
+
+
+def _weighting_advice(aggregator: torch.nn.Module, public: Sequence[str]) -> str:
+    """What to pass as a rule in place of an aggregator of TorchJD; `public` are the names that ``torchjd.aggregation`` has."""
+    name = type(aggregator).__name__
+    got = f"got the aggregator {name}"
+    if name in _NAMES:
+        return f'rule must be a name or a Weighting, here rule="{_NAMES[name]}", {got}'
+    weighting = f"{name}Weighting"
+    if weighting in _NEED_GRADIENTS or not hasattr(aggregator, "weighting"):
+        return f"rule must work from Gram matrices, {got}, which needs the gradients"
+    if weighting in public:
+        return f"rule must be a TorchJD Weighting such as {weighting}(), {got}"
+    attribute = "gramian_weighting" if hasattr(aggregator, "gramian_weighting") else "weighting"
+    return f"rule must be a TorchJD Weighting, such as the aggregator's .{attribute}, {got}"
 
 
 def _group_by_group(weighting: torch.nn.Module, gram: Tensor) -> Tensor:
@@ -198,7 +254,7 @@ def _group_by_group(weighting: torch.nn.Module, gram: Tensor) -> Tensor:
     return torch.stack([weighting(matrix) for matrix in gram]) if len(gram) else gram.new_empty(gram.shape[:2])
 
 
-def _checked(rule: Rule, gram: Tensor) -> Tensor:
+def _checked(rule: Callable[[Tensor], Tensor], gram: Tensor, dtype: torch.dtype) -> Tensor:
     """``rule(gram)`` as float64, after a check that it is a tensor of the right shape and device."""
     result = rule(gram)
     if not isinstance(result, Tensor):
@@ -220,10 +276,9 @@ def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:
     return torch.where(denominator == 0, 0.0, numerator / denominator)
 
 
-def _solve(matrices: Tensor, vectors: Tensor) -> Tensor:
-    """Pseudoinverse of `matrices` [G, n, n] times `vectors` [G, n]."""
-    eigenvalues, eigenvectors = _spectrum(matrices)
-    return _transform(eigenvectors, 1 / eigenvalues, vectors)
+def _cosine(gram: Tensor, norms: Tensor) -> Tensor:
+    """Cosines [G, n, n] between gradients of these `norms` [G, n]; 0 for a zero gradient, that to itself included."""
+    return _divide(_divide(gram, norms[:, :, None]), norms[:, None, :])
 
 
 def _transform(eigenvectors: Tensor, factors: Tensor, vectors: Tensor) -> Tensor:
@@ -232,12 +287,40 @@ def _transform(eigenvectors: Tensor, factors: Tensor, vectors: Tensor) -> Tensor
     return (eigenvectors @ (factors * components)[:, :, None])[:, :, 0]
 
 
-def _spectrum(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues [G, n] and eigenvectors [G, n, n] of symmetric matrices; eigenvalues that are negligible are infinite.
+def _spectrum(gram: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Eigenvalues [G, n] and eigenvectors [G, n, n] of the Gram matrices of gradients of `dtype`; negligible eigenvalues are infinite.
 
-    Negligible is at most n eps times the largest one, the tolerance of `torch.linalg.pinv`. So a reciprocal drops them, a minimum passes
-    them over, and a NaN stays one. `torch.linalg.eigh` would make the host wait for the device.
+    So a reciprocal drops them, a minimum passes them over, and a NaN stays one. The rank is that of the cosine matrix, as the error of an
+    entry is relative to both gradients' lengths: a short gradient counts as much as a long one. What is negligible there is taken out of
+    the matrix before its own eigenvalues are computed, and as many of these as it had are dropped.
     """
+    n = gram.shape[1]
+    smallest = n * torch.finfo(gram.dtype).eps
+    if dtype == torch.float64:
+        eigenvalues, eigenvectors = _eigenpairs(gram)
+        negligible = eigenvalues <= smallest * eigenvalues.amax(dim=1, keepdim=True)
+        return torch.where(negligible, torch.inf, eigenvalues), eigenvectors
+    norms = gram.diagonal(dim1=1, dim2=2).sqrt()
+    eigenvalues, eigenvectors = _eigenpairs(_cosine(gram, norms))
+    negligible = _negligible(eigenvalues, dtype)
+    cosine = (eigenvectors * torch.where(negligible, 0.0, eigenvalues)[:, None, :]) @ eigenvectors.mT
+    eigenvalues, eigenvectors = _eigenpairs(norms[:, :, None] * cosine * norms[:, None, :])
+    position = eigenvalues.argsort(dim=1).argsort(dim=1)
+    negligible = position < negligible.sum(dim=1, keepdim=True)
+    negligible = negligible | (eigenvalues <= smallest * eigenvalues.amax(dim=1, keepdim=True))
+    return torch.where(negligible, torch.inf, eigenvalues), eigenvectors
+
+
+def _negligible(eigenvalues: Tensor, dtype: torch.dtype) -> Tensor:
+    """Which eigenvalues [G, n] of cosine matrices are zero as far as gradients of `dtype` can tell; bool [G, n]."""
+    tolerance = eigenvalue_tolerance(dtype, eigenvalues.shape[1])
+    if dtype == torch.float64:
+        return eigenvalues <= tolerance * eigenvalues.amax(dim=1, keepdim=True)
+    return eigenvalues <= tolerance
+
+
+def _eigenpairs(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues [G, n] and eigenvectors [G, n, n] of symmetric matrices; `torch.linalg.eigh` would make the host wait for the device."""
     n = matrices.shape[1]
     index = torch.arange(n, device=matrices.device)
     # Step s pairs index i with i XOR s: disjoint pairs that rotate at once, and over all steps every pair once. [n, n], ones at the pairs.
@@ -248,9 +331,7 @@ def _spectrum(matrices: Tensor) -> tuple[Tensor, Tensor]:
             rotation = _rotation(matrices, pairs)
             matrices = rotation.mT @ matrices @ rotation
             eigenvectors = eigenvectors @ rotation
-    eigenvalues = matrices.diagonal(dim1=1, dim2=2)
-    negligible = eigenvalues <= n * torch.finfo(matrices.dtype).eps * eigenvalues.amax(dim=1, keepdim=True)
-    return torch.where(negligible, torch.inf, eigenvalues), eigenvectors
+    return matrices.diagonal(dim1=1, dim2=2), eigenvectors
 
 
 def _rotation(matrices: Tensor, pairs: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import pytest
@@ -161,6 +162,31 @@ def test_missing_requirement_is_one_sentence(missing, monkeypatch, tmp_path):
         native_build.build(tmp_path / "out", tmp_path / "build")
     message = str(error.value)
     assert "pip install --no-build-isolation ." in message and "GENREP_FAST_PURE=1" in message and "\n" not in message
+
+
+@pytest.mark.parametrize("hook", ["prepare_metadata_for_build_wheel", "prepare_metadata_for_build_editable"])
+@pytest.mark.parametrize("pure", ["0", "1"])
+def test_without_torch_the_metadata_is_refused_before_anything_is_fetched(hook, pure, tmp_path):
+    """pip asks for the metadata first and fetches torch, which they require, before it builds."""
+    ignored = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.egg-info", "__pycache__", "*.so", "build.json", "results")
+    shutil.copytree(ROOT, tmp_path / "source", ignore=ignored)
+    venv.create(tmp_path / "environment", with_pip=False)
+    (tmp_path / "site").mkdir()
+    packages = Path(importlib.util.find_spec("setuptools").origin).parent.parent
+    # Its commands are entry points, which the folder of its metadata holds.
+    for folder in ("setuptools", "_distutils_hack", *(path.name for path in packages.glob("setuptools-*.dist-info"))):
+        (tmp_path / "site" / folder).symlink_to(packages / folder)
+    code = f"import setuptools.build_meta as backend; print(backend.{hook}({str(tmp_path)!r}))"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site"), "GENREP_FAST_PURE": pure}
+    python = tmp_path / "environment/bin/python"
+    result = subprocess.run([python, "-c", code], cwd=tmp_path / "source", env=environment, capture_output=True, text=True)
+    if pure == "1":
+        assert result.returncode == 0, result.stderr
+        assert "Requires-Dist: torch>=2.11" in next(tmp_path.glob("*.dist-info/METADATA")).read_text()
+        return
+    line = result.stderr.splitlines()[-1]
+    assert result.returncode == 1 and not list(tmp_path.glob("*.dist-info/METADATA"))
+    assert line.startswith("genrep_fast cannot build its native code, because torch is not installed: install it and run `pip install ")
 
 
 @pytest.mark.parametrize(

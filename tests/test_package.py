@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 import genrep_fast as gf
-from genrep_fast import cli
+from genrep_fast import cli, extras
 
 ROOT = Path(__file__).parent.parent
 
@@ -143,6 +144,114 @@ def test_info_json(capsys):
     found = json.loads(capsys.readouterr().out)
     assert (found["genrep_fast"], found["torch"]) == (gf.__version__, torch.__version__)
     assert found["backends"]["reference"]["available"]
+
+
+EXTRA = ("accelerate", "diffusers", "jinja2", "jsonargparse", "matplotlib", "PIL", "rich", "sklearn", "torchmetrics")
+
+
+def run_without(missing, code: str, *, status: int = 0):
+    """Standard output and error of `code` where the modules `missing` are not installed."""
+    code = f"import sys\nsys.modules.update(dict.fromkeys({tuple(missing)!r}))\n{code}"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert result.returncode == status, result.stderr
+    return result.stdout, result.stderr
+
+
+def test_the_extra_is_that_of_the_project():
+    block = re.search(r"^train = \[\n(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE)[1]
+    packages = re.findall(r'^ *"([\w-]+)', block, re.MULTILINE)
+    modules = {"pillow": "PIL", "scikit-learn": "sklearn"}
+    assert {modules.get(package, package) for package in packages} == set(extras.MODULES) == set(EXTRA)
+
+
+@pytest.mark.parametrize("name", ["GenRep", "GenRepPipeline"])
+@pytest.mark.parametrize("missing", [("diffusers",), EXTRA])
+def test_names_that_need_the_extra_say_so(name, missing):
+    code = f"""
+import genrep_fast
+try:
+    genrep_fast.{name}
+except ImportError as error:
+    print(error)
+"""
+    expected = f'{name} needs diffusers, which comes with: pip install "genrep_fast[train]"'
+    assert run_without(missing, code)[0].strip() == expected
+
+
+def test_genrep_weighting_says_that_it_needs_torchjd():
+    code = """
+import genrep_fast
+try:
+    genrep_fast.GenRepWeighting
+except ImportError as error:
+    print(error)
+"""
+    assert "pip install 'torchjd>=0.18'" in run_without(["torchjd"], code)[0]
+
+
+@pytest.mark.parametrize("name", ["GenRep", "GenRepWeighting"])
+def test_a_fault_of_our_own_is_not_taken_for_a_missing_extra(name):
+    code = f"""
+import genrep_fast
+sys.modules["genrep_fast.models"] = sys.modules["genrep_fast.genrep_weighting"] = None
+try:
+    genrep_fast.{name}
+except ImportError as error:
+    print(error)
+"""
+    output = run_without([], code)[0]
+    assert "genrep_fast." in output and "pip install" not in output
+
+
+@pytest.mark.parametrize("arguments", [["info"], ["info", "--json"], ["info", "--help"]])
+def test_info_runs_without_any_extra(arguments):
+    code = f"""
+sys.argv = ["genrep", *{arguments!r}]
+import runpy
+runpy.run_module("genrep_fast", run_name="__main__")
+"""
+    output, errors = run_without([*EXTRA, "torchjd", "triton"], code)
+    assert errors == ""
+    if "--json" in arguments:
+        assert json.loads(output)["backends"]["reference"]["available"]
+    assert output.startswith({"--json": "{", "--help": "usage: genrep info"}.get(arguments[-1], "genrep_fast  "))
+
+
+def test_info_imports_nothing_that_it_does_not_need(tmp_path):
+    code = f"""
+import sys
+from genrep_fast import cli
+cli.main(["info", "--json"])
+print("modules", *(set({EXTRA!r}) & set(sys.modules)))
+"""
+    assert run_python(code, tmp_path, ROOT).splitlines()[-1] == "modules"
+
+
+@pytest.mark.parametrize(
+    ("missing", "arguments", "line"),
+    [
+        (EXTRA, ["train"], "genrep: train needs jsonargparse"),
+        (EXTRA, ["bench", "--quick"], "genrep: bench needs jsonargparse"),
+        (EXTRA, [], "genrep: every command but info needs jsonargparse"),
+        (EXTRA, ["--help"], "genrep: every command but info needs jsonargparse"),
+        (["accelerate"], ["train", "--steps", "3"], "genrep: train needs accelerate"),
+        (["rich"], ["evaluate", "--checkpoint", "x"], "genrep: evaluate needs rich"),
+    ],
+)
+def test_commands_without_the_extra_name_it(missing, arguments, line):
+    code = f"from genrep_fast import cli\ncli.main({arguments!r})"
+    output, errors = run_without(missing, code, status=2)
+    assert output == "" and errors == f'{line}, which comes with: pip install "genrep_fast[train]"\n'
+
+
+@pytest.mark.parametrize("arguments", [["info", "--xml"], ["info", "--json", "yes"], ["info", "more"]])
+def test_info_refuses_other_arguments_in_one_line(arguments, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(arguments)
+    captured = capsys.readouterr()
+    assert exit_.value.code == 2 and captured.out == "" and captured.err.count("\n") == 1
+    assert captured.err.startswith("genrep") and arguments[-1] in captured.err
 
 
 @pytest.mark.parametrize(

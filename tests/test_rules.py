@@ -1,5 +1,7 @@
 """Aggregation rules against TorchJD, against the equations that define them, and on degenerate Gram matrices."""
 
+import importlib
+import re
 import subprocess
 import sys
 
@@ -9,7 +11,8 @@ import torch
 from scipy.optimize import nnls
 
 import genrep_fast as gf
-from genrep_fast.rules import RULES, resolve_rule
+from genrep_fast import rules
+from genrep_fast.rules import RULES, eigenvalue_tolerance, least_accurate_dtype, resolve_rule
 
 torchjd = pytest.importorskip("torchjd.aggregation")
 from torchjd.autojac import backward, jac_to_grad  # noqa: E402
@@ -19,6 +22,7 @@ from genrep_fast.genrep_weighting import GenRepWeighting  # noqa: E402
 
 WEIGHTS, POWER = (0.7, 0.3), 2.0
 ANY_N = ("imtl_g", "aligned_mtl", "config")
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 CASES = [*((name, 2) for name in RULES), *((name, 5) for name in ANY_N)]
 EQUAL_TO_TORCHJD = [name for name in RULES if name not in ("genrep", "nash_mtl")]
 NON_CONFLICTING = ["pcgrad", "upgrad", "dualproj", "mgda", "nash_mtl", "config"]  # imtl_g too, but for opposite gradients
@@ -88,8 +92,10 @@ def gram(jacobians):
     return jacobians @ jacobians.mT
 
 
-def named(name, n=2):
-    return resolve_rule(name, WEIGHTS, POWER, n)
+def named(name, n=2, dtype=torch.float64):
+    """The rule as a function of Gram matrices alone, for gradients of `dtype`."""
+    rule = resolve_rule(name, WEIGHTS, POWER, n)
+    return lambda gram: rule(gram, dtype)
 
 
 def aggregate(name, jacobians):
@@ -228,6 +234,160 @@ def test_weights_of_degenerate_matrices(name, kind, expected):
     torch.testing.assert_close(weights, torch.tensor([expected], dtype=torch.float64), rtol=1e-12, atol=1e-15)
 
 
+# Gradients of lower precision
+
+LOW = [torch.float32, torch.bfloat16, torch.float16]
+# With factors of which float16 holds none but 1.
+SCALED_LOW = [
+    (torch.float32, 1e-10),
+    (torch.float32, 1e15),
+    (torch.bfloat16, 1e-10),
+    (torch.bfloat16, 1e15),
+    *((dtype, 1.0) for dtype in LOW),
+]
+RANKED = ["imtl_g", "aligned_mtl", "config"]
+
+
+def pair(angle, sign, length, *, seed=0):
+    """Two gradients [2, 1009] float64 at `angle` to each other or, for a `sign` of -1, to opposition; the second is `length` as long."""
+    generator = torch.Generator().manual_seed(seed)
+    first, other = torch.randn(2, 1009, generator=generator, dtype=torch.float64)
+    other = other - first * (first @ other) / (first @ first)
+    other = other * (first.norm() / other.norm())
+    return torch.stack([first, length * (sign * np.cos(angle) * first + np.sin(angle) * other)])
+
+
+def rounded_weights(name, jacobian, dtype):
+    """The rule's weights [n] of the rows [n, columns] in `dtype`, whose inner products are taken as an aligner takes them."""
+    rows = list(jacobian.to(dtype))
+    return named(name, len(rows), least_accurate_dtype(rows))(gf.gram(*[[row] for row in rows]))[0]
+
+
+def relative_error(weights, jacobian, expected):
+    """Of an aggregate, relative to its parts and to the gradients."""
+    norms = jacobian.norm(dim=1)
+    return ((weights @ jacobian - expected).norm() / (weights.abs() @ norms + norms.mean())).item()
+
+
+def angle_to_dependence(jacobian, sign):
+    units = jacobian / jacobian.norm(dim=1, keepdim=True)
+    return 2 * np.arcsin((units[1] - sign * units[0]).norm().item() / 2)
+
+
+@pytest.mark.parametrize("length", [1, 1 / 3, 1e-2])
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(("dtype", "scale"), SCALED_LOW)
+@pytest.mark.parametrize("name", [name for name in RULES if name != "genrep"])
+def test_angles_from_a_hundred_millionth_to_a_tenth(name, dtype, scale, sign, length):
+    """Rank one below the tolerance, TorchJD's result from 1e-2 on, finite and bounded between."""
+    negligible_angle = (2 * eigenvalue_tolerance(dtype, 2)) ** 0.5
+    worst = {"dependent": 0.0, "independent": 0.0}
+    for angle in 10 ** np.arange(-8, -0.9, 0.5):
+        jacobian = pair(angle, sign, length) * scale
+        weights, rounded = rounded_weights(name, jacobian, dtype), jacobian.to(dtype).double()
+        assert weights.isfinite().all()
+        norms, actual_angle = rounded.norm(dim=1), angle_to_dependence(rounded, sign)
+        if actual_angle < 0.95 * negligible_angle:
+            line = torch.tensor([1, sign * length], dtype=torch.float64)  # of the mathematical gradients, along their direction
+            expected = named(name)((line[:, None] * line)[None] * norms[0] ** 2)[0]
+            error, kind = relative_error(weights, rounded, expected @ rounded), "dependent"
+        elif actual_angle >= 1e-2 and name != "nash_mtl":
+            # TorchJD's IMTL-G takes the weights' sum for zero where the gradients are long.
+            expected = torchjd_aggregate(name, rounded[None] / norms[0])[0] * norms[0]
+            error, kind = relative_error(weights, rounded, expected), "independent"
+        else:
+            bound = 1 / eigenvalue_tolerance(dtype, 2) ** 0.5 if name == "nash_mtl" else 2 * norms.sum()
+            assert (weights @ rounded).norm() <= bound
+            continue
+        worst[kind] = max(worst[kind], error)
+    # An aggregate that is continuous moves by as much as the gradients: imtl_g and aligned_mtl do not, their rank-one result is another.
+    bounds = {"dependent": 2e-3, "independent": 2e-5}
+    print(f"{name}, {dtype}, {worst}, {bounds=}")
+    assert all(worst[kind] <= bounds[kind] for kind in worst)
+
+
+@pytest.mark.parametrize("rule", ["imtl_g", "aligned_mtl", "config", "nash_mtl"])
+@pytest.mark.parametrize("factor", [1 / 3, 1.0, -1 / 3, -3.0])
+@pytest.mark.parametrize("dtype", LOW)
+def test_an_aligner_gives_parallel_gradients_the_result_of_rank_one(rule, factor, dtype):
+    line = torch.tensor([1, factor], dtype=torch.float64)
+    for seed in range(5):
+        gradient = torch.randn(1000, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        parameter = torch.nn.Parameter(torch.zeros(1000, dtype=dtype))
+        gf.GradientAligner([parameter], rule=rule).backward((parameter * gradient).sum(), (parameter * gradient * factor).sum())
+        norm = gradient.double().norm()
+        share = named(rule)((line[:, None] * line)[None] * norm**2)[0] @ line
+        error = ((parameter.grad.double() - share * gradient.double()).norm() / (norm * max(share.abs().item(), 1 / norm.item()))).item()
+        assert error <= 4 * torch.finfo(dtype).eps
+
+
+def test_the_least_accurate_gradient_decides(monkeypatch):
+    seen = []
+    monkeypatch.setitem(rules._OF_TWO, "mgda", lambda gram, dtype: seen.append(dtype) or gram.new_ones(gram.shape[:2]))
+    parameters = [torch.nn.Parameter(torch.ones(3, dtype=dtype)) for dtype in (torch.float64, torch.bfloat16, torch.float32)]
+    for count in (1, 3):
+        chosen = parameters[:count]
+        for parameter in chosen:
+            parameter.grad = None
+        aligner = gf.GradientAligner(chosen, rule="mgda")
+        aligner.backward(*(sum(parameter.double().square().sum() * factor for parameter in chosen) for factor in (1, 2)))
+    assert seen == [torch.float64, torch.bfloat16]
+    assert least_accurate_dtype([None, torch.ones(1), torch.ones(1).half()]) == torch.float16
+    assert least_accurate_dtype([]) == torch.float64
+
+
+@pytest.mark.parametrize("kind", ["sum", "parallel", "opposite", "sum and parallel", "all parallel"])
+@pytest.mark.parametrize("n", [3, 4, 5, 8])
+@pytest.mark.parametrize(("dtype", "scale"), SCALED_LOW)
+@pytest.mark.parametrize("name", RANKED)
+def test_dependent_gradients_of_lower_precision_are_dependent(name, dtype, scale, n, kind):
+    for seed in range(3):
+        jacobian = random_jacobians(1, n, 1009, seed=seed)[0] / 100
+        if kind.startswith("sum"):
+            jacobian[2] = jacobian[0] + jacobian[1]
+        if kind.endswith("parallel"):
+            jacobian[n - 1] = jacobian[0] / 3
+        if kind == "opposite":
+            jacobian[n - 1] = -jacobian[0] / 3
+        if kind == "all parallel":
+            jacobian = jacobian[:1] * torch.arange(1, n + 1, dtype=torch.float64)[:, None] / 3
+        error = relative_error(rounded_weights(name, jacobian * scale, dtype), jacobian, torchjd_aggregate(name, jacobian[None])[0])
+        assert error <= 4 * torch.finfo(dtype).eps, f"{error:.1e}"
+
+
+@pytest.mark.parametrize("n", [3, 5, 8])
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("name", RANKED)
+def test_a_pair_at_a_small_angle_among_others_is_independent(name, dtype, n):
+    jacobian = random_jacobians(1, n, 1009, seed=n)[0]
+    jacobian[:2] = pair(1.5e-2, 1, 0.5) * 10
+    rounded = jacobian.to(dtype).double()
+    error = relative_error(rounded_weights(name, jacobian, dtype), rounded, torchjd_aggregate(name, rounded[None])[0])
+    assert error <= 1e-4, f"{error:.1e}"
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("name", RANKED)
+def test_a_short_gradient_keeps_its_direction(name, dtype):
+    jacobians = torch.eye(2, 7, dtype=torch.float64)[None] * torch.tensor([[1.0], [1e-6]])
+    torch.testing.assert_close(named(name, dtype=dtype)(gram(jacobians)), named(name)(gram(jacobians)), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("kind", ["zero", "first zero", "second zero"])
+@pytest.mark.parametrize("name", RULES)
+def test_zero_gradients_of_lower_precision(name, kind, dtype):
+    matrices = gram(jacobian(kind)[None])
+    torch.testing.assert_close(named(name, dtype=dtype)(matrices), named(name)(matrices), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize(("name", "n"), CASES)
+def test_independent_gradients_do_not_depend_on_the_dtype(name, n, dtype):
+    matrices = gram(random_jacobians(50, n, 13))
+    torch.testing.assert_close(named(name, n, dtype)(matrices), named(name, n)(matrices), rtol=1e-8, atol=1e-10)
+
+
 # Properties
 
 
@@ -255,16 +415,17 @@ def test_gradients_of_very_different_norms(name, scale):
     assert (result.norm(dim=1) <= 10 * jacobians.norm(dim=(1, 2)).clamp(min=1)).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("name", "n"), CASES)
-def test_permutation_of_the_losses(name, n):
+def test_permutation_of_the_losses(name, n, dtype):
     jacobians = random_jacobians(30, n, 11)
     if n == 2:
         degenerate = torch.stack([jacobian(kind) for kind in DEGENERATE])
         jacobians = torch.cat([jacobians, torch.nn.functional.pad(degenerate, (0, 9))])
     order = torch.arange(n).roll(1)
     weights = WEIGHTS[::-1] if name == "genrep" else WEIGHTS
-    permuted = resolve_rule(name, weights, POWER, n)(gram(jacobians[:, order]))
-    torch.testing.assert_close(permuted, named(name, n)(gram(jacobians))[:, order], rtol=1e-8, atol=1e-10)
+    permuted = resolve_rule(name, weights, POWER, n)(gram(jacobians[:, order]), dtype)
+    torch.testing.assert_close(permuted, named(name, n, dtype)(gram(jacobians))[:, order], rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", NON_CONFLICTING)
@@ -276,12 +437,13 @@ def test_no_loss_increases_along_the_aggregate(name):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("name", "n"), CASES)
-def test_a_non_finite_matrix_stays_alone(name, n, value):
+def test_a_non_finite_matrix_stays_alone(name, n, value, dtype):
     matrices = gram(random_jacobians(3, n))
-    expected = named(name, n)(matrices)
+    expected = named(name, n, dtype)(matrices)
     matrices[1] = value
-    weights = named(name, n)(matrices)
+    weights = named(name, n, dtype)(matrices)
     assert torch.equal(weights[::2], expected[::2])
     assert weights[1].isnan().all() or value == torch.inf
 
@@ -289,18 +451,20 @@ def test_a_non_finite_matrix_stays_alone(name, n, value):
 # No synchronisation, no graph break
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("name", "n"), [*((name, 2) for name in RULES), ("config", 3)])
-def test_compiles_without_a_graph_break(name, n):
+def test_compiles_without_a_graph_break(name, n, dtype):
     matrices = gram(random_jacobians(4, n))
     torch._dynamo.reset()
-    compiled = torch.compile(named(name, n), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(matrices), named(name, n)(matrices), rtol=1e-12, atol=0)
+    compiled = torch.compile(named(name, n, dtype), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(matrices), named(name, n, dtype)(matrices), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("name", "n"), [*((name, 2) for name in RULES), *((name, 8) for name in ANY_N)])
-def test_reads_no_value_on_the_host(name, n):
+def test_reads_no_value_on_the_host(name, n, dtype):
     """A meta tensor has no values: whoever asks for one fails, and so does a constant made on another device."""
-    weights = named(name, n)(torch.empty(5, n, n, dtype=torch.float64, device="meta"))
+    weights = named(name, n, dtype)(torch.empty(5, n, n, dtype=torch.float64, device="meta"))
     assert weights.shape == (5, n) and weights.dtype == torch.float64
 
 
@@ -335,7 +499,7 @@ def test_a_torchjd_weighting_gives_its_own_weights(weighting, n):
     rule = weighting()
     rule.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
     torch.manual_seed(0)
-    weights = resolve_rule(rule, WEIGHTS, POWER, n)(matrices)
+    weights = resolve_rule(rule, WEIGHTS, POWER, n)(matrices, torch.float32)
     torch.manual_seed(0)
     expected = torch.stack([weighting()(matrix) for matrix in matrices])
     assert weights.dtype == torch.float64
@@ -344,12 +508,13 @@ def test_a_torchjd_weighting_gives_its_own_weights(weighting, n):
 
 
 def test_a_weighting_of_no_groups():
-    assert resolve_rule(torchjd.MeanWeighting(), WEIGHTS, POWER, 3)(torch.empty(0, 3, 3, dtype=torch.float64)).shape == (0, 3)
+    matrices = torch.empty(0, 3, 3, dtype=torch.float64)
+    assert named(torchjd.MeanWeighting(), 3)(matrices).shape == (0, 3)
 
 
 def test_a_stateful_weighting_keeps_its_state():
     matrices = gram(random_jacobians(4, 2))
-    rule = resolve_rule(torchjd.GradVacWeighting(), WEIGHTS, POWER, 2)
+    rule = named(torchjd.GradVacWeighting())
     torch.manual_seed(0)
     weights = torch.cat([rule(matrix[None]) for matrix in matrices])
     torch.manual_seed(0)
@@ -361,13 +526,20 @@ def test_a_stateful_weighting_keeps_its_state():
 @pytest.mark.parametrize("weighting", [torchjd.GradVacWeighting(), torchjd.CRMOGMWeighting(torchjd.MGDAWeighting())])
 def test_a_state_is_not_shared_by_groups(weighting):
     with pytest.raises(ValueError, match=f"{type(weighting).__name__} keeps a state .* 2 groups would mix up"):
-        resolve_rule(weighting, WEIGHTS, POWER, 2)(gram(random_jacobians(2, 2)))
+        named(weighting)(gram(random_jacobians(2, 2)))
 
 
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
         (torchjd.MGDA(), r"such as MGDAWeighting\(\), got the aggregator MGDA"),
+        (torchjd.ConFIG(), 'here rule="config", got the aggregator ConFIG'),
+        (torchjd.GradDrop(), "got the aggregator GradDrop, which needs the gradients"),
+        (torchjd.ExcessMTL(1), "got the aggregator ExcessMTL, which needs the gradients"),
+        (
+            torchjd.GramianWeightedAggregator(GenRepWeighting()),
+            r"such as the aggregator's \.gramian_weighting, got the aggregator GramianWeightedAggregator",
+        ),
         (torchjd.ExcessMTLWeighting(), "got ExcessMTLWeighting, which needs the gradients"),
         (torchjd.CRMOGMWeighting(torchjd.ExcessMTLWeighting()), "got CRMOGMWeighting, which needs the gradients"),
         (None, "rule must be a name, a callable or a TorchJD Weighting, got NoneType"),
@@ -378,9 +550,53 @@ def test_rules_of_a_wrong_type(rule, message):
         resolve_rule(rule, WEIGHTS, POWER, 2)
 
 
+AGGREGATORS = [
+    name for name in torchjd.__all__ if issubclass(getattr(torchjd, name), torchjd.Aggregator) and not name.endswith("Aggregator")
+]
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+def test_the_advice_for_every_aggregator_can_be_followed(name):
+    """What the message names exists, and is a rule that gives weights."""
+    kind = getattr(torchjd, name)
+    # Neither the solvers nor the arguments matter to what the aggregator is.
+    aggregator = kind.__new__(kind)
+    torch.nn.Module.__init__(aggregator)
+    if issubclass(kind, torchjd.WeightedAggregator):
+        aggregator.weighting = torch.nn.Identity()
+    if issubclass(kind, torchjd.GramianWeightedAggregator):
+        aggregator.gramian_weighting = torch.nn.Identity()
+    with pytest.raises(TypeError, match=f"got the aggregator {name}") as error:
+        named(aggregator)
+    message = str(error.value)
+    if "needs the gradients" in message:
+        assert name in ("ExcessMTL", "GradDrop", "TrimmedMean")
+        return
+    if rule := re.search(r'rule="(\w+)"', message):
+        weights = named(rule[1])(gram(random_jacobians(1, 2)))
+    else:
+        advised = re.search(r"such as (\w+)\(\)", message)[1]
+        assert advised in torchjd.__all__
+        arguments = {"KrumWeighting": (1,), "ConstantWeighting": (torch.ones(5, dtype=torch.float64),), "FairGradWeighting": (1.0,)}
+        try:
+            weighting = getattr(torchjd, advised)(*arguments.get(advised, ()))
+        except (ImportError, TypeError):  # a solver, or an argument, is missing
+            return
+        weights = named(weighting, 5)(gram(random_jacobians(1, 5)))
+    assert weights.shape[0] == 1 and weights.isfinite().all()
+
+
+def test_a_private_weighting_is_answered_with_the_rule():
+    kind = importlib.import_module("torchjd.aggregation._nash_mtl")._NashMTLWeighting
+    weighting = kind.__new__(kind)
+    torch.nn.Module.__init__(weighting)
+    with pytest.raises(TypeError, match='got _NashMTLWeighting, which needs the gradients; for two losses there is rule="nash_mtl"'):
+        named(weighting)
+
+
 def test_a_callable_gets_all_matrices_and_gives_float64():
     matrices = gram(random_jacobians(3, 4))
-    weights = resolve_rule(lambda gram: gram.diagonal(dim1=1, dim2=2).float(), WEIGHTS, POWER, 4)(matrices)
+    weights = named(lambda gram: gram.diagonal(dim1=1, dim2=2).float(), 4)(matrices)
     assert torch.equal(weights, matrices.diagonal(dim1=1, dim2=2).float().double())
 
 
@@ -395,7 +611,7 @@ def test_a_callable_gets_all_matrices_and_gives_float64():
 )
 def test_bad_results_of_a_callable(result, error, message):
     with pytest.raises(error, match=message):
-        resolve_rule(lambda gram: result, WEIGHTS, POWER, 2)(gram(random_jacobians(3, 2)))
+        named(lambda gram: result)(gram(random_jacobians(3, 2)))
 
 
 @pytest.mark.parametrize("name", ["PCGrad", "imtl-g", ""])
@@ -470,7 +686,7 @@ def test_torchjd_stays_optional():
     script = """
 import sys, torch
 from genrep_fast.rules import resolve_rule
-resolve_rule(lambda gram: gram[:, 0], (0.7, 0.3), 2.0, 2)(torch.eye(2)[None].double())
+resolve_rule(lambda gram: gram[:, 0], (0.7, 0.3), 2.0, 2)(torch.eye(2)[None].double(), torch.float32)
 assert not any(name.startswith("torchjd") for name in sys.modules)
 sys.modules["torchjd"] = None
 try:
