@@ -235,8 +235,8 @@ print("modules", *(set({EXTRA!r}) & set(sys.modules)))
         (EXTRA, ["bench", "--quick"], "genrep: bench needs jsonargparse"),
         (EXTRA, [], "genrep: every command but info needs jsonargparse"),
         (EXTRA, ["--help"], "genrep: every command but info needs jsonargparse"),
-        (["accelerate"], ["train", "--steps", "3"], "genrep: train needs accelerate"),
-        (["rich"], ["evaluate", "--checkpoint", "x"], "genrep: evaluate needs rich"),
+        (["accelerate"], ["train", "--steps", "3"], "genrep train: train needs accelerate"),
+        (["rich"], ["evaluate", "--checkpoint", "x"], "genrep evaluate: evaluate needs rich"),
     ],
 )
 def test_commands_without_the_extra_name_it(missing, arguments, line):
