@@ -230,6 +230,7 @@ def test_matrices_of_groups_and_coefficients_of_tensors_equal_loops(n, backend):
     gradients = with_unreached([random_gradients(REACHED_SHAPES, seed=i, shift=0.2 * i) for i in range(n)], torch.zeros_like)
     gradients[n - 1][0][2] = math.nan
     groups = [-1 if group is None else group for group in REACHED_GROUPS]
+    groups[4] = -1  # a shared tensor without a group
     shared = [t for t in range(10) if all(tensors[t].count_nonzero() for tensors in gradients)]
     assert shared == ([0, 2, 4, 5, 8] if n == 2 else [0, 4, 5, 8])
     grams = torch.stack([torch.tensor([[(a[t] * b[t]).sum() for b in gradients] for a in gradients]) for t in range(10)])

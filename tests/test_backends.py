@@ -195,11 +195,14 @@ def test_a_measured_backend_goes_first_where_it_is_there(calls, monkeypatch):
         assert backends.select_implementation("posterior", "cpu", False, "cpu") is reference
 
 
+NOT_MEASURED = {"group_gram", "tensor_coefficients"}  # on a GPU yet, where they run as CUDA C++
+
+
 def test_the_committed_table_names_operators_and_backends():
     table = json.loads((Path(gf.__file__).parent / "gpu_backends.json").read_text())
     assert table
     for operators in table.values():
-        assert set(operators) == set(backends.schemas)
+        assert set(operators) == set(backends.schemas) - NOT_MEASURED
         assert operators["log_likelihood_backward"] == operators["log_likelihood"]  # whose bits of l it needs
         for steps in operators.values():
             assert {backend for _, backend in steps} <= {"triton", "cuda"}

@@ -3,7 +3,9 @@
 //     Gram[k, i, j] = sum over the tensors of group k of <g_i, g_j>          reads n N elements, n (n + 1) / 2 N multiply-adds
 //     out = sum_i c_i g_i                                                    reads n N, writes N, n N multiply-adds
 //
-// Between the two stand a few numbers a tensor and a group: sums of the tensors' own Gram matrices, coefficients, the choice of a tensor's.
+// Between the two stand a few numbers a tensor and a group: sums of the tensors' own Gram matrices,
+// coefficients, the choice of a tensor's.
+//
 // Both are bound by memory. Gram of two gradients multiplies in float32, where every accumulator takes 16 products, and adds up in float64;
 // a block of 1024 elements whose sum of squares may have overflowed or lost terms to underflow is done again in float64. Every chunk has a
 // partial sum of its own, and the partial sums of a group are added in the order of the chunks, so that the result does not depend on the
@@ -239,7 +241,7 @@ std::tuple<Tensor, Tensor, Tensor> alignment_coefficients(Tensor gram, std::vect
 // Asking first takes less than the call of an operator that has nothing to do.
 Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
 
-// The tensors' own Gram matrices, checked: [T, n, n] float64 and T group indices from -1 to num_groups - 1.
+// The tensors' own Gram matrices, checked: [T, n, n] float64 and T group indices from -1 on.
 struct OwnMatrices {
   Tensor tensor;
   const std::vector<int64_t>& groups;
@@ -251,9 +253,12 @@ struct OwnMatrices {
     STD_TORCH_CHECK(
         grams.scalar_type() == ScalarType::Double && grams.dim() == 3 && grams.size(1) == grams.size(2),
         "grams must be a float64 tensor of shape [tensors, n, n]");
-    STD_TORCH_CHECK(grams.size(0) == static_cast<int64_t>(groups.size()), "as many group indices are needed as there are tensors");
+    STD_TORCH_CHECK(
+        grams.size(0) == static_cast<int64_t>(groups.size()),
+        "as many group indices are needed as there are tensors");
     for (int64_t group : groups) {
-      STD_TORCH_CHECK(group >= -1 && group < num_groups, "groups must be between -1 and the number of groups - 1");
+      STD_TORCH_CHECK(
+          group >= -1 && group < num_groups, "groups must be between -1 and the number of groups - 1");
     }
     n = grams.size(1);
     matrices = static_cast<const double*>(tensor.const_data_ptr());
@@ -261,7 +266,8 @@ struct OwnMatrices {
 
   const double* of(int64_t t) const { return matrices + t * n * n; }
 
-  // Whether tensor t has a group and every loss reaches it: no gradient of it is zero everywhere. A NaN is not zero.
+  // Whether tensor t has a group and every loss reaches it: no gradient of it is zero everywhere.
+  // A NaN is not zero.
   bool shared(int64_t t) const {
     bool reached = groups[t] >= 0;
     for (int64_t i = 0; i < n; ++i) {
@@ -289,19 +295,23 @@ Tensor group_gram(Tensor grams, std::vector<int64_t> groups, int64_t num_groups)
 }
 
 // Row groups[t] of `coefficients` for a shared tensor, `weights` for any other one.
-Tensor tensor_coefficients(Tensor coefficients, Tensor grams, std::vector<int64_t> groups, std::vector<double> weights) {
+Tensor tensor_coefficients(
+    Tensor coefficients, Tensor grams, std::vector<int64_t> groups, std::vector<double> weights) {
   STD_TORCH_CHECK(
       coefficients.scalar_type() == ScalarType::Double && coefficients.dim() == 2,
       "coefficients must be a float64 tensor of shape [groups, n]");
   OwnMatrices own(grams, groups, coefficients.size(0));
-  STD_TORCH_CHECK(coefficients.size(1) == own.n, "coefficients must be a float64 tensor of shape [groups, n]");
+  STD_TORCH_CHECK(
+      coefficients.size(1) == own.n, "coefficients must have as many columns as there are losses");
   STD_TORCH_CHECK(static_cast<int64_t>(weights.size()) == own.n, "weights must be n numbers");
   Tensor rows_of_groups = dense(coefficients);
   const double* group_rows = static_cast<const double*>(rows_of_groups.const_data_ptr());
-  Tensor result = torch::stable::empty({static_cast<int64_t>(groups.size()), own.n}, ScalarType::Double);
+  int64_t num_tensors = static_cast<int64_t>(groups.size());
+  Tensor result = torch::stable::empty({num_tensors, own.n}, ScalarType::Double);
   double* rows = static_cast<double*>(result.mutable_data_ptr());
-  for (size_t t = 0; t < groups.size(); ++t) {
-    std::copy_n(own.shared(t) ? group_rows + groups[t] * own.n : weights.data(), own.n, rows + t * own.n);
+  for (int64_t t = 0; t < num_tensors; ++t) {
+    const double* row = own.shared(t) ? group_rows + groups[t] * own.n : weights.data();
+    std::copy_n(row, own.n, rows + t * own.n);
   }
   return result;
 }

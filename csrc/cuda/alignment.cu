@@ -3,8 +3,10 @@
 //     Gram[k, i, j] = sum over the tensors of group k of <g_i, g_j>          reads n N elements, n (n + 1) / 2 N multiply-adds
 //     out = sum_i c_i g_i                                                    reads n N, writes N, n N multiply-adds
 //
-// Both are bound by memory: two float32 gradients take 8 bytes and 3 multiply-adds, then 12 bytes and 2. Between them stand a few numbers a
-// tensor and a group: sums of the tensors' own Gram matrices, coefficients, the choice of a tensor's. Those kernels are a launch long.
+// Both are bound by memory: two float32 gradients take 8 bytes and 3 multiply-adds, then 12 bytes and 2.
+//
+// Between them stand a few numbers a tensor and a group: sums of the tensors' own Gram matrices,
+// coefficients, the choice of a tensor's. Those kernels take as long as a launch.
 //
 // Gram sums in two stages of fixed order, without atomics. A thread multiplies 16 elements of every gradient in float32 and adds the sums
 // up in float64; where elements are so large or so small that float32 products may overflow or vanish, it multiplies in float64. A block
@@ -153,8 +155,8 @@ __global__ __launch_bounds__(kThreads) void gram_kernel(
   }
 }
 
-// Sums over the rows of a block, in a fixed order: thread row * columns + column holds `value`, and row 0 gets the sum of its column.
-// Threads that fill no row take part with any value.
+// Sums over the rows of a block, in a fixed order: thread row * columns + column holds `value`, and
+// row 0 gets the sum of its column. Threads that fill no row take part with any value.
 template <int kBlockThreads>
 __device__ double sum_over_rows(double value, int columns) {
   const int rows = kBlockThreads / columns, row = static_cast<int>(threadIdx.x) / columns;
@@ -198,7 +200,8 @@ __global__ __launch_bounds__(kReductionThreads) void gram_reduction_kernel(
   }
 }
 
-// Whether every loss reaches a tensor, from its own Gram matrix [n, n]: no gradient of it is zero everywhere. A NaN is not zero.
+// Whether every loss reaches a tensor, from its own Gram matrix [n, n]: no gradient of it is zero
+// everywhere. A NaN is not zero.
 __device__ bool every_loss_reaches(const double* matrix, int n) {
   bool reached = true;
   for (int i = 0; i < n; ++i) {
@@ -214,11 +217,14 @@ struct GroupMembers {
   int32_t first[kCapacity + 1];  // of each group; then the number of tensors
 };
 
-// A block a group: sums the own matrices [T, n, n] of its shared tensors into its matrix, [n, n] float64. `continued`: the first group's
-// holds the sum of an earlier launch, which goes on.
+// A block a group: sums the own matrices [T, n, n] of its shared tensors into its matrix, [n, n]
+// float64. `continued`: the first group's holds the sum of an earlier launch, which goes on.
 __global__ __launch_bounds__(kThreads) void group_gram_kernel(
-    const __grid_constant__ GroupMembers members, const double* grams, double* matrices, int n, bool continued) {
-  static_assert(sizeof(members) + sizeof(grams) + sizeof(matrices) + sizeof(n) + sizeof(continued) <= kParameterBytes);
+    const __grid_constant__ GroupMembers members, const double* grams, double* matrices, int n,
+    bool continued) {
+  static_assert(
+      sizeof(members) + sizeof(grams) + sizeof(matrices) + sizeof(n) + sizeof(continued) <=
+      kParameterBytes);
   const int entries = n * n;
   const int rows = kThreads / entries;
   const int row = threadIdx.x / entries, index = threadIdx.x % entries;
@@ -235,7 +241,10 @@ __global__ __launch_bounds__(kThreads) void group_gram_kernel(
   sum = sum_over_rows<kThreads>(sum, entries);
   if (row == 0) {
     double* matrix = matrices + static_cast<int64_t>(blockIdx.x) * entries;
-    matrix[index] = continued && blockIdx.x == 0 ? matrix[index] + sum : sum;
+    if (continued && blockIdx.x == 0) {
+      sum += matrix[index];
+    }
+    matrix[index] = sum;
   }
 }
 
@@ -266,17 +275,22 @@ struct TensorGroups {
   double weights[kMaxLosses];
 };
 
-// A thread a tensor, of `count`: row `group` of `coefficients` [G, n] for a shared tensor, the weights for any other one.
+// A thread a tensor, of `count`: row `group` of `coefficients` [G, n] for a shared tensor, the weights
+// for any other one.
 __global__ void tensor_coefficients_kernel(
-    const __grid_constant__ TensorGroups table, const double* coefficients, const double* grams, double* rows, int count, int n) {
+    const __grid_constant__ TensorGroups table, const double* coefficients, const double* grams,
+    double* rows, int count, int n) {
   static_assert(
-      sizeof(table) + sizeof(coefficients) + sizeof(grams) + sizeof(rows) + sizeof(count) + sizeof(n) <= kParameterBytes);
+      sizeof(table) + sizeof(coefficients) + sizeof(grams) + sizeof(rows) + sizeof(count) +
+          sizeof(n) <=
+      kParameterBytes);
   const int t = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   if (t >= count) {
     return;
   }
   const int64_t group = table.groups[t];
-  const bool is_shared = group >= 0 && every_loss_reaches(grams + static_cast<int64_t>(t) * n * n, n);
+  const double* own = grams + static_cast<int64_t>(t) * n * n;
+  const bool is_shared = group >= 0 && every_loss_reaches(own, n);
   for (int i = 0; i < n; ++i) {
     rows[static_cast<int64_t>(t) * n + i] = is_shared ? coefficients[group * n + i] : table.weights[i];
   }
@@ -401,21 +415,27 @@ std::tuple<Tensor, Tensor, Tensor> alignment_coefficients(const Tensor& gram, co
 }
 
 // Checks the tensors' own Gram matrices [T, n, n] and their groups, and returns n.
-int own_matrices_of(const Tensor& grams, const std::vector<int64_t>& groups, int64_t num_groups) {
-  const bool square = grams.scalar_type() == ScalarType::Double && grams.dim() == 3 && grams.size(1) == grams.size(2);
-  STD_TORCH_CHECK(square && 1 <= grams.size(1) && grams.size(1) <= kMaxLosses, "grams must be float64 [tensors, n, n], n of 1 to 8");
-  const int64_t num_tensors = static_cast<int64_t>(groups.size());
-  STD_TORCH_CHECK(grams.size(0) == num_tensors, "groups must have ", grams.size(0), " entries, got ", num_tensors);
+int number_of_losses_in(
+    const Tensor& grams, const std::vector<int64_t>& groups, int64_t num_groups) {
+  const bool square = grams.scalar_type() == ScalarType::Double && grams.dim() == 3 &&
+                      grams.size(1) == grams.size(2);
+  STD_TORCH_CHECK(square, "grams must be float64 [tensors, n, n]");
+  const int64_t n = grams.size(1), num_tensors = static_cast<int64_t>(groups.size());
+  STD_TORCH_CHECK(1 <= n && n <= kMaxLosses, "grams must be of 1 to 8 losses, got ", n);
+  STD_TORCH_CHECK(
+      grams.size(0) == num_tensors, "groups must have ", grams.size(0), " entries, got ", num_tensors);
   for (int64_t group : groups) {
-    STD_TORCH_CHECK(-1 <= group && group < num_groups, "groups must be in [-1, ", num_groups, "), got ", group);
+    const bool exists = -1 <= group && group < num_groups;
+    STD_TORCH_CHECK(exists, "groups must be in [-1, ", num_groups, "), got ", group);
   }
-  return static_cast<int>(grams.size(1));
+  return static_cast<int>(n);
 }
 
-// The members of the groups from `group` on, as many as the table holds, taken from `order`[`position`...]. Returns the number of groups;
-// the last one may have further members.
-int fill(GroupMembers& members, int64_t group, int64_t num_groups, const std::vector<int64_t>& groups, const std::vector<size_t>& order,
-         size_t& position) {
+// Fills the table with the members of the groups from `group` on, as many as it holds, which are taken
+// from order[position...]. Returns the number of groups; the last one may have further members.
+int fill_members(
+    GroupMembers& members, int64_t group, int64_t num_groups, const std::vector<int64_t>& groups,
+    const std::vector<size_t>& order, size_t& position) {
   int count = 0, size = 0;
   auto is_next = [&] { return position < order.size() && groups[order[position]] == group + count; };
   while (count < GroupMembers::kCapacity && group + count < num_groups) {
@@ -432,7 +452,7 @@ int fill(GroupMembers& members, int64_t group, int64_t num_groups, const std::ve
 }
 
 Tensor group_gram(const Tensor& grams, const std::vector<int64_t>& groups, int64_t num_groups) {
-  const int n = own_matrices_of(grams, groups, num_groups);
+  const int n = number_of_losses_in(grams, groups, num_groups);
   DeviceScope scope(grams);
   Tensor own = torch::stable::contiguous(grams);
   Tensor matrices = new_float64(grams, {num_groups, n, n});
@@ -441,36 +461,43 @@ Tensor group_gram(const Tensor& grams, const std::vector<int64_t>& groups, int64
   bool continued = false;
   for (int64_t group = 0; group < num_groups;) {
     GroupMembers members{};
-    const int count = fill(members, group, num_groups, groups, order, position);
+    const int count = fill_members(members, group, num_groups, groups, order, position);
     group_gram_kernel<<<static_cast<unsigned>(count), kThreads, 0, scope.stream()>>>(
-        members, static_cast<const double*>(own.data_ptr()), static_cast<double*>(matrices.data_ptr()) + group * n * n, n, continued);
+        members, static_cast<const double*>(own.data_ptr()),
+        static_cast<double*>(matrices.data_ptr()) + group * n * n, n, continued);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
-    continued = position < order.size() && groups[order[position]] == group + count - 1;
-    group += continued ? count - 1 : count;
+    const int64_t last = group + count - 1;
+    continued = position < order.size() && groups[order[position]] == last;
+    group = continued ? last : last + 1;
   }
   return matrices;
 }
 
 Tensor tensor_coefficients(
-    const Tensor& coefficients, const Tensor& grams, const std::vector<int64_t>& groups, const std::vector<double>& weights) {
+    const Tensor& coefficients, const Tensor& grams, const std::vector<int64_t>& groups,
+    const std::vector<double>& weights) {
   const bool matrix = coefficients.scalar_type() == ScalarType::Double && coefficients.dim() == 2;
   STD_TORCH_CHECK(matrix, "coefficients must be float64 [groups, n]");
-  const int n = own_matrices_of(grams, groups, coefficients.size(0));
+  const int n = number_of_losses_in(grams, groups, coefficients.size(0));
   STD_TORCH_CHECK(coefficients.size(1) == n, "coefficients must be float64 [groups, ", n, "]");
-  STD_TORCH_CHECK(weights.size() == static_cast<size_t>(n), "weights must have ", n, " entries, got ", weights.size());
+  const int num_weights = static_cast<int>(weights.size());
+  STD_TORCH_CHECK(num_weights == n, "weights must have ", n, " entries, got ", num_weights);
   DeviceScope scope(grams);
-  Tensor own = torch::stable::contiguous(grams), group_rows = torch::stable::contiguous(coefficients);
+  Tensor own = torch::stable::contiguous(grams);
+  Tensor group_rows = torch::stable::contiguous(coefficients);
   const int64_t num_tensors = static_cast<int64_t>(groups.size());
   Tensor rows = new_float64(grams, {num_tensors, n});
   TensorGroups table{};
   std::copy(weights.begin(), weights.end(), table.weights);
   for (int64_t first = 0; first < num_tensors; first += TensorGroups::kCapacity) {
-    const int count = static_cast<int>(std::min<int64_t>(TensorGroups::kCapacity, num_tensors - first));
+    const int64_t left = num_tensors - first;
+    const int count = static_cast<int>(std::min<int64_t>(TensorGroups::kCapacity, left));
     std::copy_n(groups.begin() + first, count, table.groups);
     constexpr int kBlock = 64;
     const unsigned blocks = static_cast<unsigned>((count + kBlock - 1) / kBlock);
     tensor_coefficients_kernel<<<blocks, kBlock, 0, scope.stream()>>>(
-        table, static_cast<const double*>(group_rows.data_ptr()), static_cast<const double*>(own.data_ptr()) + first * n * n,
+        table, static_cast<const double*>(group_rows.data_ptr()),
+        static_cast<const double*>(own.data_ptr()) + first * n * n,
         static_cast<double*>(rows.data_ptr()) + first * n, count, n);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }

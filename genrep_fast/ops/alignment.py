@@ -40,8 +40,9 @@ alignment_coefficients_operator = define_operator(
     data=(),
 )
 
-# A gradient that is zero everywhere is one that its loss does not reach: autograd makes zeros of None in many ordinary models. The two
-# operators around the coefficients find such tensors on the device, by the tensors' own Gram matrices.
+# A loss does not reach a tensor whose gradient of it is zero everywhere: autograd makes zeros of
+# None in many ordinary models. The two operators around the coefficients find such tensors on the
+# device, by the tensors' own Gram matrices.
 group_gram_operator = define_operator(
     "group_gram(Tensor grams, int[] groups, int num_groups) -> Tensor",
     reference=reference.group_gram,
@@ -52,7 +53,7 @@ group_gram_operator = define_operator(
 tensor_coefficients_operator = define_operator(
     "tensor_coefficients(Tensor coefficients, Tensor grams, int[] groups, float[] weights) -> Tensor",
     reference=reference.tensor_coefficients,
-    fake=lambda coefficients, grams, groups, weights: coefficients.new_empty(len(groups), coefficients.shape[1]),
+    fake=lambda coefficients, grams, groups, weights: coefficients.new_empty(grams.shape[:2]),
     data=(),
 )
 
@@ -66,7 +67,9 @@ combine_operator = define_operator(
 
 @dataclass(frozen=True)
 class AlignmentStats:
-    """What an alignment did, group by group: float64 tensors on the gradients' device. They cover the tensors that both losses reach.
+    """What an alignment did, group by group: float64 tensors on the gradients' device.
+
+    They cover the tensors that every loss reaches (see `align_gradients`).
 
     Attributes:
         cosine: [groups], cosine between the two gradients; 0 where there are none.
@@ -96,9 +99,10 @@ def align_gradients(
     Inside a group, each gradient is split into a part parallel to the other gradient and an orthogonal one; the parallel part is scaled by
     rho = ((cosine + 1) / 2) ** power and the two results are added with `weights` (GenRep, Li, Yang and Wang, ICLR 2026).
 
-    A loss does not reach a tensor whose gradient of it is None or zero everywhere: autograd hands out either, depending on the model. A
-    tensor that one loss alone reaches gets its gradient times that loss's weight, one that none reaches gets zeros, or None where both
-    gradients are None. The statistics cover the tensors that have a group and that both losses reach.
+    A loss does not reach a tensor whose gradient of it is None or zero everywhere: autograd hands out
+    either, depending on the model. A tensor that one loss alone reaches gets its gradient times that
+    loss's weight. One that none reaches gets zeros, or None where both gradients are None. The
+    statistics cover the tensors that have a group and that both losses reach.
 
     Args:
         perception: gradients of the perception loss, one dense tensor for each parameter (float32, bfloat16, float16 or float64, any shape
@@ -365,7 +369,13 @@ def _numbered(gradients: Sequence[Gradients]) -> list[str]:
     return [f"gradients[{i}]" for i in range(len(gradients))]
 
 
-def _gram_matrices(gradients: Sequence[Gradients], indices: list[int], groups: list[int], num_groups: int, device: torch.device) -> Tensor:
+def _gram_matrices(
+    gradients: Sequence[Gradients],
+    indices: list[int],
+    groups: list[int],
+    num_groups: int,
+    device: torch.device,
+) -> Tensor:
     """[num_groups, n, n]: Gram matrices of the tensors `indices`, which belong to `groups`."""
     n = len(gradients)
     if not indices:

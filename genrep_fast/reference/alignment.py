@@ -22,8 +22,10 @@ def gram(gradients: list[Tensor | None], n: int, groups: list[int], num_groups: 
     """Gram matrices [num_groups, n, n] float64 of `n` losses' gradients; tensor t adds to the matrix of ``groups[t]``.
 
     A gradient that is None counts as zero: its row and its column get nothing from that tensor, not even another gradient's NaN. Products
-    of float32 (or narrower) numbers are exact in float64, so only the float64 sum rounds, and nothing finite overflows. A tensor adds 0 to
-    the diagonal only where every element of its gradient is 0: where squares of float64 numbers vanish, it adds the smallest normal one.
+    of float32 (or narrower) numbers are exact in float64, so only the float64 sum rounds, and nothing finite overflows.
+
+    A tensor adds 0 to the diagonal only where every element of its gradient is 0: where all squares of
+    float64 numbers vanish, it adds the smallest normal one.
     """
     device = next(gradient.device for gradient in gradients if gradient is not None)
     matrices = torch.zeros(num_groups, n, n, dtype=torch.float64, device=device)
@@ -42,8 +44,8 @@ def gram(gradients: list[Tensor | None], n: int, groups: list[int], num_groups: 
 def group_gram(grams: Tensor, groups: list[int], num_groups: int) -> Tensor:
     """Gram matrices [num_groups, n, n] of the groups' shared tensors, from the tensors' own [T, n, n], all float64.
 
-    Tensor t adds to the matrix of ``groups[t]``, or to none for group -1, where every loss reaches it: where no gradient of it is zero
-    everywhere.
+    Tensor t adds to the matrix of ``groups[t]``, or to none for group -1, where every loss reaches it:
+    where no gradient of it is zero everywhere.
     """
     shared = torch.where(_reached(grams)[:, None, None], grams, 0.0)  # [T, n, n]
     matrices = grams.new_zeros(num_groups, *grams.shape[1:])
@@ -72,10 +74,16 @@ def alignment_coefficients(gram: Tensor, weights: list[float], power: float) -> 
     return coefficients, cosine, alpha
 
 
-def tensor_coefficients(coefficients: Tensor, grams: Tensor, groups: list[int], weights: list[float]) -> Tensor:
-    """Coefficients [T, n] of tensors from those of groups [G, n] and the tensors' own Gram matrices [T, n, n], all float64.
+def tensor_coefficients(
+    coefficients: Tensor,
+    grams: Tensor,
+    groups: list[int],
+    weights: list[float],
+) -> Tensor:
+    """Coefficients [T, n] of tensors from those of groups [G, n], all float64.
 
-    Tensor t gets row ``groups[t]``, or the n `weights` for group -1 and where a loss does not reach it (see `group_gram`).
+    Tensor t gets row ``groups[t]``, or the n `weights` for group -1 and where a loss does not reach it,
+    which its own Gram matrix of `grams` [T, n, n] tells (see `group_gram`).
     """
     plain = coefficients.new_tensor(weights)[None]  # [1, n]
     rows = torch.cat([coefficients, plain])[groups]  # [T, n], the last row for group -1
@@ -83,7 +91,10 @@ def tensor_coefficients(coefficients: Tensor, grams: Tensor, groups: list[int], 
 
 
 def _reached(grams: Tensor) -> Tensor:
-    """Whether every loss reaches a tensor [T], from the tensors' own Gram matrices [T, n, n]; a gradient that is NaN is not zero."""
+    """Whether every loss reaches a tensor [T], from the tensors' own Gram matrices [T, n, n].
+
+    A NaN is not zero.
+    """
     return (grams.diagonal(dim1=1, dim2=2) != 0).all(dim=1)
 
 

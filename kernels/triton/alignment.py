@@ -11,7 +11,8 @@ clock) and multiplies and adds in 0.05 (64 a clock).
 
 Sums have a fixed order: every chunk writes its own to a slot, and a second kernel adds up the slots of each group.
 
-Between the two stand a few numbers a tensor and a group: sums of the tensors' own Gram matrices, coefficients, the choice of a tensor's.
+Between the two stand a few numbers a tensor and a group: sums of the tensors' own Gram matrices, coefficients, the choice of a
+tensor's.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def gram(gradients: list[Tensor | None], n: int, groups: list[int], num_groups: 
 
 
 def group_gram(grams: Tensor, groups: list[int], num_groups: int) -> Tensor:
-    """Gram matrices [num_groups, n, n] of the groups' shared tensors, from the tensors' own [T, n, n]; see the reference."""
+    """Gram matrices [num_groups, n, n] of groups from the tensors' own [T, n, n]; see the reference."""
     n = grams.shape[1]
     matrices = grams.new_empty(num_groups, n, n)
     if num_groups > 0:
@@ -48,22 +49,41 @@ def group_gram(grams: Tensor, groups: list[int], num_groups: int) -> Tensor:
             tables = group_tables(groups, num_groups, grams.device)
             entries = triton.next_power_of_2(n * n)
             group_gram_kernel[(num_groups,)](
-                grams.contiguous(), tables.members, tables.bounds, matrices, n, BLOCK=2048 // entries, ENTRIES=entries
+                grams.contiguous(),
+                tables.members,
+                tables.bounds,
+                matrices,
+                n,
+                BLOCK=2048 // entries,
+                ENTRIES=entries,
             )
     return matrices
 
 
-def tensor_coefficients(coefficients: Tensor, grams: Tensor, groups: list[int], weights: list[float]) -> Tensor:
+def tensor_coefficients(
+    coefficients: Tensor,
+    grams: Tensor,
+    groups: list[int],
+    weights: list[float],
+) -> Tensor:
     """Coefficients [T, n] of tensors from those of groups [G, n]; see the reference."""
     num_tensors, n = grams.shape[:2]
     rows = coefficients.new_empty(num_tensors, n)
     if num_tensors > 0:
         with torch.cuda.device_of(grams):
             tables = group_tables(groups, len(coefficients), grams.device)
-            padded = (*weights, *[0.0] * (8 - n))
+            eight_weights = (*weights, *[0.0] * (8 - n))
             grid = (triton.cdiv(num_tensors, 64),)
             tensor_coefficients_kernel[grid](
-                coefficients.contiguous(), grams.contiguous(), tables.groups, rows, num_tensors, *padded, n, BLOCK=64, num_warps=2
+                coefficients.contiguous(),
+                grams.contiguous(),
+                tables.groups,
+                rows,
+                num_tensors,
+                *eight_weights,
+                n,
+                BLOCK=64,
+                num_warps=2,
             )
     return rows
 
@@ -162,7 +182,10 @@ def _sum_kernel(partials_ptr, bounds_ptr, gram_ptr, N: tl.constexpr, BLOCK: tl.c
 
 @triton.jit
 def every_loss_reaches(matrix_ptr, mask, N: tl.constexpr):
-    """Whether no gradient of a tensor is zero everywhere, from the tensor's own Gram matrix [N, N]; a NaN is not zero."""
+    """Whether no gradient of a tensor is zero everywhere, from its own Gram matrix [N, N].
+
+    A NaN is not zero.
+    """
     reached = mask
     for i in tl.static_range(N):
         reached = reached & (tl.load(matrix_ptr + i * (N + 1), mask=mask, other=0.0) != 0)
@@ -170,7 +193,15 @@ def every_loss_reaches(matrix_ptr, mask, N: tl.constexpr):
 
 
 @triton.jit(do_not_specialize_on_alignment=["grams_ptr", "members_ptr", "bounds_ptr", "matrices_ptr"])
-def group_gram_kernel(grams_ptr, members_ptr, bounds_ptr, matrices_ptr, N: tl.constexpr, BLOCK: tl.constexpr, ENTRIES: tl.constexpr):
+def group_gram_kernel(
+    grams_ptr,
+    members_ptr,
+    bounds_ptr,
+    matrices_ptr,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ENTRIES: tl.constexpr,
+):
     """matrices[group]: sum of grams[t] over the group's members t that every loss reaches, BLOCK at a time."""
     group = tl.program_id(0).to(tl.int64)
     entries = tl.arange(0, ENTRIES)[None, :]  # of a matrix, row by row
@@ -188,7 +219,10 @@ def group_gram_kernel(grams_ptr, members_ptr, bounds_ptr, matrices_ptr, N: tl.co
     tl.store(matrix_ptrs, tl.sum(total, axis=0), mask=tl.arange(0, ENTRIES) < N * N)
 
 
-@triton.jit(do_not_specialize=["num_tensors"], do_not_specialize_on_alignment=["coefficients_ptr", "grams_ptr", "groups_ptr", "rows_ptr"])
+@triton.jit(
+    do_not_specialize=["num_tensors"],
+    do_not_specialize_on_alignment=["coefficients_ptr", "grams_ptr", "groups_ptr", "rows_ptr"],
+)
 def tensor_coefficients_kernel(
     coefficients_ptr,
     grams_ptr,
@@ -206,7 +240,7 @@ def tensor_coefficients_kernel(
     N: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """rows[t]: the group's row of coefficients where every loss reaches t, else the weights, of BLOCK tensors.
+    """rows[t] of BLOCK tensors: the group's row of coefficients where every loss reaches t, else the weights.
 
     The weights are parameters of their own, as a tuple of numbers arrives in float32.
     """
