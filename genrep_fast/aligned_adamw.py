@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -111,6 +112,8 @@ class AlignedAdamW(torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             self._check_group(self.param_groups[-1])
+            if self._averages is not None:
+                self._averages.require(self.param_groups[-1]["params"])
         except BaseException:
             self.param_groups.pop()
             raise
@@ -120,8 +123,8 @@ class AlignedAdamW(torch.optim.Optimizer):
         """Load a copy of the state of an `AlignedAdamW` or a `torch.optim.AdamW`, after the hooks that were registered for that.
 
         Raises:
-            ValueError: for hyperparameters that are missing or out of range, flags that are not implemented, and a state that lacks
-                something or does not fit its parameter; nothing is changed then.
+            ValueError: for groups of other sizes, hyperparameters that are missing or out of range, flags that are not implemented, and
+                a state that lacks something, has impossible values or does not fit its parameter; nothing is changed then.
         """
         # The last of the hooks: what it checks is what is loaded.
         handle = self.register_load_state_dict_pre_hook(_checked_copy)
@@ -132,13 +135,12 @@ class AlignedAdamW(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The state as `torch.optim.AdamW` keeps it: step counters are on the CPU unless a group is ``fused`` or ``capturable``."""
-        state_dict = super().state_dict()
-        for group in state_dict["param_groups"]:
-            for number in group["params"]:
-                values = state_dict["state"].get(number)
-                if values and not (group["fused"] or group["capturable"]):
-                    state_dict["state"][number] = {**values, "step": values["step"].cpu()}
-        return state_dict
+        # The first of the hooks: others get what torch.optim.AdamW would give them.
+        handle = self.register_state_dict_post_hook(_with_counters_of_adamw, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
 
     def __reduce_ex__(self, protocol: int) -> NoReturn:
         raise TypeError("an AlignedAdamW, which belongs to its aligner, cannot be copied or pickled: load its state_dict() into a new one")
@@ -187,21 +189,23 @@ class AlignedAdamW(torch.optim.Optimizer):
             return result
         collected = self.aligner.hand_over(self.max_norm, grad_scale)
         members_of_groups = self._members_of_groups(collected)
-        averages = {} if self._averages is None else self._averages.tensors()
-        decay = 0.0 if self._averages is None else self._averages.decay(self.ema_decay)
+        averages, decay = {}, 0.0
+        if self._averages is not None:
+            self._averages.require([parameter for members in members_of_groups for parameter in members.params])
+            averages, decay = self._averages.tensors(), self._averages.decay(self.ema_decay)
+        # Where nothing is kept of the old averages, copying is exact.
+        moved = averages if decay > 0 else {}
         if found_inf is not None:
             found_inf = found_inf.to(collected.coefficients.device)
             if not self.aligner.marker_checked:
                 found_inf = found_inf + self.aligner.overflow().isnan()
         for group, members in zip(self.param_groups, members_of_groups, strict=True):
             if members.indices:
-                self._update(group, members, collected, averages, decay, found_inf)
+                self._update(group, members, collected, moved, decay, found_inf)
         if self._averages is not None:
-            weight = 1 - decay if found_inf is None else (1 - decay) * (found_inf == 0)
-            trained = {self._index[id(parameter)] for parameter, state in self.state.items() if state}
-            updated = {index for members in members_of_groups for index in members.indices}
-            self._averages.follow(averages, updated, trained, weight)
-            self._averages.advance(decay)
+            done = {index for members in members_of_groups for index in members.indices} if moved else set()
+            self._averages.follow(averages, done, self._trained(), decay, found_inf)
+            self._averages.advance(decay, found_inf)
         self.aligner.finish(scaler_used=found_inf is not None)
         return result
 
@@ -235,6 +239,11 @@ class AlignedAdamW(torch.optim.Optimizer):
             ema_decay,
             found_inf,
         )
+
+    def _trained(self) -> set[int]:
+        """Indices of the parameters that have a state; others may keep one for hooks of their own."""
+        indices = (self._index.get(id(parameter)) for parameter, state in self.state.items() if state)
+        return {index for index in indices if index is not None}
 
     def _state(self, parameter: Tensor) -> dict[str, Tensor]:
         state = self.state[parameter]
@@ -290,10 +299,14 @@ class AlignedAdamW(torch.optim.Optimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         self._check_hyperparameters(group)
+        seen: set[int] = set()
         for position, parameter in enumerate(group["params"]):
+            name = group.get("param_names", {position: f"params[{position}]"})[position]
             if id(parameter) not in self._index:
-                name = group.get("param_names", {position: f"params[{position}]"})[position]
                 raise ValueError(f"{name} must be one of the aligner's parameters, got another tensor of shape {tuple(parameter.shape)}")
+            if id(parameter) in seen:
+                raise ValueError(f"{name} must be another parameter than those before it, got one of them twice")
+            seen.add(id(parameter))
         if self._averages is not None and self._averages.fixed:
             raise ValueError("parameter groups cannot be added to an AlignedAdamW whose averages are tensors: set its ema to None first")
 
@@ -314,24 +327,66 @@ def _check_flags(group: Mapping[str, Any]) -> None:
     for flag in _REFUSED:
         if group.get(flag):
             raise ValueError(f"AlignedAdamW does not implement {flag}, got {flag}={group[flag]}")
+    # torch.optim.Adam's state dict; without weight decay both are the same.
+    if not group.get("decoupled_weight_decay", True) and group["weight_decay"] != 0:
+        raise ValueError(
+            f"AlignedAdamW decouples weight decay, got decoupled_weight_decay=False, as of torch.optim.Adam, with "
+            f"weight_decay={group['weight_decay']}"
+        )
+
+
+def _with_counters_of_adamw(optimizer: AlignedAdamW, state_dict: dict[str, Any]) -> None:
+    for group in state_dict["param_groups"]:
+        if group["fused"] or group["capturable"]:
+            continue
+        for number in group["params"]:
+            values = state_dict["state"].get(number)
+            if values:
+                state_dict["state"][number] = {**values, "step": values["step"].cpu()}
 
 
 def _checked_copy(optimizer: AlignedAdamW, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """`state_dict`, once it fits `optimizer`, with copies of the tensors that both would share; torch compares numbers of parameters."""
-    for group in state_dict["param_groups"]:
-        for name in ("lr", "betas", "eps", "weight_decay"):
+    """`state_dict`, once it fits `optimizer`, with copies of the tensors that both would share."""
+    try:
+        groups = _checked_groups(optimizer, state_dict)
+        numbers_of = [number for group in groups for number in group["params"]]
+        copies = dict(state_dict["state"])
+        for number, parameter in zip(numbers_of, optimizer._all_params(), strict=True):
+            state = copies.get(number)
+            if not state:
+                continue
+            _check_state(state, parameter, optimizer.aligner.describe(optimizer._index[id(parameter)]))
+            copies[number] = {key: _copy_for(value, parameter) for key, value in state.items()}
+    except TypeError as error:
+        # Of the checks that constructor and step() share: here a wrong type is a wrong value of the state dict.
+        raise ValueError(f"state_dict does not fit: {error}") from error
+    return {**state_dict, "param_groups": groups, "state": copies}
+
+
+def _checked_groups(optimizer: AlignedAdamW, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parameter groups of `state_dict`, once they fit those of `optimizer`."""
+    for key in ("state", "param_groups"):
+        if key not in state_dict:
+            raise ValueError(f"state_dict must have {key}, got {', '.join(map(str, state_dict)) or 'nothing'}")
+    saved = state_dict["param_groups"]
+    if len(saved) != len(optimizer.param_groups):
+        raise ValueError(
+            f"loaded state dict has a different number of parameter groups: {len(saved)}, the optimizer has "
+            f"{len(optimizer.param_groups)}"
+        )
+    groups = []
+    for position, (group, own) in enumerate(zip(saved, optimizer.param_groups, strict=True)):
+        for name in ("params", "lr", "betas", "eps", "weight_decay"):
             if name not in group:
                 raise ValueError(f"state_dict must have {name} in every parameter group, got {', '.join(sorted(group))}")
+        if len(group["params"]) != len(own["params"]):
+            raise ValueError(
+                f"loaded state dict contains a parameter group that doesn't match the size of optimizer's group: "
+                f"{len(group['params'])} parameters in group {position}, the optimizer has {len(own['params'])}"
+            )
         optimizer._check_hyperparameters(group)
-    numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
-    copies = dict(state_dict["state"])
-    for number, parameter in zip(numbers, optimizer._all_params(), strict=False):
-        state = copies.get(number)
-        if not state:
-            continue
-        _check_state(state, parameter, optimizer.aligner.describe(optimizer._index[id(parameter)]))
-        copies[number] = {key: _copy_for(value, parameter) for key, value in state.items()}
-    return {**state_dict, "state": copies}
+        groups.append({**group, "decoupled_weight_decay": True})
+    return groups
 
 
 def _copy_for(value: Any, parameter: Tensor) -> Any:
@@ -345,6 +400,8 @@ def _check_state(state: Mapping[str, Any], parameter: Tensor, name: str) -> None
     for key in ("step", "exp_avg", "exp_avg_sq"):
         if key not in state:
             raise ValueError(f"state_dict must have {key} for {name}, got {', '.join(map(str, state)) or 'nothing'}")
+    if "max_exp_avg_sq" in state:
+        raise ValueError(f"AlignedAdamW does not implement amsgrad, got max_exp_avg_sq for {name}")
     for key in ("exp_avg", "exp_avg_sq"):
         check_tensor(state[key], f"{key} of {name}", parameter.shape, None)
     if (state["exp_avg_sq"] < 0).any():
@@ -354,5 +411,5 @@ def _check_state(state: Mapping[str, Any], parameter: Tensor, name: str) -> None
         if step.numel() != 1:
             raise ValueError(f"step of {name} must have one element, got shape {tuple(step.shape)}")
         step = step.item()
-    if not isinstance(step, (int, float)) or not math.isfinite(step) or step < 0 or step != int(step):
+    if not isinstance(step, numbers.Real) or not math.isfinite(step) or step < 0 or step != int(step):
         raise ValueError(f"step of {name} must be a whole number, not negative, got {step}")

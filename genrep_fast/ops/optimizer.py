@@ -112,7 +112,10 @@ def adamw_step(
 
 
 def check_learning_rate(lr: float | Tensor, device: torch.device) -> None:
-    """Check that `lr` is a finite number, not negative, or a tensor of one element on `device` or the CPU; its value where it is at hand."""
+    """Check that `lr` is a finite number, not negative, or a tensor of one element on `device` or the CPU.
+
+    The value of a tensor is checked on the CPU alone, where nobody waits for it.
+    """
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
             raise ValueError(f"lr must have one element, got shape {tuple(lr.shape)}")
