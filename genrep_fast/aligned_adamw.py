@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import numbers
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -83,7 +85,7 @@ class AlignedAdamW(torch.optim.Optimizer):
         self._index = {id(parameter): index for index, parameter in enumerate(aligner.parameters)}
         self._averages: Averages | None = None
         self._ema: Any = None
-        self._members: tuple[list[int], list[_Members]] | None = None
+        self._members: tuple[list[int], list[list[Tensor]], list[_Members]] | None = None
         flags = {
             "amsgrad": amsgrad,
             "maximize": maximize,
@@ -282,8 +284,9 @@ class AlignedAdamW(torch.optim.Optimizer):
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
     def _members_of_groups(self, collected: Collected) -> list[_Members]:
-        """For each parameter group what was collected for it; as long as the same parameters are reached, the same list."""
-        if self._members is None or self._members[0] is not collected.rows:
+        """For each parameter group what was collected for it; as long as groups and reached parameters are the same, the same list."""
+        groups = [list(group["params"]) for group in self.param_groups]
+        if self._members is None or self._members[0] is not collected.rows or not _are_same(self._members[1], groups):
             rows = dict(zip(collected.indices, collected.rows, strict=True))
             members = []
             for group in self.param_groups:
@@ -294,8 +297,8 @@ class AlignedAdamW(torch.optim.Optimizer):
             if rows:
                 name = self.aligner.describe(min(rows))
                 raise RuntimeError(f"{name} was reached by a loss, but is in no parameter group of this optimizer")
-            self._members = (collected.rows, members)
-        return self._members[1]
+            self._members = (collected.rows, groups, members)
+        return self._members[2]
 
     def _check_group(self, group: dict[str, Any]) -> None:
         self._check_hyperparameters(group)
@@ -317,6 +320,13 @@ class _Members(NamedTuple):
     indices: list[int]  # in the aligner's parameters
     params: list[Tensor]
     rows: list[int]  # of the coefficients
+
+
+def _are_same(one: list[list[Tensor]], other: list[list[Tensor]]) -> bool:
+    """Whether both hold the same tensors."""
+    if [len(group) for group in one] != [len(group) for group in other]:
+        return False
+    return all(map(operator.is_, itertools.chain(*one), itertools.chain(*other)))
 
 
 def _check_decay(ema_decay: float | None) -> float | None:
