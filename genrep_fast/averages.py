@@ -5,6 +5,7 @@ Whatever holds the averages is read anew at every step, since ``load_state_dict`
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -163,8 +164,9 @@ class Averages:
         for span in spans:
             before = furthest if span.is_average else furthest_average
             if before is not None and before.space == span.space and span.start < before.end:
+                average, other = (span, before) if span.is_average else (before, span)
                 raise ValueError(
-                    f"{span.name} shares memory with {before.name}: every average must be a tensor of its own"
+                    f"{average.name} shares memory with {other.name}: every average must be a tensor of its own"
                 )
             furthest = _further(furthest, span)
             if span.is_average:
@@ -321,14 +323,13 @@ class _AveragedModel(_Module):
 
     def _average_integers(self, average: Tensor, current: Tensor, decay: float) -> None:
         """As AveragedModel does it: the mean, without what is behind the point."""
+        mean = average * decay + current.to(average) * (1 - decay)
         if self._model.avg_fn is not None and decay == self.decay():
-            average.copy_(
-                self._model.avg_fn(
-                    average.clone(), current.to(average), self._model.n_averaged.to(average.device)
-                )
-            )
-        else:
-            average.copy_(average * decay + current.to(average) * (1 - decay))
+            count = self._model.n_averaged.to(average.device)
+            # A rule that takes no integers, which AveragedModel refuses, is for the others.
+            with contextlib.suppress(RuntimeError):
+                mean = self._model.avg_fn(average.clone(), current.to(average), count)
+        average.copy_(mean)
 
     def _updates(self) -> int:
         counter = self._model.n_averaged
@@ -389,7 +390,7 @@ def _source_of(source: Any, params: Sequence[Tensor], aligner: GradientAligner) 
         )
     if all(hasattr(source, name) for name in ("shadow_params", "get_decay", "optimization_step")):
         return _EMAModel(source, indices, aligner)
-    if not isinstance(source, Sequence):
+    if not isinstance(source, Sequence) or isinstance(source, str):
         raise TypeError(
             f"ema must be tensors, a module, an AveragedModel or diffusers' EMAModel, got {type(source).__name__}"
         )
