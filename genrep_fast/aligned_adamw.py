@@ -191,10 +191,12 @@ class AlignedAdamW(torch.optim.Optimizer):
             return result
         collected = self.aligner.hand_over(self.max_norm, grad_scale)
         members_of_groups = self._members_of_groups(collected)
+        reached = {index for members in members_of_groups for index in members.indices}
         averages, decay = {}, 0.0
         if self._averages is not None:
-            self._averages.require([parameter for members in members_of_groups for parameter in members.params])
             averages, decay = self._averages.tensors(), self._averages.decay(self.ema_decay)
+            if not reached <= averages.keys():
+                self._averages.require([self.aligner.parameters[index] for index in reached])
         # Where nothing is kept of the old averages, copying is exact.
         moved = averages if decay > 0 else {}
         if found_inf is not None:
@@ -205,8 +207,7 @@ class AlignedAdamW(torch.optim.Optimizer):
             if members.indices:
                 self._update(group, members, collected, moved, decay, found_inf)
         if self._averages is not None:
-            done = {index for members in members_of_groups for index in members.indices} if moved else set()
-            self._averages.follow(averages, done, self._trained(), decay, found_inf)
+            self._averages.follow(averages, reached if moved else set(), self._trained(), decay, found_inf)
             self._averages.advance(decay, found_inf)
         self.aligner.finish(scaler_used=found_inf is not None)
         return result

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -65,7 +66,7 @@ class Averages:
         self._aligner = aligner
         self._source = _source_of(source, params, aligner)
         self._indices = {id(parameter): index for index, parameter in enumerate(aligner.parameters)}
-        self._checked: list[_Checked] = []
+        self._checked = _Checked.of([])
         # Parameters whose averages equal them, and the versions of both of which that is true.
         self._frozen: dict[int, tuple[int, int]] = {}
         self.require(params)
@@ -94,9 +95,7 @@ class Averages:
     def tensors(self) -> dict[int, Tensor]:
         """The averages, by the aligner's index of their parameters, checked where they are others than before."""
         tensors = self._source.tensors()
-        if len(self._checked) != len(tensors) or not all(
-            map(_is_unchanged, self._checked, tensors.values())
-        ):
+        if not self._checked.describes(list(tensors.values())):
             self._check(tensors)
         return tensors
 
@@ -142,9 +141,7 @@ class Averages:
                     f"of half-precision parameters in float32"
                 )
         self._check_apart(tensors)
-        self._checked = [
-            _Checked(tensor, tensor.dtype, tensor.device) for tensor in tensors.values()
-        ]
+        self._checked = _Checked.of(list(tensors.values()))
         self._frozen = {}
 
     def _check_apart(self, tensors: dict[int, Tensor]) -> None:
@@ -174,11 +171,21 @@ class Averages:
 
 
 class _Checked(NamedTuple):
-    """An average as it was when it was checked; ``module.to`` changes tensors in place."""
+    """Averages as they were when they were checked; ``module.to`` changes tensors in place."""
 
-    tensor: Tensor
-    dtype: torch.dtype
-    device: torch.device
+    tensors: list[Tensor]
+    dtypes: list[torch.dtype]
+    devices: list[torch.device]
+
+    @classmethod
+    def of(cls, tensors: list[Tensor]) -> _Checked:
+        return cls(tensors, [tensor.dtype for tensor in tensors], [tensor.device for tensor in tensors])
+
+    def describes(self, tensors: list[Tensor]) -> bool:
+        """Whether `tensors` are the same, and unchanged but for their values."""
+        if len(tensors) != len(self.tensors) or not all(map(operator.is_, tensors, self.tensors)):
+            return False
+        return self.of(tensors)[1:] == self[1:]
 
 
 class _Span(NamedTuple):
@@ -499,10 +506,6 @@ def _fits(tensors: Sequence[Tensor], order: list[int], aligner: GradientAligner)
 
 def _is_equal(average: Tensor, parameter: Tensor) -> bool:
     return torch.equal(average, parameter.detach().to(average))
-
-
-def _is_unchanged(known: _Checked, tensor: Tensor) -> bool:
-    return known.tensor is tensor and known.dtype == tensor.dtype and known.device == tensor.device
 
 
 def _like(weight: float | Tensor, average: Tensor) -> float | Tensor:
