@@ -15,7 +15,12 @@ from torch import Tensor
 from .averages import Averages
 from .gradient_aligner import Collected, GradientAligner, check_max_norm
 from .ops.alignment import check_tensor
-from .ops.optimizer import adamw_step_operator, check_ema_decay, check_hyperparameters, check_learning_rate
+from .ops.optimizer import (
+    adamw_step_operator,
+    check_ema_decay,
+    check_hyperparameters,
+    check_learning_rate,
+)
 
 # What torch.optim.AdamW does where they are set, and this optimizer does not.
 _REFUSED = ("amsgrad", "maximize", "differentiable")
@@ -24,36 +29,48 @@ _REFUSED = ("amsgrad", "maximize", "differentiable")
 class AlignedAdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov and Hutter, ICLR 2019) on the aligned gradient, and a moving average of the parameters, in one pass over memory.
 
-    ``step()`` combines the gradients that the aligner collected and applies them: what ``aligner.align(max_norm)``, `torch.optim.AdamW`
-    and ``ema.lerp_(param, 1 - ema_decay)`` do one after the other, without writing the combined gradient. Statistics are in
-    ``aligner.stats``. A parameter that no loss reached is left alone, with its state; its average goes on following it.
+    ``step()`` combines the gradients that the aligner collected and applies them: what
+    ``aligner.align(max_norm)``, `torch.optim.AdamW` and ``ema.lerp_(param, 1 - ema_decay)`` do one
+    after the other, without writing the combined gradient. Statistics are in ``aligner.stats``. A
+    parameter that no loss reached is left alone, with its state; its average goes on following it.
 
-    State dicts are those of `torch.optim.AdamW` and load both ways; the averages are not in them. With a GradScaler, ``scaler.step``
-    works and ``scaler.unscale_`` does not: `max_norm` clips, in unscaled units. Between the collection and the step one parameter's
-    ``.grad`` holds a copy of a gradient, for a GradScaler to look at and for nothing else: to write to it, replace it or set it to None is
-    an error that ``step()`` raises.
+    State dicts are those of `torch.optim.AdamW` and load both ways; the averages are not in them.
+    With a GradScaler, ``scaler.step`` works and ``scaler.unscale_`` does not: `max_norm` clips, in
+    unscaled units. Between the collection and the step one parameter's ``.grad`` holds a copy of a
+    gradient, for a GradScaler to look at and for nothing else: to write to it, replace it or set it
+    to None is an error that ``step()`` raises.
 
-    Args:
-        params: parameters, named parameters or groups of them, as `torch.optim.AdamW` takes them; all of the aligner's.
-        lr: learning rate, a number or a tensor of one element. A CUDA graph keeps the number of its capture: to change the rate between
+    Args: params: parameters, named parameters or groups of them, as `torch.optim.AdamW` takes them;
+        all of the aligner's. lr: learning rate, a number or a tensor of one element on the
+        parameters' device or the CPU. A CUDA graph keeps the number of its capture: to change the
+        rate between
             replays, give a tensor on the parameters' device.
-        betas, eps, weight_decay: as in `torch.optim.AdamW`; betas may be tensors of one element on the CPU.
+        betas, eps, weight_decay: as in `torch.optim.AdamW`; betas may be tensors of one element on
+            the CPU.
         aligner: GradientAligner, which from now on keeps gradients for this optimizer.
-        ema: what follows the parameters, in float32 or float64. Tensors in the order of `params`; a module with the aligner's parameter
-            names, wrapped or not, whose buffers are copied from the module of which the aligner was made; an AveragedModel of
-            `torch.optim.swa_utils`, whose first update copies; or diffusers' EMAModel, which counts its steps. None for none. It is read
-            at every step, and the attribute ``ema`` may be set between steps.
-        ema_decay: share of the old average that is kept, 0 to 1; None for what an AveragedModel or EMAModel has itself, else 0.999. The
-            attribute ``ema_decay`` may be set between steps, but not through the wrappers of Accelerate and Lightning:
+        ema: what follows the parameters, in float32 or float64, shapes as theirs, in memory of its
+            own. Tensors in the order of `params`; a module with the aligner's parameter names,
+            inside of wrappers or not, whose buffers are copied from the module of which the aligner
+            was made; an AveragedModel of `torch.optim.swa_utils`, which is updated as its
+            ``update_parameters`` does it, the first time by copying; or diffusers' EMAModel, as its
+            ``step`` does it. None for none. It is read at every step, and the attribute ``ema`` may
+            be set between steps. With a GradScaler the counters of the last two make a step wait
+            for the device.
+        ema_decay: share of the old average that is kept, 0 to 1; None for what an AveragedModel or
+            EMAModel has itself, else 0.999. The attribute ``ema_decay`` may be set between steps,
+            but not through the wrappers of Accelerate and Lightning:
             ``optimizer.optimizer.ema_decay`` there.
-        max_norm: shorten the gradient to this norm where it is longer (see `GradientAligner.align`); also an attribute.
-        foreach, fused, capturable: accepted, as they ask for what this step is; they only decide where `torch.optim.AdamW`, which loads a
-            state dict of this optimizer, keeps its counters.
+        max_norm: shorten the gradient to this norm where it is longer (see
+            `GradientAligner.align`); also an attribute.
+        foreach, fused, capturable: accepted, as they ask for what this step is; they only decide
+            where `torch.optim.AdamW`, which loads a state dict of this optimizer, keeps its
+            counters.
         amsgrad, maximize, differentiable: False; nothing else is implemented.
 
-    Raises:
-        TypeError, ValueError: for hyperparameters out of range, ``amsgrad``, ``maximize`` or ``differentiable``, a parameter that the
-            aligner does not have, and averages that do not fit their parameters.
+    Raises: TypeError, ValueError: for hyperparameters out of range, ``amsgrad``, ``maximize`` or
+        ``differentiable``, a parameter that the
+            aligner does not have or that is given twice, and averages that do not fit their
+            parameters, are missing, or share memory.
     """
 
     # GradScaler: step() takes grad_scale and found_inf.
@@ -95,7 +112,9 @@ class AlignedAdamW(torch.optim.Optimizer):
             "fused": fused,
             "decoupled_weight_decay": True,
         }
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **flags})
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **flags}
+        )
         self.ema = ema
         aligner.attach(self)
 
@@ -124,9 +143,10 @@ class AlignedAdamW(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a copy of the state of an `AlignedAdamW` or a `torch.optim.AdamW`, after the hooks that were registered for that.
 
-        Raises:
-            ValueError: for groups of other sizes, hyperparameters that are missing or out of range, flags that are not implemented, and
-                a state that lacks something, has impossible values or does not fit its parameter; nothing is changed then.
+        Raises: ValueError: for groups of other sizes, hyperparameters that are missing or out of
+            range, flags that are not implemented, and
+                a state that lacks something, has impossible values or does not fit its parameter;
+                nothing is changed then.
         """
         # The last of the hooks: what it checks is what is loaded.
         handle = self.register_load_state_dict_pre_hook(_checked_copy)
@@ -145,7 +165,9 @@ class AlignedAdamW(torch.optim.Optimizer):
             handle.remove()
 
     def __reduce_ex__(self, protocol: int) -> NoReturn:
-        raise TypeError("an AlignedAdamW, which belongs to its aligner, cannot be copied or pickled: load its state_dict() into a new one")
+        raise TypeError(
+            "an AlignedAdamW, which belongs to its aligner, cannot be copied or pickled: load its state_dict() into a new one"
+        )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -156,7 +178,9 @@ class AlignedAdamW(torch.optim.Optimizer):
             for parameter in group["params"]:
                 values = self.state.get(parameter)
                 if values:
-                    values["step"] = torch.as_tensor(values["step"], dtype=torch.float32, device=parameter.device).reshape(())
+                    values["step"] = torch.as_tensor(
+                        values["step"], dtype=torch.float32, device=parameter.device
+                    ).reshape(())
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop everything that the aligner collected, and every ``.grad``."""
@@ -173,11 +197,15 @@ class AlignedAdamW(torch.optim.Optimizer):
         Returns:
             What the closure returns; None without one.
 
-        Raises:
-            RuntimeError: where a loss has not been collected, no loss reached a parameter or one reached a parameter that is not of this
-                optimizer, another optimizer has been attached to the aligner, or ``.grad`` was touched since the collection. Where
-                nothing was collected, every learning rate is 0 and every ``.grad`` is zero, as `torch.distributed.checkpoint` has it to
-                make an optimizer allocate its state, that is done and nothing else.
+        Raises: RuntimeError: where a loss has not been collected, no loss reached a parameter or
+            one reached a parameter that is not of this
+                optimizer, another optimizer has been attached to the aligner, or ``.grad`` was
+                touched since the collection. Where nothing was collected, every learning rate is 0
+                and every ``.grad`` is zero, as `torch.distributed.checkpoint` has it to make an
+                optimizer allocate its state, that is done and nothing else.
+            TypeError, ValueError: for hyperparameters and averages that were changed to what the
+                constructor refuses, and for an AveragedModel whose function is no weighted mean;
+                nothing is changed then.
         """
         result = None
         if closure is not None:
@@ -207,7 +235,9 @@ class AlignedAdamW(torch.optim.Optimizer):
             if members.indices:
                 self._update(group, members, collected, moved, decay, found_inf)
         if self._averages is not None:
-            self._averages.follow(averages, reached if moved else set(), self._trained(), decay, found_inf)
+            self._averages.follow(
+                averages, reached if moved else set(), self._trained(), decay, found_inf
+            )
             self._averages.advance(decay, found_inf)
         self.aligner.finish(scaler_used=found_inf is not None)
         return result
@@ -223,7 +253,9 @@ class AlignedAdamW(torch.optim.Optimizer):
     ) -> None:
         states = [self._state(parameter) for parameter in members.params]
         steps = [state["step"] for state in states]
-        torch._foreach_add_(steps, 1.0 if found_inf is None else [(found_inf == 0).to(steps[0])] * len(steps))
+        torch._foreach_add_(
+            steps, 1.0 if found_inf is None else [(found_inf == 0).to(steps[0])] * len(steps)
+        )
         lr = group["lr"]
         adamw_step_operator(
             members.params,
@@ -245,7 +277,9 @@ class AlignedAdamW(torch.optim.Optimizer):
 
     def _trained(self) -> set[int]:
         """Indices of the parameters that have a state; others may keep one for hooks of their own."""
-        indices = (self._index.get(id(parameter)) for parameter, state in self.state.items() if state)
+        indices = (
+            self._index.get(id(parameter)) for parameter, state in self.state.items() if state
+        )
         return {index for index in indices if index is not None}
 
     def _state(self, parameter: Tensor) -> dict[str, Tensor]:
@@ -269,9 +303,13 @@ class AlignedAdamW(torch.optim.Optimizer):
 
     def _check_step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         if not self.aligner.attached(self):
-            raise RuntimeError("another AlignedAdamW has been attached to the aligner since, which keeps gradients for that one")
+            raise RuntimeError(
+                "another AlignedAdamW has been attached to the aligner since, which keeps gradients for that one"
+            )
         if found_inf is not None and grad_scale is None:
-            raise RuntimeError("scaler.unscale_ does not reach the gradients that the aligner holds: leave it out, and clip with max_norm")
+            raise RuntimeError(
+                "scaler.unscale_ does not reach the gradients that the aligner holds: leave it out, and clip with max_norm"
+            )
         _check_decay(self.ema_decay)
         for group in self.param_groups:
             self._check_hyperparameters(group)
@@ -287,7 +325,11 @@ class AlignedAdamW(torch.optim.Optimizer):
     def _members_of_groups(self, collected: Collected) -> list[_Members]:
         """For each parameter group what was collected for it; as long as groups and reached parameters are the same, the same list."""
         groups = [list(group["params"]) for group in self.param_groups]
-        if self._members is None or self._members[0] is not collected.rows or not _are_same(self._members[1], groups):
+        if (
+            self._members is None
+            or self._members[0] is not collected.rows
+            or not _are_same(self._members[1], groups)
+        ):
             rows = dict(zip(collected.indices, collected.rows, strict=True))
             members = []
             for group in self.param_groups:
@@ -297,7 +339,9 @@ class AlignedAdamW(torch.optim.Optimizer):
                 members.append(_Members(indices, params, [rows.pop(index) for index in indices]))
             if rows:
                 name = self.aligner.describe(min(rows))
-                raise RuntimeError(f"{name} was reached by a loss, but is in no parameter group of this optimizer")
+                raise RuntimeError(
+                    f"{name} was reached by a loss, but is in no parameter group of this optimizer"
+                )
             self._members = (collected.rows, groups, members)
         return self._members[2]
 
@@ -307,12 +351,18 @@ class AlignedAdamW(torch.optim.Optimizer):
         for position, parameter in enumerate(group["params"]):
             name = group.get("param_names", {position: f"params[{position}]"})[position]
             if id(parameter) not in self._index:
-                raise ValueError(f"{name} must be one of the aligner's parameters, got another tensor of shape {tuple(parameter.shape)}")
+                raise ValueError(
+                    f"{name} must be one of the aligner's parameters, got another tensor of shape {tuple(parameter.shape)}"
+                )
             if id(parameter) in seen:
-                raise ValueError(f"{name} must be another parameter than those before it, got one of them twice")
+                raise ValueError(
+                    f"{name} must be another parameter than those before it, got one of them twice"
+                )
             seen.add(id(parameter))
         if self._averages is not None and self._averages.fixed:
-            raise ValueError("parameter groups cannot be added to an AlignedAdamW whose averages are tensors: set its ema to None first")
+            raise ValueError(
+                "parameter groups cannot be added to an AlignedAdamW whose averages are tensors: set its ema to None first"
+            )
 
 
 class _Members(NamedTuple):
@@ -366,7 +416,9 @@ def _checked_copy(optimizer: AlignedAdamW, state_dict: dict[str, Any]) -> dict[s
             state = copies.get(number)
             if not state:
                 continue
-            _check_state(state, parameter, optimizer.aligner.describe(optimizer._index[id(parameter)]))
+            _check_state(
+                state, parameter, optimizer.aligner.describe(optimizer._index[id(parameter)])
+            )
             copies[number] = {key: _copy_for(value, parameter) for key, value in state.items()}
     except TypeError as error:
         # Of the checks that constructor and step() share: here a wrong type is a wrong value of the state dict.
@@ -378,7 +430,9 @@ def _checked_groups(optimizer: AlignedAdamW, state_dict: dict[str, Any]) -> list
     """The parameter groups of `state_dict`, once they fit those of `optimizer`."""
     for key in ("state", "param_groups"):
         if key not in state_dict:
-            raise ValueError(f"state_dict must have {key}, got {', '.join(map(str, state_dict)) or 'nothing'}")
+            raise ValueError(
+                f"state_dict must have {key}, got {', '.join(map(str, state_dict)) or 'nothing'}"
+            )
     saved = state_dict["param_groups"]
     if len(saved) != len(optimizer.param_groups):
         raise ValueError(
@@ -389,7 +443,9 @@ def _checked_groups(optimizer: AlignedAdamW, state_dict: dict[str, Any]) -> list
     for position, (group, own) in enumerate(zip(saved, optimizer.param_groups, strict=True)):
         for name in ("params", "lr", "betas", "eps", "weight_decay"):
             if name not in group:
-                raise ValueError(f"state_dict must have {name} in every parameter group, got {', '.join(sorted(group))}")
+                raise ValueError(
+                    f"state_dict must have {name} in every parameter group, got {', '.join(sorted(group))}"
+                )
         if len(group["params"]) != len(own["params"]):
             raise ValueError(
                 f"loaded state dict contains a parameter group that doesn't match the size of optimizer's group: "
@@ -404,23 +460,35 @@ def _copy_for(value: Any, parameter: Tensor) -> Any:
     """A copy of a tensor that torch would load as it is, for the state of `parameter`."""
     if not isinstance(value, Tensor) or value.device != parameter.device:
         return value
-    return value.clone()
+    return value.detach().clone()
 
 
 def _check_state(state: Mapping[str, Any], parameter: Tensor, name: str) -> None:
     for key in ("step", "exp_avg", "exp_avg_sq"):
         if key not in state:
-            raise ValueError(f"state_dict must have {key} for {name}, got {', '.join(map(str, state)) or 'nothing'}")
+            raise ValueError(
+                f"state_dict must have {key} for {name}, got {', '.join(map(str, state)) or 'nothing'}"
+            )
     if "max_exp_avg_sq" in state:
         raise ValueError(f"AlignedAdamW does not implement amsgrad, got max_exp_avg_sq for {name}")
+    for key in ("step", "exp_avg", "exp_avg_sq"):
+        if isinstance(state[key], Tensor) and state[key].is_meta:
+            raise ValueError(f"{key} of {name} must have values, got a tensor on the device meta")
     for key in ("exp_avg", "exp_avg_sq"):
         check_tensor(state[key], f"{key} of {name}", parameter.shape, None)
     if (state["exp_avg_sq"] < 0).any():
-        raise ValueError(f"exp_avg_sq of {name} must not be negative, got {state['exp_avg_sq'].min().item()}")
+        raise ValueError(
+            f"exp_avg_sq of {name} must not be negative, got {state['exp_avg_sq'].min().item()}"
+        )
     step = state["step"]
     if isinstance(step, Tensor):
         if step.numel() != 1:
             raise ValueError(f"step of {name} must have one element, got shape {tuple(step.shape)}")
         step = step.item()
-    if not isinstance(step, numbers.Real) or not math.isfinite(step) or step < 0 or step != int(step):
+    if (
+        not isinstance(step, numbers.Real)
+        or not math.isfinite(step)
+        or step < 0
+        or step != int(step)
+    ):
         raise ValueError(f"step of {name} must be a whole number, not negative, got {step}")

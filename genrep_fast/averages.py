@@ -1,6 +1,7 @@
 """The moving averages that follow an optimizer's parameters: tensors, modules, and the average objects of PyTorch and diffusers.
 
-Whatever holds the averages is read anew at every step, since ``load_state_dict`` and ``to`` put other tensors into it.
+Whatever holds the averages is read anew at every step, since ``load_state_dict`` and ``to`` put
+other tensors into it.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ class Source(Protocol):
 class Averages:
     """The averages of one optimizer.
 
-    Args:
-        source: tensors in the order of `params`; a module with the parameter names of the aligner, wrapped or not; an AveragedModel of
+    Args: source: tensors in the order of `params`; a module with the parameter names of the
+        aligner, wrapped or not; an AveragedModel of
             `torch.optim.swa_utils`; or diffusers' EMAModel.
         params: parameters of the optimizer, each of which needs an average.
         aligner: their aligner.
@@ -113,7 +114,8 @@ class Averages:
     ) -> None:
         """Move averages towards their parameters, but for those that are `done`; nothing where `found_inf` is not 0.
 
-        The average of a constant is the constant: a frozen parameter that is not among those once `trained` is copied once, and
+        The average of a constant is the constant: a frozen parameter that is not among those once
+            `trained` is copied once, and
         when it or its average is written to.
         """
         weight = 1 - decay if found_inf is None else (1 - decay) * (found_inf == 0)
@@ -145,11 +147,9 @@ class Averages:
         self._frozen = {}
 
     def _check_apart(self, tensors: dict[int, Tensor]) -> None:
-        """Raise ValueError where an average shares memory with another one or with a parameter."""
-        held = [
-            (parameter, self._aligner.describe(index), False)
-            for index, parameter in enumerate(self._aligner.parameters)
-        ]
+        """Raise ValueError where an average shares memory with another one or with a parameter that has one."""
+        parameters = self._aligner.parameters
+        held = [(parameters[index], self._aligner.describe(index), False) for index in tensors]
         held += [(tensor, self._source.describe(index), True) for index, tensor in tensors.items()]
         spans = sorted(
             _Span(*_memory(tensor), name, is_average)
@@ -179,7 +179,9 @@ class _Checked(NamedTuple):
 
     @classmethod
     def of(cls, tensors: list[Tensor]) -> _Checked:
-        return cls(tensors, [tensor.dtype for tensor in tensors], [tensor.device for tensor in tensors])
+        return cls(
+            tensors, [tensor.dtype for tensor in tensors], [tensor.device for tensor in tensors]
+        )
 
     def describes(self, tensors: list[Tensor]) -> bool:
         """Whether `tensors` are the same, and unchanged but for their values."""

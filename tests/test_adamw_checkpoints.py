@@ -28,7 +28,10 @@ class Run:
         if kind == "groups":
             params = [
                 {"params": list(self.model[0].parameters()), "lr": 0.05},
-                {"params": [*self.model[2].parameters(), *self.model[3].parameters()], "weight_decay": 0.0},
+                {
+                    "params": [*self.model[2].parameters(), *self.model[3].parameters()],
+                    "weight_decay": 0.0,
+                },
             ]
         if kind == "named":
             params = self.model.named_parameters()
@@ -53,7 +56,10 @@ class Run:
 
     def values(self):
         state = self.optimizer.state_dict()["state"]
-        return [*self.model.state_dict().values(), *(value for values in state.values() for value in values.values())]
+        return [
+            *self.model.state_dict().values(),
+            *(value for values in state.values() for value in values.values()),
+        ]
 
 
 def assert_same(one, other):
@@ -82,7 +88,13 @@ def test_state_of_a_fresh_optimizer_and_of_one_that_has_stepped(kind, options, s
     torch.testing.assert_close(list(source.model.state_dict().values()), before, rtol=0, atol=0)
     assert all(parameter.grad is None for parameter in source.model.parameters())
     model, optimizer = copy.deepcopy(model), copy.deepcopy(optimizer)
-    set_state_dict(target.model, target.optimizer, model_state_dict=model, optim_state_dict=optimizer, options=options)
+    set_state_dict(
+        target.model,
+        target.optimizer,
+        model_state_dict=model,
+        optim_state_dict=optimizer,
+        options=options,
+    )
     assert [float(group["lr"]) for group in target.optimizer.param_groups] == [
         float(group["lr"]) for group in source.optimizer.param_groups
     ]
@@ -104,7 +116,11 @@ def test_through_a_folder_in_one_process(tmp_path, kind, flat):
     state_dict = {"model": model, "optimizer": optimizer}
     dcp.load(state_dict, checkpoint_id=tmp_path, no_dist=True)
     set_state_dict(
-        target.model, target.optimizer, model_state_dict=state_dict["model"], optim_state_dict=state_dict["optimizer"], options=options
+        target.model,
+        target.optimizer,
+        model_state_dict=state_dict["model"],
+        optim_state_dict=state_dict["optimizer"],
+        options=options,
     )
     for seed in (1, 2):
         source.step(seed)
@@ -203,13 +219,17 @@ def test_accelerate_saves_and_loads(tmp_path, accelerate):
     accelerator = accelerate.Accelerator(cpu=True)
     source = Run("average")
     model, optimizer, schedule = accelerator.prepare(
-        source.model, source.optimizer, torch.optim.lr_scheduler.ExponentialLR(source.optimizer, 0.5)
+        source.model,
+        source.optimizer,
+        torch.optim.lr_scheduler.ExponentialLR(source.optimizer, 0.5),
     )
     accelerator.register_for_checkpointing(source.optimizer.ema)
 
     def step(seed):
         output = model(torch.randn(6, 3, generator=torch.Generator().manual_seed(seed)))
-        source.aligner.backward(output.mean(), output.square().mean(), backward=accelerator.backward)
+        source.aligner.backward(
+            output.mean(), output.square().mean(), backward=accelerator.backward
+        )
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -242,17 +262,28 @@ def test_lightning_resumes(tmp_path):
 
         def training_step(self, batch, batch_idx):
             output = self.network(batch[0])
-            self.aligner.backward(output.mean(), output.square().mean(), backward=self.manual_backward)
+            self.aligner.backward(
+                output.mean(), output.square().mean(), backward=self.manual_backward
+            )
             optimizer = self.optimizers()
             optimizer.step()
             optimizer.zero_grad()
 
         def configure_optimizers(self):
             self.aligner = gf.GradientAligner(self.network)
-            return gf.AlignedAdamW(self.network.parameters(), lr=0.1, aligner=self.aligner, ema=self.average, ema_decay=0.5)
+            return gf.AlignedAdamW(
+                self.network.parameters(),
+                lr=0.1,
+                aligner=self.aligner,
+                ema=self.average,
+                ema_decay=0.5,
+            )
 
     data = torch.utils.data.DataLoader(
-        torch.utils.data.TensorDataset(torch.randn(8, 3, generator=torch.Generator().manual_seed(1))), batch_size=4
+        torch.utils.data.TensorDataset(
+            torch.randn(8, 3, generator=torch.Generator().manual_seed(1))
+        ),
+        batch_size=4,
     )
 
     def trainer(epochs):

@@ -1,9 +1,10 @@
 """AlignedAdamW where `torch.optim.AdamW` stood: what PyTorch tests of its optimizers, their state dicts, hooks and schedules.
 
-With the power 0 and weights of 1 the aligned gradient is that of the sum of both losses, so that `torch.optim.AdamW` on that sum says
-what is expected. Of what PyTorch tests, four things do not apply: deep copies and pickles of an optimizer, which belongs to its aligner;
-sparse and complex gradients and a step without any, which are errors here; several devices in one optimizer; and `maximize`, `amsgrad` and
-`differentiable`, which are refused.
+With the power 0 and weights of 1 the aligned gradient is that of the sum of both losses, so that
+`torch.optim.AdamW` on that sum says what is expected. Of what PyTorch tests, four things do not
+apply: deep copies and pickles of an optimizer, which belongs to its aligner; sparse and complex
+gradients and a step without any, which are errors here; several devices in one optimizer; and
+`maximize`, `amsgrad` and `differentiable`, which are refused.
 """
 
 import copy
@@ -21,11 +22,22 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import lr_scheduler
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 import genrep_fast as gf
 
-FLAGS = {"foreach", "capturable", "fused", "maximize", "differentiable", "amsgrad", "decoupled_weight_decay"}
+FLAGS = {
+    "foreach",
+    "capturable",
+    "fused",
+    "maximize",
+    "differentiable",
+    "amsgrad",
+    "decoupled_weight_decay",
+}
 
 
 class Run:
@@ -90,7 +102,10 @@ def through_a_file(state_dict):
 
 
 def two_groups(model, **second):
-    return [{"params": list(model.trunk.parameters())}, {"params": list(model.head.parameters()), **second}]
+    return [
+        {"params": list(model.trunk.parameters())},
+        {"params": list(model.head.parameters()), **second},
+    ]
 
 
 # Keywords
@@ -133,7 +148,10 @@ def test_keywords_that_adamw_takes(options):
     assert ours.optimizer.defaults.keys() == theirs.optimizer.defaults.keys()
 
 
-@pytest.mark.parametrize("options", [{"capturable": True}, {"capturable": True, "foreach": True, "lr": torch.tensor(0.01)}])
+@pytest.mark.parametrize(
+    "options",
+    [{"capturable": True}, {"capturable": True, "foreach": True, "lr": torch.tensor(0.01)}],
+)
 def test_capturable_is_accepted_where_adamw_wants_a_gpu(options):
     ours, theirs = Run("aligned", **options), Run("torch", **{"lr": options.get("lr", 1e-3)})
     for seed in range(3):
@@ -144,15 +162,21 @@ def test_capturable_is_accepted_where_adamw_wants_a_gpu(options):
 
 @pytest.mark.parametrize("flag", ["amsgrad", "maximize", "differentiable"])
 def test_keywords_that_change_the_result_are_refused(flag):
-    with pytest.raises(ValueError, match=f"AlignedAdamW does not implement {flag}, got {flag}=True"):
+    with pytest.raises(
+        ValueError, match=f"AlignedAdamW does not implement {flag}, got {flag}=True"
+    ):
         Run("aligned", **{flag: True})
 
 
 def test_positional_arguments_stand_where_those_of_adamw_do():
     model = Model()
-    optimizer = gf.AlignedAdamW(model.parameters(), 0.1, (0.5, 0.6), 1e-3, 0.2, False, aligner=gf.GradientAligner(model))
+    optimizer = gf.AlignedAdamW(
+        model.parameters(), 0.1, (0.5, 0.6), 1e-3, 0.2, False, aligner=gf.GradientAligner(model)
+    )
     expected = torch.optim.AdamW(model.parameters(), 0.1, (0.5, 0.6), 1e-3, 0.2, False)
-    ours, theirs = ({k: v for k, v in o.param_groups[0].items() if k != "params"} for o in (optimizer, expected))
+    ours, theirs = (
+        {k: v for k, v in o.param_groups[0].items() if k != "params"} for o in (optimizer, expected)
+    )
     assert ours == theirs
 
 
@@ -162,7 +186,9 @@ def test_a_learning_rate_on_another_device_is_refused():
 
 
 def test_complex_parameters_are_refused():
-    with pytest.raises(TypeError, match="must be float32, bfloat16, float16 or float64, got torch.complex64"):
+    with pytest.raises(
+        TypeError, match="must be float32, bfloat16, float16 or float64, got torch.complex64"
+    ):
         gf.GradientAligner([nn.Parameter(torch.ones(2, dtype=torch.complex64))])
 
 
@@ -171,8 +197,16 @@ def test_complex_parameters_are_refused():
     [
         (lambda a, b: a, TypeError, "params argument given to the optimizer should be an iterable"),
         (lambda a, b: [], ValueError, "optimizer got an empty parameter list"),
-        (lambda a, b: [{"params": a}, {"params": a}], ValueError, "appear in more than one parameter group"),
-        (lambda a, b: [("a", a), b], ValueError, "all optimizer params should be with/without names"),
+        (
+            lambda a, b: [{"params": a}, {"params": a}],
+            ValueError,
+            "appear in more than one parameter group",
+        ),
+        (
+            lambda a, b: [("a", a), b],
+            ValueError,
+            "all optimizer params should be with/without names",
+        ),
         (lambda a, b: [{"params": [a]}, {"params": [("b", b)]}], ValueError, "with/without names"),
         (lambda a, b: [{"params": {a, b}}], TypeError, "ordered collections"),
         (lambda a, b: [a, "b"], TypeError, "optimizer can only optimize Tensors"),
@@ -181,7 +215,10 @@ def test_complex_parameters_are_refused():
 )
 def test_parameters_that_adamw_refuses(params, exception, message):
     a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
-    for make in (torch.optim.AdamW, functools.partial(gf.AlignedAdamW, aligner=gf.GradientAligner([a, b]))):
+    for make in (
+        torch.optim.AdamW,
+        functools.partial(gf.AlignedAdamW, aligner=gf.GradientAligner([a, b])),
+    ):
         with pytest.raises(exception, match=message):
             make(params(a, b))
 
@@ -189,7 +226,10 @@ def test_parameters_that_adamw_refuses(params, exception, message):
 def test_a_parameter_twice_in_a_group_is_refused():
     # torch.optim.AdamW warns that this will be an error.
     a = nn.Parameter(torch.ones(2))
-    with pytest.warns(UserWarning, match="duplicate parameters"), pytest.raises(ValueError, match="got one of them twice"):
+    with (
+        pytest.warns(UserWarning, match="duplicate parameters"),
+        pytest.raises(ValueError, match="got one of them twice"),
+    ):
         gf.AlignedAdamW([a, a], aligner=gf.GradientAligner([a]))
 
 
@@ -209,7 +249,10 @@ def test_an_optimizer_can_be_printed():
         ({}, {"lr": 0.01}),
         ({"weight_decay": 0.5}, {"weight_decay": 0.1}),
         ({"betas": (0.1, 0.2), "eps": 1e-3}, {}),
-        ({"lr": torch.tensor(0.1, dtype=torch.float64)}, {"lr": torch.tensor(0.01, dtype=torch.float64)}),
+        (
+            {"lr": torch.tensor(0.1, dtype=torch.float64)},
+            {"lr": torch.tensor(0.01, dtype=torch.float64)},
+        ),
     ],
 )
 def test_parameter_groups(second, options):
@@ -250,7 +293,10 @@ def test_groups_that_users_rearrange():
 @pytest.mark.parametrize("foreach", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_every_implementation_of_adamw_is_equalled(dtype, foreach):
-    ours, theirs = Run("aligned", dtype=dtype, lr=0.01, foreach=foreach), Run("torch", dtype=dtype, lr=0.01, foreach=foreach)
+    ours, theirs = (
+        Run("aligned", dtype=dtype, lr=0.01, foreach=foreach),
+        Run("torch", dtype=dtype, lr=0.01, foreach=foreach),
+    )
     for seed in range(7):
         ours.step(seed)
         theirs.step(seed)
@@ -278,7 +324,10 @@ def test_gradients_are_not_written_to():
     parameters = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))]
     aligner = gf.GradientAligner(parameters)
     optimizer = gf.AlignedAdamW(parameters, aligner=aligner, max_norm=0.1)
-    given = {name: [torch.full((3,), value), torch.full((2,), value)] for name, value in zip(aligner.names, (2.0, 3.0), strict=True)}
+    given = {
+        name: [torch.full((3,), value), torch.full((2,), value)]
+        for name, value in zip(aligner.names, (2.0, 3.0), strict=True)
+    }
     for name, gradients in given.items():
         with aligner.collect(name):
             for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -355,7 +404,9 @@ def test_step_hooks_run_in_order():
 
 def test_a_step_pre_hook_may_change_the_arguments():
     run, seen = Run("aligned"), []
-    run.optimizer.register_step_pre_hook(lambda optimizer, args, kwargs: ((optimizer, lambda: run.backward(3)), {}))
+    run.optimizer.register_step_pre_hook(
+        lambda optimizer, args, kwargs: ((optimizer, lambda: run.backward(3)), {})
+    )
     run.optimizer.register_step_post_hook(lambda optimizer, args, kwargs: seen.append(len(args)))
     assert run.optimizer.step().item() == Run("torch").backward(3).item()
     assert seen == [2]
@@ -366,7 +417,9 @@ def test_state_dict_hooks():
     run.step(0)
     optimizer, calls = run.optimizer, []
     optimizer.register_state_dict_pre_hook(lambda optimizer: calls.append("pre"))
-    optimizer.register_state_dict_post_hook(lambda optimizer, state_dict: calls.append(state_dict["state"][0]["step"].device.type))
+    optimizer.register_state_dict_post_hook(
+        lambda optimizer, state_dict: calls.append(state_dict["state"][0]["step"].device.type)
+    )
 
     def rename(optimizer, state_dict):
         return {"groups": state_dict["param_groups"], "moments": state_dict["state"]}
@@ -397,8 +450,12 @@ def test_load_state_dict_hooks_repair_what_is_loaded():
         return {"state": state, "param_groups": state_dict["groups"]}
 
     target.optimizer.register_load_state_dict_pre_hook(repair)
-    target.optimizer.register_load_state_dict_pre_hook(lambda *a: calls.append("first"), prepend=True)
-    target.optimizer.register_load_state_dict_post_hook(lambda optimizer: calls.append(f"post {optimizer.param_groups[0]['lr']}"))
+    target.optimizer.register_load_state_dict_pre_hook(
+        lambda *a: calls.append("first"), prepend=True
+    )
+    target.optimizer.register_load_state_dict_post_hook(
+        lambda optimizer: calls.append(f"post {optimizer.param_groups[0]['lr']}")
+    )
     target.optimizer.load_state_dict(broken)
     assert calls == ["first", "second", "post 0.001"]
     assert "groups" in broken
@@ -412,7 +469,9 @@ def test_a_pre_hook_may_change_the_dictionary_in_place():
     source, target = Run("aligned", lr=0.25), Run("aligned")
 
     def halve(optimizer, state_dict):
-        state_dict["param_groups"] = [{**group, "lr": group["lr"] / 2} for group in state_dict["param_groups"]]
+        state_dict["param_groups"] = [
+            {**group, "lr": group["lr"] / 2} for group in state_dict["param_groups"]
+        ]
 
     target.optimizer.register_load_state_dict_pre_hook(halve)
     target.optimizer.load_state_dict(source.optimizer.state_dict())
@@ -430,7 +489,9 @@ def test_a_state_dict_continues_the_run(params, lr, weights_only):
     for seed in range(2):
         source.step(seed)
     state_dict = source.optimizer.state_dict()
-    target.optimizer.load_state_dict(through_a_file(state_dict) if weights_only else copy.deepcopy(state_dict))
+    target.optimizer.load_state_dict(
+        through_a_file(state_dict) if weights_only else copy.deepcopy(state_dict)
+    )
     target.model.load_state_dict(source.model.state_dict())
     for seed in range(2, 4):
         source.step(seed)
@@ -446,7 +507,10 @@ def test_optimizers_share_nothing_after_loading(lr):
     # Not a copy: what torch.optim.AdamW would share.
     target.optimizer.load_state_dict(source.optimizer.state_dict())
     target.model.load_state_dict(source.model.state_dict())
-    before = [{key: value.clone() for key, value in state.items()} for state in source.optimizer.state.values()]
+    before = [
+        {key: value.clone() for key, value in state.items()}
+        for state in source.optimizer.state.values()
+    ]
     for seed in range(3):
         target.step(seed)
     after = [dict(state) for state in source.optimizer.state.values()]
@@ -456,7 +520,9 @@ def test_optimizers_share_nothing_after_loading(lr):
 
 
 @pytest.mark.parametrize("kinds", list(itertools.product(["aligned", "torch"], repeat=2)))
-@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.bfloat16, torch.float32)])
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32, torch.float64), (torch.bfloat16, torch.float32)]
+)
 def test_a_state_is_loaded_in_the_parameters_dtype(kinds, dtypes):
     source, target = Run(kinds[0], dtype=dtypes[0]), Run(kinds[1], dtype=dtypes[1])
     source.step(0)
@@ -484,7 +550,35 @@ def test_an_old_state_dict_without_the_newer_flags():
     assert target.optimizer.param_groups[0].keys() == source.optimizer.param_groups[0].keys()
 
 
-@pytest.mark.parametrize("step", [3, 3.0, numpy.int64(3), torch.tensor(3), torch.tensor([3.0]), torch.tensor(3, dtype=torch.float64)])
+def test_a_state_in_another_memory_format():
+    runs = []
+    for transposed in (False, True):
+        run = Run("aligned")
+        run.step(0)
+        state_dict = copy.deepcopy(run.optimizer.state_dict())
+        if transposed:
+            for state in (state_dict["state"][0], state_dict["state"][2]):
+                state.update(
+                    {key: state[key].t().contiguous().t() for key in ("exp_avg", "exp_avg_sq")}
+                )
+        run.optimizer.load_state_dict(state_dict)
+        run.step(1)
+        runs.append(run)
+    assert not runs[1].optimizer.state[runs[1].model.trunk.weight]["exp_avg"].is_contiguous()
+    assert_same(*runs)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        3,
+        3.0,
+        numpy.int64(3),
+        torch.tensor(3),
+        torch.tensor([3.0]),
+        torch.tensor(3, dtype=torch.float64),
+    ],
+)
 def test_counters_of_other_types(step):
     run = Run("aligned")
     run.step(0)
@@ -520,7 +614,9 @@ def renamed(model):
 
 
 @pytest.mark.parametrize("params", list(itertools.product([None, named, renamed], repeat=2)))
-@pytest.mark.parametrize("kinds", [("aligned", "torch"), ("torch", "aligned"), ("aligned", "aligned")])
+@pytest.mark.parametrize(
+    "kinds", [("aligned", "torch"), ("torch", "aligned"), ("aligned", "aligned")]
+)
 def test_named_parameters_and_their_state_dicts(kinds, params):
     source, target = Run(kinds[0], params[0]), Run(kinds[1], params[1])
     expected = Run("torch", params[1])
@@ -528,7 +624,9 @@ def test_named_parameters_and_their_state_dicts(kinds, params):
     # Copies, which torch.optim.AdamW does not make.
     target.optimizer.load_state_dict(copy.deepcopy(source.optimizer.state_dict()))
     expected.optimizer.load_state_dict(copy.deepcopy(source.optimizer.state_dict()))
-    assert target.optimizer.param_groups[0].get("param_names") == expected.optimizer.param_groups[0].get("param_names")
+    assert target.optimizer.param_groups[0].get("param_names") == expected.optimizer.param_groups[
+        0
+    ].get("param_names")
     target.model.load_state_dict(source.model.state_dict())
     source.step(1)
     target.step(1)
@@ -585,28 +683,87 @@ def with_a_smaller_group(state_dict):
 
 
 REFUSED = {
-    "no exp_avg": (changed("exp_avg", None), "state_dict must have exp_avg for trunk.bias, got step, exp_avg_sq"),
-    "no exp_avg_sq": (changed("exp_avg_sq", None), "state_dict must have exp_avg_sq for trunk.bias"),
+    "no exp_avg": (
+        changed("exp_avg", None),
+        "state_dict must have exp_avg for trunk.bias, got step, exp_avg_sq",
+    ),
+    "no exp_avg_sq": (
+        changed("exp_avg_sq", None),
+        "state_dict must have exp_avg_sq for trunk.bias",
+    ),
     "no step": (changed("step", None), "state_dict must have step for trunk.bias"),
-    "step -1": (changed("step", torch.tensor(-1.0)), "step of trunk.bias must be a whole number, not negative, got -1"),
-    "step NaN": (changed("step", torch.tensor(math.nan)), "step of trunk.bias must be a whole number, not negative, got nan"),
-    "step inf": (changed("step", math.inf), "step of trunk.bias must be a whole number, not negative, got inf"),
-    "step 1.5": (changed("step", 1.5), "step of trunk.bias must be a whole number, not negative, got 1.5"),
-    "step text": (changed("step", "2"), "step of trunk.bias must be a whole number, not negative, got 2"),
-    "two steps": (changed("step", torch.ones(2)), r"step of trunk.bias must have one element, got shape \(2,\)"),
-    "negative": (changed("exp_avg_sq", -torch.ones(4)), "exp_avg_sq of trunk.bias must not be negative, got -1.0"),
-    "shape": (changed("exp_avg", torch.ones(5)), r"exp_avg of trunk.bias must have shape \(4,\), got \(5,\)"),
-    "a scalar": (changed("exp_avg_sq", torch.tensor(1.0)), r"exp_avg_sq of trunk.bias must have shape \(4,\), got \(\)"),
-    "dtype": (changed("exp_avg", torch.ones(4, dtype=torch.int64)), "exp_avg of trunk.bias must be float32, .*, got torch.int64"),
-    "complex": (changed("exp_avg_sq", torch.ones(4) * 1j), "exp_avg_sq of trunk.bias must be float32, .*, got torch.complex64"),
+    "step -1": (
+        changed("step", torch.tensor(-1.0)),
+        "step of trunk.bias must be a whole number, not negative, got -1",
+    ),
+    "step NaN": (
+        changed("step", torch.tensor(math.nan)),
+        "step of trunk.bias must be a whole number, not negative, got nan",
+    ),
+    "step inf": (
+        changed("step", math.inf),
+        "step of trunk.bias must be a whole number, not negative, got inf",
+    ),
+    "step 1.5": (
+        changed("step", 1.5),
+        "step of trunk.bias must be a whole number, not negative, got 1.5",
+    ),
+    "step text": (
+        changed("step", "2"),
+        "step of trunk.bias must be a whole number, not negative, got 2",
+    ),
+    "two steps": (
+        changed("step", torch.ones(2)),
+        r"step of trunk.bias must have one element, got shape \(2,\)",
+    ),
+    "negative": (
+        changed("exp_avg_sq", -torch.ones(4)),
+        "exp_avg_sq of trunk.bias must not be negative, got -1.0",
+    ),
+    "shape": (
+        changed("exp_avg", torch.ones(5)),
+        r"exp_avg of trunk.bias must have shape \(4,\), got \(5,\)",
+    ),
+    "a scalar": (
+        changed("exp_avg_sq", torch.tensor(1.0)),
+        r"exp_avg_sq of trunk.bias must have shape \(4,\), got \(\)",
+    ),
+    "dtype": (
+        changed("exp_avg", torch.ones(4, dtype=torch.int64)),
+        "exp_avg of trunk.bias must be float32, .*, got torch.int64",
+    ),
+    "complex": (
+        changed("exp_avg_sq", torch.ones(4) * 1j),
+        "exp_avg_sq of trunk.bias must be float32, .*, got torch.complex64",
+    ),
     "a list": (changed("exp_avg", [0.0] * 4), "exp_avg of trunk.bias must be a tensor, got list"),
-    "sparse": (changed("exp_avg", torch.zeros(4).to_sparse()), "exp_avg of trunk.bias must be dense"),
-    "amsgrad's state": (changed("max_exp_avg_sq", torch.ones(4)), "does not implement amsgrad, got max_exp_avg_sq for trunk.bias"),
+    "sparse": (
+        changed("exp_avg", torch.zeros(4).to_sparse()),
+        "exp_avg of trunk.bias must be dense",
+    ),
+    "meta": (
+        changed("exp_avg_sq", torch.ones(4, device="meta")),
+        "exp_avg_sq of trunk.bias must have values",
+    ),
+    "step on meta": (
+        changed("step", torch.ones((), device="meta")),
+        "step of trunk.bias must have values",
+    ),
+    "amsgrad's state": (
+        changed("max_exp_avg_sq", torch.ones(4)),
+        "does not implement amsgrad, got max_exp_avg_sq for trunk.bias",
+    ),
     "no lr": (regrouped("lr", None), "state_dict must have lr in every parameter group"),
     "no betas": (regrouped("betas", None), "state_dict must have betas in every parameter group"),
     "no eps": (regrouped("eps", None), "state_dict must have eps in every parameter group"),
-    "no weight_decay": (regrouped("weight_decay", None), "state_dict must have weight_decay in every parameter group"),
-    "no params": (regrouped("params", None), "state_dict must have params in every parameter group"),
+    "no weight_decay": (
+        regrouped("weight_decay", None),
+        "state_dict must have weight_decay in every parameter group",
+    ),
+    "no params": (
+        regrouped("params", None),
+        "state_dict must have params in every parameter group",
+    ),
     "lr": (regrouped("lr", -0.1), "lr must be finite and not negative, got -0.1"),
     "lr NaN": (regrouped("lr", math.nan), "lr must be finite and not negative, got nan"),
     "lr text": (regrouped("lr", "0.1"), "lr must be a number, got str"),
@@ -615,15 +772,27 @@ REFUSED = {
     "one beta": (regrouped("betas", (0.9,)), "betas must be two numbers"),
     "betas text": (regrouped("betas", "ab"), "betas must be two numbers"),
     "eps": (regrouped("eps", -1e-8), "eps must be finite and not negative"),
-    "weight_decay": (regrouped("weight_decay", math.inf), "weight_decay must be finite and not negative"),
+    "weight_decay": (
+        regrouped("weight_decay", math.inf),
+        "weight_decay must be finite and not negative",
+    ),
     "amsgrad": (regrouped("amsgrad", True), "AlignedAdamW does not implement amsgrad"),
     "maximize": (regrouped("maximize", True), "AlignedAdamW does not implement maximize"),
-    "differentiable": (regrouped("differentiable", True), "AlignedAdamW does not implement differentiable"),
+    "differentiable": (
+        regrouped("differentiable", True),
+        "AlignedAdamW does not implement differentiable",
+    ),
     "Adam": (regrouped("decoupled_weight_decay", False), "AlignedAdamW decouples weight decay"),
     "a group less": (without_a_group, "different number of parameter groups"),
     "a smaller group": (with_a_smaller_group, "doesn't match the size of optimizer's group"),
-    "no groups": (lambda state_dict: state_dict.pop("param_groups"), "state_dict must have param_groups, got state"),
-    "no state": (lambda state_dict: state_dict.pop("state"), "state_dict must have state, got param_groups"),
+    "no groups": (
+        lambda state_dict: state_dict.pop("param_groups"),
+        "state_dict must have param_groups, got state",
+    ),
+    "no state": (
+        lambda state_dict: state_dict.pop("state"),
+        "state_dict must have state, got param_groups",
+    ),
 }
 
 
@@ -651,7 +820,9 @@ def test_a_state_dict_that_does_not_fit_changes_nothing(case):
     assert after["param_groups"] == before[0]["param_groups"]
     assert all(one is other for one, other in zip(optimizer.param_groups, before[2], strict=True))
     torch.testing.assert_close(after["state"], before[0]["state"], rtol=0, atol=0)
-    assert hooks == [dict(value) for name, value in vars(optimizer).items() if name.endswith("_hooks")]
+    assert hooks == [
+        dict(value) for name, value in vars(optimizer).items() if name.endswith("_hooks")
+    ]
     run.step(1)
 
 
@@ -666,7 +837,9 @@ def test_a_state_dict_of_amsgrad_is_refused():
 
 SCHEDULES = {
     "StepLR": lambda o: [lr_scheduler.StepLR(o, 2, 0.5)],
-    "LambdaLR": lambda o: [lr_scheduler.LambdaLR(o, [lambda step: 0.9**step, lambda step: 0.5**step])],
+    "LambdaLR": lambda o: [
+        lr_scheduler.LambdaLR(o, [lambda step: 0.9**step, lambda step: 0.5**step])
+    ],
     "MultiplicativeLR": lambda o: [lr_scheduler.MultiplicativeLR(o, lambda step: 0.8)],
     "MultiStepLR": lambda o: [lr_scheduler.MultiStepLR(o, [1, 3])],
     "CosineAnnealingLR": lambda o: [lr_scheduler.CosineAnnealingLR(o, 4)],
@@ -678,15 +851,26 @@ SCHEDULES = {
     "ReduceLROnPlateau": lambda o: [lr_scheduler.ReduceLROnPlateau(o, patience=0, threshold=10.0)],
     "SWALR": lambda o: [torch.optim.swa_utils.SWALR(o, 0.05)],
     "two": lambda o: [lr_scheduler.ExponentialLR(o, 0.9), lr_scheduler.StepLR(o, 2)],
-    "ChainedScheduler": lambda o: [lr_scheduler.ChainedScheduler([lr_scheduler.ExponentialLR(o, 0.9), lr_scheduler.ConstantLR(o)], o)],
-    "SequentialLR": lambda o: [lr_scheduler.SequentialLR(o, [lr_scheduler.LinearLR(o), lr_scheduler.ExponentialLR(o, 0.9)], [2])],
+    "ChainedScheduler": lambda o: [
+        lr_scheduler.ChainedScheduler(
+            [lr_scheduler.ExponentialLR(o, 0.9), lr_scheduler.ConstantLR(o)], o
+        )
+    ],
+    "SequentialLR": lambda o: [
+        lr_scheduler.SequentialLR(
+            o, [lr_scheduler.LinearLR(o), lr_scheduler.ExponentialLR(o, 0.9)], [2]
+        )
+    ],
 }
 
 
 @pytest.mark.parametrize("lr", [0.02, torch.tensor(0.02, dtype=torch.float64)])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedules(name, lr):
-    runs = [Run(kind, lambda model: two_groups(model, lr=copy.deepcopy(lr)), lr=copy.deepcopy(lr)) for kind in ("aligned", "torch")]
+    runs = [
+        Run(kind, lambda model: two_groups(model, lr=copy.deepcopy(lr)), lr=copy.deepcopy(lr))
+        for kind in ("aligned", "torch")
+    ]
     rates = []
     for run in runs:
         with warnings.catch_warnings():
@@ -699,7 +883,12 @@ def test_schedules(name, lr):
             run.step(seed)
             for schedule in schedules:
                 schedule.step(*([1.0] if name == "ReduceLROnPlateau" else []))
-            rates[-1].append([(float(group["lr"]), *map(float, group["betas"])) for group in run.optimizer.param_groups])
+            rates[-1].append(
+                [
+                    (float(group["lr"]), *map(float, group["betas"]))
+                    for group in run.optimizer.param_groups
+                ]
+            )
     assert rates[0] == rates[1]
     assert len({rate[0][0] for rate in rates[0]}) > 1
     assert_same(*runs)
