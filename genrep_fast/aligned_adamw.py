@@ -1,4 +1,4 @@
-"""AdamW that takes the gradients of several losses from a `GradientAligner` instead of ``.grad``."""
+"""AdamW that takes the gradients of several losses from a `GradientAligner`, not ``.grad``."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ _REFUSED = ("amsgrad", "maximize", "differentiable")
 
 
 class AlignedAdamW(torch.optim.Optimizer):
-    """AdamW (Loshchilov and Hutter, ICLR 2019) on the aligned gradient, and a moving average of the parameters, in one pass over memory.
+    """AdamW on the aligned gradient and an average of the parameters, in one pass over memory.
 
-    ``step()`` combines the gradients that the aligner collected and applies them: what
-    ``aligner.align(max_norm)``, `torch.optim.AdamW` and ``ema.lerp_(param, 1 - ema_decay)`` do one
-    after the other, without writing the combined gradient. Statistics are in ``aligner.stats``. A
-    parameter that no loss reached is left alone, with its state; its average goes on following it.
+    AdamW is that of Loshchilov and Hutter, ICLR 2019. ``step()`` combines the gradients that the
+    aligner collected and applies them: what ``aligner.align(max_norm)``, `torch.optim.AdamW` and
+    ``ema.lerp_(param, 1 - ema_decay)`` do one after the other, without writing the combined
+    gradient. Statistics are in ``aligner.stats``. A parameter that no loss reached is left alone,
+    with its state; its average goes on following it.
 
     State dicts are those of `torch.optim.AdamW` and load both ways; the averages are not in them.
     With a GradScaler, ``scaler.step`` works and ``scaler.unscale_`` does not: `max_norm` clips, in
@@ -40,11 +41,12 @@ class AlignedAdamW(torch.optim.Optimizer):
     gradient, for a GradScaler to look at and for nothing else: to write to it, replace it or set it
     to None is an error that ``step()`` raises.
 
-    Args: params: parameters, named parameters or groups of them, as `torch.optim.AdamW` takes them;
-        all of the aligner's. lr: learning rate, a number or a tensor of one element on the
-        parameters' device or the CPU. A CUDA graph keeps the number of its capture: to change the
-        rate between
-            replays, give a tensor on the parameters' device.
+    Args:
+        params: parameters, named parameters or groups of them, as `torch.optim.AdamW` takes them;
+            all of the aligner's.
+        lr: learning rate, a number or a tensor of one element on the parameters' device or the CPU.
+            A CUDA graph keeps the number of its capture: to change the rate between replays, give a
+            tensor on the parameters' device.
         betas, eps, weight_decay: as in `torch.optim.AdamW`; betas may be tensors of one element on
             the CPU.
         aligner: GradientAligner, which from now on keeps gradients for this optimizer.
@@ -67,10 +69,10 @@ class AlignedAdamW(torch.optim.Optimizer):
             counters.
         amsgrad, maximize, differentiable: False; nothing else is implemented.
 
-    Raises: TypeError, ValueError: for hyperparameters out of range, ``amsgrad``, ``maximize`` or
-        ``differentiable``, a parameter that the
-            aligner does not have or that is given twice, and averages that do not fit their
-            parameters, are missing, or share memory.
+    Raises:
+        TypeError, ValueError: for hyperparameters out of range, ``amsgrad``, ``maximize`` or
+            ``differentiable``, a parameter that the aligner does not have or that is given twice,
+            and averages that do not fit their parameters, are missing, or share memory.
     """
 
     # GradScaler: step() takes grad_scale and found_inf.
@@ -129,7 +131,7 @@ class AlignedAdamW(torch.optim.Optimizer):
         self._ema = ema
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group as `torch.optim.Optimizer.add_param_group` does; its parameters must be the aligner's."""
+        """As `torch.optim.Optimizer.add_param_group`; the parameters must be the aligner's."""
         super().add_param_group(param_group)
         try:
             self._check_group(self.param_groups[-1])
@@ -141,12 +143,12 @@ class AlignedAdamW(torch.optim.Optimizer):
         self._members = None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a copy of the state of an `AlignedAdamW` or a `torch.optim.AdamW`, after the hooks that were registered for that.
+        """Load a copy of a state of an `AlignedAdamW` or `torch.optim.AdamW`, after the pre-hooks.
 
-        Raises: ValueError: for groups of other sizes, hyperparameters that are missing or out of
-            range, flags that are not implemented, and
-                a state that lacks something, has impossible values or does not fit its parameter;
-                nothing is changed then.
+        Raises:
+            ValueError: for groups of other sizes, hyperparameters that are missing or out of range,
+                flags that are not implemented, and a state that lacks something, has impossible
+                values or does not fit its parameter; nothing is changed then.
         """
         # The last of the hooks: what it checks is what is loaded.
         handle = self.register_load_state_dict_pre_hook(_checked_copy)
@@ -156,7 +158,10 @@ class AlignedAdamW(torch.optim.Optimizer):
             handle.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as `torch.optim.AdamW` keeps it: step counters are on the CPU unless a group is ``fused`` or ``capturable``."""
+        """The state as `torch.optim.AdamW` keeps it.
+
+        Step counters are on the CPU unless a group is ``fused`` or ``capturable``.
+        """
         # The first of the hooks: others get what torch.optim.AdamW would give them.
         handle = self.register_state_dict_post_hook(_with_counters_of_adamw, prepend=True)
         try:
@@ -166,7 +171,8 @@ class AlignedAdamW(torch.optim.Optimizer):
 
     def __reduce_ex__(self, protocol: int) -> NoReturn:
         raise TypeError(
-            "an AlignedAdamW, which belongs to its aligner, cannot be copied or pickled: load its state_dict() into a new one"
+            "an AlignedAdamW, which belongs to its aligner, cannot be copied or pickled: load its "
+            "state_dict() into a new one"
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -197,12 +203,13 @@ class AlignedAdamW(torch.optim.Optimizer):
         Returns:
             What the closure returns; None without one.
 
-        Raises: RuntimeError: where a loss has not been collected, no loss reached a parameter or
-            one reached a parameter that is not of this
-                optimizer, another optimizer has been attached to the aligner, or ``.grad`` was
-                touched since the collection. Where nothing was collected, every learning rate is 0
-                and every ``.grad`` is zero, as `torch.distributed.checkpoint` has it to make an
-                optimizer allocate its state, that is done and nothing else.
+        Raises:
+            RuntimeError: where a loss has not been collected, no loss reached a parameter or one
+                reached a parameter that is not of this optimizer, another optimizer has been
+                attached to the aligner, or ``.grad`` was touched since the collection. Where
+                nothing was collected, every learning rate is 0 and every ``.grad`` is zero, as
+                `torch.distributed.checkpoint` has it to make an optimizer allocate its state, that
+                is done and nothing else.
             TypeError, ValueError: for hyperparameters and averages that were changed to what the
                 constructor refuses, and for an AveragedModel whose function is no weighted mean;
                 nothing is changed then.
@@ -276,7 +283,7 @@ class AlignedAdamW(torch.optim.Optimizer):
         )
 
     def _trained(self) -> set[int]:
-        """Indices of the parameters that have a state; others may keep one for hooks of their own."""
+        """Indices of the parameters with a state; hooks may keep others' state there."""
         indices = (
             self._index.get(id(parameter)) for parameter, state in self.state.items() if state
         )
@@ -291,7 +298,7 @@ class AlignedAdamW(torch.optim.Optimizer):
         return state
 
     def _only_allocates(self) -> bool:
-        """Allocate the state of every parameter with a ``.grad`` if this is all that the step is for; whether it is."""
+        """Whether the step is for allocating state alone, which is done then."""
         params = [parameter for parameter in self._all_params() if parameter.grad is not None]
         if not params or any(float(group["lr"]) != 0 for group in self.param_groups):
             return False
@@ -304,11 +311,13 @@ class AlignedAdamW(torch.optim.Optimizer):
     def _check_step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         if not self.aligner.attached(self):
             raise RuntimeError(
-                "another AlignedAdamW has been attached to the aligner since, which keeps gradients for that one"
+                "another AlignedAdamW has been attached to the aligner since, which keeps "
+                "gradients for that one"
             )
         if found_inf is not None and grad_scale is None:
             raise RuntimeError(
-                "scaler.unscale_ does not reach the gradients that the aligner holds: leave it out, and clip with max_norm"
+                "scaler.unscale_ does not reach the gradients that the aligner holds: leave it "
+                "out, and clip with max_norm"
             )
         _check_decay(self.ema_decay)
         for group in self.param_groups:
@@ -323,7 +332,7 @@ class AlignedAdamW(torch.optim.Optimizer):
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
     def _members_of_groups(self, collected: Collected) -> list[_Members]:
-        """For each parameter group what was collected for it; as long as groups and reached parameters are the same, the same list."""
+        """For each parameter group what was collected for it; kept as long as it is the same."""
         groups = [list(group["params"]) for group in self.param_groups]
         if (
             self._members is None
@@ -352,7 +361,8 @@ class AlignedAdamW(torch.optim.Optimizer):
             name = group.get("param_names", {position: f"params[{position}]"})[position]
             if id(parameter) not in self._index:
                 raise ValueError(
-                    f"{name} must be one of the aligner's parameters, got another tensor of shape {tuple(parameter.shape)}"
+                    f"{name} must be one of the aligner's parameters, got another tensor of shape "
+                    f"{tuple(parameter.shape)}"
                 )
             if id(parameter) in seen:
                 raise ValueError(
@@ -361,7 +371,8 @@ class AlignedAdamW(torch.optim.Optimizer):
             seen.add(id(parameter))
         if self._averages is not None and self._averages.fixed:
             raise ValueError(
-                "parameter groups cannot be added to an AlignedAdamW whose averages are tensors: set its ema to None first"
+                "parameter groups cannot be added to an AlignedAdamW whose averages are tensors: "
+                "set its ema to None first"
             )
 
 
@@ -391,8 +402,8 @@ def _check_flags(group: Mapping[str, Any]) -> None:
     # torch.optim.Adam's state dict; without weight decay both are the same.
     if not group.get("decoupled_weight_decay", True) and group["weight_decay"] != 0:
         raise ValueError(
-            f"AlignedAdamW decouples weight decay, got decoupled_weight_decay=False, as of torch.optim.Adam, with "
-            f"weight_decay={group['weight_decay']}"
+            f"AlignedAdamW decouples weight decay, got decoupled_weight_decay=False, as of "
+            f"torch.optim.Adam, with weight_decay={group['weight_decay']}"
         )
 
 
@@ -421,7 +432,7 @@ def _checked_copy(optimizer: AlignedAdamW, state_dict: dict[str, Any]) -> dict[s
             )
             copies[number] = {key: _copy_for(value, parameter) for key, value in state.items()}
     except TypeError as error:
-        # Of the checks that constructor and step() share: here a wrong type is a wrong value of the state dict.
+        # The checks are the constructor's: here a wrong type is a wrong value of the state dict.
         raise ValueError(f"state_dict does not fit: {error}") from error
     return {**state_dict, "param_groups": groups, "state": copies}
 
@@ -436,20 +447,22 @@ def _checked_groups(optimizer: AlignedAdamW, state_dict: dict[str, Any]) -> list
     saved = state_dict["param_groups"]
     if len(saved) != len(optimizer.param_groups):
         raise ValueError(
-            f"loaded state dict has a different number of parameter groups: {len(saved)}, the optimizer has "
-            f"{len(optimizer.param_groups)}"
+            f"loaded state dict has a different number of parameter groups: {len(saved)}, the "
+            f"optimizer has {len(optimizer.param_groups)}"
         )
     groups = []
     for position, (group, own) in enumerate(zip(saved, optimizer.param_groups, strict=True)):
         for name in ("params", "lr", "betas", "eps", "weight_decay"):
             if name not in group:
                 raise ValueError(
-                    f"state_dict must have {name} in every parameter group, got {', '.join(sorted(group))}"
+                    f"state_dict must have {name} in every parameter group, got "
+                    f"{', '.join(sorted(group))}"
                 )
         if len(group["params"]) != len(own["params"]):
             raise ValueError(
-                f"loaded state dict contains a parameter group that doesn't match the size of optimizer's group: "
-                f"{len(group['params'])} parameters in group {position}, the optimizer has {len(own['params'])}"
+                f"loaded state dict contains a parameter group that doesn't match the size of "
+                f"optimizer's group: {len(group['params'])} parameters in group {position}, the "
+                f"optimizer has {len(own['params'])}"
             )
         optimizer._check_hyperparameters(group)
         groups.append({**group, "decoupled_weight_decay": True})
@@ -467,7 +480,8 @@ def _check_state(state: Mapping[str, Any], parameter: Tensor, name: str) -> None
     for key in ("step", "exp_avg", "exp_avg_sq"):
         if key not in state:
             raise ValueError(
-                f"state_dict must have {key} for {name}, got {', '.join(map(str, state)) or 'nothing'}"
+                f"state_dict must have {key} for {name}, got "
+                f"{', '.join(map(str, state)) or 'nothing'}"
             )
     if "max_exp_avg_sq" in state:
         raise ValueError(f"AlignedAdamW does not implement amsgrad, got max_exp_avg_sq for {name}")

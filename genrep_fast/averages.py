@@ -1,4 +1,4 @@
-"""The moving averages that follow an optimizer's parameters: tensors, modules, and the average objects of PyTorch and diffusers.
+"""Moving averages of an optimizer's parameters: tensors, modules, AveragedModel, EMAModel.
 
 Whatever holds the averages is read anew at every step, since ``load_state_dict`` and ``to`` put
 other tensors into it.
@@ -30,9 +30,7 @@ class Source(Protocol):
     """What holds averages."""
 
     fixed: bool  # whether further parameters cannot get averages
-    copies_frozen: (
-        bool  # whether the average of a parameter that requires no gradient is the parameter
-    )
+    copies_frozen: bool  # whether a parameter that requires no gradient is its average at once
 
     def tensors(self) -> dict[int, Tensor]:
         """The averages, by the aligner's index of their parameters."""
@@ -44,7 +42,7 @@ class Source(Protocol):
         """Share of the old average that the next step keeps."""
 
     def advance(self, decay: float, found_inf: Tensor | None) -> None:
-        """Do what belongs to a step besides the averages of parameters: counters, buffers; nothing where `found_inf` is not 0."""
+        """Do the rest of a step, counters and buffers; nothing where `found_inf` is not 0."""
 
     def is_shared(self, index: int) -> bool:
         """Whether a parameter, which is frozen, is its own average."""
@@ -53,9 +51,9 @@ class Source(Protocol):
 class Averages:
     """The averages of one optimizer.
 
-    Args: source: tensors in the order of `params`; a module with the parameter names of the
-        aligner, wrapped or not; an AveragedModel of
-            `torch.optim.swa_utils`; or diffusers' EMAModel.
+    Args:
+        source: tensors in the order of `params`; a module with the parameter names of the aligner,
+            wrapped or not; an AveragedModel of `torch.optim.swa_utils`; or diffusers' EMAModel.
         params: parameters of the optimizer, each of which needs an average.
         aligner: their aligner.
 
@@ -94,7 +92,7 @@ class Averages:
                 )
 
     def tensors(self) -> dict[int, Tensor]:
-        """The averages, by the aligner's index of their parameters, checked where they are others than before."""
+        """The averages by the aligner's index of their parameters, checked where they are new."""
         tensors = self._source.tensors()
         if not self._checked.describes(list(tensors.values())):
             self._check(tensors)
@@ -112,23 +110,29 @@ class Averages:
         decay: float,
         found_inf: Tensor | None,
     ) -> None:
-        """Move averages towards their parameters, but for those that are `done`; nothing where `found_inf` is not 0.
+        """Move averages that are not `done`; nothing where `found_inf` is not 0.
 
         The average of a constant is the constant: a frozen parameter that is not among those once
-            `trained` is copied once, and
-        when it or its average is written to.
+        `trained` is copied once, and when it or its average is written to.
         """
         weight = 1 - decay if found_inf is None else (1 - decay) * (found_inf == 0)
+        copied: dict[str, list[Tensor]] = {"to": [], "from": []}
         for index in tensors.keys() - done:
             parameter, average = self._aligner.parameters[index], tensors[index]
             if parameter.requires_grad or (index in trained and not self._source.copies_frozen):
-                average.lerp_(parameter.to(average), _like(weight, average))
+                if decay == 0 and found_inf is None:
+                    copied["to"].append(average)
+                    copied["from"].append(parameter)
+                else:
+                    average.lerp_(parameter.to(average), _like(weight, average))
             elif self._frozen.get(index) != (parameter._version, average._version):
                 average.copy_(parameter)
                 self._frozen[index] = (parameter._version, average._version)
+        if copied["to"]:
+            torch._foreach_copy_(copied["to"], copied["from"])
 
     def advance(self, decay: float, found_inf: Tensor | None) -> None:
-        """Do what belongs to a step besides the averages of parameters; nothing where `found_inf` is not 0."""
+        """Do the rest of a step, counters and buffers; nothing where `found_inf` is not 0."""
         self._source.advance(decay, found_inf)
 
     def _check(self, tensors: dict[int, Tensor]) -> None:
@@ -139,15 +143,15 @@ class Averages:
                 raise ValueError(f"{name} must be a copy of its parameter, got the parameter")
             if tensor.dtype not in (torch.float32, torch.float64):
                 raise ValueError(
-                    f"{name} must be float32 or float64, got {tensor.dtype}, in which small steps of an average are lost: keep averages "
-                    f"of half-precision parameters in float32"
+                    f"{name} must be float32 or float64, got {tensor.dtype}, in which small steps "
+                    f"of an average are lost: keep averages of half-precision parameters in float32"
                 )
         self._check_apart(tensors)
         self._checked = _Checked.of(list(tensors.values()))
         self._frozen = {}
 
     def _check_apart(self, tensors: dict[int, Tensor]) -> None:
-        """Raise ValueError where an average shares memory with another one or with a parameter that has one."""
+        """Raise ValueError where averages share memory with each other or with their parameters."""
         parameters = self._aligner.parameters
         held = [(parameters[index], self._aligner.describe(index), False) for index in tensors]
         held += [(tensor, self._source.describe(index), True) for index, tensor in tensors.items()]
@@ -163,7 +167,8 @@ class Averages:
             if before is not None and before.space == span.space and span.start < before.end:
                 average, other = (span, before) if span.is_average else (before, span)
                 raise ValueError(
-                    f"{average.name} shares memory with {other.name}: every average must be a tensor of its own"
+                    f"{average.name} shares memory with {other.name}: every average must be a "
+                    f"tensor of its own"
                 )
             furthest = _further(furthest, span)
             if span.is_average:
@@ -244,8 +249,8 @@ class _Module:
         self._names = aligner.parameter_names
         if None in self._names:
             raise ValueError(
-                "ema is a module, whose parameters are found by their names: make the aligner from the model or from its "
-                "named_parameters(), not from parameters without names"
+                "ema is a module, whose parameters are found by their names: make the aligner from "
+                "the model or from its named_parameters(), not from parameters without names"
             )
         inner = _averaged_module(module, set(self._names))
         slots = _slots(inner, "_parameters")
@@ -263,7 +268,8 @@ class _Module:
                 self._slots[index] = slots[name]
         if not self._slots:
             raise ValueError(
-                f"ema must be a module with the parameter names of the aligner, got none called {aligner.describe(0)}"
+                f"ema must be a module with the parameter names of the aligner, got none called "
+                f"{aligner.describe(0)}"
             )
         _check_ties(slots, aligner)
         self._buffers = _paired_buffers(inner, aligner)
@@ -285,7 +291,7 @@ class _Module:
             average.copy_(_unless(found_inf, current, average))
 
     def _current_buffers(self) -> list[tuple[Tensor, Tensor]]:
-        """The averages' buffers and the model's; a cache that has grown, as some keep, gets an average of its new size."""
+        """The averages' buffers and the model's; those of caches that have grown are replaced."""
         pairs = []
         for pair in self._buffers:
             average, current = _held(pair.average), _held(pair.current)
@@ -301,7 +307,7 @@ class _Module:
 
 
 class _AveragedModel(_Module):
-    """Averages as `torch.optim.swa_utils.AveragedModel`, with its own rule and counter; the first update copies."""
+    """Averages as `torch.optim.swa_utils.AveragedModel`, with its own rule and counter."""
 
     def __init__(self, model: AveragedModel, aligner: GradientAligner):
         super().__init__(model, aligner)
@@ -401,13 +407,14 @@ def _source_of(source: Any, params: Sequence[Tensor], aligner: GradientAligner) 
         return _EMAModel(source, indices, aligner)
     if not isinstance(source, Sequence) or isinstance(source, str):
         raise TypeError(
-            f"ema must be tensors, a module, an AveragedModel or diffusers' EMAModel, got {type(source).__name__}"
+            f"ema must be tensors, a module, an AveragedModel or diffusers' EMAModel, got "
+            f"{type(source).__name__}"
         )
     return _Tensors(source, indices)
 
 
 def _averaged_module(module: nn.Module, names: set[str | None]) -> nn.Module:
-    """Of `module`, what its wrappers hold, and what others call ``module``, as timm's averages do, that which has most of `names`."""
+    """What has most of `names`: `module`, or what it wraps or, like timm, calls ``module``."""
     best, most = module, -1
     while True:
         module = unwrapped(module)
@@ -424,7 +431,7 @@ def _held(slot: Slot) -> Tensor | None:
 
 
 def _check_ties(slots: dict[str, Slot], aligner: GradientAligner) -> None:
-    """Raise ValueError where one parameter of the model has several averages, of which all but one would stay behind."""
+    """Raise ValueError where a parameter has several averages, of which one alone would follow."""
     if aligner.module is None:
         return
     numbers = {id(parameter): index for index, parameter in enumerate(aligner.parameters)}
@@ -440,7 +447,7 @@ def _check_ties(slots: dict[str, Slot], aligner: GradientAligner) -> None:
 
 
 def _slots(module: nn.Module, kind: str) -> dict[str, Slot]:
-    """Where `module` keeps its parameters or buffers, by name; `kind` is the modules' own dictionary of them."""
+    """Where `module` keeps its ``_parameters`` or ``_buffers``, by name; `kind` says which."""
     slots = {}
     for prefix, owner in module.named_modules():
         for name, tensor in getattr(owner, kind).items():
@@ -458,8 +465,8 @@ def _paired_buffers(module: nn.Module, aligner: GradientAligner) -> list[_Buffer
         return []
     if aligner.module is None:
         raise ValueError(
-            f"ema has buffers (such as {next(iter(averages))}), which follow those of the model: make the aligner from the module, "
-            f"GradientAligner(model), not from its parameters"
+            f"ema has buffers (such as {next(iter(averages))}), which follow those of the model: "
+            f"make the aligner from the module, GradientAligner(model), not from its parameters"
         )
     current = _slots(aligner.module, "_buffers")
     for name in averages:
@@ -469,7 +476,7 @@ def _paired_buffers(module: nn.Module, aligner: GradientAligner) -> list[_Buffer
 
 
 def _order_of(tensors: Sequence[Tensor], indices: list[int], aligner: GradientAligner) -> list[int]:
-    """The aligner's indices of the parameters that `tensors` follow: the model's, those of them that are trained, or the optimizer's."""
+    """Indices of the parameters that `tensors` follow: all, the trained, or the optimizer's."""
     every = list(range(len(aligner.parameters)))
     trained = [index for index in every if aligner.parameters[index].requires_grad]
     orders: list[list[int]] = []
@@ -478,8 +485,9 @@ def _order_of(tensors: Sequence[Tensor], indices: list[int], aligner: GradientAl
             orders.append(order)
     if not orders:
         raise ValueError(
-            f"ema.shadow_params must have the shapes of the aligner's {len(aligner.parameters)} parameters or of the optimizer's "
-            f"{len(indices)}, in their order, got {len(tensors)} tensors of other shapes"
+            f"ema.shadow_params must have the shapes of the aligner's {len(aligner.parameters)} "
+            f"parameters or of the optimizer's {len(indices)}, in their order, got {len(tensors)} "
+            f"tensors of other shapes"
         )
     if len(orders) == 1:
         return orders[0]
@@ -491,8 +499,8 @@ def _order_of(tensors: Sequence[Tensor], indices: list[int], aligner: GradientAl
     ]
     if len(equal) != 1:
         raise ValueError(
-            "ema.shadow_params may follow the aligner's parameters or the optimizer's, which differ in their order alone: give the "
-            "optimizer its parameters in the order of the model's"
+            "ema.shadow_params may follow the aligner's parameters or the optimizer's, which "
+            "differ in their order alone: give the optimizer its parameters in the order of the model's"
         )
     return equal[0]
 
@@ -569,6 +577,7 @@ def _decay_of(rule: Callable[[Tensor, Tensor, Tensor], Tensor], count: int) -> f
     if not torch.allclose(found, expected, rtol=1e-9, atol=1e-9):
         name = getattr(inspect.unwrap(rule), "__name__", type(rule).__name__)
         raise ValueError(
-            f"ema averages with {name}, which is no weighted mean of average and parameter: pass ema_decay"
+            f"ema averages with {name}, which is no weighted mean of average and parameter: pass "
+            f"ema_decay"
         )
     return check_ema_decay(decay)

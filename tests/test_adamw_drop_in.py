@@ -1,4 +1,4 @@
-"""AlignedAdamW where `torch.optim.AdamW` stood: what PyTorch tests of its optimizers, their state dicts, hooks and schedules.
+"""AlignedAdamW where `torch.optim.AdamW` stood: what PyTorch tests of its optimizers.
 
 With the power 0 and weights of 1 the aligned gradient is that of the sum of both losses, so that
 `torch.optim.AdamW` on that sum says what is expected. Of what PyTorch tests, four things do not
@@ -41,7 +41,7 @@ FLAGS = {
 
 
 class Run:
-    """A small model with its optimizer; `kind` is AlignedAdamW or `torch.optim.AdamW` on the sum of the losses."""
+    """A small model with AlignedAdamW, or `torch.optim.AdamW` on the sum of the losses."""
 
     def __init__(self, kind, params=None, dtype=torch.float64, model=None, **options):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""What follows the parameters of an AlignedAdamW, against PyTorch's AveragedModel, diffusers' EMAModel and plain arithmetic."""
+"""Averages of an AlignedAdamW against AveragedModel, EMAModel and plain arithmetic."""
 
 import copy
 
@@ -18,7 +18,7 @@ import genrep_fast as gf
 
 
 class Network(nn.Module):
-    """Two blocks, the second of which both losses reach, a head, and a parameter that no loss reaches."""
+    """A layer, a norm, a head, and a parameter that no loss reaches."""
 
     def __init__(self, norm=True, dtype=torch.float32):
         super().__init__()
@@ -311,7 +311,7 @@ def test_half_precision_averages_are_refused_with_advice(dtype):
     for ema in (copies(network), copy.deepcopy(network), AveragedModel(network), shadows):
         with pytest.raises(
             ValueError,
-            match="must be float32 or float64, got torch.*keep averages of half-precision parameters in float32",
+            match="must be float32 or float64, got torch.*keep averages of half-precision",
         ):
             gf.AlignedAdamW(network.parameters(), aligner=aligner, ema=ema)
     shadows.to(dtype=torch.float32)
