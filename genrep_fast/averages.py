@@ -500,7 +500,8 @@ def _order_of(tensors: Sequence[Tensor], indices: list[int], aligner: GradientAl
     if len(equal) != 1:
         raise ValueError(
             "ema.shadow_params may follow the aligner's parameters or the optimizer's, which "
-            "differ in their order alone: give the optimizer its parameters in the order of the model's"
+            "differ in their order alone: give the optimizer its parameters in the order of the "
+            "model's"
         )
     return equal[0]
 

@@ -128,6 +128,54 @@ def test_through_a_folder_in_one_process(tmp_path, kind, flat):
     assert_same(target, source)
 
 
+@pytest.fixture
+def process_group(tmp_path):
+    method = f"file://{tmp_path}/rendezvous"
+    torch.distributed.init_process_group("gloo", init_method=method, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+WRAPPERS = {
+    "compiled": compiled,
+    "data parallel": nn.parallel.DistributedDataParallel,
+    "data parallel of compiled": lambda model: nn.parallel.DistributedDataParallel(compiled(model)),
+    "compiled data parallel": lambda model: compiled(nn.parallel.DistributedDataParallel(model)),
+}
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_wrapped_models(process_group, wrapper, steps):
+    def make():
+        torch.manual_seed(0)
+        model = WRAPPERS[wrapper](nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)))
+        aligner = gf.GradientAligner(model)
+        return model, aligner, gf.AlignedAdamW(model.parameters(), lr=0.1, aligner=aligner)
+
+    def step(model, aligner, optimizer):
+        for name, loss in zip(aligner.names, (torch.Tensor.mean, torch.std), strict=True):
+            with aligner.collect(name):
+                loss(model(torch.eye(3))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    source, target = make(), make()
+    for _ in range(steps):
+        step(*source)
+    model, optimizer = copy.deepcopy(get_state_dict(source[0], source[2]))
+    assert optimizer["state"].keys() == {"0.weight", "0.bias", "1.weight", "1.bias"}
+    set_state_dict(target[0], target[2], model_state_dict=model, optim_state_dict=optimizer)
+    for run in (source, target):
+        step(*run)
+    parameters = [list(run[0].parameters()) for run in (source, target)]
+    torch.testing.assert_close(*parameters, rtol=0, atol=0)
+
+
 def test_from_and_to_torchs_adamw():
     source, target = Run(), Run(seed=1)
     source.step(0)
