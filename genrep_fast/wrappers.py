@@ -24,13 +24,11 @@ def unwrapped(module: nn.Module) -> nn.Module:
         module = inner
 
 
-def averaged_module(module: nn.Module) -> nn.Module:
-    """As `unwrapped`, and inside of any module that holds nothing but one called ``module``, as timm's averages do."""
-    while True:
-        module = unwrapped(module)
-        if list(module._modules) != ["module"] or module._parameters:
-            return module
-        module = module.module
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module inside of torch.compile."""
+    while _COMPILED in module._modules:
+        module = module._modules[_COMPILED]
+    return module
 
 
 def plain_name(name: str) -> str:

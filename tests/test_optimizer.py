@@ -147,6 +147,26 @@ def test_dtypes_may_differ(param_dtype, state_dtype, gradient_dtype):
     torch.testing.assert_close(state["emas"][0], 0.999 + 0.001 * params[0].to(state_dtype))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"lr": torch.tensor([0.125])},
+        {"lr": torch.tensor([[0.125]], dtype=torch.float64)},
+        {"betas": (torch.tensor(0.5), torch.tensor([[0.75]]))},
+        {"betas": [0.5, torch.tensor(0.75, dtype=torch.float64)]},
+    ],
+)
+def test_hyperparameters_may_be_tensors_of_one_element(change):
+    results = []
+    for options in ({}, change):
+        params, state = [torch.ones(5)], new_state([torch.ones(5)])
+        state["steps"][0] += 1
+        arguments = {"lr": 0.125, "betas": (0.5, 0.75), **options}
+        ops.adamw_step(params, [[torch.arange(5.0)]] * 2, torch.ones(1, 2), **arguments, **state)
+        results.append((params, state))
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+
+
 def test_strided_parameters_are_updated_in_place():
     base = torch.ones(4, 6, dtype=torch.float64)
     gradient = torch.arange(9.0, dtype=torch.float64).reshape(3, 3).t()
@@ -198,6 +218,12 @@ def test_found_inf_decides_whether_anything_changes(dtype, shape):
         ({"lr": math.nan}, ValueError, r"lr must be finite and not negative, got nan"),
         ({"lr": torch.tensor(-0.1)}, ValueError, r"lr must be finite and not negative, got -0.1"),
         ({"betas": (0.9, 1.0)}, ValueError, r"betas must be two numbers in \[0, 1\), got \(0.9, 1.0\)"),
+        ({"betas": (0.9, torch.ones(2))}, TypeError, "betas must be two numbers, got"),
+        ({"betas": (0.9, torch.tensor(1.0))}, ValueError, r"betas must be two numbers in \[0, 1\)"),
+        ({"betas": (0.9, torch.tensor(0.9, device="meta"))}, TypeError, "betas must be two numbers, got"),
+        ({"betas": (0.9,)}, ValueError, r"betas must be two numbers in \[0, 1\)"),
+        ({"lr": torch.tensor([-0.1])}, ValueError, r"lr must be finite and not negative, got -0.1"),
+        ({"lr": torch.tensor(1)}, TypeError, r"lr must be float32, .* got torch.int64"),
         ({"eps": -1e-8}, ValueError, r"eps must be finite and not negative, got -1e-08"),
         ({"weight_decay": math.inf}, ValueError, r"weight_decay must be finite and not negative, got inf"),
         ({"found_inf": torch.zeros(2)}, ValueError, r"found_inf must have one element, got shape \(2,\)"),

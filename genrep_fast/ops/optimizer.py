@@ -124,7 +124,10 @@ def _only(lists: Mapping[str, Sequence[Tensor | None]], indices: Sequence[int]) 
 
 
 def check_learning_rate(lr: float | Tensor, device: torch.device) -> None:
-    """Check that `lr` is finite and not negative: a number, or a tensor of one element on `device` or the CPU, whose value is at hand."""
+    """Check that `lr` is a finite number, not negative, or a tensor of one element on `device` or the CPU.
+
+    The value of a tensor is checked on the CPU alone, where nobody waits for it.
+    """
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
             raise ValueError(f"lr must have one element, got shape {tuple(lr.shape)}")
