@@ -1,5 +1,5 @@
-// The Python module genrep_fast._introspection: what the native libraries say about themselves. It computes nothing, so that a wheel loses nothing
-// on a Python that it was not built for.
+// The Python module genrep_fast._introspection: what the native libraries say about themselves. It
+// computes nothing, so that a wheel loses nothing on a Python that it was not built for.
 #include <dlfcn.h>
 #include <pybind11/pybind11.h>
 
@@ -27,5 +27,6 @@ std::string describe(const std::string& library, const std::string& function) {
 PYBIND11_MODULE(_introspection, module) {
   module.def(
       "describe", &describe, pybind11::arg("library"), pybind11::arg("function"),
-      "JSON text that a function of a loaded native library returns, e.g. genrep_fast_cpu_build_information or genrep_fast_cuda_kernel_attributes.");
+      "JSON text that a function of a loaded native library returns, e.g. "
+      "genrep_fast_cpu_build_information or genrep_fast_cuda_kernel_attributes.");
 }

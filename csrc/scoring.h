@@ -1,8 +1,10 @@
-// A chunk of scored steps as the kernels of both libraries see it: pointers and strides, in elements, whatever the memory format.
+// A chunk of scored steps as the kernels of both libraries see it: pointers and strides, in
+// elements, whatever the memory format.
 //
-// The elements of one image are in an order of two levels, `outer` times `inner`, which follows the memory of the denoiser's output:
-// channels outside, locations inside for contiguous tensors, the other way round for channels_last ones. Where the likelihood is kept for
-// each location it is always channels outside, locations inside.
+// The elements of one image are in an order of two levels, `outer` times `inner`, which follows the
+// memory of the denoiser's output: channels outside, locations inside for contiguous tensors, the
+// other way round for channels_last ones. Where the likelihood is kept for each location it is
+// always channels outside, locations inside.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -20,7 +22,8 @@ namespace genrep_fast {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// [B, K, S, outer, inner] of one tensor; the strides of axes that it does not have, or shares, are 0.
+// [B, K, S, outer, inner] of one tensor; the strides of axes that it does not have, or shares, are
+// 0.
 struct View {
   void* data = nullptr;  // null where there is no tensor
   ScalarType type = ScalarType::Float;
@@ -37,9 +40,9 @@ struct __attribute__((visibility("hidden"))) ScoredChunk {
   int64_t batch, classes, steps, channels, locations;
   int64_t outer_size, inner_size;  // their product is channels * locations
   bool channels_inner, mixture, per_location;
-  View x, output, noisy;                                                          // output: the first `channels` of the denoiser's
+  View x, output, noisy;  // output: the first `channels` of the denoiser's
   const float *data_table, *noisy_table, *output_table, *inv_var, *log_norm;  // [S] each
-  std::vector<Tensor> copies;                                                     // of what had strides that no View has
+  std::vector<Tensor> copies;  // of what had strides that no View has
 
   int64_t elements() const { return channels * locations; }
 };
@@ -53,7 +56,9 @@ inline std::vector<int64_t> sizes_of(const Tensor& tensor) {
 }
 
 // The tensor itself where it is contiguous: a call into torch takes longer than a small kernel.
-inline Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+inline Tensor dense(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
 
 // Stride of the spatial axes as one, from axis `first` on; nothing where they are no such axis.
 inline std::optional<int64_t> spatial_stride(const Tensor& tensor, int64_t first) {
@@ -74,16 +79,21 @@ inline std::optional<int64_t> spatial_stride(const Tensor& tensor, int64_t first
   return stride.value_or(0);
 }
 
-// View of [B, (K, S,) C, *spatial], whose first axis of channels is `channel_axis`; a tensor whose spatial axes are not one becomes a copy.
-inline View view_of(Tensor tensor, int64_t channel_axis, bool channels_inner, std::vector<Tensor>& copies) {
+// View of [B, (K, S,) C, *spatial], whose first axis of channels is `channel_axis`; a tensor whose
+// spatial axes are not one becomes a copy.
+inline View view_of(
+    Tensor tensor, int64_t channel_axis, bool channels_inner, std::vector<Tensor>& copies) {
   std::optional<int64_t> location = spatial_stride(tensor, channel_axis + 1);
   if (!location) {
     tensor = torch::stable::contiguous(tensor);
     copies.push_back(tensor);
     location = spatial_stride(tensor, channel_axis + 1);
   }
-  auto leading = [&](int64_t axis) { return axis >= channel_axis || tensor.size(axis) == 1 ? 0 : tensor.stride(axis); };
-  View view{tensor.data_ptr(), tensor.scalar_type(), leading(0), leading(1), leading(2), tensor.stride(channel_axis), *location};
+  auto leading = [&](int64_t axis) {
+    return axis >= channel_axis || tensor.size(axis) == 1 ? 0 : tensor.stride(axis);
+  };
+  View view{tensor.data_ptr(), tensor.scalar_type(),        leading(0), leading(1),
+            leading(2),        tensor.stride(channel_axis), *location};
   if (channels_inner) {
     std::swap(view.outer, view.inner);
   }
@@ -91,18 +101,25 @@ inline View view_of(Tensor tensor, int64_t channel_axis, bool channels_inner, st
 }
 
 inline const float* table_of(const Tensor& table, int64_t steps, const Tensor& x) {
-  const bool fits = table.scalar_type() == ScalarType::Float && table.dim() == 1 && table.size(0) == steps && table.is_contiguous();
-  STD_TORCH_CHECK(fits && table.device() == x.device(), "tables must be contiguous float32 tensors of shape [", steps, "] on x's device");
+  const bool fits = table.scalar_type() == ScalarType::Float && table.dim() == 1 &&
+                    table.size(0) == steps && table.is_contiguous();
+  STD_TORCH_CHECK(
+      fits && table.device() == x.device(), "tables must be contiguous float32 tensors of shape [",
+      steps, "] on x's device");
   return static_cast<const float*>(table.const_data_ptr());
 }
 
 inline ScoredChunk scored_chunk(
-    const Tensor& x, const Tensor& model_output, const std::optional<Tensor>& x_t, const Tensor& data, const Tensor& noisy,
-    const Tensor& output, const Tensor& inv_var, const Tensor& log_norm, const std::string& reduction, bool per_location) {
+    const Tensor& x, const Tensor& model_output, const std::optional<Tensor>& x_t,
+    const Tensor& data, const Tensor& noisy, const Tensor& output, const Tensor& inv_var,
+    const Tensor& log_norm, const std::string& reduction, bool per_location) {
   const int64_t axes = x.dim() + 2;
-  STD_TORCH_CHECK(x.dim() >= 2 && model_output.dim() == axes, "model_output must have two axes more than x");
+  STD_TORCH_CHECK(
+      x.dim() >= 2 && model_output.dim() == axes, "model_output must have two axes more than x");
   STD_TORCH_CHECK(!x_t || x_t->dim() == axes, "x_t must have two axes more than x");
-  STD_TORCH_CHECK(reduction == "mixture" || reduction == "mean", "reduction must be mixture or mean, got ", reduction);
+  STD_TORCH_CHECK(
+      reduction == "mixture" || reduction == "mean", "reduction must be mixture or mean, got ",
+      reduction);
   ScoredChunk chunk{};
   chunk.batch = x.size(0);
   chunk.classes = x_t && model_output.size(1) == 1 ? x_t->size(1) : model_output.size(1);
@@ -112,25 +129,27 @@ inline ScoredChunk scored_chunk(
   auto fits = [](int64_t size, int64_t whole) { return size == whole || size == 1; };
   for (int64_t axis = 4; axis < axes; ++axis) {
     chunk.locations *= x.size(axis - 2);
-    STD_TORCH_CHECK(model_output.size(axis) == x.size(axis - 2), "model_output must have x's spatial shape");
+    STD_TORCH_CHECK(
+        model_output.size(axis) == x.size(axis - 2), "model_output must have x's spatial shape");
     STD_TORCH_CHECK(!x_t || x_t->size(axis) == x.size(axis - 2), "x_t must have x's spatial shape");
   }
   STD_TORCH_CHECK(
-      fits(model_output.size(0), chunk.batch) && fits(model_output.size(1), chunk.classes) && model_output.size(3) >= chunk.channels,
+      fits(model_output.size(0), chunk.batch) && fits(model_output.size(1), chunk.classes) &&
+          model_output.size(3) >= chunk.channels,
       "model_output must be [1 or B, 1 or K, S, at least C, *spatial]");
   STD_TORCH_CHECK(
-      !x_t ||
-          (fits(x_t->size(0), chunk.batch) && fits(x_t->size(1), chunk.classes) && fits(x_t->size(2), chunk.steps) &&
-           x_t->size(3) == chunk.channels),
+      !x_t || (fits(x_t->size(0), chunk.batch) && fits(x_t->size(1), chunk.classes) &&
+               fits(x_t->size(2), chunk.steps) && x_t->size(3) == chunk.channels),
       "x_t must be [1 or B, 1 or K, 1 or S, C, *spatial]");
   STD_TORCH_CHECK(
-      x.device() == model_output.device() && (!x_t || x.device() == x_t->device()), "x, model_output and x_t must be on one device");
+      x.device() == model_output.device() && (!x_t || x.device() == x_t->device()),
+      "x, model_output and x_t must be on one device");
 
   const int64_t location_stride = spatial_stride(model_output, 4).value_or(0);
   chunk.per_location = per_location;
   chunk.mixture = reduction == "mixture";
-  chunk.channels_inner =
-      !per_location && chunk.channels > 1 && chunk.locations > 1 && location_stride > model_output.stride(3);
+  chunk.channels_inner = !per_location && chunk.channels > 1 && chunk.locations > 1 &&
+                         location_stride > model_output.stride(3);
   chunk.outer_size = chunk.channels_inner ? chunk.locations : chunk.channels;
   chunk.inner_size = chunk.channels_inner ? chunk.channels : chunk.locations;
   chunk.x = view_of(x, 1, chunk.channels_inner, chunk.copies);

@@ -1,4 +1,5 @@
-// Gradient alignment: Gram matrices, GenRep's coefficients, and the combination of the gradients (see genrep_fast/reference/alignment.py).
+// Gradient alignment: Gram matrices, GenRep's coefficients, and the combination of the gradients
+// (see genrep_fast/reference/alignment.py).
 //
 //     Gram[k, i, j] = sum over the tensors of group k of <g_i, g_j>          reads n N elements, n (n + 1) / 2 N multiply-adds
 //     out = sum_i c_i g_i                                                    reads n N, writes N, n N multiply-adds
@@ -6,11 +7,12 @@
 // Between the two stand a few numbers a tensor and a group: sums of the tensors' own Gram matrices,
 // coefficients, the choice of a tensor's.
 //
-// Both are bound by memory. Gram of two gradients multiplies in float32, where every accumulator takes 16 products, and adds up in float64;
-// a block of 1024 elements whose sum of squares may have overflowed or lost terms to underflow is done again in float64. Every chunk has a
-// partial sum of its own, and the partial sums of a group are added in the order of the chunks, so that the result does not depend on the
-// number of threads. Combine writes past the caches unless its output is small or one of its inputs: that saves reading the lines it
-// overwrites.
+// Both are bound by memory. Gram of two gradients multiplies in float32, where every accumulator
+// takes 16 products, and adds up in float64; a block of 1024 elements whose sum of squares may have
+// overflowed or lost terms to underflow is done again in float64. Every chunk has a partial sum of
+// its own, and the partial sums of a group are added in the order of the chunks, so that the result
+// does not depend on the number of threads. Combine writes past the caches unless its output is
+// small or one of its inputs: that saves reading the lines it overwrites.
 #include <cmath>
 #include <numeric>
 #include <tuple>
@@ -43,8 +45,8 @@ GENREP_FAST_INLINE double dot(const float* a, const float* b, int64_t count) {
   return sum;
 }
 
-// Whether the float32 sum `sum` of squares of all values is right, as it may not be after an overflow or underflow; zeros, which are
-// common in gradients, have the right one.
+// Whether the float32 sum `sum` of squares of all values is right, as it may not be after an
+// overflow or underflow; zeros, which are common in gradients, have the right one.
 GENREP_FAST_INLINE bool reliable(float sum, const float* values, int64_t count) {
   if (sum != 0) {
     return sum > kSmallest && sum < kLargest;
@@ -60,7 +62,8 @@ GENREP_FAST_INLINE bool reliable(float sum, const float* values, int64_t count) 
   return any == 0;
 }
 
-// Adds <a,a>, <a,b>, <b,b> of at most kBlock elements to `sums`: in float32, where every accumulator takes 16 products, or in float64.
+// Adds <a,a>, <a,b>, <b,b> of at most kBlock elements to `sums`: in float32, where every
+// accumulator takes 16 products, or in float64.
 GENREP_FAST_INLINE void add_pair(const float* a, const float* b, int64_t count, double* sums) {
   constexpr int kUnroll = 4;
   Floats aa[kUnroll]{}, ab[kUnroll]{}, bb[kUnroll]{};
@@ -89,8 +92,10 @@ GENREP_FAST_INLINE void add_pair(const float* a, const float* b, int64_t count, 
   sums[2] += dot(b + i, b + i, count - i);
 }
 
-// Upper triangle of one chunk's Gram matrix into `sums`, row by row; rows of missing gradients are left alone.
-GENREP_FAST_INLINE void gram_chunk_kernel(const Buffer* gradients, int64_t n, int64_t begin, int64_t length, double* sums) {
+// Upper triangle of one chunk's Gram matrix into `sums`, row by row; rows of missing gradients are
+// left alone.
+GENREP_FAST_INLINE void gram_chunk_kernel(
+    const Buffer* gradients, int64_t n, int64_t begin, int64_t length, double* sums) {
   alignas(64) float scratch[kMaxLosses][kBlock];
   for (int64_t offset = 0; offset < length; offset += kBlock) {
     int64_t count = std::min(kBlock, length - offset);
@@ -117,7 +122,8 @@ GENREP_FAST_INLINE void gram_chunk_kernel(const Buffer* gradients, int64_t n, in
 
 // target = sum_i factors_i values_i; `streaming` stores past the caches.
 GENREP_FAST_INLINE void weighted_sum(
-    const float* const* values, const float* factors, int64_t n, float* target, int64_t count, bool streaming) {
+    const float* const* values, const float* factors, int64_t n, float* target, int64_t count,
+    bool streaming) {
   int64_t i = 0;
   auto one = [&](int64_t end) __attribute__((always_inline)) {
     for (; i < end; ++i) {
@@ -143,7 +149,8 @@ GENREP_FAST_INLINE void weighted_sum(
 
 // out = sum_i c_i gradients_i for one chunk; `streaming` asks for stores past the caches.
 GENREP_FAST_INLINE void combine_chunk_kernel(
-    const Buffer* gradients, const float* coefficients, int64_t n, Buffer out, int64_t begin, int64_t length, bool streaming) {
+    const Buffer* gradients, const float* coefficients, int64_t n, Buffer out, int64_t begin,
+    int64_t length, bool streaming) {
   alignas(64) float scratch[kMaxLosses][kBlock], result[kBlock];
   bool direct = out.element == Element::kFloat;
   for (int64_t offset = 0; offset < length; offset += kBlock) {
@@ -153,7 +160,8 @@ GENREP_FAST_INLINE void combine_chunk_kernel(
     if (present.count == 2) {  // unrolled by the compiler
       weighted_sum(present.values, present.factors, 2, target, count, direct && streaming);
     } else {
-      weighted_sum(present.values, present.factors, present.count, target, count, direct && streaming);
+      weighted_sum(
+          present.values, present.factors, present.count, target, count, direct && streaming);
     }
     if (!direct) {
       write(out, index, count, result);
@@ -162,29 +170,29 @@ GENREP_FAST_INLINE void combine_chunk_kernel(
 }
 
 GENREP_FAST_CLONES(
-    gram_chunk,
-    (const Buffer* gradients, int64_t n, int64_t begin, int64_t length, double* sums),
-    gram_chunk_kernel,
-    (gradients, n, begin, length, sums))
+    gram_chunk, (const Buffer* gradients, int64_t n, int64_t begin, int64_t length, double* sums),
+    gram_chunk_kernel, (gradients, n, begin, length, sums))
 
 GENREP_FAST_CLONES(
     combine_chunk,
-    (const Buffer* gradients, const float* coefficients, int64_t n, Buffer out, int64_t begin, int64_t length, bool streaming),
-    combine_chunk_kernel,
-    (gradients, coefficients, n, out, begin, length, streaming))
+    (const Buffer* gradients, const float* coefficients, int64_t n, Buffer out, int64_t begin,
+     int64_t length, bool streaming),
+    combine_chunk_kernel, (gradients, coefficients, n, out, begin, length, streaming))
 
 Tensor gram(OptionalTensors gradients, int64_t n, std::vector<int64_t> groups, int64_t num_groups) {
   Gradients table(gradients, groups.size());
   STD_TORCH_CHECK(table.n == n, "gradients must hold n tensors for every group index");
   for (int64_t group : groups) {
-    STD_TORCH_CHECK(group >= 0 && group < num_groups, "groups must be between 0 and num_groups - 1");
+    STD_TORCH_CHECK(
+        group >= 0 && group < num_groups, "groups must be between 0 and num_groups - 1");
   }
   std::vector<Chunk> chunks = chunks_of(table.numel);
   int64_t pairs = n * (n + 1) / 2;
   std::vector<double> partials(chunks.size() * pairs);
   torch::stable::parallel_for(0, chunks.size(), 1, [&](int64_t first, int64_t last) {
     for (int64_t c = first; c < last; ++c) {
-      gram_chunk(table.of(chunks[c].tensor), n, chunks[c].begin, chunks[c].length, &partials[c * pairs]);
+      gram_chunk(
+          table.of(chunks[c].tensor), n, chunks[c].begin, chunks[c].length, &partials[c * pairs]);
     }
   });
   Tensor result = torch::stable::empty({num_groups, n, n}, ScalarType::Double);
@@ -209,10 +217,13 @@ Tensor gram(OptionalTensors gradients, int64_t n, std::vector<int64_t> groups, i
   return result;
 }
 
-// cos, rho = ((cos + 1) / 2) ^ power and c_p = w_p - w_g (1 - rho) <p,g> / |p|^2, c_g likewise; the weights where a gradient is zero.
-std::tuple<Tensor, Tensor, Tensor> alignment_coefficients(Tensor gram, std::vector<double> weights, double power) {
+// cos, rho = ((cos + 1) / 2) ^ power and c_p = w_p - w_g (1 - rho) <p,g> / |p|^2, c_g likewise; the
+// weights where a gradient is zero.
+std::tuple<Tensor, Tensor, Tensor> alignment_coefficients(
+    Tensor gram, std::vector<double> weights, double power) {
   STD_TORCH_CHECK(
-      gram.scalar_type() == ScalarType::Double && gram.dim() == 3 && gram.size(1) == 2 && gram.size(2) == 2,
+      gram.scalar_type() == ScalarType::Double && gram.dim() == 3 && gram.size(1) == 2 &&
+          gram.size(2) == 2,
       "gram must be a float64 tensor of shape [groups, 2, 2]");
   STD_TORCH_CHECK(weights.size() == 2, "weights must be two numbers");
   int64_t groups = gram.size(0);
@@ -239,7 +250,9 @@ std::tuple<Tensor, Tensor, Tensor> alignment_coefficients(Tensor gram, std::vect
 }
 
 // Asking first takes less than the call of an operator that has nothing to do.
-Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+Tensor dense(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
 
 // The tensors' own Gram matrices, checked: [T, n, n] float64 and T group indices from -1 on.
 struct OwnMatrices {
@@ -251,14 +264,16 @@ struct OwnMatrices {
   OwnMatrices(const Tensor& grams, const std::vector<int64_t>& group_indices, int64_t num_groups)
       : tensor(dense(grams)), groups(group_indices) {
     STD_TORCH_CHECK(
-        grams.scalar_type() == ScalarType::Double && grams.dim() == 3 && grams.size(1) == grams.size(2),
+        grams.scalar_type() == ScalarType::Double && grams.dim() == 3 &&
+            grams.size(1) == grams.size(2),
         "grams must be a float64 tensor of shape [tensors, n, n]");
     STD_TORCH_CHECK(
         grams.size(0) == static_cast<int64_t>(groups.size()),
         "as many group indices are needed as there are tensors");
     for (int64_t group : groups) {
       STD_TORCH_CHECK(
-          group >= -1 && group < num_groups, "groups must be between -1 and the number of groups - 1");
+          group >= -1 && group < num_groups,
+          "groups must be between -1 and the number of groups - 1");
     }
     n = grams.size(1);
     matrices = static_cast<const double*>(tensor.const_data_ptr());
@@ -317,7 +332,8 @@ Tensor tensor_coefficients(
 }
 
 void combine(
-    OptionalTensors gradients, Tensor coefficients, std::vector<int64_t> groups, std::vector<double> weights, std::vector<Tensor> out) {
+    OptionalTensors gradients, Tensor coefficients, std::vector<int64_t> groups,
+    std::vector<double> weights, std::vector<Tensor> out) {
   Gradients table(gradients, groups.size());
   std::vector<Buffer> targets = buffers_of(out, table);
   std::vector<float> factors = factors_of(coefficients, groups, weights, table.n);
@@ -327,14 +343,15 @@ void combine(
   std::vector<char> streaming(groups.size());
   for (size_t t = 0; t < groups.size(); ++t) {
     auto is_output = [&](Buffer gradient) { return gradient.data == targets[t].data; };
-    streaming[t] = bytes >= kStreamingBytes && std::none_of(table.of(t), table.of(t) + table.n, is_output);
+    streaming[t] =
+        bytes >= kStreamingBytes && std::none_of(table.of(t), table.of(t) + table.n, is_output);
   }
   torch::stable::parallel_for(0, chunks.size(), 1, [&](int64_t first, int64_t last) {
     for (int64_t c = first; c < last; ++c) {
       const Chunk& chunk = chunks[c];
       combine_chunk(
-          table.of(chunk.tensor), &factors[chunk.tensor * table.n], table.n, targets[chunk.tensor], chunk.begin, chunk.length,
-          streaming[chunk.tensor]);
+          table.of(chunk.tensor), &factors[chunk.tensor * table.n], table.n, targets[chunk.tensor],
+          chunk.begin, chunk.length, streaming[chunk.tensor]);
     }
     stream_fence();
   });

@@ -1,4 +1,5 @@
-// Memory of float32, bfloat16 and float16 tensors, which kernels work on in float32, a block at a time.
+// Memory of float32, bfloat16 and float16 tensors, which kernels work on in float32, a block at a
+// time.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -20,8 +21,10 @@ namespace genrep_fast {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kStreamingBytes = int64_t{1} << 20;  // smaller results are better left in the caches for whoever reads them next
-constexpr int64_t kBlock = 1024;  // elements that are worked on together; their copies in float32 stay in the first-level cache
+constexpr int64_t kStreamingBytes =
+    int64_t{1} << 20;  // smaller results are better left in the caches for whoever reads them next
+constexpr int64_t kBlock =
+    1024;  // elements that are worked on together; their copies in float32 stay in the first-level cache
 
 enum class Element : int32_t { kFloat, kBFloat16, kHalf };
 
@@ -46,10 +49,13 @@ inline Element element_of(ScalarType type) {
   }
 }
 
-inline Buffer buffer_of(const Tensor& tensor) { return {static_cast<char*>(tensor.data_ptr()), element_of(tensor.scalar_type())}; }
+inline Buffer buffer_of(const Tensor& tensor) {
+  return {static_cast<char*>(tensor.data_ptr()), element_of(tensor.scalar_type())};
+}
 
-// Whether a new tensor of `bytes` > 0 bytes is worth streaming into, past the caches: it is large, and the system has not just given its
-// memory, whose pages come zeroed in the caches and are better written there. Writes one byte of it.
+// Whether a new tensor of `bytes` > 0 bytes is worth streaming into, past the caches: it is large,
+// and the system has not just given its memory, whose pages come zeroed in the caches and are
+// better written there. Writes one byte of it.
 inline bool is_streamed(const Tensor& tensor, int64_t bytes) {
   if (bytes < kStreamingBytes) {
     return false;
@@ -65,13 +71,15 @@ inline bool is_streamed(const Tensor& tensor, int64_t bytes) {
 #endif
 }
 
-// Integer arithmetic, because the baseline has no instructions for float16 and the others spend less time on it than on memory.
+// Integer arithmetic, because the baseline has no instructions for float16 and the others spend
+// less time on it than on memory.
 GENREP_FAST_INLINE Floats widen(HalfWords words, Element element) {
   Words bits = __builtin_convertvector(words, Words);
   if (element == Element::kBFloat16) {
     return as<Floats>(bits << 16);
   }
-  // The exponent's bias differs by 112; the multiplication gives subnormal numbers their exponent, too.
+  // The exponent's bias differs by 112; the multiplication gives subnormal numbers their exponent,
+  // too.
   Words magnitude = as<Words>(as<Floats>((bits & 0x7fff) << 13) * 0x1p112f);
   magnitude |= (bits & 0x7c00) == 0x7c00 ? Words{} + 0x7f800000 : Words{};
   return as<Floats>(magnitude | (bits & 0x8000) << 16);
@@ -135,7 +143,8 @@ GENREP_FAST_INLINE void narrow_all(char* target, int64_t count, const float* sou
   }
 }
 
-// Rounds `count` elements to the nearest bfloat16 or float16, ties to even, and stores them from `index` on.
+// Rounds `count` elements to the nearest bfloat16 or float16, ties to even, and stores them from
+// `index` on.
 GENREP_FAST_INLINE void write(Buffer buffer, int64_t index, int64_t count, const float* source) {
   if (buffer.element == Element::kBFloat16) {
     narrow_all<Element::kBFloat16>(buffer.at(index), count, source);

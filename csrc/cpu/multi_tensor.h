@@ -1,4 +1,5 @@
-// Lists of tensors as the kernels see them: flat memory, cut into chunks of at most kChunk elements.
+// Lists of tensors as the kernels see them: flat memory, cut into chunks of at most kChunk
+// elements.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -17,8 +18,10 @@ namespace genrep_fast {
 using OptionalTensors = std::vector<std::optional<Tensor>>;
 
 constexpr int64_t kMaxLosses = 8;
-constexpr int64_t kChunk = 16384;  // elements; the order of every sum follows from it, and never from the number of threads
-constexpr int64_t kPrefetch = 2048;  // elements that are asked for ahead of their use: memory then delivers 5 to 10 % more
+constexpr int64_t kChunk =
+    16384;  // elements; the order of every sum follows from it, and never from the number of threads
+constexpr int64_t kPrefetch =
+    2048;  // elements that are asked for ahead of their use: memory then delivers 5 to 10 % more
 
 struct Chunk {
   int64_t tensor;
@@ -33,7 +36,9 @@ struct Gradients {
   std::vector<int64_t> numel;   // [T], 0 where no loss reaches the tensor
 
   Gradients(const OptionalTensors& gradients, int64_t num_tensors) : n(0), numel(num_tensors) {
-    STD_TORCH_CHECK(num_tensors > 0 && gradients.size() % num_tensors == 0, "gradients must be a multiple of the number of groups");
+    STD_TORCH_CHECK(
+        num_tensors > 0 && gradients.size() % num_tensors == 0,
+        "gradients must be a multiple of the number of groups");
     n = static_cast<int64_t>(gradients.size()) / num_tensors;
     STD_TORCH_CHECK(n <= kMaxLosses, "gradients of at most 8 losses are supported");
     buffers.resize(gradients.size());
@@ -41,7 +46,9 @@ struct Gradients {
       for (int64_t i = 0; i < n; ++i) {
         const std::optional<Tensor>& gradient = gradients[i * num_tensors + t];
         if (gradient.has_value()) {
-          STD_TORCH_CHECK(numel[t] == 0 || gradient->numel() == numel[t], "gradients of a tensor must have the same size");
+          STD_TORCH_CHECK(
+              numel[t] == 0 || gradient->numel() == numel[t],
+              "gradients of a tensor must have the same size");
           buffers[t * n + i] = buffer_of(*gradient);
           numel[t] = gradient->numel();
         }
@@ -54,29 +61,38 @@ struct Gradients {
 
 // Memory of T tensors that belong to the gradients of `table`.
 inline std::vector<Buffer> buffers_of(const std::vector<Tensor>& tensors, const Gradients& table) {
-  STD_TORCH_CHECK(tensors.size() == table.numel.size(), "as many tensors are needed as there are groups");
+  STD_TORCH_CHECK(
+      tensors.size() == table.numel.size(), "as many tensors are needed as there are groups");
   std::vector<Buffer> buffers;
   buffers.reserve(tensors.size());
   for (size_t t = 0; t < tensors.size(); ++t) {
-    STD_TORCH_CHECK(table.numel[t] == 0 || tensors[t].numel() == table.numel[t], "tensors must have the sizes of their gradients");
+    STD_TORCH_CHECK(
+        table.numel[t] == 0 || tensors[t].numel() == table.numel[t],
+        "tensors must have the sizes of their gradients");
     buffers.push_back(buffer_of(tensors[t]));
   }
   return buffers;
 }
 
-// [T, n] float32 factors of the gradients: row groups[t] of `coefficients` [G, n] float64, or `weights` for group -1.
+// [T, n] float32 factors of the gradients: row groups[t] of `coefficients` [G, n] float64, or
+// `weights` for group -1.
 inline std::vector<float> factors_of(
-    const Tensor& coefficients, const std::vector<int64_t>& groups, const std::vector<double>& weights, int64_t n) {
+    const Tensor& coefficients, const std::vector<int64_t>& groups,
+    const std::vector<double>& weights, int64_t n) {
   STD_TORCH_CHECK(
-      coefficients.scalar_type() == ScalarType::Double && coefficients.dim() == 2 && coefficients.size(1) == n,
+      coefficients.scalar_type() == ScalarType::Double && coefficients.dim() == 2 &&
+          coefficients.size(1) == n,
       "coefficients must be a float64 tensor of shape [groups, n]");
   Tensor dense = torch::stable::contiguous(coefficients);
   const double* rows = static_cast<const double*>(dense.const_data_ptr());
   std::vector<float> factors;
   factors.reserve(groups.size() * n);
   for (int64_t group : groups) {
-    STD_TORCH_CHECK(group >= -1 && group < coefficients.size(0), "groups must be rows of coefficients, or -1");
-    STD_TORCH_CHECK(group >= 0 || static_cast<int64_t>(weights.size()) == n, "weights must be n numbers where a group is -1");
+    STD_TORCH_CHECK(
+        group >= -1 && group < coefficients.size(0), "groups must be rows of coefficients, or -1");
+    STD_TORCH_CHECK(
+        group >= 0 || static_cast<int64_t>(weights.size()) == n,
+        "weights must be n numbers where a group is -1");
     const double* row = group < 0 ? weights.data() : rows + group * n;
     factors.insert(factors.end(), row, row + n);
   }
@@ -103,7 +119,8 @@ struct Present {
 
 // `count` <= kBlock elements from `index` on; `scratch` takes copies of what is not float32.
 GENREP_FAST_INLINE Present read_present(
-    const Buffer* gradients, const float* coefficients, int64_t n, int64_t index, int64_t count, float (*scratch)[kBlock]) {
+    const Buffer* gradients, const float* coefficients, int64_t n, int64_t index, int64_t count,
+    float (*scratch)[kBlock]) {
   Present present;
   for (int64_t i = 0; i < n; ++i) {
     if (gradients[i].data) {

@@ -1,11 +1,13 @@
-// Combination of the gradients, AdamW and the moving average of the parameters in one pass (see genrep_fast/reference/optimizer.py).
+// Combination of the gradients, AdamW and the moving average of the parameters in one pass (see
+// genrep_fast/reference/optimizer.py).
 //
 //     h = sum_i c_i g_i,    m <- m + (1 - beta1) (h - m),    v <- beta2 v + (1 - beta2) h^2
 //     param <- (1 - lr weight_decay) param - lr / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) + eps)
 //     ema <- ema + (1 - ema_decay) (param - ema)
 //
-// Reads n gradients, param, m, v and ema, and writes the last four: 10 N elements for two gradients, with some 20 operations an element, a
-// square root and a division among them; bound by memory.
+// Reads n gradients, param, m, v and ema, and writes the last four: 10 N elements for two
+// gradients, with some 20 operations an element, a square root and a division among them; bound by
+// memory.
 #include <cmath>
 
 #include "multi_tensor.h"
@@ -16,10 +18,10 @@ namespace {
 // Factors of one tensor's update; each is formed in float64.
 struct Step {
   float beta1_complement, beta2, beta2_complement, eps;
-  float decay;                   // 1 - lr weight_decay
-  float step_size;               // lr / (1 - beta1^step)
-  float inverse_sqrt_correction; // 1 / sqrt(1 - beta2^step)
-  float ema_weight;              // 1 - ema_decay
+  float decay;                    // 1 - lr weight_decay
+  float step_size;                // lr / (1 - beta1^step)
+  float inverse_sqrt_correction;  // 1 / sqrt(1 - beta2^step)
+  float ema_weight;               // 1 - ema_decay
 };
 
 struct State {
@@ -44,8 +46,11 @@ struct Block {
   float *param, *exp_avg, *exp_avg_sq, *ema;  // ema may be null
 };
 
-// 16 elements from `i` on. All of memory is walked in one loop: one array after the other would wait at the start of every page.
-GENREP_FAST_INLINE void update(const Step& s, const float* factors, int64_t n, Element param_element, const Block& block, int64_t i) {
+// 16 elements from `i` on. All of memory is walked in one loop: one array after the other would
+// wait at the start of every page.
+GENREP_FAST_INLINE void update(
+    const Step& s, const float* factors, int64_t n, Element param_element, const Block& block,
+    int64_t i) {
   Floats h = factors[0] * load<Floats>(block.gradients[0] + i);
   prefetch(block.gradients[0] + i, kPrefetch);
   for (int64_t j = 1; j < n; ++j) {
@@ -71,7 +76,8 @@ GENREP_FAST_INLINE void update(const Step& s, const float* factors, int64_t n, E
   }
 }
 
-// `count` elements that are worked on in place: the memory itself, or a copy in `scratch` that `put` writes back.
+// `count` elements that are worked on in place: the memory itself, or a copy in `scratch` that
+// `put` writes back.
 GENREP_FAST_INLINE float* take(Buffer buffer, int64_t index, int64_t count, float* scratch) {
   return const_cast<float*>(read(buffer, index, count, scratch));
 }
@@ -84,7 +90,8 @@ GENREP_FAST_INLINE void put(Buffer buffer, int64_t index, int64_t count, const f
 
 // `n` gradients that are there, with one factor each.
 GENREP_FAST_INLINE void update_block(
-    const Step& step, const float* factors, int64_t n, Element param_element, const Block& block, int64_t count) {
+    const Step& step, const float* factors, int64_t n, Element param_element, const Block& block,
+    int64_t count) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
     update(step, factors, n, param_element, block, i);
@@ -106,8 +113,10 @@ GENREP_FAST_INLINE void update_block(
       std::memcpy(copies[kMaxLosses + k], states[k] + i, bytes);
     }
   }
-  float(*rest)[kLanes] = copies + kMaxLosses;
-  update(step, factors, n, param_element, {gradients, rest[0], rest[1], rest[2], block.ema ? rest[3] : nullptr}, 0);
+  float (*rest)[kLanes] = copies + kMaxLosses;
+  update(
+      step, factors, n, param_element,
+      {gradients, rest[0], rest[1], rest[2], block.ema ? rest[3] : nullptr}, 0);
   for (int k = 0; k < 4; ++k) {
     if (states[k]) {
       std::memcpy(states[k] + i, rest[k], bytes);
@@ -116,14 +125,14 @@ GENREP_FAST_INLINE void update_block(
 }
 
 GENREP_FAST_INLINE void adamw_chunk_kernel(
-    const Buffer* gradients, const float* coefficients, int64_t n, const State& state, const Step& step, int64_t begin, int64_t length) {
+    const Buffer* gradients, const float* coefficients, int64_t n, const State& state,
+    const Step& step, int64_t begin, int64_t length) {
   alignas(64) float scratch[kMaxLosses][kBlock], states[4][kBlock];
   for (int64_t offset = 0; offset < length; offset += kBlock) {
     int64_t index = begin + offset, count = std::min(kBlock, length - offset);
     Present present = read_present(gradients, coefficients, n, index, count, scratch);
     Block block{
-        present.values,
-        take(state.param, index, count, states[0]),
+        present.values, take(state.param, index, count, states[0]),
         take(state.exp_avg, index, count, states[1]),
         take(state.exp_avg_sq, index, count, states[2]),
         state.ema.data ? take(state.ema, index, count, states[3]) : nullptr};
@@ -143,9 +152,9 @@ GENREP_FAST_INLINE void adamw_chunk_kernel(
 
 GENREP_FAST_CLONES(
     adamw_chunk,
-    (const Buffer* gradients, const float* coefficients, int64_t n, const State& state, const Step& step, int64_t begin, int64_t length),
-    adamw_chunk_kernel,
-    (gradients, coefficients, n, state, step, begin, length))
+    (const Buffer* gradients, const float* coefficients, int64_t n, const State& state,
+     const Step& step, int64_t begin, int64_t length),
+    adamw_chunk_kernel, (gradients, coefficients, n, state, step, begin, length))
 
 double scalar_of(const Tensor& tensor) {
   if (tensor.scalar_type() == ScalarType::Double) {
@@ -156,13 +165,17 @@ double scalar_of(const Tensor& tensor) {
 }
 
 void adamw_step(
-    std::vector<Tensor> params, std::vector<Tensor> exp_avgs, std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> emas,
-    OptionalTensors gradients, Tensor coefficients, std::vector<int64_t> groups, std::vector<double> weights, std::vector<Tensor> steps,
-    Tensor lr, double beta1, double beta2, double eps, double weight_decay, double ema_decay, std::optional<Tensor> found_inf) {
+    std::vector<Tensor> params, std::vector<Tensor> exp_avgs, std::vector<Tensor> exp_avg_sqs,
+    std::vector<Tensor> emas, OptionalTensors gradients, Tensor coefficients,
+    std::vector<int64_t> groups, std::vector<double> weights, std::vector<Tensor> steps, Tensor lr,
+    double beta1, double beta2, double eps, double weight_decay, double ema_decay,
+    std::optional<Tensor> found_inf) {
   Gradients table(gradients, groups.size());
   std::vector<float> factors = factors_of(coefficients, groups, weights, table.n);
-  std::vector<Buffer> param = buffers_of(params, table), exp_avg = buffers_of(exp_avgs, table), exp_avg_sq = buffers_of(exp_avg_sqs, table);
-  std::vector<Buffer> ema = emas.empty() ? std::vector<Buffer>(groups.size()) : buffers_of(emas, table);
+  std::vector<Buffer> param = buffers_of(params, table), exp_avg = buffers_of(exp_avgs, table),
+                      exp_avg_sq = buffers_of(exp_avg_sqs, table);
+  std::vector<Buffer> ema =
+      emas.empty() ? std::vector<Buffer>(groups.size()) : buffers_of(emas, table);
   STD_TORCH_CHECK(steps.size() == groups.size(), "as many steps are needed as there are groups");
   std::vector<State> states(groups.size());
   std::vector<Step> updates(groups.size());
@@ -188,8 +201,8 @@ void adamw_step(
     for (int64_t c = first; c < last; ++c) {
       const Chunk& chunk = chunks[c];
       adamw_chunk(
-          table.of(chunk.tensor), &factors[chunk.tensor * table.n], table.n, states[chunk.tensor], updates[chunk.tensor], chunk.begin,
-          chunk.length);
+          table.of(chunk.tensor), &factors[chunk.tensor * table.n], table.n, states[chunk.tensor],
+          updates[chunk.tensor], chunk.begin, chunk.length);
     }
   });
 }

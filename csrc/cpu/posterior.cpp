@@ -1,10 +1,12 @@
-// Bayes' rule and the distillation loss with its gradients (see genrep_fast/reference/posterior.py).
+// Bayes' rule and the distillation loss with its gradients (see
+// genrep_fast/reference/posterior.py).
 //
 //     s = L / temperature + log prior,   log p = log_softmax_y s,   log q = log_softmax_y z
 //     KL = sum_y p (log p - log q),      dKL/dz = q - p,            dKL/dL = p (log p - log q - KL) / temperature
 //
-// Each reads L, and the student's logits z, from memory once, B K numbers a location, and writes its result; the passes for maximum, sum
-// and result find them in the caches. The 16 lanes of a vector are 16 locations, or 16 classes where a likelihood is of a whole image.
+// Each reads L, and the student's logits z, from memory once, B K numbers a location, and writes
+// its result; the passes for maximum, sum and result find them in the caches. The 16 lanes of a
+// vector are 16 locations, or 16 classes where a likelihood is of a whole image.
 #include <algorithm>
 #include <cmath>
 #include <optional>
@@ -37,16 +39,20 @@ struct Arguments {
   const float *likelihood, *logits, *prior, *grad;  // logits, prior and grad may be null
   int64_t prior_stride;                             // of images, in elements
   float temperature;
-  float *loss, *grad_logits, *result;  // result: the posterior, or the gradient of the likelihood; each may be null
+  float *loss, *grad_logits,
+      *result;  // result: the posterior, or the gradient of the likelihood; each may be null
 };
 
-// Up to 16 locations of an image, or all classes where it has one location. kAcross: lanes are classes.
+// Up to 16 locations of an image, or all classes where it has one location. kAcross: lanes are
+// classes.
 template <bool kAcross>
 struct Columns {
   Shape shape;
   int64_t image, location;  // the first one
 
-  GENREP_FAST_INLINE int64_t vectors() const { return kAcross ? (shape.classes + kLanes - 1) / kLanes : shape.classes; }
+  GENREP_FAST_INLINE int64_t vectors() const {
+    return kAcross ? (shape.classes + kLanes - 1) / kLanes : shape.classes;
+  }
 
   GENREP_FAST_INLINE int64_t lanes(int64_t j) const {
     return std::min(kLanes, kAcross ? shape.classes - j * kLanes : shape.locations - location);
@@ -67,7 +73,9 @@ struct Columns {
     return values;
   }
 
-  GENREP_FAST_INLINE void write(float* data, int64_t j, Floats values) const { std::memcpy(data + offset(j), &values, 4 * lanes(j)); }
+  GENREP_FAST_INLINE void write(float* data, int64_t j, Floats values) const {
+    std::memcpy(data + offset(j), &values, 4 * lanes(j));
+  }
 
   GENREP_FAST_INLINE Floats score(const Arguments& arguments, int64_t j) const {
     Floats values = read(arguments.likelihood, j) / arguments.temperature;
@@ -83,8 +91,12 @@ struct Columns {
     return values + log_prior;
   }
 
-  GENREP_FAST_INLINE Floats total(Floats sums) const { return kAcross ? broadcast(horizontal_sum(sums)) : sums; }
-  GENREP_FAST_INLINE Floats largest(Floats values) const { return kAcross ? broadcast(horizontal_maximum(values)) : values; }
+  GENREP_FAST_INLINE Floats total(Floats sums) const {
+    return kAcross ? broadcast(horizontal_sum(sums)) : sums;
+  }
+  GENREP_FAST_INLINE Floats largest(Floats values) const {
+    return kAcross ? broadcast(horizontal_maximum(values)) : values;
+  }
 
   // Sum over the classes of term(j), in two levels.
   template <typename Term>
@@ -101,7 +113,8 @@ struct Columns {
   }
 };
 
-// log_softmax_y of values(j) is values(j) - maximum - log_sum; the maximum is taken off first, which loses no digits.
+// log_softmax_y of values(j) is values(j) - maximum - log_sum; the maximum is taken off first,
+// which loses no digits.
 struct LogSoftmax {
   Floats maximum, log_sum;
 
@@ -116,13 +129,15 @@ GENREP_FAST_INLINE LogSoftmax log_softmax(const Columns<kAcross>& columns, const
     maximum = larger(maximum, values(j));
   }
   result.maximum = columns.largest(maximum);
-  Floats sum = columns.sum([&](int64_t j) GENREP_FAST_LAMBDA { return exponential(values(j) - result.maximum); });
+  Floats sum = columns.sum(
+      [&](int64_t j) GENREP_FAST_LAMBDA { return exponential(values(j) - result.maximum); });
   result.log_sum = sum == sum ? logarithm(sum) : sum;
   return result;
 }
 
 template <bool kAcross>
-GENREP_FAST_INLINE void posterior_columns(const Arguments& arguments, const Columns<kAcross>& columns) {
+GENREP_FAST_INLINE void posterior_columns(
+    const Arguments& arguments, const Columns<kAcross>& columns) {
   auto score = [&](int64_t j) GENREP_FAST_LAMBDA { return columns.score(arguments, j); };
   LogSoftmax p = log_softmax(columns, score);
   for (int64_t j = 0; j < columns.vectors(); ++j) {
@@ -131,7 +146,8 @@ GENREP_FAST_INLINE void posterior_columns(const Arguments& arguments, const Colu
 }
 
 template <bool kAcross>
-GENREP_FAST_INLINE void distillation_columns(const Arguments& arguments, const Columns<kAcross>& columns) {
+GENREP_FAST_INLINE void distillation_columns(
+    const Arguments& arguments, const Columns<kAcross>& columns) {
   auto score = [&](int64_t j) GENREP_FAST_LAMBDA { return columns.score(arguments, j); };
   auto logit = [&](int64_t j) GENREP_FAST_LAMBDA { return columns.read(arguments.logits, j); };
   LogSoftmax p = log_softmax(columns, score), q = log_softmax(columns, logit);
@@ -139,7 +155,8 @@ GENREP_FAST_INLINE void distillation_columns(const Arguments& arguments, const C
     Floats log_p = p.of(score(j)), probability = exponential(log_p);
     return probability == 0.0f ? Floats{} : probability * (log_p - q.of(logit(j)));
   });
-  Columns<false> one = {{columns.shape.batch, 1, columns.shape.locations}, columns.image, columns.location};
+  Columns<false> one = {
+      {columns.shape.batch, 1, columns.shape.locations}, columns.image, columns.location};
   if (arguments.loss) {
     one.write(arguments.loss, 0, divergence);
     return;
@@ -161,26 +178,32 @@ GENREP_FAST_INLINE void distillation_columns(const Arguments& arguments, const C
 }
 
 GENREP_FAST_CLONES(
-    image_posterior, (const Arguments& arguments, const Columns<true>& columns), posterior_columns<true>, (arguments, columns))
+    image_posterior, (const Arguments& arguments, const Columns<true>& columns),
+    posterior_columns<true>, (arguments, columns))
 GENREP_FAST_CLONES(
-    location_posterior, (const Arguments& arguments, const Columns<false>& columns), posterior_columns<false>, (arguments, columns))
+    location_posterior, (const Arguments& arguments, const Columns<false>& columns),
+    posterior_columns<false>, (arguments, columns))
 GENREP_FAST_CLONES(
-    image_distillation, (const Arguments& arguments, const Columns<true>& columns), distillation_columns<true>, (arguments, columns))
+    image_distillation, (const Arguments& arguments, const Columns<true>& columns),
+    distillation_columns<true>, (arguments, columns))
 GENREP_FAST_CLONES(
-    location_distillation, (const Arguments& arguments, const Columns<false>& columns), distillation_columns<false>,
-    (arguments, columns))
+    location_distillation, (const Arguments& arguments, const Columns<false>& columns),
+    distillation_columns<false>, (arguments, columns))
 
 void for_each_column(const Shape& shape, const Arguments& arguments) {
   const bool across = shape.locations == 1;
   const int64_t blocks = across ? 1 : (shape.locations + kLanes - 1) / kLanes;
-  const int64_t grain = std::max<int64_t>(1, kParallelElements / (shape.classes * std::min(shape.locations, kLanes)));
+  const int64_t grain =
+      std::max<int64_t>(1, kParallelElements / (shape.classes * std::min(shape.locations, kLanes)));
   torch::stable::parallel_for(0, shape.batch * blocks, grain, [&](int64_t first, int64_t last) {
     for (int64_t task = first; task < last; ++task) {
       int64_t image = task / blocks, location = task % blocks * kLanes;
       if (across) {
-        (arguments.logits ? image_distillation : image_posterior)(arguments, {shape, image, location});
+        (arguments.logits ? image_distillation : image_posterior)(
+            arguments, {shape, image, location});
       } else {
-        (arguments.logits ? location_distillation : location_posterior)(arguments, {shape, image, location});
+        (arguments.logits ? location_distillation : location_posterior)(
+            arguments, {shape, image, location});
       }
     }
   });
@@ -196,10 +219,13 @@ struct __attribute__((visibility("hidden"))) Inputs {
   Inputs(const Tensor& log_likelihood, const std::optional<Tensor>& log_prior, double temperature)
       : shape(shape_of(log_likelihood)), likelihood(as_floats(log_likelihood)) {
     arguments.likelihood = data(likelihood);
-    arguments.temperature = static_cast<float>(std::min(temperature, 3e38));  // not infinite: padding is -inf
+    arguments.temperature =
+        static_cast<float>(std::min(temperature, 3e38));  // not infinite: padding is -inf
     if (log_prior) {
       STD_TORCH_CHECK(
-          log_prior->size(1) == shape.classes && (log_prior->numel() == shape.classes || log_prior->numel() == shape.batch * shape.classes),
+          log_prior->size(1) == shape.classes &&
+              (log_prior->numel() == shape.classes ||
+               log_prior->numel() == shape.batch * shape.classes),
           "log_prior must be [1 or B, K, 1, ...]");
       prior = as_floats(*log_prior);
       arguments.prior = data(*prior);
@@ -208,9 +234,13 @@ struct __attribute__((visibility("hidden"))) Inputs {
   }
 
   static Tensor as_floats(const Tensor& tensor) {
-    return dense(tensor.scalar_type() == ScalarType::Float ? tensor : torch::stable::to(tensor, ScalarType::Float));
+    return dense(
+        tensor.scalar_type() == ScalarType::Float ? tensor
+                                                  : torch::stable::to(tensor, ScalarType::Float));
   }
-  static const float* data(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
+  static const float* data(const Tensor& tensor) {
+    return static_cast<const float*>(tensor.const_data_ptr());
+  }
 };
 
 Tensor posterior(Tensor log_likelihood, std::optional<Tensor> log_prior, double temperature) {
@@ -223,9 +253,13 @@ Tensor posterior(Tensor log_likelihood, std::optional<Tensor> log_prior, double 
   return result;
 }
 
-Tensor distillation_loss(Tensor student_logits, Tensor log_likelihood, std::optional<Tensor> log_prior, double temperature) {
+Tensor distillation_loss(
+    Tensor student_logits, Tensor log_likelihood, std::optional<Tensor> log_prior,
+    double temperature) {
   Inputs inputs(log_likelihood, log_prior, temperature);
-  STD_TORCH_CHECK(sizes_of(student_logits) == sizes_of(log_likelihood), "student_logits must have log_likelihood's shape");
+  STD_TORCH_CHECK(
+      sizes_of(student_logits) == sizes_of(log_likelihood),
+      "student_logits must have log_likelihood's shape");
   Tensor logits = Inputs::as_floats(student_logits);
   std::vector<int64_t> shape = sizes_of(log_likelihood);
   shape.erase(shape.begin() + 1);
@@ -239,22 +273,26 @@ Tensor distillation_loss(Tensor student_logits, Tensor log_likelihood, std::opti
 }
 
 std::tuple<Tensor, Tensor> distillation_loss_backward(
-    Tensor grad, Tensor student_logits, Tensor log_likelihood, std::optional<Tensor> log_prior, double temperature,
-    std::vector<bool> output_mask) {
+    Tensor grad, Tensor student_logits, Tensor log_likelihood, std::optional<Tensor> log_prior,
+    double temperature, std::vector<bool> output_mask) {
   Inputs inputs(log_likelihood, log_prior, temperature);
   STD_TORCH_CHECK(
-      sizes_of(student_logits) == sizes_of(log_likelihood) && grad.numel() == inputs.shape.batch * inputs.shape.locations,
+      sizes_of(student_logits) == sizes_of(log_likelihood) &&
+          grad.numel() == inputs.shape.batch * inputs.shape.locations,
       "student_logits must have log_likelihood's shape, and grad the loss's");
   STD_TORCH_CHECK(output_mask.size() == 2, "output_mask must have 2 entries");
   Tensor logits = Inputs::as_floats(student_logits), grads = Inputs::as_floats(grad);
   auto new_gradient = [&](bool needed) {
-    return torch::stable::empty(needed ? sizes_of(log_likelihood) : std::vector<int64_t>{0}, ScalarType::Float);
+    return torch::stable::empty(
+        needed ? sizes_of(log_likelihood) : std::vector<int64_t>{0}, ScalarType::Float);
   };
   Tensor grad_logits = new_gradient(output_mask[0]), grad_likelihood = new_gradient(output_mask[1]);
   inputs.arguments.logits = Inputs::data(logits);
   inputs.arguments.grad = Inputs::data(grads);
-  inputs.arguments.grad_logits = output_mask[0] ? static_cast<float*>(grad_logits.mutable_data_ptr()) : nullptr;
-  inputs.arguments.result = output_mask[1] ? static_cast<float*>(grad_likelihood.mutable_data_ptr()) : nullptr;
+  inputs.arguments.grad_logits =
+      output_mask[0] ? static_cast<float*>(grad_logits.mutable_data_ptr()) : nullptr;
+  inputs.arguments.result =
+      output_mask[1] ? static_cast<float*>(grad_likelihood.mutable_data_ptr()) : nullptr;
   if (log_likelihood.numel() > 0) {
     for_each_column(inputs.shape, inputs.arguments);
   }

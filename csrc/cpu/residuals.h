@@ -7,9 +7,10 @@
 namespace genrep_fast {
 
 constexpr int64_t kParallelElements = 32768;  // a thread's least share
-constexpr int64_t kTasks = 32;                // that the steps of few images and classes are cut into
-constexpr int64_t kChannels = 4;              // whose squares at a location are added up together
-constexpr int64_t kRows = 4;                  // that are read together: memory delivers a fourth more to four streams than to one
+constexpr int64_t kTasks = 32;    // that the steps of few images and classes are cut into
+constexpr int64_t kChannels = 4;  // whose squares at a location are added up together
+constexpr int64_t kRows =
+    4;  // that are read together: memory delivers a fourth more to four streams than to one
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -34,7 +35,8 @@ inline Problem::Problem(ScoredChunk arguments) : chunk(std::move(arguments)) {
   if (chunk.noisy.data) {
     noisy = source_of(chunk.noisy, chunk.outer_size, chunk.inner_size);
   }
-  in_place = output.flat && (!noisy.buffer.data || (noisy.flat && noisy.buffer.element == Element::kFloat));
+  in_place = output.flat &&
+             (!noisy.buffer.data || (noisy.flat && noisy.buffer.element == Element::kFloat));
   Source images = source_of(chunk.x, chunk.outer_size, chunk.inner_size);
   x = reinterpret_cast<const float*>(images.buffer.data);
   x_stride = chunk.x.batch;
@@ -47,7 +49,8 @@ inline Problem::Problem(ScoredChunk arguments) : chunk(std::move(arguments)) {
     for (int64_t b = 0; b < chunk.batch; ++b) {
       for (int64_t begin = 0; begin < chunk.elements(); begin += kBlock) {
         int64_t count = std::min(kBlock, chunk.elements() - begin);
-        const float* block = read_row(images, images.offset(b, 0, 0), chunk.inner_size, begin, count, scratch);
+        const float* block =
+            read_row(images, images.offset(b, 0, 0), chunk.inner_size, begin, count, scratch);
         std::copy_n(block, count, floats.data() + b * x_stride + begin);
       }
     }
@@ -78,7 +81,8 @@ struct Residual {
     if (kNoisy) {
       std::memcpy(&parts[2], noisy + i, 4 * count);
     }
-    Floats r = parts[0] * data_factor + load_as<kElement>(reinterpret_cast<const char*>(&parts[1]), 0) * output_factor;
+    Floats r = parts[0] * data_factor +
+               load_as<kElement>(reinterpret_cast<const char*>(&parts[1]), 0) * output_factor;
     return kNoisy ? r + parts[2] * noisy_factor : r;
   }
 };
@@ -105,7 +109,8 @@ struct Row {
 };
 
 // Reads `count` elements from `begin` on, at most kBlock if they are not all read in place.
-GENREP_FAST_INLINE Residual residual(const Problem& problem, const Row& row, int64_t begin, int64_t count, Scratch& scratch) {
+GENREP_FAST_INLINE Residual
+residual(const Problem& problem, const Row& row, int64_t begin, int64_t count, Scratch& scratch) {
   const ScoredChunk& chunk = problem.chunk;
   const auto [b, k, s] = row;
   const int64_t inner = chunk.inner_size;
@@ -116,12 +121,14 @@ GENREP_FAST_INLINE Residual residual(const Problem& problem, const Row& row, int
     result.output = problem.output.buffer.at(output + begin);
     result.element = problem.output.buffer.element;
   } else {
-    result.output = reinterpret_cast<const char*>(read_row(problem.output, output, inner, begin, count, scratch.output));
+    result.output = reinterpret_cast<const char*>(
+        read_row(problem.output, output, inner, begin, count, scratch.output));
     result.element = Element::kFloat;
   }
   result.noisy = nullptr;
   if (problem.noisy.buffer.data) {
-    result.noisy = read_row(problem.noisy, problem.noisy.offset(b, k, s), inner, begin, count, scratch.noisy);
+    result.noisy =
+        read_row(problem.noisy, problem.noisy.offset(b, k, s), inner, begin, count, scratch.noisy);
   }
   result.data_factor = chunk.data_table[s];
   result.output_factor = chunk.output_table[s];
@@ -131,7 +138,8 @@ GENREP_FAST_INLINE Residual residual(const Problem& problem, const Row& row, int
 
 // Sums of squares of kRows rows, in float32 over kBlock elements and in float64 above.
 template <Element kElement, bool kNoisy>
-GENREP_FAST_INLINE void add_squares(const Residual (&blocks)[kRows], int64_t count, double (&sums)[kRows]) {
+GENREP_FAST_INLINE void add_squares(
+    const Residual (&blocks)[kRows], int64_t count, double (&sums)[kRows]) {
   constexpr int64_t kUnroll = 4;
   Doubles totals[kRows]{};
   for (int64_t begin = 0; begin < count; begin += kBlock) {
@@ -150,7 +158,8 @@ GENREP_FAST_INLINE void add_squares(const Residual (&blocks)[kRows], int64_t cou
     }
     for (; i < end; i += kLanes) {
       for (int64_t row = 0; row < kRows; ++row) {
-        Floats r = end - i < kLanes ? blocks[row].rest<kElement, kNoisy>(i, end - i) : blocks[row].at<kElement, kNoisy>(i);
+        Floats r = end - i < kLanes ? blocks[row].rest<kElement, kNoisy>(i, end - i)
+                                    : blocks[row].at<kElement, kNoisy>(i);
         partial[row][0] += r * r;
       }
     }
@@ -158,7 +167,8 @@ GENREP_FAST_INLINE void add_squares(const Residual (&blocks)[kRows], int64_t cou
       Floats sum = (partial[row][0] + partial[row][1]) + (partial[row][2] + partial[row][3]);
       HalfFloats halves[2];
       std::memcpy(halves, &sum, sizeof(sum));
-      totals[row] += __builtin_convertvector(halves[0], Doubles) + __builtin_convertvector(halves[1], Doubles);
+      totals[row] +=
+          __builtin_convertvector(halves[0], Doubles) + __builtin_convertvector(halves[1], Doubles);
     }
   }
   for (int64_t row = 0; row < kRows; ++row) {
@@ -166,8 +176,10 @@ GENREP_FAST_INLINE void add_squares(const Residual (&blocks)[kRows], int64_t cou
   }
 }
 
-// l of kRows rows, some of which may be the same one. The same bits in forward and backward: backward's weights then add up to 1.
-GENREP_FAST_INLINE void step_log_likelihoods(const Problem& problem, const Row (&rows)[kRows], double* l) {
+// l of kRows rows, some of which may be the same one. The same bits in forward and backward:
+// backward's weights then add up to 1.
+GENREP_FAST_INLINE void step_log_likelihoods(
+    const Problem& problem, const Row (&rows)[kRows], double* l) {
   const ScoredChunk& chunk = problem.chunk;
   const int64_t elements = chunk.elements(), block = problem.in_place ? elements : kBlock;
   Scratch scratch[kRows];
@@ -185,17 +197,19 @@ GENREP_FAST_INLINE void step_log_likelihoods(const Problem& problem, const Row (
   for (int64_t q = 0; q < kRows; ++q) {
     int64_t s = rows[q].s;
     l[q] = -0.5 * static_cast<double>(chunk.inv_var[s]) * sums[q] +
-        static_cast<double>(chunk.log_norm[s]) * static_cast<double>(elements);
+           static_cast<double>(chunk.log_norm[s]) * static_cast<double>(elements);
   }
 }
 
 // Adds the squared residuals of `channels` <= kChannels channels to `sums`.
 template <Element kElement, bool kNoisy>
-GENREP_FAST_INLINE void add_channels(const Residual* blocks, int64_t channels, int64_t count, float* sums) {
+GENREP_FAST_INLINE void add_channels(
+    const Residual* blocks, int64_t channels, int64_t count, float* sums) {
   for (int64_t i = 0; i < count; i += kLanes) {
     Floats sum = load<Floats>(sums + i);
     for (int64_t c = 0; c < channels; ++c) {
-      Floats r = count - i < kLanes ? blocks[c].rest<kElement, kNoisy>(i, count - i) : blocks[c].at<kElement, kNoisy>(i);
+      Floats r = count - i < kLanes ? blocks[c].rest<kElement, kNoisy>(i, count - i)
+                                    : blocks[c].at<kElement, kNoisy>(i);
       sum += r * r;
     }
     store(sums + i, sum);
@@ -203,7 +217,8 @@ GENREP_FAST_INLINE void add_channels(const Residual* blocks, int64_t channels, i
 }
 
 // l of one step at `count` <= kBlock locations; 16 more may be written.
-GENREP_FAST_INLINE void location_log_likelihoods(const Problem& problem, const Row& row, int64_t begin, int64_t count, float* l) {
+GENREP_FAST_INLINE void location_log_likelihoods(
+    const Problem& problem, const Row& row, int64_t begin, int64_t count, float* l) {
   const ScoredChunk& chunk = problem.chunk;
   Scratch scratch[kChannels];
   Residual blocks[kChannels];
@@ -242,12 +257,17 @@ void parallel(int64_t tasks, int64_t elements, const Work& work) {
 
 // Centres are shared by the images.
 inline bool is_tiled(const ScoredChunk& chunk) {
-  return !chunk.per_location && chunk.batch > 1 && chunk.output.batch == 0 && (!chunk.noisy.data || chunk.noisy.batch == 0);
+  return !chunk.per_location && chunk.batch > 1 && chunk.output.batch == 0 &&
+         (!chunk.noisy.data || chunk.noisy.batch == 0);
 }
 
 // First step of group `group` of `groups`.
-inline int64_t first_step(int64_t steps, int64_t groups, int64_t group) { return steps * group / groups; }
+inline int64_t first_step(int64_t steps, int64_t groups, int64_t group) {
+  return steps * group / groups;
+}
 
-inline int64_t kept_locations(const ScoredChunk& chunk) { return chunk.per_location ? chunk.locations : 1; }
+inline int64_t kept_locations(const ScoredChunk& chunk) {
+  return chunk.per_location ? chunk.locations : 1;
+}
 
 }  // namespace genrep_fast

@@ -1,10 +1,12 @@
-// One reverse step of B chains with counter-based noise, and the score of the same step (see genrep_fast/reference/reverse_step.py).
+// One reverse step of B chains with counter-based noise, and the score of the same step (see
+// genrep_fast/reference/reverse_step.py).
 //
 //     x' = mean_noisy x_t + mean_output o + std scale z,        r = data x + noisy x_t + output o
 //     score = sum(-1/2 inv_var r^2 / scale^2 + log_norm - log scale)
 //
-// Reads x_t, o and x once and writes x': 4 B D elements. Noise is Philox 4x32-10 (Salmon et al., SC 2011), 10 rounds of two products for
-// four elements, and Box and Muller's transformation: about 60 vector instructions for 16 elements, as long as memory takes or longer.
+// Reads x_t, o and x once and writes x': 4 B D elements. Noise is Philox 4x32-10 (Salmon et al., SC
+// 2011), 10 rounds of two products for four elements, and Box and Muller's transformation: about 60
+// vector instructions for 16 elements, as long as memory takes or longer.
 #include <cmath>
 #include <tuple>
 
@@ -18,12 +20,14 @@
 namespace genrep_fast {
 namespace {
 
-constexpr int64_t kChunk = 16 * kBlock;  // elements; partial scores follow from it, never from the number of threads
+constexpr int64_t kChunk =
+    16 * kBlock;  // elements; partial scores follow from it, never from the number of threads
 
 // ---- noise ----
 
 constexpr int64_t kCounters = kBlock / 4;  // that draw a block's noise
-constexpr uint32_t kMultipliers[2] = {0xD2511F53, 0xCD9E8D57}, kIncrements[2] = {0x9E3779B9, 0xBB67AE85};
+constexpr uint32_t kMultipliers[2] = {0xD2511F53, 0xCD9E8D57},
+                   kIncrements[2] = {0x9E3779B9, 0xBB67AE85};
 constexpr int kRounds = 10;
 
 // What a block's counters and keys have in common; the counters themselves count from `index` on.
@@ -36,7 +40,8 @@ struct Draw {
 using PhiloxWords = uint32_t[4][kCounters];
 
 GENREP_FAST_INLINE void philox_kernel(const Draw& draw, int64_t count, PhiloxWords& words) {
-  using Wide = uint64_t __attribute__((vector_size(64)));  // 32-bit words, each in the lower half of its lane
+  using Wide = uint64_t
+      __attribute__((vector_size(64)));  // 32-bit words, each in the lower half of its lane
   using Half = uint32_t __attribute__((vector_size(32)));
   constexpr uint64_t kWord = 0xffffffff;
   for (int64_t i = 0; i < count; i += 8) {
@@ -58,24 +63,35 @@ GENREP_FAST_INLINE void philox_kernel(const Draw& draw, int64_t count, PhiloxWor
   }
 }
 
-GENREP_FAST_CLONES(philox, (const Draw& draw, int64_t count, PhiloxWords& words), philox_kernel, (draw, count, words))
+GENREP_FAST_CLONES(
+    philox, (const Draw& draw, int64_t count, PhiloxWords& words), philox_kernel,
+    (draw, count, words))
 
 #if defined(__x86_64__)
-// The same with the product of two 32-bit words, of which AVX-512 has eight in one instruction; the compiler takes three from a 64-bit one.
+// The same with the product of two 32-bit words, of which AVX-512 has eight in one instruction; the
+// compiler takes three from a 64-bit one.
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // in GCC's own header
-__attribute__((target("avx512f"))) void philox_avx512f(const Draw& draw, int64_t count, PhiloxWords& words) {
-  const __m512i multipliers[2] = {_mm512_set1_epi64(kMultipliers[0]), _mm512_set1_epi64(kMultipliers[1])};
+__attribute__((target("avx512f"))) void philox_avx512f(
+    const Draw& draw, int64_t count, PhiloxWords& words) {
+  const __m512i multipliers[2] = {
+      _mm512_set1_epi64(kMultipliers[0]), _mm512_set1_epi64(kMultipliers[1])};
   for (int64_t i = 0; i < count; i += 8) {
-    __m512i index = _mm512_add_epi64(_mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi64(draw.index + i));
+    __m512i index = _mm512_add_epi64(
+        _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi64(draw.index + i));
     // Upper halves of lanes are never read: a product takes the lower ones, and so does the result.
-    __m512i c[4] = {index, _mm512_srli_epi64(index, 32), _mm512_set1_epi64(draw.chain), _mm512_set1_epi64(draw.row)};
+    __m512i c[4] = {
+        index, _mm512_srli_epi64(index, 32), _mm512_set1_epi64(draw.chain),
+        _mm512_set1_epi64(draw.row)};
     uint32_t keys[2] = {draw.keys[0], draw.keys[1]};
     for (int round = 0; round < kRounds; ++round) {
-      __m512i first = _mm512_mul_epu32(c[0], multipliers[0]), second = _mm512_mul_epu32(c[2], multipliers[1]);
-      c[0] = _mm512_xor_epi64(_mm512_xor_epi64(_mm512_srli_epi64(second, 32), c[1]), _mm512_set1_epi64(keys[0]));
+      __m512i first = _mm512_mul_epu32(c[0], multipliers[0]),
+              second = _mm512_mul_epu32(c[2], multipliers[1]);
+      c[0] = _mm512_xor_epi64(
+          _mm512_xor_epi64(_mm512_srli_epi64(second, 32), c[1]), _mm512_set1_epi64(keys[0]));
       c[1] = second;
-      c[2] = _mm512_xor_epi64(_mm512_xor_epi64(_mm512_srli_epi64(first, 32), c[3]), _mm512_set1_epi64(keys[1]));
+      c[2] = _mm512_xor_epi64(
+          _mm512_xor_epi64(_mm512_srli_epi64(first, 32), c[3]), _mm512_set1_epi64(keys[1]));
       c[3] = first;
       keys[0] += kIncrements[0];
       keys[1] += kIncrements[1];
@@ -97,15 +113,17 @@ void draw_words(const Draw& draw, int64_t count, PhiloxWords& words) {
   philox(draw, count, words);
 }
 
-// sqrt(-2 ln u) of u = (word + 1/2) 2^-32. Next to 1, ln u comes from 1 - u, which float32 has in full where it rounds u.
+// sqrt(-2 ln u) of u = (word + 1/2) 2^-32. Next to 1, ln u comes from 1 - u, which float32 has in
+// full where it rounds u.
 GENREP_FAST_INLINE Floats radius(Words word) {
   Floats complement = (__builtin_convertvector(~word, Floats) + 0.5f) * 0x1p-32f;
   Floats uniform = (__builtin_convertvector(word, Floats) + 0.5f) * 0x1p-32f;
   Integers exponent = (as<Integers>(uniform) - 0x3f3504f3) >> 23;
   Floats mantissa = as<Floats>(as<Integers>(uniform) - (exponent << 23));
   auto near_one = complement <= 0.29289321f;
-  Floats logarithm =
-      log1p_scaled(near_one ? -complement : mantissa - 1.0f, near_one ? Floats{} : __builtin_convertvector(exponent, Floats));
+  Floats logarithm = log1p_scaled(
+      near_one ? -complement : mantissa - 1.0f,
+      near_one ? Floats{} : __builtin_convertvector(exponent, Floats));
   return square_root(logarithm * -2.0f);
 }
 
@@ -113,19 +131,27 @@ struct Direction {
   Floats cosine, sine;
 };
 
-// Of the angle 2 pi (word + 1/2) 2^-32: the nearest quarter turn by integers, the rest, at most pi / 4, by polynomials.
+// Of the angle 2 pi (word + 1/2) 2^-32: the nearest quarter turn by integers, the rest, at most pi
+// / 4, by polynomials.
 GENREP_FAST_INLINE Direction direction(Words word) {
   Words quarter = (word + 0x20000000) >> 30;
   Integers rest = as<Integers>(word - (quarter << 30));
-  Floats angle = (__builtin_convertvector(rest, Floats) + 0.5f) * 1.46291807926715968e-9f;  // 2 pi 2^-32
+  Floats angle =
+      (__builtin_convertvector(rest, Floats) + 0.5f) * 1.46291807926715968e-9f;  // 2 pi 2^-32
   Floats square = angle * angle;
-  Floats sine = polynomial(square, {-1.9515295891e-4f, 8.3321608736e-3f, -1.6666654611e-1f}) * square * angle + angle;
-  Floats cosine = polynomial(square, {2.443315711809948e-5f, -1.388731625493765e-3f, 4.166664568298827e-2f}) * square * square;
+  Floats sine = polynomial(square, {-1.9515295891e-4f, 8.3321608736e-3f, -1.6666654611e-1f}) *
+                    square * angle +
+                angle;
+  Floats cosine =
+      polynomial(square, {2.443315711809948e-5f, -1.388731625493765e-3f, 4.166664568298827e-2f}) *
+      square * square;
   cosine = cosine - square * 0.5f + 1.0f;
   auto odd = (quarter & 1) != 0;
   Words cosine_sign = ((quarter + 1) & 2) << 30, sine_sign = (quarter & 2) << 30;
   Floats turned_cosine = odd ? sine : cosine, turned_sine = odd ? cosine : sine;
-  return {as<Floats>(as<Words>(turned_cosine) ^ cosine_sign), as<Floats>(as<Words>(turned_sine) ^ sine_sign)};
+  return {
+      as<Floats>(as<Words>(turned_cosine) ^ cosine_sign),
+      as<Floats>(as<Words>(turned_sine) ^ sine_sign)};
 }
 
 // 64 elements of noise from the words of 16 counters, from `counter` on.
@@ -151,7 +177,7 @@ GENREP_FAST_INLINE void transform(const PhiloxWords& words, int64_t counter, flo
 // ---- step ----
 
 struct Step {
-  int64_t elements, locations;  // of a chain
+  int64_t elements, locations;       // of a chain
   Source x_t, output, x, std_scale;  // the last two may not be there
   Buffer target;
   float data, noisy, output_factor, inv_var, mean_noisy, mean_output, std;
@@ -161,10 +187,13 @@ struct Step {
   bool streaming;
 };
 
-// `count` <= kBlock elements, or zeros where there is no such tensor; padded to a multiple of 16 by whatever is there.
+// `count` <= kBlock elements, or zeros where there is no such tensor; padded to a multiple of 16 by
+// whatever is there.
 GENREP_FAST_INLINE const float* read_padded(
-    const Step& step, const Source& source, int64_t b, int64_t begin, int64_t count, float* scratch) {
-  const float* values = read_row(source, source.offset(b, 0, 0), step.locations, begin, count, scratch);
+    const Step& step, const Source& source, int64_t b, int64_t begin, int64_t count,
+    float* scratch) {
+  const float* values =
+      read_row(source, source.offset(b, 0, 0), step.locations, begin, count, scratch);
   if (count % kLanes != 0 && values != scratch) {
     std::copy_n(values, count, scratch);
     values = scratch;
@@ -175,13 +204,15 @@ GENREP_FAST_INLINE const float* read_padded(
   return values;
 }
 
-GENREP_FAST_INLINE void write_values(const Step& step, int64_t index, int64_t count, const float* values) {
+GENREP_FAST_INLINE void write_values(
+    const Step& step, int64_t index, int64_t count, const float* values) {
   if (step.target.element != Element::kFloat) {
     return write(step.target, index, count, values);
   }
   float* target = reinterpret_cast<float*>(step.target.at(index));
   int64_t i = 0;
-  for (; step.streaming && reinterpret_cast<uintptr_t>(target) % 16 == 0 && i + kLanes <= count; i += kLanes) {
+  for (; step.streaming && reinterpret_cast<uintptr_t>(target) % 16 == 0 && i + kLanes <= count;
+       i += kLanes) {
     stream(target + i, load<Floats>(values + i));
   }
   std::memcpy(target + i, values + i, 4 * (count - i));
@@ -192,13 +223,17 @@ struct Sums {
   float squares = 0, logarithms = 0;
 };
 
-// Moves a block of a chain, and adds up its score where `x` is there. Elements past `count` are zeros with a scale of 1.
+// Moves a block of a chain, and adds up its score where `x` is there. Elements past `count` are
+// zeros with a scale of 1.
 GENREP_FAST_INLINE Sums move_block(const Step& step, int64_t b, int64_t begin, int64_t count) {
   alignas(64) float scratch[4][kBlock], noise[kBlock], moved[kBlock];
   const float* x_t = read_padded(step, step.x_t, b, begin, count, scratch[0]);
   const float* output = read_padded(step, step.output, b, begin, count, scratch[1]);
-  const float* x = step.x.buffer.data ? read_padded(step, step.x, b, begin, count, scratch[2]) : nullptr;
-  const float* scale = step.std_scale.buffer.data ? read_padded(step, step.std_scale, b, begin, count, scratch[3]) : nullptr;
+  const float* x =
+      step.x.buffer.data ? read_padded(step, step.x, b, begin, count, scratch[2]) : nullptr;
+  const float* scale = step.std_scale.buffer.data
+                           ? read_padded(step, step.std_scale, b, begin, count, scratch[3])
+                           : nullptr;
   if (scale && count % kLanes != 0) {
     std::fill(scratch[3] + count, scratch[3] + (count + kLanes - 1) / kLanes * kLanes, 1.0f);
   }
@@ -217,7 +252,8 @@ GENREP_FAST_INLINE Sums move_block(const Step& step, int64_t b, int64_t begin, i
     Floats mean = sample * step.mean_noisy + prediction * step.mean_output;
     store(moved + i, mean + load<Floats>(noise + i) * (scales * step.std));
     if (x) {
-      Floats r = load<Floats>(x + i) * step.data + sample * step.noisy + prediction * step.output_factor;
+      Floats r =
+          load<Floats>(x + i) * step.data + sample * step.noisy + prediction * step.output_factor;
       squares += scale ? r * r / (scales * scales) : r * r;
       logarithms += scale ? logarithm(scales) : Floats{};
     }
@@ -226,27 +262,32 @@ GENREP_FAST_INLINE Sums move_block(const Step& step, int64_t b, int64_t begin, i
   return {horizontal_sum(squares), horizontal_sum(logarithms)};
 }
 
-GENREP_FAST_INLINE void move_chunk_kernel(const Step& step, int64_t b, int64_t begin, int64_t end, double& score) {
+GENREP_FAST_INLINE void move_chunk_kernel(
+    const Step& step, int64_t b, int64_t begin, int64_t end, double& score) {
   double squares = 0, logarithms = 0;
   for (int64_t first = begin; first < end; first += kBlock) {
     Sums sums = move_block(step, b, first, std::min(kBlock, end - first));
     squares += sums.squares;
     logarithms += sums.logarithms;
   }
-  score = -0.5 * static_cast<double>(step.inv_var) * squares + step.log_norm * static_cast<double>(end - begin) - logarithms;
+  score = -0.5 * static_cast<double>(step.inv_var) * squares +
+          step.log_norm * static_cast<double>(end - begin) - logarithms;
 }
 
 GENREP_FAST_CLONES(
-    move_chunk, (const Step& step, int64_t b, int64_t begin, int64_t end, double& score), move_chunk_kernel, (step, b, begin, end, score))
+    move_chunk, (const Step& step, int64_t b, int64_t begin, int64_t end, double& score),
+    move_chunk_kernel, (step, b, begin, end, score))
 
 float entry(const Tensor& table, int64_t step) {
   STD_TORCH_CHECK(
-      table.scalar_type() == ScalarType::Float && table.is_contiguous() && 0 <= step && step < table.numel(),
+      table.scalar_type() == ScalarType::Float && table.is_contiguous() && 0 <= step &&
+          step < table.numel(),
       "tables must be contiguous float32 tensors with a row ", step);
   return static_cast<const float*>(table.const_data_ptr())[step];
 }
 
-// Elements of x_t's shape, those of its channels where the tensor has more, broadcast where it has fewer.
+// Elements of x_t's shape, those of its channels where the tensor has more, broadcast where it has
+// fewer.
 Source chains_of(Tensor tensor, const Tensor& x_t, std::vector<Tensor>& copies) {
   std::vector<int64_t> sizes = sizes_of(tensor), wanted = sizes_of(x_t);
   if (sizes.size() == wanted.size() && sizes[1] > wanted[1]) {
@@ -265,11 +306,13 @@ Source chains_of(Tensor tensor, const Tensor& x_t, std::vector<Tensor>& copies) 
 }
 
 std::tuple<Tensor, Tensor> reverse_step(
-    Tensor x_t, Tensor model_output, Tensor data, Tensor noisy, Tensor output, Tensor inv_var, Tensor log_norm, Tensor mean_noisy,
-    Tensor mean_output, Tensor std, int64_t row, int64_t seed, Tensor chain_ids, std::optional<Tensor> x, std::optional<Tensor> std_scale) {
+    Tensor x_t, Tensor model_output, Tensor data, Tensor noisy, Tensor output, Tensor inv_var,
+    Tensor log_norm, Tensor mean_noisy, Tensor mean_output, Tensor std, int64_t row, int64_t seed,
+    Tensor chain_ids, std::optional<Tensor> x, std::optional<Tensor> std_scale) {
   const int64_t batch = x_t.size(0);
   STD_TORCH_CHECK(
-      chain_ids.scalar_type() == ScalarType::Long && chain_ids.numel() == batch, "chain_ids must be int64, one for each chain");
+      chain_ids.scalar_type() == ScalarType::Long && chain_ids.numel() == batch,
+      "chain_ids must be int64, one for each chain");
   Tensor x_prev = torch::stable::empty(sizes_of(x_t), x_t.scalar_type());
   Tensor score = torch::stable::empty({x ? batch : 0}, ScalarType::Float);
   Tensor chains = dense(chain_ids);
@@ -295,14 +338,16 @@ std::tuple<Tensor, Tensor> reverse_step(
   step.draw.keys[0] = static_cast<uint32_t>(seed);
   step.draw.keys[1] = static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32);
   step.chain_ids = static_cast<const int64_t*>(chains.const_data_ptr());
-  step.streaming = x_prev.scalar_type() == ScalarType::Float && is_streamed(x_prev, 4 * x_prev.numel());
+  step.streaming =
+      x_prev.scalar_type() == ScalarType::Float && is_streamed(x_prev, 4 * x_prev.numel());
 
   const int64_t chunks = (step.elements + kChunk - 1) / kChunk;
   std::vector<double> partials(batch * chunks);
   torch::stable::parallel_for(0, batch * chunks, 1, [&](int64_t first, int64_t last) {
     for (int64_t task = first; task < last; ++task) {
       int64_t begin = task % chunks * kChunk;
-      move_chunk(step, task / chunks, begin, std::min(begin + kChunk, step.elements), partials[task]);
+      move_chunk(
+          step, task / chunks, begin, std::min(begin + kChunk, step.elements), partials[task]);
     }
     stream_fence();
   });
@@ -318,6 +363,8 @@ std::tuple<Tensor, Tensor> reverse_step(
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(genrep_fast_cpu, CPU, m) { m.impl("reverse_step", TORCH_BOX(&reverse_step)); }
+STABLE_TORCH_LIBRARY_IMPL(genrep_fast_cpu, CPU, m) {
+  m.impl("reverse_step", TORCH_BOX(&reverse_step));
+}
 
 }  // namespace genrep_fast

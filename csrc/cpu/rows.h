@@ -11,15 +11,22 @@ struct Source {
   View strides;
   bool flat = false;
 
-  int64_t offset(int64_t b, int64_t k, int64_t s) const { return b * strides.batch + k * strides.classes + s * strides.steps; }
+  int64_t offset(int64_t b, int64_t k, int64_t s) const {
+    return b * strides.batch + k * strides.classes + s * strides.steps;
+  }
 };
 
 inline Source source_of(const View& view, int64_t outer_size, int64_t inner_size) {
-  return {{static_cast<char*>(view.data), element_of(view.type)}, view, view.is_flat(outer_size, inner_size)};
+  return {
+      {static_cast<char*>(view.data), element_of(view.type)},
+      view,
+      view.is_flat(outer_size, inner_size)};
 }
 
 template <typename Word>
-GENREP_FAST_INLINE void gather(const Word* source, const View& strides, int64_t inner_size, int64_t begin, int64_t count, Word* target) {
+GENREP_FAST_INLINE void gather(
+    const Word* source, const View& strides, int64_t inner_size, int64_t begin, int64_t count,
+    Word* target) {
   int64_t outer = begin / inner_size, inner = begin % inner_size;
   while (count > 0) {
     int64_t run = std::min(inner_size - inner, count);
@@ -34,9 +41,11 @@ GENREP_FAST_INLINE void gather(const Word* source, const View& strides, int64_t 
   }
 }
 
-// `count` <= kBlock elements of a row from `begin` on as float32: the memory itself, or a copy in `scratch`.
+// `count` <= kBlock elements of a row from `begin` on as float32: the memory itself, or a copy in
+// `scratch`.
 GENREP_FAST_INLINE const float* read_row(
-    const Source& source, int64_t offset, int64_t inner_size, int64_t begin, int64_t count, float* scratch) {
+    const Source& source, int64_t offset, int64_t inner_size, int64_t begin, int64_t count,
+    float* scratch) {
   if (source.flat) {
     return read(source.buffer, offset + begin, count, scratch);
   }

@@ -11,7 +11,8 @@ namespace genrep_fast {
 constexpr int64_t kSteps = 128;  // whose log-likelihoods become a state at once
 constexpr double kMinusInfinity = -std::numeric_limits<double>::infinity();
 
-// Of some steps of one image and class: maximum, sum of w and of w^2 with w = exp(l - maximum); or mean and sum of squared deviations.
+// Of some steps of one image and class: maximum, sum of w and of w^2 with w = exp(l - maximum); or
+// mean and sum of squared deviations.
 struct State {
   double level = 0, sum = 0, squares = 0;
   int64_t count = 0;
@@ -32,8 +33,10 @@ inline State merge(const State& a, const State& b, bool mixture) {
     merged.sum = high.sum + scale * low.sum;
     merged.squares = high.squares + scale * scale * low.squares;
   } else {
-    double n = static_cast<double>(a.count), m = static_cast<double>(b.count), difference = b.level - a.level;
-    merged.level = std::isfinite(difference) ? a.level + difference * (m / (n + m)) : a.level + b.level;
+    double n = static_cast<double>(a.count), m = static_cast<double>(b.count),
+           difference = b.level - a.level;
+    merged.level =
+        std::isfinite(difference) ? a.level + difference * (m / (n + m)) : a.level + b.level;
     merged.sum = a.sum + b.sum + difference * difference * (n * m / (n + m));
   }
   return merged;
@@ -86,7 +89,9 @@ inline double log_likelihood_of(const State& state, bool mixture) {
   if (!mixture) {
     return state.level;
   }
-  return state.count == 0 ? kMinusInfinity : state.level + std::log(state.sum) - std::log(static_cast<double>(state.count));
+  return state.count == 0
+             ? kMinusInfinity
+             : state.level + std::log(state.sum) - std::log(static_cast<double>(state.count));
 }
 
 // [B, K] states of every step, from the outputs row by row.

@@ -1,12 +1,14 @@
-// Log-likelihoods of images under every class (see genrep_fast/reference/scoring.py), and their streaming update.
+// Log-likelihoods of images under every class (see genrep_fast/reference/scoring.py), and their
+// streaming update.
 //
 //     r = a_s x + b_s x_t + c_s o                       residual of a row, i.e. of one image, class and step
 //     l = -1/2 v_s sum r^2 + D n_s,   L = logsumexp_s l - log S  or the mean of l
 //
-// Reads the denoiser's outputs o once, B K S D elements, at 3 multiply-adds an element: bound by memory. Squares are summed in float32, at
-// most 16 to an accumulator, then in float64. The state of an image and class is a running maximum, sum of weights and sum of squared
-// weights, or mean and sum of squared deviations; the steps are cut into groups by the sizes alone and merged in their order, so that no
-// result depends on the number of threads.
+// Reads the denoiser's outputs o once, B K S D elements, at 3 multiply-adds an element: bound by
+// memory. Squares are summed in float32, at most 16 to an accumulator, then in float64. The state
+// of an image and class is a running maximum, sum of weights and sum of squared weights, or mean
+// and sum of squared deviations; the steps are cut into groups by the sizes alone and merged in
+// their order, so that no result depends on the number of threads.
 #include <cmath>
 #include <tuple>
 
@@ -19,8 +21,10 @@ constexpr int64_t kTogether = 4;  // steps that are added to the states of locat
 
 // ---- a likelihood an image ----
 
-// Merges the rows from `first` to `last` of [B, K, S] into states, the first of which is that of the first row's image and class.
-GENREP_FAST_INLINE void score_rows_kernel(const Problem& problem, int64_t first, int64_t last, State* states) {
+// Merges the rows from `first` to `last` of [B, K, S] into states, the first of which is that of
+// the first row's image and class.
+GENREP_FAST_INLINE void score_rows_kernel(
+    const Problem& problem, int64_t first, int64_t last, State* states) {
   const ScoredChunk& chunk = problem.chunk;
   double l[kSteps];
   alignas(64) double steps[kSteps];
@@ -35,17 +39,21 @@ GENREP_FAST_INLINE void score_rows_kernel(const Problem& problem, int64_t first,
       step_log_likelihoods(problem, rows, l + i);
     }
     for (int64_t i = 0; i < count;) {
-      int64_t pair = (begin + i) / chunk.steps, end = std::min(count, (pair + 1) * chunk.steps - begin);
+      int64_t pair = (begin + i) / chunk.steps,
+              end = std::min(count, (pair + 1) * chunk.steps - begin);
       std::copy(l + i, l + end, steps);
       State& state = states[pair - first / chunk.steps];
-      state = merge(state, chunk.mixture ? mixture_state(steps, end - i) : mean_state(steps, end - i), chunk.mixture);
+      state = merge(
+          state, chunk.mixture ? mixture_state(steps, end - i) : mean_state(steps, end - i),
+          chunk.mixture);
       i = end;
     }
   }
 }
 
 GENREP_FAST_CLONES(
-    score_rows, (const Problem& problem, int64_t first, int64_t last, State* states), score_rows_kernel, (problem, first, last, states))
+    score_rows, (const Problem& problem, int64_t first, int64_t last, State* states),
+    score_rows_kernel, (problem, first, last, states))
 
 }  // namespace
 
@@ -64,7 +72,9 @@ std::vector<State> row_states(const Problem& problem) {
   parallel(tasks, together * ceil_div(steps, groups) * chunk.elements(), [&](int64_t task) {
     if (groups > 1) {
       int64_t row = task / groups * steps, group = task % groups;
-      score_rows(problem, row + first_step(steps, groups, group), row + first_step(steps, groups, group + 1), &states[task]);
+      score_rows(
+          problem, row + first_step(steps, groups, group),
+          row + first_step(steps, groups, group + 1), &states[task]);
     } else {
       int64_t first = task * together, last = std::min(pairs, first + together);
       score_rows(problem, first * steps, last * steps, &states[first]);
@@ -84,14 +94,17 @@ std::vector<State> row_states(const Problem& problem) {
 namespace {
 
 // [B, K]
-std::vector<State> image_states(const Problem& problem) { return is_tiled(problem.chunk) ? tile_states(problem) : row_states(problem); }
+std::vector<State> image_states(const Problem& problem) {
+  return is_tiled(problem.chunk) ? tile_states(problem) : row_states(problem);
+}
 
 // ---- a likelihood a location ----
 
 // States of a block of locations of one image and class.
 struct LocationStates {
-  alignas(64) float maximum[kBlock];                // "mixture"
-  alignas(64) double sum[kBlock], squares[kBlock];  // of weights and their squares, or mean and sum of squared deviations
+  alignas(64) float maximum[kBlock];  // "mixture"
+  alignas(64) double sum[kBlock],
+      squares[kBlock];  // of weights and their squares, or mean and sum of squared deviations
 };
 
 // sums = sums * scale + values
@@ -101,19 +114,23 @@ GENREP_FAST_INLINE void rescale_and_add(double* sums, Floats scale, Floats value
   std::memcpy(added, &values, sizeof(values));
   for (int half = 0; half < 2; ++half) {
     Doubles old = load<Doubles>(sums + 8 * half);
-    store(sums + 8 * half, old * __builtin_convertvector(scales[half], Doubles) + __builtin_convertvector(added[half], Doubles));
+    store(
+        sums + 8 * half, old * __builtin_convertvector(scales[half], Doubles) +
+                             __builtin_convertvector(added[half], Doubles));
   }
 }
 
 // Adds kTogether steps, some of which may be -inf, as if they were not there.
-GENREP_FAST_INLINE void add_to_mixture(const float (*l)[kBlock], int64_t count, LocationStates& states) {
+GENREP_FAST_INLINE void add_to_mixture(
+    const float (*l)[kBlock], int64_t count, LocationStates& states) {
   for (int64_t i = 0; i < count; i += kLanes) {
     Floats values[kTogether], old = load<Floats>(states.maximum + i), maximum = old;
     for (int64_t u = 0; u < kTogether; ++u) {
       values[u] = load<Floats>(l[u] + i);
       maximum = larger(maximum, values[u]);
     }
-    Floats level = maximum == -kInfinity ? Floats{} : maximum, scale = exponential(old - level), sum{}, squares{};
+    Floats level = maximum == -kInfinity ? Floats{} : maximum, scale = exponential(old - level),
+           sum{}, squares{};
     for (int64_t u = 0; u < kTogether; ++u) {
       Floats weight = exponential(values[u] - level);
       sum += weight;
@@ -125,17 +142,20 @@ GENREP_FAST_INLINE void add_to_mixture(const float (*l)[kBlock], int64_t count, 
   }
 }
 
-GENREP_FAST_INLINE void add_to_mean(const float* l, int64_t count, int64_t seen, LocationStates& states) {
+GENREP_FAST_INLINE void add_to_mean(
+    const float* l, int64_t count, int64_t seen, LocationStates& states) {
   double share = 1.0 / static_cast<double>(seen + 1);
   for (int64_t i = 0; i < count; ++i) {
     double difference = l[i] - states.sum[i];
-    states.sum[i] += difference - difference == 0 ? difference * share : static_cast<double>(l[i]);  // -inf stays
+    states.sum[i] += difference - difference == 0 ? difference * share
+                                                  : static_cast<double>(l[i]);  // -inf stays
     states.squares[i] += difference * (l[i] - states.sum[i]);
   }
 }
 
 GENREP_FAST_INLINE void score_locations_kernel(
-    const Problem& problem, int64_t b, int64_t k, int64_t begin, int64_t count, LocationStates& states) {
+    const Problem& problem, int64_t b, int64_t k, int64_t begin, int64_t count,
+    LocationStates& states) {
   alignas(64) float l[kTogether][kBlock];
   std::fill_n(states.maximum, kBlock, -kInfinity);
   std::fill_n(states.sum, kBlock, 0.0);
@@ -158,7 +178,9 @@ GENREP_FAST_INLINE void score_locations_kernel(
 }
 
 GENREP_FAST_CLONES(
-    score_locations, (const Problem& problem, int64_t b, int64_t k, int64_t begin, int64_t count, LocationStates& states),
+    score_locations,
+    (const Problem& problem, int64_t b, int64_t k, int64_t begin, int64_t count,
+     LocationStates& states),
     score_locations_kernel, (problem, b, k, begin, count, states))
 
 // Calls take(pair, location, State) for every image, class and location, in any order.
@@ -168,7 +190,8 @@ void for_each_location(const Problem& problem, const Take& take) {
   const int64_t blocks = ceil_div(chunk.locations, kBlock);
   const int64_t elements = chunk.steps * chunk.channels * std::min(kBlock, chunk.locations);
   parallel(chunk.batch * chunk.classes * blocks, elements, [&](int64_t task) {
-    int64_t pair = task / blocks, begin = task % blocks * kBlock, count = std::min(kBlock, chunk.locations - begin);
+    int64_t pair = task / blocks, begin = task % blocks * kBlock,
+            count = std::min(kBlock, chunk.locations - begin);
     LocationStates states;
     score_locations(problem, pair / chunk.classes, pair % chunk.classes, begin, count, states);
     for (int64_t i = 0; i < count; ++i) {
@@ -205,13 +228,15 @@ std::vector<int64_t> likelihood_shape(const Tensor& x, const ScoredChunk& chunk)
 }
 
 std::tuple<Tensor, Tensor> log_likelihood(
-    Tensor x, Tensor model_output, std::optional<Tensor> x_t, Tensor data, Tensor noisy, Tensor output, Tensor inv_var, Tensor log_norm,
-    std::string reduction, bool per_location) {
-  Problem problem(scored_chunk(x, model_output, x_t, data, noisy, output, inv_var, log_norm, reduction, per_location));
+    Tensor x, Tensor model_output, std::optional<Tensor> x_t, Tensor data, Tensor noisy,
+    Tensor output, Tensor inv_var, Tensor log_norm, std::string reduction, bool per_location) {
+  Problem problem(scored_chunk(
+      x, model_output, x_t, data, noisy, output, inv_var, log_norm, reduction, per_location));
   const ScoredChunk& chunk = problem.chunk;
   const std::vector<int64_t> shape = likelihood_shape(x, chunk);
   Tensor result = torch::stable::empty(shape, ScalarType::Float);
-  Tensor remainder = torch::stable::empty(chunk.mixture ? shape : std::vector<int64_t>{0}, ScalarType::Float);
+  Tensor remainder =
+      torch::stable::empty(chunk.mixture ? shape : std::vector<int64_t>{0}, ScalarType::Float);
   float* results = static_cast<float*>(result.mutable_data_ptr());
   float* remainders = chunk.mixture ? static_cast<float*>(remainder.mutable_data_ptr()) : nullptr;
   const int64_t locations = kept_locations(chunk);
@@ -220,34 +245,47 @@ std::tuple<Tensor, Tensor> log_likelihood(
     float rounded = static_cast<float>(exact);
     results[pair * locations + location] = rounded;
     if (remainders) {
-      remainders[pair * locations + location] = std::isinf(rounded) ? 0.0f : static_cast<float>(exact - rounded);
+      remainders[pair * locations + location] =
+          std::isinf(rounded) ? 0.0f : static_cast<float>(exact - rounded);
     }
   });
   return {result, remainder};
 }
 
 void score_update(
-    Tensor x, Tensor model_output, std::optional<Tensor> x_t, Tensor data, Tensor noisy, Tensor output, Tensor inv_var, Tensor log_norm,
-    std::optional<Tensor> classes, std::string reduction, bool per_location, Tensor count, Tensor state) {
-  Problem problem(scored_chunk(x, model_output, x_t, data, noisy, output, inv_var, log_norm, reduction, per_location));
+    Tensor x, Tensor model_output, std::optional<Tensor> x_t, Tensor data, Tensor noisy,
+    Tensor output, Tensor inv_var, Tensor log_norm, std::optional<Tensor> classes,
+    std::string reduction, bool per_location, Tensor count, Tensor state) {
+  Problem problem(scored_chunk(
+      x, model_output, x_t, data, noisy, output, inv_var, log_norm, reduction, per_location));
   const ScoredChunk& chunk = problem.chunk;
-  const int64_t num_classes = count.numel(), locations = kept_locations(chunk), rows = chunk.batch * num_classes * locations;
-  STD_TORCH_CHECK(count.scalar_type() == ScalarType::Long && count.is_contiguous(), "count must be a contiguous int64 tensor");
+  const int64_t num_classes = count.numel(), locations = kept_locations(chunk),
+                rows = chunk.batch * num_classes * locations;
   STD_TORCH_CHECK(
-      state.scalar_type() == ScalarType::Double && state.is_contiguous() && state.numel() == (chunk.mixture ? 3 : 2) * rows,
+      count.scalar_type() == ScalarType::Long && count.is_contiguous(),
+      "count must be a contiguous int64 tensor");
+  STD_TORCH_CHECK(
+      state.scalar_type() == ScalarType::Double && state.is_contiguous() &&
+          state.numel() == (chunk.mixture ? 3 : 2) * rows,
       "state must be a contiguous float64 tensor of 3 (mixture) or 2 (mean) times [B, K, ...]");
   std::vector<int64_t> indices(chunk.classes);
   for (int64_t k = 0; k < chunk.classes; ++k) {
     indices[k] = k;
   }
-  STD_TORCH_CHECK(classes || chunk.classes == num_classes, "classes must be given where the chunk does not have all of them");
+  STD_TORCH_CHECK(
+      classes || chunk.classes == num_classes,
+      "classes must be given where the chunk does not have all of them");
   if (classes) {
-    STD_TORCH_CHECK(classes->scalar_type() == ScalarType::Long && classes->numel() == chunk.classes, "classes must be int64, one a class");
+    STD_TORCH_CHECK(
+        classes->scalar_type() == ScalarType::Long && classes->numel() == chunk.classes,
+        "classes must be int64, one a class");
     Tensor given = dense(*classes);
-    std::copy_n(static_cast<const int64_t*>(given.const_data_ptr()), chunk.classes, indices.begin());
+    std::copy_n(
+        static_cast<const int64_t*>(given.const_data_ptr()), chunk.classes, indices.begin());
   }
   for (int64_t k : indices) {
-    STD_TORCH_CHECK(0 <= k && k < num_classes, "classes must lie in [0, ", num_classes, "), got ", k);
+    STD_TORCH_CHECK(
+        0 <= k && k < num_classes, "classes must lie in [0, ", num_classes, "), got ", k);
   }
   int64_t* counts = static_cast<int64_t*>(count.mutable_data_ptr());
   double* levels = static_cast<double*>(state.mutable_data_ptr());

@@ -2,8 +2,9 @@
 //
 //     dL/dr = -v_s r softmax_s(l)  or  -v_s r / S,       and from there to x, o and x_t by the tables a, c and b
 //
-// The gradient of o reads every row once from memory and once more from the caches, because its weight exp(l - logsumexp) needs the whole
-// row, and writes as much: 2 B K S D elements. An input that images, classes or steps share gets the sum over them, in a fixed order.
+// The gradient of o reads every row once from memory and once more from the caches, because its
+// weight exp(l - logsumexp) needs the whole row, and writes as much: 2 B K S D elements. An input
+// that images, classes or steps share gets the sum over them, in a fixed order.
 #include <algorithm>
 #include <cmath>
 #include <tuple>
@@ -13,13 +14,14 @@
 namespace genrep_fast {
 namespace {
 
-// Gradient of one of the operator's inputs, and the table that its part of the residual is multiplied with.
+// Gradient of one of the operator's inputs, and the table that its part of the residual is
+// multiplied with.
 struct Target {
   const float* table;
-  Buffer gradient;                  // contiguous [B or 1, K or 1, S or 1, channels, locations]
-  int64_t batch, classes, steps;    // of the gradient
-  int64_t channels;                 // of the gradient, C or more
-  bool streaming;                   // past the caches
+  Buffer gradient;                // contiguous [B or 1, K or 1, S or 1, channels, locations]
+  int64_t batch, classes, steps;  // of the gradient
+  int64_t channels;               // of the gradient, C or more
+  bool streaming;                 // past the caches
 
   int64_t rows() const { return batch * classes * steps; }
 };
@@ -27,9 +29,11 @@ struct Target {
 struct __attribute__((visibility("hidden"))) Backward {
   Problem problem;
   const float *grad, *likelihood, *remainder;  // [B, K, *loc]; the last two for "mixture"
-  std::vector<double> recomputed;              // log-likelihoods [B, K] where forward had another order of summation
+  std::vector<double>
+      recomputed;  // log-likelihoods [B, K] where forward had another order of summation
 
-  // exp(l - logsumexp_s l), or 1/S, times the gradient and -v: what the residuals of kRows rows are multiplied with.
+  // exp(l - logsumexp_s l), or 1/S, times the gradient and -v: what the residuals of kRows rows are
+  // multiplied with.
   GENREP_FAST_INLINE void scale(const Row (&rows)[kRows], double (&scales)[kRows]) const {
     const ScoredChunk& chunk = problem.chunk;
     if (chunk.mixture) {
@@ -39,7 +43,8 @@ struct __attribute__((visibility("hidden"))) Backward {
       const int64_t pair = rows[q].b * chunk.classes + rows[q].k;
       double weight = 1.0 / static_cast<double>(chunk.steps);
       if (chunk.mixture) {
-        double total = recomputed.empty() ? static_cast<double>(likelihood[pair]) + remainder[pair] : recomputed[pair];
+        double total = recomputed.empty() ? static_cast<double>(likelihood[pair]) + remainder[pair]
+                                          : recomputed[pair];
         weight *= likelihood[pair] == -kInfinity ? 0.0 : std::exp(scales[q] - total);
       }
       scales[q] = -static_cast<double>(chunk.inv_var[rows[q].s]) * weight * grad[pair];
@@ -47,10 +52,11 @@ struct __attribute__((visibility("hidden"))) Backward {
   }
 };
 
-// The rows that an element of the target's gradient adds up: `index` below their number, in a fixed order.
+// The rows that an element of the target's gradient adds up: `index` below their number, in a fixed
+// order.
 struct Owner {
-  int64_t b, k, s;                       // place in the gradient
-  int64_t batch, classes, steps;         // ranges of the contributions
+  int64_t b, k, s;                // place in the gradient
+  int64_t batch, classes, steps;  // ranges of the contributions
 
   int64_t contributions() const { return batch * classes * steps; }
 
@@ -70,12 +76,15 @@ Owner owner_of(const ScoredChunk& chunk, const Target& target, int64_t row) {
   return owner;
 }
 
-// Writes `count` <= kBlock elements of a gradient's row from `begin` on, in the order of the problem's elements.
+// Writes `count` <= kBlock elements of a gradient's row from `begin` on, in the order of the
+// problem's elements.
 GENREP_FAST_INLINE void write_row(
-    const ScoredChunk& chunk, Buffer gradient, int64_t row, int64_t begin, int64_t count, const float* values, bool streaming) {
+    const ScoredChunk& chunk, Buffer gradient, int64_t row, int64_t begin, int64_t count,
+    const float* values, bool streaming) {
   if (chunk.channels_inner) {  // the gradient is [channels, locations]
     for (int64_t i = 0; i < count; ++i) {
-      int64_t index = begin + i, place = row + index % chunk.inner_size * chunk.outer_size + index / chunk.inner_size;
+      int64_t index = begin + i,
+              place = row + index % chunk.inner_size * chunk.outer_size + index / chunk.inner_size;
       if (gradient.element == Element::kFloat) {
         std::memcpy(gradient.at(place), values + i, 4);
       } else {
@@ -100,7 +109,8 @@ GENREP_FAST_INLINE void write_row(
 }
 
 // factor times the residual, for `count` <= kBlock elements; 16 more may be written.
-GENREP_FAST_INLINE void scaled_residual(const Residual& block, float factor, int64_t count, float* values) {
+GENREP_FAST_INLINE void scaled_residual(
+    const Residual& block, float factor, int64_t count, float* values) {
   with_layout(block, [&](auto element, auto has_noisy) GENREP_FAST_LAMBDA {
     constexpr Element kElement = decltype(element)::value;
     constexpr bool kNoisy = decltype(has_noisy)::value;
@@ -114,9 +124,11 @@ GENREP_FAST_INLINE void scaled_residual(const Residual& block, float factor, int
   });
 }
 
-// The row's residual times scale and the target's factor, a block from `begin` on; zeros where the scale is 0, even of infinities.
+// The row's residual times scale and the target's factor, a block from `begin` on; zeros where the
+// scale is 0, even of infinities.
 GENREP_FAST_INLINE void gradient_block(
-    const Backward& backward, const Target& target, const Row& row, double scale, int64_t begin, int64_t count, float* values) {
+    const Backward& backward, const Target& target, const Row& row, double scale, int64_t begin,
+    int64_t count, float* values) {
   if (scale == 0) {
     std::fill_n(values, count, 0.0f);
     return;
@@ -127,7 +139,8 @@ GENREP_FAST_INLINE void gradient_block(
 }
 
 // Gradients of kRows rows from `first` on, or fewer at the end, that have one contribution each.
-GENREP_FAST_INLINE void write_gradients_kernel(const Backward& backward, const Target& target, int64_t first) {
+GENREP_FAST_INLINE void write_gradients_kernel(
+    const Backward& backward, const Target& target, int64_t first) {
   const ScoredChunk& chunk = backward.problem.chunk;
   alignas(64) float values[kBlock + kLanes];
   Row rows[kRows];
@@ -140,17 +153,21 @@ GENREP_FAST_INLINE void write_gradients_kernel(const Backward& backward, const T
     for (int64_t begin = 0; begin < chunk.elements(); begin += kBlock) {
       int64_t count = std::min(kBlock, chunk.elements() - begin);
       gradient_block(backward, target, rows[q], scales[q], begin, count, values);
-      write_row(chunk, target.gradient, (first + q) * target.channels * chunk.locations, begin, count, values, target.streaming);
+      write_row(
+          chunk, target.gradient, (first + q) * target.channels * chunk.locations, begin, count,
+          values, target.streaming);
     }
   }
 }
 
 GENREP_FAST_CLONES(
-    write_gradients, (const Backward& backward, const Target& target, int64_t first), write_gradients_kernel, (backward, target, first))
+    write_gradients, (const Backward& backward, const Target& target, int64_t first),
+    write_gradients_kernel, (backward, target, first))
 
 // Adds contributions from `first` to `last` to `sums` [D].
 GENREP_FAST_INLINE void add_gradients_kernel(
-    const Backward& backward, const Target& target, const Owner& owner, int64_t first, int64_t last, double* sums) {
+    const Backward& backward, const Target& target, const Owner& owner, int64_t first, int64_t last,
+    double* sums) {
   const ScoredChunk& chunk = backward.problem.chunk;
   alignas(64) float values[kBlock + kLanes];
   Row rows[kRows];
@@ -173,7 +190,9 @@ GENREP_FAST_INLINE void add_gradients_kernel(
 }
 
 GENREP_FAST_CLONES(
-    add_gradients, (const Backward& backward, const Target& target, const Owner& owner, int64_t first, int64_t last, double* sums),
+    add_gradients,
+    (const Backward& backward, const Target& target, const Owner& owner, int64_t first,
+     int64_t last, double* sums),
     add_gradients_kernel, (backward, target, owner, first, last, sums))
 
 // What the residual at `count` <= kBlock locations is multiplied with.
@@ -201,7 +220,8 @@ GENREP_FAST_INLINE void location_scales(
 
 // Gradient of a block of locations, of rows that have one contribution.
 GENREP_FAST_INLINE void write_location_gradient_kernel(
-    const Backward& backward, const Target& target, const Row& from, int64_t row, int64_t begin, int64_t count) {
+    const Backward& backward, const Target& target, const Row& from, int64_t row, int64_t begin,
+    int64_t count) {
   const ScoredChunk& chunk = backward.problem.chunk;
   alignas(64) float scales[kBlock], values[kBlock + kLanes];
   Scratch scratch;
@@ -220,12 +240,14 @@ GENREP_FAST_INLINE void write_location_gradient_kernel(
 
 GENREP_FAST_CLONES(
     write_location_gradient,
-    (const Backward& backward, const Target& target, const Row& from, int64_t row, int64_t begin, int64_t count),
+    (const Backward& backward, const Target& target, const Row& from, int64_t row, int64_t begin,
+     int64_t count),
     write_location_gradient_kernel, (backward, target, from, row, begin, count))
 
 // Gradient of a block of locations: every channel's sum over the owner's contributions, [C, count].
 GENREP_FAST_INLINE void add_location_gradients_kernel(
-    const Backward& backward, const Target& target, const Owner& owner, int64_t begin, int64_t count, double* sums) {
+    const Backward& backward, const Target& target, const Owner& owner, int64_t begin,
+    int64_t count, double* sums) {
   const ScoredChunk& chunk = backward.problem.chunk;
   alignas(64) float scales[kBlock], values[kBlock + kLanes];
   Scratch scratch;
@@ -233,7 +255,8 @@ GENREP_FAST_INLINE void add_location_gradients_kernel(
     Row from = owner.at(index);
     location_scales(backward, from, begin, count, scales);
     for (int64_t c = 0; c < chunk.channels; ++c) {
-      Residual block = residual(backward.problem, from, c * chunk.locations + begin, count, scratch);
+      Residual block =
+          residual(backward.problem, from, c * chunk.locations + begin, count, scratch);
       scaled_residual(block, target.table[from.s], count, values);
       for (int64_t i = 0; i < count; ++i) {
         sums[c * count + i] += scales[i] == 0 ? 0.0f : values[i] * scales[i];
@@ -244,10 +267,13 @@ GENREP_FAST_INLINE void add_location_gradients_kernel(
 
 GENREP_FAST_CLONES(
     add_location_gradients,
-    (const Backward& backward, const Target& target, const Owner& owner, int64_t begin, int64_t count, double* sums),
+    (const Backward& backward, const Target& target, const Owner& owner, int64_t begin,
+     int64_t count, double* sums),
     add_location_gradients_kernel, (backward, target, owner, begin, count, sums))
 
-void write_sums(const ScoredChunk& chunk, Buffer gradient, int64_t row, int64_t begin, int64_t count, const double* sums) {
+void write_sums(
+    const ScoredChunk& chunk, Buffer gradient, int64_t row, int64_t begin, int64_t count,
+    const double* sums) {
   float values[kBlock];
   for (int64_t done = 0; done < count; done += kBlock) {
     int64_t length = std::min(kBlock, count - done);
@@ -267,7 +293,8 @@ void differentiate_locations(const Backward& backward, const Target& target) {
   const int64_t rows = target.rows(), blocks = ceil_div(chunk.locations, kBlock);
   const int64_t row_elements = target.channels * chunk.locations;
   parallel(rows * blocks, row_elements, [&](int64_t task) {
-    int64_t row = task / blocks, begin = task % blocks * kBlock, count = std::min(kBlock, chunk.locations - begin);
+    int64_t row = task / blocks, begin = task % blocks * kBlock,
+            count = std::min(kBlock, chunk.locations - begin);
     Owner owner = owner_of(chunk, target, row);
     if (owner.contributions() == 1) {
       write_location_gradient(backward, target, owner.at(0), row * row_elements, begin, count);
@@ -276,7 +303,9 @@ void differentiate_locations(const Backward& backward, const Target& target) {
       std::vector<double> sums(chunk.channels * count);
       add_location_gradients(backward, target, owner, begin, count, sums.data());
       for (int64_t c = 0; c < chunk.channels; ++c) {
-        write_sums(chunk, target.gradient, row * row_elements, c * chunk.locations + begin, count, &sums[c * count]);
+        write_sums(
+            chunk, target.gradient, row * row_elements, c * chunk.locations + begin, count,
+            &sums[c * count]);
       }
     }
     if (begin == 0) {
@@ -295,7 +324,9 @@ void differentiate_shared(const Backward& backward, const Target& target) {
   auto finish = [&](int64_t row) {
     std::vector<double>& total = sums[row * groups];
     for (int64_t group = 1; group < groups; ++group) {
-      std::transform(total.begin(), total.end(), sums[row * groups + group].begin(), total.begin(), std::plus<>());
+      std::transform(
+          total.begin(), total.end(), sums[row * groups + group].begin(), total.begin(),
+          std::plus<>());
     }
     write_sums(chunk, target.gradient, row * row_elements, 0, chunk.elements(), total.data());
     zero_further_channels(chunk, target, row * row_elements);
@@ -304,7 +335,8 @@ void differentiate_shared(const Backward& backward, const Target& target) {
   parallel(rows * groups, contributions / groups * chunk.elements(), [&](int64_t task) {
     Owner owner = owner_of(chunk, target, task / groups);
     sums[task].resize(chunk.elements());
-    int64_t first = first_step(contributions, groups, task % groups), last = first_step(contributions, groups, task % groups + 1);
+    int64_t first = first_step(contributions, groups, task % groups),
+            last = first_step(contributions, groups, task % groups + 1);
     add_gradients(backward, target, owner, first, last, sums[task].data());
     if (groups == 1) {
       finish(task);
@@ -327,15 +359,18 @@ void differentiate_rows(const Backward& backward, const Target& target) {
   });
 }
 
-Tensor gradient_of(const Backward& backward, const Tensor& input, int64_t channel_axis, const float* table) {
+Tensor gradient_of(
+    const Backward& backward, const Tensor& input, int64_t channel_axis, const float* table) {
   const ScoredChunk& chunk = backward.problem.chunk;
   Tensor gradient = torch::stable::empty(sizes_of(input), input.scalar_type());
   auto size = [&](int64_t axis) { return axis < channel_axis ? input.size(axis) : 1; };
-  Target target{table, buffer_of(gradient), size(0), size(1), size(2), input.size(channel_axis), false};
+  Target target{table,   buffer_of(gradient),      size(0), size(1),
+                size(2), input.size(channel_axis), false};
   if (gradient.numel() == 0) {
     return gradient;
   }
-  target.streaming = gradient.scalar_type() == ScalarType::Float && is_streamed(gradient, 4 * gradient.numel());
+  target.streaming =
+      gradient.scalar_type() == ScalarType::Float && is_streamed(gradient, 4 * gradient.numel());
   if (chunk.per_location) {
     differentiate_locations(backward, target);
   } else if (owner_of(chunk, target, 0).contributions() == 1) {
@@ -347,9 +382,11 @@ Tensor gradient_of(const Backward& backward, const Tensor& input, int64_t channe
 }
 
 std::tuple<Tensor, Tensor, Tensor> log_likelihood_backward(
-    Tensor grad, Tensor log_likelihood, Tensor remainder, Tensor x, Tensor model_output, std::optional<Tensor> x_t, Tensor data,
-    Tensor noisy, Tensor output, Tensor inv_var, Tensor log_norm, std::string reduction, bool per_location, std::vector<bool> output_mask) {
-  ScoredChunk arguments = scored_chunk(x, model_output, x_t, data, noisy, output, inv_var, log_norm, reduction, per_location);
+    Tensor grad, Tensor log_likelihood, Tensor remainder, Tensor x, Tensor model_output,
+    std::optional<Tensor> x_t, Tensor data, Tensor noisy, Tensor output, Tensor inv_var,
+    Tensor log_norm, std::string reduction, bool per_location, std::vector<bool> output_mask) {
+  ScoredChunk arguments = scored_chunk(
+      x, model_output, x_t, data, noisy, output, inv_var, log_norm, reduction, per_location);
   Backward backward{Problem(std::move(arguments)), nullptr, nullptr, nullptr, {}};
   const Problem& problem = backward.problem;
   const ScoredChunk& chunk = problem.chunk;
@@ -374,13 +411,17 @@ std::tuple<Tensor, Tensor, Tensor> log_likelihood_backward(
   }
   Tensor none = torch::stable::empty({0}, x.scalar_type());
   Tensor grad_x = output_mask[0] ? gradient_of(backward, x, 1, chunk.data_table) : none;
-  Tensor grad_output = output_mask[1] ? gradient_of(backward, model_output, 3, chunk.output_table) : none;
-  Tensor grad_x_t = x_t && output_mask[2] ? gradient_of(backward, *x_t, 3, chunk.noisy_table) : none;
+  Tensor grad_output =
+      output_mask[1] ? gradient_of(backward, model_output, 3, chunk.output_table) : none;
+  Tensor grad_x_t =
+      x_t && output_mask[2] ? gradient_of(backward, *x_t, 3, chunk.noisy_table) : none;
   return {grad_x, grad_output, grad_x_t};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(genrep_fast_cpu, CPU, m) { m.impl("log_likelihood_backward", TORCH_BOX(&log_likelihood_backward)); }
+STABLE_TORCH_LIBRARY_IMPL(genrep_fast_cpu, CPU, m) {
+  m.impl("log_likelihood_backward", TORCH_BOX(&log_likelihood_backward));
+}
 
 }  // namespace genrep_fast

@@ -1,8 +1,10 @@
 // Log-likelihoods of images under centres that they share, such as those of a bank of chains.
 //
-// Centres, K S D elements, are read once for 64 images and the work is bound by arithmetic, 2 multiply-adds for each pair: differences of
-// four images and four steps at a time stay in registers, and D elements are cut into blocks whose centres stay in the first-level cache.
-// It is the direct difference that is squared: |x|^2 - 2 <x, o> + |o|^2 loses digits where an image is near to a centre.
+// Centres, K S D elements, are read once for 64 images and the work is bound by arithmetic, 2
+// multiply-adds for each pair: differences of four images and four steps at a time stay in
+// registers, and D elements are cut into blocks whose centres stay in the first-level cache. It is
+// the direct difference that is squared: |x|^2 - 2 <x, o> + |o|^2 loses digits where an image is
+// near to a centre.
 #include "score_states.h"
 
 namespace genrep_fast {
@@ -25,16 +27,18 @@ GENREP_FAST_INLINE Floats sums_of(Floats (&vectors)[16]) {
 #pragma GCC unroll 8
     for (int i = 0; i < 8 >> stage; ++i) {
       Floats a = vectors[2 * i], b = vectors[2 * i + 1];
-      vectors[i] = __builtin_shuffle(a, b, kLow[stage]) + __builtin_shuffle(a, b, kLow[stage] + step);
+      vectors[i] =
+          __builtin_shuffle(a, b, kLow[stage]) + __builtin_shuffle(a, b, kLow[stage] + step);
     }
   }
   return vectors[0];
 }
 
-// Adds the squared residuals of four images x and four steps, whose other terms are y; `count` is a multiple of 16.
+// Adds the squared residuals of four images x and four steps, whose other terms are y; `count` is a
+// multiple of 16.
 GENREP_FAST_INLINE void add_tile(
-    const float* const (&x)[4], const float (*y)[kTileBlock], const float* data_factors, int64_t count,
-    const char* next, TileSums& sums) {
+    const float* const (&x)[4], const float (*y)[kTileBlock], const float* data_factors,
+    int64_t count, const char* next, TileSums& sums) {
   Floats totals[16]{};
   Floats factors[4];
   for (int j = 0; j < 4; ++j) {
@@ -68,15 +72,20 @@ GENREP_FAST_INLINE void add_tile(
 
 // What the steps from `first` on have besides a x: c o + b x_t, with zeros up to a multiple of 16.
 GENREP_FAST_INLINE void read_centers(
-    const Problem& problem, int64_t k, int64_t first, int64_t steps, int64_t begin, int64_t count, float (*y)[kTileBlock]) {
+    const Problem& problem, int64_t k, int64_t first, int64_t steps, int64_t begin, int64_t count,
+    float (*y)[kTileBlock]) {
   const ScoredChunk& chunk = problem.chunk;
   Scratch scratch;
   for (int64_t j = 0; j < steps; ++j) {
     int64_t s = first + j;
-    const float* output = read_row(problem.output, problem.output.offset(0, k, s), chunk.inner_size, begin, count, scratch.output);
+    const float* output = read_row(
+        problem.output, problem.output.offset(0, k, s), chunk.inner_size, begin, count,
+        scratch.output);
     const float* noisy = nullptr;
     if (problem.noisy.buffer.data) {
-      noisy = read_row(problem.noisy, problem.noisy.offset(0, k, s), chunk.inner_size, begin, count, scratch.noisy);
+      noisy = read_row(
+          problem.noisy, problem.noisy.offset(0, k, s), chunk.inner_size, begin, count,
+          scratch.noisy);
     }
     float output_factor = chunk.output_table[s], noisy_factor = chunk.noisy_table[s];
     for (int64_t i = 0; i < count; ++i) {
@@ -89,11 +98,14 @@ GENREP_FAST_INLINE void read_centers(
   }
 }
 
-// The block of a center that comes after the one from `begin` on, of the same step or of the next tile of steps.
-GENREP_FAST_INLINE const char* next_center(const Problem& problem, int64_t k, int64_t s, int64_t begin) {
+// The block of a center that comes after the one from `begin` on, of the same step or of the next
+// tile of steps.
+GENREP_FAST_INLINE const char* next_center(
+    const Problem& problem, int64_t k, int64_t s, int64_t begin) {
   bool ends = begin + kTileBlock >= problem.chunk.elements();
   int64_t next = ends ? std::min(s + kTileSteps, problem.chunk.steps - 1) : s;
-  return problem.output.buffer.at(problem.output.offset(0, k, next) + (ends ? 0 : begin + kTileBlock));
+  return problem.output.buffer.at(
+      problem.output.offset(0, k, next) + (ends ? 0 : begin + kTileBlock));
 }
 
 // Images that end within a vector are copied a block at a time.
@@ -105,7 +117,8 @@ struct Tile {
 };
 
 GENREP_FAST_INLINE void score_tile_block(
-    const Problem& problem, int64_t first_image, int64_t images, int64_t k, int64_t first, int64_t begin, int64_t count, Tile& tile) {
+    const Problem& problem, int64_t first_image, int64_t images, int64_t k, int64_t first,
+    int64_t begin, int64_t count, Tile& tile) {
   const ScoredChunk& chunk = problem.chunk;
   float data_factors[kTileSteps]{};
   for (int64_t j = 0; j < std::min(kTileSteps, chunk.steps - first); ++j) {
@@ -125,14 +138,17 @@ GENREP_FAST_INLINE void score_tile_block(
     }
     const char* next = next_center(problem, k, std::min(first + i / 4, chunk.steps - 1), begin);
     for (int64_t j = 0; j < kTileSteps; j += 4) {
-      add_tile(x, tile.y + j, data_factors + j, padded, next + j * kTileBlock / 4, tile.sums[i / 4][j / 4]);
+      add_tile(
+          x, tile.y + j, data_factors + j, padded, next + j * kTileBlock / 4,
+          tile.sums[i / 4][j / 4]);
     }
   }
 }
 
 // l of the tile's images at `steps` <= kTileSteps steps from `first` on, into columns `column` on.
 GENREP_FAST_INLINE void score_tile_steps(
-    const Problem& problem, int64_t first_image, int64_t images, int64_t k, int64_t first, int64_t steps, int64_t column, Tile& tile) {
+    const Problem& problem, int64_t first_image, int64_t images, int64_t k, int64_t first,
+    int64_t steps, int64_t column, Tile& tile) {
   const ScoredChunk& chunk = problem.chunk;
   const int64_t elements = chunk.elements();
   std::memset(tile.sums, 0, sizeof(tile.sums));
@@ -147,7 +163,8 @@ GENREP_FAST_INLINE void score_tile_steps(
     shifts[j] = static_cast<double>(chunk.log_norm[first + j]) * static_cast<double>(elements);
   }
   for (int64_t i = 0; i < images; ++i) {
-    for (int64_t j = 0; j < kTileSteps; ++j) {  // lane 4 q + r of a tile's sums belongs to image q and step r
+    for (int64_t j = 0; j < kTileSteps;
+         ++j) {  // lane 4 q + r of a tile's sums belongs to image q and step r
       double sum = reinterpret_cast<const double*>(tile.sums[i / 4][j / 4])[i % 4 * 4 + j % 4];
       tile.l[i][column + j] = sum * factors[j] + shifts[j];
     }
@@ -155,22 +172,28 @@ GENREP_FAST_INLINE void score_tile_steps(
 }
 
 GENREP_FAST_INLINE void score_tile_kernel(
-    const Problem& problem, int64_t first_image, int64_t images, int64_t k, int64_t first, int64_t last, State* states, Tile& tile) {
+    const Problem& problem, int64_t first_image, int64_t images, int64_t k, int64_t first,
+    int64_t last, State* states, Tile& tile) {
   for (int64_t begin = first; begin < last; begin += kSteps) {
     int64_t count = std::min(kSteps, last - begin);
     for (int64_t column = 0; column < count; column += kTileSteps) {
-      score_tile_steps(problem, first_image, images, k, begin + column, std::min(kTileSteps, count - column), column, tile);
+      score_tile_steps(
+          problem, first_image, images, k, begin + column, std::min(kTileSteps, count - column),
+          column, tile);
     }
     for (int64_t i = 0; i < images; ++i) {
       bool mixture = problem.chunk.mixture;
-      states[i] = merge(states[i], mixture ? mixture_state(tile.l[i], count) : mean_state(tile.l[i], count), mixture);
+      states[i] = merge(
+          states[i], mixture ? mixture_state(tile.l[i], count) : mean_state(tile.l[i], count),
+          mixture);
     }
   }
 }
 
 GENREP_FAST_CLONES(
     score_tile,
-    (const Problem& problem, int64_t first_image, int64_t images, int64_t k, int64_t first, int64_t last, State* states, Tile& tile),
+    (const Problem& problem, int64_t first_image, int64_t images, int64_t k, int64_t first,
+     int64_t last, State* states, Tile& tile),
     score_tile_kernel, (problem, first_image, images, k, first, last, states, tile))
 
 }  // namespace
@@ -180,19 +203,25 @@ std::vector<State> tile_states(const Problem& problem) {
   const int64_t tiles = ceil_div(chunk.batch, kTileImages);
   const int64_t groups = problem.groups(tiles * chunk.classes, ceil_div(chunk.steps, kSteps));
   std::vector<State> states(chunk.classes * groups * chunk.batch);  // [K, groups, B]
-  torch::stable::parallel_for(0, chunk.classes * groups * tiles, 1, [&](int64_t begin, int64_t end) {
-    Tile tile;
-    for (int64_t task = begin; task < end; ++task) {
-      int64_t first_image = task % tiles * kTileImages, group = task / tiles % groups, k = task / tiles / groups;
-      int64_t first = first_step(chunk.steps, groups, group), last = first_step(chunk.steps, groups, group + 1);
-      State* target = &states[(k * groups + group) * chunk.batch + first_image];
-      score_tile(problem, first_image, std::min(kTileImages, chunk.batch - first_image), k, first, last, target, tile);
-    }
-  });
+  torch::stable::parallel_for(
+      0, chunk.classes * groups * tiles, 1, [&](int64_t begin, int64_t end) {
+        Tile tile;
+        for (int64_t task = begin; task < end; ++task) {
+          int64_t first_image = task % tiles * kTileImages, group = task / tiles % groups,
+                  k = task / tiles / groups;
+          int64_t first = first_step(chunk.steps, groups, group),
+                  last = first_step(chunk.steps, groups, group + 1);
+          State* target = &states[(k * groups + group) * chunk.batch + first_image];
+          score_tile(
+              problem, first_image, std::min(kTileImages, chunk.batch - first_image), k, first,
+              last, target, tile);
+        }
+      });
   std::vector<State> merged(chunk.batch * chunk.classes);
   for (int64_t pair = 0; pair < chunk.batch * chunk.classes; ++pair) {
     for (int64_t group = 0; group < groups; ++group) {
-      const State& state = states[(pair % chunk.classes * groups + group) * chunk.batch + pair / chunk.classes];
+      const State& state =
+          states[(pair % chunk.classes * groups + group) * chunk.batch + pair / chunk.classes];
       merged[pair] = merge(merged[pair], state, chunk.mixture);
     }
   }

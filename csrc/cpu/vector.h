@@ -1,7 +1,8 @@
 // Vectors that every instruction set has, and the choice among the copies of a kernel at run time.
 //
-// A kernel is written once, in the vectors of 16 floats below, which the compiler lowers to one AVX-512 register, two of AVX2 or four of
-// SSE2. GENREP_FAST_CLONES compiles it for all three; only functions that carry a target attribute may use what the baseline lacks.
+// A kernel is written once, in the vectors of 16 floats below, which the compiler lowers to one
+// AVX-512 register, two of AVX2 or four of SSE2. GENREP_FAST_CLONES compiles it for all three; only
+// functions that carry a target attribute may use what the baseline lacks.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +21,8 @@ constexpr int64_t kLanes = 16;
 using Floats = float __attribute__((vector_size(64)));
 using Words = uint32_t __attribute__((vector_size(64)));
 using HalfWords = uint16_t __attribute__((vector_size(32)));
-using HalfFloats = float __attribute__((vector_size(32)));  // 8 of them fill one register of doubles
+using HalfFloats =
+    float __attribute__((vector_size(32)));  // 8 of them fill one register of doubles
 using Doubles = double __attribute__((vector_size(64)));
 
 template <typename Vector>
@@ -43,10 +45,12 @@ GENREP_FAST_INLINE Vector as(Other bits) {
 
 // Asks for memory `elements` float32 numbers ahead of `pointer`, where there need not be any.
 GENREP_FAST_INLINE void prefetch(const void* pointer, int64_t elements) {
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(pointer) + 4 * elements));
+  __builtin_prefetch(
+      reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(pointer) + 4 * elements));
 }
 
-// Past the caches, so that the line that is overwritten need not be read first; `target` is aligned to 16 bytes.
+// Past the caches, so that the line that is overwritten need not be read first; `target` is aligned
+// to 16 bytes.
 GENREP_FAST_INLINE void stream(float* target, Floats value) {
 #if defined(__SSE2__)
   __m128 quarters[4];
@@ -68,29 +72,32 @@ inline void stream_fence() {
 
 enum class Capability { kBaseline, kAvx2, kAvx512 };
 
-// The best instruction set that this processor has, at most the one that GENREP_FAST_CPU_CAPABILITY names (default, avx2, avx512).
+// The best instruction set that this processor has, at most the one that GENREP_FAST_CPU_CAPABILITY
+// names (default, avx2, avx512).
 Capability capability();
 
 }  // namespace genrep_fast
 
-// Defines `name(parameters)`, which calls `kernel(arguments)`, an always-inlined function, in the copy for this processor.
+// Defines `name(parameters)`, which calls `kernel(arguments)`, an always-inlined function, in the
+// copy for this processor.
 #if defined(__x86_64__)
-#define GENREP_FAST_CLONES(name, parameters, kernel, arguments)                                                          \
-  void name##_baseline parameters { kernel arguments; }                                                                  \
-  __attribute__((target("avx2,fma"))) void name##_avx2 parameters { kernel arguments; }                             \
-  __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512"))) void name##_avx512 \
-      parameters {                                                                                                       \
-    kernel arguments;                                                                                                    \
-  }                                                                                                                      \
-  void name parameters {                                                                                                 \
-    switch (genrep_fast::capability()) {                                                                                 \
-      case genrep_fast::Capability::kAvx512:                                                                             \
-        return name##_avx512 arguments;                                                                                  \
-      case genrep_fast::Capability::kAvx2:                                                                               \
-        return name##_avx2 arguments;                                                                                    \
-      case genrep_fast::Capability::kBaseline:                                                                           \
-        return name##_baseline arguments;                                                                                \
-    }                                                                                                                    \
+#define GENREP_FAST_CLONES(name, parameters, kernel, arguments)                            \
+  void name##_baseline parameters { kernel arguments; }                                    \
+  __attribute__((target("avx2,fma"))) void name##_avx2 parameters { kernel arguments; }    \
+  __attribute__((                                                                          \
+      target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512"))) void \
+      name##_avx512 parameters {                                                           \
+    kernel arguments;                                                                      \
+  }                                                                                        \
+  void name parameters {                                                                   \
+    switch (genrep_fast::capability()) {                                                   \
+      case genrep_fast::Capability::kAvx512:                                               \
+        return name##_avx512 arguments;                                                    \
+      case genrep_fast::Capability::kAvx2:                                                 \
+        return name##_avx2 arguments;                                                      \
+      case genrep_fast::Capability::kBaseline:                                             \
+        return name##_baseline arguments;                                                  \
+    }                                                                                      \
   }
 #else
 #define GENREP_FAST_CLONES(name, parameters, kernel, arguments) \

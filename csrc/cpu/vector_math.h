@@ -1,6 +1,7 @@
 // Exponential, logarithm and sums of vectors of floats, in any instruction set.
 //
-// Polynomials and reductions are those of the Cephes library (S. L. Moshier): about one unit in the last place of float32.
+// Polynomials and reductions are those of the Cephes library (S. L. Moshier): about one unit in the
+// last place of float32.
 #pragma once
 
 #include <limits>
@@ -33,7 +34,8 @@ GENREP_FAST_INLINE Floats exponential(Floats x) {
   Floats power = shifted - rounder;
   Floats rest = clamped - power * 0.693359375f + power * 2.12194440e-4f;
   Floats series = polynomial(
-      rest, {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f});
+      rest, {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f,
+             1.6666665459e-1f, 5.0000001201e-1f});
   Floats mantissa = series * rest * rest + rest + 1.0f;
   Floats scale = as<Floats>((as<Words>(shifted) + 127) << 23);
   return x < -87.0f ? Floats{} : mantissa * scale;
@@ -43,15 +45,17 @@ GENREP_FAST_INLINE Floats exponential(Floats x) {
 GENREP_FAST_INLINE Floats log1p_scaled(Floats f, Floats exponent) {
   Floats square = f * f;
   Floats series = polynomial(
-      f, {7.0376836292e-2f, -1.1514610310e-1f, 1.1676998740e-1f, -1.2420140846e-1f, 1.4249322787e-1f, -1.6668057665e-1f, 2.0000714765e-1f,
-          -2.4999993993e-1f, 3.3333331174e-1f});
+      f,
+      {7.0376836292e-2f, -1.1514610310e-1f, 1.1676998740e-1f, -1.2420140846e-1f, 1.4249322787e-1f,
+       -1.6668057665e-1f, 2.0000714765e-1f, -2.4999993993e-1f, 3.3333331174e-1f});
   Floats sum = series * f * square - exponent * 2.12194440e-4f - square * 0.5f;
   return f + sum + exponent * 0.693359375f;
 }
 
 // ln x for normal positive x; whatever for other x.
 GENREP_FAST_INLINE Floats logarithm(Floats x) {
-  // Taking the bits of sqrt(1/2) off leaves an exponent that is rounded to the nearest power of two.
+  // Taking the bits of sqrt(1/2) off leaves an exponent that is rounded to the nearest power of
+  // two.
   Integers exponent = (as<Integers>(x) - 0x3f3504f3) >> 23;
   Floats mantissa = as<Floats>(as<Integers>(x) - (exponent << 23));  // from sqrt(1/2) to sqrt(2)
   return log1p_scaled(mantissa - 1.0f, __builtin_convertvector(exponent, Floats));
@@ -78,7 +82,8 @@ GENREP_FAST_INLINE float horizontal_sum(Floats values) {
 }
 
 GENREP_FAST_INLINE double horizontal_sum(Doubles values) {
-  return ((values[0] + values[4]) + (values[1] + values[5])) + ((values[2] + values[6]) + (values[3] + values[7]));
+  return ((values[0] + values[4]) + (values[1] + values[5])) +
+         ((values[2] + values[6]) + (values[3] + values[7]));
 }
 
 GENREP_FAST_INLINE float horizontal_maximum(Floats values) {

@@ -1,18 +1,21 @@
-// Gradient alignment: Gram matrices, GenRep's coefficients, and the combination of the gradients (see genrep_fast/reference/alignment.py).
+// Gradient alignment: Gram matrices, GenRep's coefficients, and the combination of the gradients
+// (see genrep_fast/reference/alignment.py).
 //
 //     Gram[k, i, j] = sum over the tensors of group k of <g_i, g_j>          reads n N elements, n (n + 1) / 2 N multiply-adds
 //     out = sum_i c_i g_i                                                    reads n N, writes N, n N multiply-adds
 //
-// Both are bound by memory: two float32 gradients take 8 bytes and 3 multiply-adds, then 12 bytes and 2.
+// Both are bound by memory: two float32 gradients take 8 bytes and 3 multiply-adds, then 12 bytes
+// and 2.
 //
 // Between them stand a few numbers a tensor and a group: sums of the tensors' own Gram matrices,
 // coefficients, the choice of a tensor's. Those kernels take as long as a launch.
 //
-// Gram sums in two stages of fixed order, without atomics. A thread multiplies 16 elements of every gradient in float32 and adds the sums
-// up in float64; where elements are so large or so small that float32 products may overflow or vanish, it multiplies in float64. A block
-// writes the sums of its chunk into a slot of its own; a second kernel adds the slots of a group. Only the sizes of the tensors and their
-// order decide which elements meet when: equal chunks give the same bits on every device, as one flat tensor or as many, in every dtype
-// that holds the same numbers.
+// Gram sums in two stages of fixed order, without atomics. A thread multiplies 16 elements of every
+// gradient in float32 and adds the sums up in float64; where elements are so large or so small that
+// float32 products may overflow or vanish, it multiplies in float64. A block writes the sums of its
+// chunk into a slot of its own; a second kernel adds the slots of a group. Only the sizes of the
+// tensors and their order decide which elements meet when: equal chunks give the same bits on every
+// device, as one flat tensor or as many, in every dtype that holds the same numbers.
 #include <numeric>
 #include <tuple>
 
@@ -27,10 +30,12 @@ constexpr int kCombineChunk = kRun;   // small enough that every multiprocessor 
 constexpr int kWarps = kThreads / 32;
 constexpr int kReductionThreads = 1024;
 
-// Gradients whose largest element lies outside: 16 squares may add up to more than float32 holds, or to less than it holds exactly.
+// Gradients whose largest element lies outside: 16 squares may add up to more than float32 holds,
+// or to less than it holds exactly.
 constexpr float kSmallest = 1e-15f, kLargest = 1e18f;
 
-// Entries (i, j), i <= j, of a Gram matrix lie column after column, so that those of n losses are the first ones for any larger N.
+// Entries (i, j), i <= j, of a Gram matrix lie column after column, so that those of n losses are
+// the first ones for any larger N.
 __host__ __device__ constexpr int number_of_pairs(int n) { return n * (n + 1) / 2; }
 __host__ __device__ constexpr int pair_index(int i, int j) { return j * (j + 1) / 2 + i; }
 
@@ -55,9 +60,11 @@ __device__ void add_products(const float (&row)[N], Sum (&sums)[number_of_pairs(
   }
 }
 
-// Products of this thread's part of the run that begins at element `run`, in float32, and the largest magnitude of each gradient.
+// Products of this thread's part of the run that begins at element `run`, in float32, and the
+// largest magnitude of each gradient.
 template <int N, typename Quads>
-__device__ void multiply_run(const Quads& quads, int64_t run, float (&sums)[number_of_pairs(N)], float (&largest)[N]) {
+__device__ void multiply_run(
+    const Quads& quads, int64_t run, float (&sums)[number_of_pairs(N)], float (&largest)[N]) {
 #pragma unroll 1
   for (int first = 0; first < kQuadsPerRun; first += kBatch<N>) {
     Quad batch[kBatch<N>][N];
@@ -79,7 +86,8 @@ __device__ void multiply_run(const Quads& quads, int64_t run, float (&sums)[numb
 
 // The same products in float64, added to `totals`.
 template <int N, typename Quads>
-__device__ void multiply_run_exactly(const Quads& quads, int64_t run, double (&totals)[number_of_pairs(N)]) {
+__device__ void multiply_run_exactly(
+    const Quads& quads, int64_t run, double (&totals)[number_of_pairs(N)]) {
 #pragma unroll 1
   for (int q = 0; q < kQuadsPerRun; ++q) {
     Quad row_quads[N];
@@ -105,7 +113,8 @@ __device__ bool fits_float32(const float (&largest)[N]) {
   return fits;
 }
 
-// Sums over the block, in a fixed order, into shared memory: column p of `shared` then holds a sum of totals[p] for each warp.
+// Sums over the block, in a fixed order, into shared memory: column p of `shared` then holds a sum
+// of totals[p] for each warp.
 template <int kPairs>
 __device__ void sum_over_warps(double (&totals)[kPairs], double (&shared)[kWarps][kPairs]) {
   for (int p = 0; p < kPairs; ++p) {
@@ -131,7 +140,8 @@ __global__ __launch_bounds__(kThreads) void gram_kernel(
 #pragma unroll 1
   for (int64_t run = place.begin; run < end; run += kRun) {
     float sums[number_of_pairs(N)] = {}, largest[N] = {};
-    with_quads<N>(entry, run, kRun, [&](const auto& quads) { multiply_run<N>(quads, run, sums, largest); });
+    with_quads<N>(
+        entry, run, kRun, [&](const auto& quads) { multiply_run<N>(quads, run, sums, largest); });
     if (fits_float32(largest)) {
       for (int p = 0; p < number_of_pairs(N); ++p) {
         totals[p] += sums[p];
@@ -146,7 +156,8 @@ __global__ __launch_bounds__(kThreads) void gram_kernel(
   if (index < number_of_pairs(n)) {
     const Pair pair = pair_at(index);
     double total = 0;
-    if (entry.pointers[pair.i] != nullptr && entry.pointers[pair.j] != nullptr) {  // a missing one's zeros have met the other one's NaN
+    if (entry.pointers[pair.i] != nullptr &&
+        entry.pointers[pair.j] != nullptr) {  // a missing one's zeros have met the other one's NaN
       for (int warp = 0; warp < kWarps; ++warp) {
         total += shared[warp][index];
       }
@@ -178,17 +189,20 @@ struct SlotRanges {
   int64_t first_slot[kCapacity + 1];
 };
 
-// Second stage, a block a group: adds up the slots of the group and writes its matrix, [n, n] float64.
+// Second stage, a block a group: adds up the slots of the group and writes its matrix, [n, n]
+// float64.
 __global__ __launch_bounds__(kReductionThreads) void gram_reduction_kernel(
     const __grid_constant__ SlotRanges ranges, const double* partials, double* matrices, int n) {
-  static_assert(sizeof(ranges) + sizeof(partials) + sizeof(matrices) + sizeof(n) <= kParameterBytes);
+  static_assert(
+      sizeof(ranges) + sizeof(partials) + sizeof(matrices) + sizeof(n) <= kParameterBytes);
   const int pairs = number_of_pairs(n);
   const int rows = kReductionThreads / pairs;
   const int row = threadIdx.x / pairs, index = threadIdx.x % pairs;
   double sum = 0;
   if (row < rows) {
 #pragma unroll 8
-    for (int64_t slot = ranges.first_slot[blockIdx.x] + row; slot < ranges.first_slot[blockIdx.x + 1]; slot += rows) {
+    for (int64_t slot = ranges.first_slot[blockIdx.x] + row;
+         slot < ranges.first_slot[blockIdx.x + 1]; slot += rows) {
       sum += partials[slot * pairs + index];
     }
   }
@@ -248,22 +262,25 @@ __global__ __launch_bounds__(kThreads) void group_gram_kernel(
   }
 }
 
-// cos, rho = ((cos + 1) / 2) ^ power and c_p = w_p - w_g (1 - rho) <p,g> / |p|^2, c_g likewise; the weights where a gradient is zero.
-// A thread a group.
+// cos, rho = ((cos + 1) / 2) ^ power and c_p = w_p - w_g (1 - rho) <p,g> / |p|^2, c_g likewise; the
+// weights where a gradient is zero. A thread a group.
 __global__ void alignment_coefficients_kernel(
-    const double* matrices, int64_t groups, double first_weight, double second_weight, double power, double* coefficients, double* cosines,
-    double* alphas) {
+    const double* matrices, int64_t groups, double first_weight, double second_weight, double power,
+    double* coefficients, double* cosines, double* alphas) {
   const int64_t group = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (group >= groups) {
     return;
   }
-  const double first = matrices[4 * group], dot = matrices[4 * group + 1], second = matrices[4 * group + 3];
+  const double first = matrices[4 * group], dot = matrices[4 * group + 1],
+               second = matrices[4 * group + 3];
   const bool has_zero = first == 0 || second == 0;
   double cosine = has_zero ? 0.0 : dot / sqrt(first) / sqrt(second);
   cosine = cosine > 1 ? 1.0 : cosine < -1 ? -1.0 : cosine;  // lets NaN through
   const double alpha = pow((cosine + 1) / 2, power);
-  coefficients[2 * group] = first_weight - (has_zero ? 0.0 : second_weight * (1 - alpha) * (dot / first));
-  coefficients[2 * group + 1] = second_weight - (has_zero ? 0.0 : first_weight * (1 - alpha) * (dot / second));
+  coefficients[2 * group] =
+      first_weight - (has_zero ? 0.0 : second_weight * (1 - alpha) * (dot / first));
+  coefficients[2 * group + 1] =
+      second_weight - (has_zero ? 0.0 : first_weight * (1 - alpha) * (dot / second));
   cosines[group] = cosine;
   alphas[group] = alpha;
 }
@@ -275,8 +292,8 @@ struct TensorGroups {
   double weights[kMaxLosses];
 };
 
-// A thread a tensor, of `count`: row `group` of `coefficients` [G, n] for a shared tensor, the weights
-// for any other one.
+// A thread a tensor, of `count`: row `group` of `coefficients` [G, n] for a shared tensor, the
+// weights for any other one.
 __global__ void tensor_coefficients_kernel(
     const __grid_constant__ TensorGroups table, const double* coefficients, const double* grams,
     double* rows, int count, int n) {
@@ -292,14 +309,16 @@ __global__ void tensor_coefficients_kernel(
   const double* own = grams + static_cast<int64_t>(t) * n * n;
   const bool is_shared = group >= 0 && every_loss_reaches(own, n);
   for (int i = 0; i < n; ++i) {
-    rows[static_cast<int64_t>(t) * n + i] = is_shared ? coefficients[group * n + i] : table.weights[i];
+    rows[static_cast<int64_t>(t) * n + i] =
+        is_shared ? coefficients[group * n + i] : table.weights[i];
   }
 }
 
 // out may be one of the gradients: every element is read by the thread that writes it, and before.
 template <int N>
 __global__ __launch_bounds__(kThreads) void combine_kernel(
-    const __grid_constant__ TensorTable<TensorEntry<N + 1>> table, const __grid_constant__ Coefficients coefficients) {
+    const __grid_constant__ TensorTable<TensorEntry<N + 1>> table,
+    const __grid_constant__ Coefficients coefficients) {
   static_assert(sizeof(table) + sizeof(coefficients) <= kParameterBytes);
   const auto place = table.place(kCombineChunk);
   float factors[N];
@@ -320,7 +339,9 @@ __global__ __launch_bounds__(kThreads) void combine_kernel(
 }
 
 const Tensor& first_present(const OptionalTensors& tensors) {
-  auto present = std::find_if(tensors.begin(), tensors.end(), [](const std::optional<Tensor>& tensor) { return tensor.has_value(); });
+  auto present = std::find_if(
+      tensors.begin(), tensors.end(),
+      [](const std::optional<Tensor>& tensor) { return tensor.has_value(); });
   STD_TORCH_CHECK(present != tensors.end(), "at least one gradient must be given");
   return **present;
 }
@@ -335,11 +356,14 @@ int64_t numel_of(const OptionalTensors& gradients, size_t num_tensors, size_t t)
   return 0;
 }
 
-Tensor new_float64(const Tensor& like, std::vector<int64_t> sizes) { return torch::stable::new_empty(like, sizes, ScalarType::Double); }
+Tensor new_float64(const Tensor& like, std::vector<int64_t> sizes) {
+  return torch::stable::new_empty(like, sizes, ScalarType::Double);
+}
 
 // Second stage for all groups; first_slot [groups + 1].
 void launch_gram_reduction(
-    const std::vector<int64_t>& first_slot, const double* partials, double* matrices, int64_t n, cudaStream_t stream) {
+    const std::vector<int64_t>& first_slot, const double* partials, double* matrices, int64_t n,
+    cudaStream_t stream) {
   const int64_t num_groups = static_cast<int64_t>(first_slot.size()) - 1;
   for (int64_t first = 0; first < num_groups; first += SlotRanges::kCapacity) {
     const int64_t count = std::min<int64_t>(SlotRanges::kCapacity, num_groups - first);
@@ -355,17 +379,25 @@ void launch_gram_reduction(
 std::vector<size_t> sorted_by_group(const std::vector<int64_t>& groups) {
   std::vector<size_t> order(groups.size());
   std::iota(order.begin(), order.end(), size_t{0});
-  std::stable_sort(order.begin(), order.end(), [&](size_t s, size_t t) { return groups[s] < groups[t]; });
+  std::stable_sort(
+      order.begin(), order.end(), [&](size_t s, size_t t) { return groups[s] < groups[t]; });
   return order;
 }
 
-Tensor gram(const OptionalTensors& gradients, int64_t n, const std::vector<int64_t>& groups, int64_t num_groups) {
+Tensor gram(
+    const OptionalTensors& gradients, int64_t n, const std::vector<int64_t>& groups,
+    int64_t num_groups) {
   const size_t num_tensors = groups.size();
-  STD_TORCH_CHECK(number_of_losses(gradients, num_tensors) == n, "gradients must hold ", n, " tensors for every group index");
+  STD_TORCH_CHECK(
+      number_of_losses(gradients, num_tensors) == n, "gradients must hold ", n,
+      " tensors for every group index");
   std::vector<int64_t> first_slot(num_groups + 1);
   for (size_t t = 0; t < num_tensors; ++t) {
-    STD_TORCH_CHECK(0 <= groups[t] && groups[t] < num_groups, "groups must be in [0, ", num_groups, "), got ", groups[t]);
-    first_slot[groups[t] + 1] += (numel_of(gradients, num_tensors, t) + kGramChunk - 1) / kGramChunk;
+    STD_TORCH_CHECK(
+        0 <= groups[t] && groups[t] < num_groups, "groups must be in [0, ", num_groups, "), got ",
+        groups[t]);
+    first_slot[groups[t] + 1] +=
+        (numel_of(gradients, num_tensors, t) + kGramChunk - 1) / kGramChunk;
   }
   std::partial_sum(first_slot.begin(), first_slot.end(), first_slot.begin());
 
@@ -391,24 +423,29 @@ Tensor gram(const OptionalTensors& gradients, int64_t n, const std::vector<int64
     });
   });
   launch_gram_reduction(
-      first_slot, static_cast<const double*>(partials.data_ptr()), static_cast<double*>(matrices.data_ptr()), n, scope.stream());
+      first_slot, static_cast<const double*>(partials.data_ptr()),
+      static_cast<double*>(matrices.data_ptr()), n, scope.stream());
   return matrices;
 }
 
-std::tuple<Tensor, Tensor, Tensor> alignment_coefficients(const Tensor& gram, const std::vector<double>& weights, double power) {
-  const bool matrices_of_pairs = gram.scalar_type() == ScalarType::Double && gram.dim() == 3 && gram.size(1) == 2 && gram.size(2) == 2;
+std::tuple<Tensor, Tensor, Tensor> alignment_coefficients(
+    const Tensor& gram, const std::vector<double>& weights, double power) {
+  const bool matrices_of_pairs = gram.scalar_type() == ScalarType::Double && gram.dim() == 3 &&
+                                 gram.size(1) == 2 && gram.size(2) == 2;
   STD_TORCH_CHECK(matrices_of_pairs, "gram must be float64 [groups, 2, 2]");
   STD_TORCH_CHECK(weights.size() == 2, "weights must have 2 entries, got ", weights.size());
   const int64_t groups = gram.size(0);
   DeviceScope scope(gram);
   Tensor matrices = torch::stable::contiguous(gram);
-  Tensor coefficients = new_float64(gram, {groups, 2}), cosine = new_float64(gram, {groups}), alpha = new_float64(gram, {groups});
+  Tensor coefficients = new_float64(gram, {groups, 2}), cosine = new_float64(gram, {groups}),
+         alpha = new_float64(gram, {groups});
   if (groups > 0) {
     constexpr int kBlock = 64;
     const unsigned blocks = static_cast<unsigned>((groups + kBlock - 1) / kBlock);
     alignment_coefficients_kernel<<<blocks, kBlock, 0, scope.stream()>>>(
         static_cast<const double*>(matrices.data_ptr()), groups, weights[0], weights[1], power,
-        static_cast<double*>(coefficients.data_ptr()), static_cast<double*>(cosine.data_ptr()), static_cast<double*>(alpha.data_ptr()));
+        static_cast<double*>(coefficients.data_ptr()), static_cast<double*>(cosine.data_ptr()),
+        static_cast<double*>(alpha.data_ptr()));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
   return {coefficients, cosine, alpha};
@@ -423,7 +460,8 @@ int number_of_losses_in(
   const int64_t n = grams.size(1), num_tensors = static_cast<int64_t>(groups.size());
   STD_TORCH_CHECK(1 <= n && n <= kMaxLosses, "grams must be of 1 to 8 losses, got ", n);
   STD_TORCH_CHECK(
-      grams.size(0) == num_tensors, "groups must have ", grams.size(0), " entries, got ", num_tensors);
+      grams.size(0) == num_tensors, "groups must have ", grams.size(0), " entries, got ",
+      num_tensors);
   for (int64_t group : groups) {
     const bool exists = -1 <= group && group < num_groups;
     STD_TORCH_CHECK(exists, "groups must be in [-1, ", num_groups, "), got ", group);
@@ -431,13 +469,16 @@ int number_of_losses_in(
   return static_cast<int>(n);
 }
 
-// Fills the table with the members of the groups from `group` on, as many as it holds, which are taken
-// from order[position...]. Returns the number of groups; the last one may have further members.
+// Fills the table with the members of the groups from `group` on, as many as it holds, which are
+// taken from order[position...]. Returns the number of groups; the last one may have further
+// members.
 int fill_members(
     GroupMembers& members, int64_t group, int64_t num_groups, const std::vector<int64_t>& groups,
     const std::vector<size_t>& order, size_t& position) {
   int count = 0, size = 0;
-  auto is_next = [&] { return position < order.size() && groups[order[position]] == group + count; };
+  auto is_next = [&] {
+    return position < order.size() && groups[order[position]] == group + count;
+  };
   while (count < GroupMembers::kCapacity && group + count < num_groups) {
     while (size < GroupMembers::kCapacity && is_next()) {
       members.tensors[size++] = static_cast<int32_t>(order[position++]);
@@ -505,10 +546,12 @@ Tensor tensor_coefficients(
 }
 
 void combine(
-    const OptionalTensors& gradients, const Tensor& coefficients, const std::vector<int64_t>& groups, const std::vector<double>& weights,
+    const OptionalTensors& gradients, const Tensor& coefficients,
+    const std::vector<int64_t>& groups, const std::vector<double>& weights,
     const std::vector<Tensor>& out) {
   const size_t num_tensors = groups.size();
-  STD_TORCH_CHECK(out.size() == num_tensors, "out must have ", num_tensors, " entries, got ", out.size());
+  STD_TORCH_CHECK(
+      out.size() == num_tensors, "out must have ", num_tensors, " entries, got ", out.size());
   const int64_t n = number_of_losses(gradients, num_tensors);
   DeviceScope scope(out[0]);
   Tensor rows = torch::stable::contiguous(coefficients);
@@ -524,7 +567,8 @@ void combine(
       }
     }
     for_each_table(entries, kCombineChunk, [&](const auto& table) {
-      combine_kernel<N><<<table.first_chunk[table.size], kThreads, 0, scope.stream()>>>(table, factors);
+      combine_kernel<N>
+          <<<table.first_chunk[table.size], kThreads, 0, scope.stream()>>>(table, factors);
       STD_CUDA_KERNEL_LAUNCH_CHECK();
     });
   });
@@ -539,7 +583,8 @@ std::vector<Kernel> alignment_kernels() {
       {"gram_kernel<8>", reinterpret_cast<const void*>(&gram_kernel<8>)},
       {"gram_reduction_kernel", reinterpret_cast<const void*>(&gram_reduction_kernel)},
       {"group_gram_kernel", reinterpret_cast<const void*>(&group_gram_kernel)},
-      {"alignment_coefficients_kernel", reinterpret_cast<const void*>(&alignment_coefficients_kernel)},
+      {"alignment_coefficients_kernel",
+       reinterpret_cast<const void*>(&alignment_coefficients_kernel)},
       {"tensor_coefficients_kernel", reinterpret_cast<const void*>(&tensor_coefficients_kernel)},
       {"combine_kernel<2>", reinterpret_cast<const void*>(&combine_kernel<2>)},
       {"combine_kernel<4>", reinterpret_cast<const void*>(&combine_kernel<4>)},

@@ -1,4 +1,5 @@
-// Elements of tensors in device memory: float32, bfloat16 or float16, in quads of four neighbours; and the device and stream of a launch.
+// Elements of tensors in device memory: float32, bfloat16 or float16, in quads of four neighbours;
+// and the device and stream of a launch.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -41,8 +42,9 @@ inline Dtype dtype_of(const Tensor& tensor) { return dtype_of(tensor.scalar_type
 
 // ---- quads ----
 
-// Four elements as they lie in memory: four float32, or four 16-bit numbers in the first two words. Unpacked only where they are used, so
-// that many loads are under way at once even where dtypes are known at run time.
+// Four elements as they lie in memory: four float32, or four 16-bit numbers in the first two words.
+// Unpacked only where they are used, so that many loads are under way at once even where dtypes are
+// known at run time.
 struct Quad {
   uint32_t words[kQuad];
 };
@@ -52,12 +54,14 @@ __device__ inline float unpack(const Quad& quad, Dtype dtype, int k) {
     return __uint_as_float(quad.words[k]);
   }
   uint32_t bits = k % 2 == 0 ? quad.words[k / 2] & 0xffff : quad.words[k / 2] >> 16;
-  return dtype == kBFloat16 ? __uint_as_float(bits << 16) : __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
+  return dtype == kBFloat16 ? __uint_as_float(bits << 16)
+                            : __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
 }
 
 // Rounds to the nearest, ties to even.
 __device__ inline uint32_t narrow(float value, Dtype dtype) {
-  return dtype == kBFloat16 ? __bfloat16_as_ushort(__float2bfloat16_rn(value)) : __half_as_ushort(__float2half_rn(value));
+  return dtype == kBFloat16 ? __bfloat16_as_ushort(__float2bfloat16_rn(value))
+                            : __half_as_ushort(__float2half_rn(value));
 }
 
 __device__ inline Quad pack(const float (&values)[kQuad], Dtype dtype) {
@@ -86,16 +90,19 @@ __device__ inline void store_aligned(void* pointer, Dtype dtype, int64_t offset,
     uint4 words = make_uint4(quad.words[0], quad.words[1], quad.words[2], quad.words[3]);
     *reinterpret_cast<uint4*>(static_cast<float*>(pointer) + offset) = words;
   } else {
-    *reinterpret_cast<uint2*>(static_cast<uint16_t*>(pointer) + offset) = make_uint2(quad.words[0], quad.words[1]);
+    *reinterpret_cast<uint2*>(static_cast<uint16_t*>(pointer) + offset) =
+        make_uint2(quad.words[0], quad.words[1]);
   }
 }
 
 // Element `offset` of a tensor as element k of a quad that is zero there.
-__device__ inline void load_element(Quad& quad, int k, const void* pointer, Dtype dtype, int64_t offset) {
+__device__ inline void load_element(
+    Quad& quad, int k, const void* pointer, Dtype dtype, int64_t offset) {
   if (dtype == kFloat32) {
     quad.words[k] = static_cast<const uint32_t*>(pointer)[offset];
   } else {
-    quad.words[k / 2] |= static_cast<uint32_t>(static_cast<const uint16_t*>(pointer)[offset]) << 16 * (k % 2);
+    quad.words[k / 2] |= static_cast<uint32_t>(static_cast<const uint16_t*>(pointer)[offset])
+                         << 16 * (k % 2);
   }
 }
 
@@ -139,12 +146,12 @@ inline unsigned grid_of(int64_t blocks) {
   return static_cast<unsigned>(blocks);
 }
 
-
 // Makes a tensor's device current and gives its current stream.
 class DeviceScope {
  public:
   explicit DeviceScope(const Tensor& tensor) : guard_(tensor.get_device_index()) {
-    // torch sets the device in its own CUDA runtime; this library's is linked statically and has a current device of its own.
+    // torch sets the device in its own CUDA runtime; this library's is linked statically and has a
+    // current device of its own.
     STD_CUDA_CHECK(cudaSetDevice(tensor.get_device_index()));
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));

@@ -1,13 +1,16 @@
-// Lists of tensors as the kernels see them: a table in the kernel's parameters, cut into chunks of a fixed number of elements.
+// Lists of tensors as the kernels see them: a table in the kernel's parameters, cut into chunks of
+// a fixed number of elements.
 //
-// A table holds pointers, sizes, dtypes and groups by value, so that no launch copies anything to the device first and every launch can be
-// captured into a CUDA graph; lists that do not fit into the 4 KB of parameters that every driver takes become several launches. A thread
-// block works on one chunk and finds its tensor by a binary search. Chunks depend on the sizes alone, never on the device: so do the order
-// of every sum, and its bits.
+// A table holds pointers, sizes, dtypes and groups by value, so that no launch copies anything to
+// the device first and every launch can be captured into a CUDA graph; lists that do not fit into
+// the 4 KB of parameters that every driver takes become several launches. A thread block works on
+// one chunk and finds its tensor by a binary search. Chunks depend on the sizes alone, never on the
+// device: so do the order of every sum, and its bits.
 //
-// Threads read and write quads, four neighbouring elements: 16 bytes of float32, 8 of bfloat16 or float16. Every dtype and every alignment
-// has the same quads in the same threads. WholeQuads is the fast path for one dtype that the compiler knows and memory that is aligned;
-// AnyQuads does the rest: mixed dtypes, unaligned views, missing gradients, the end of a tensor.
+// Threads read and write quads, four neighbouring elements: 16 bytes of float32, 8 of bfloat16 or
+// float16. Every dtype and every alignment has the same quads in the same threads. WholeQuads is
+// the fast path for one dtype that the compiler knows and memory that is aligned; AnyQuads does the
+// rest: mixed dtypes, unaligned views, missing gradients, the end of a tensor.
 #pragma once
 
 #include <algorithm>
@@ -28,15 +31,16 @@ constexpr size_t kParameterBytes = 4096;
 
 // ---- tables ----
 
-// One parameter: the gradients of every loss first, then the tensors that the operator writes. Null pointer: there is no such tensor.
+// One parameter: the gradients of every loss first, then the tensors that the operator writes. Null
+// pointer: there is no such tensor.
 template <int kPointers>
 struct TensorEntry {
   void* pointers[kPointers];
   int64_t numel;
   int32_t group;
-  uint32_t dtypes : 29;   // two bits a pointer
-  uint32_t aligned : 1;   // every quad of every tensor can be read at once
-  uint32_t uniform : 1;   // one dtype, no missing gradient
+  uint32_t dtypes : 29;  // two bits a pointer
+  uint32_t aligned : 1;  // every quad of every tensor can be read at once
+  uint32_t uniform : 1;  // one dtype, no missing gradient
 
   __device__ Dtype dtype(int slot) const { return static_cast<Dtype>(dtypes >> 2 * slot & 3); }
 };
@@ -81,10 +85,13 @@ void set_tensor(Entry& entry, int slot, const Tensor& tensor) {
   Dtype dtype = dtype_of(tensor);
   STD_TORCH_CHECK(dtype != kFloat64, "tensors must be float32, bfloat16 or float16, got float64");
   const int64_t numel = tensor.numel();
-  STD_TORCH_CHECK(numel == entry.numel, "tensors of one parameter must have equal sizes, got ", numel, " and ", entry.numel);
+  STD_TORCH_CHECK(
+      numel == entry.numel, "tensors of one parameter must have equal sizes, got ", numel, " and ",
+      entry.numel);
   entry.pointers[slot] = tensor.data_ptr();
   entry.dtypes |= dtype << 2 * slot;
-  entry.aligned &= reinterpret_cast<uintptr_t>(entry.pointers[slot]) % (dtype == kFloat32 ? 16 : 8) == 0;
+  entry.aligned &=
+      reinterpret_cast<uintptr_t>(entry.pointers[slot]) % (dtype == kFloat32 ? 16 : 8) == 0;
   entry.uniform &= dtype == (entry.dtypes & 3);
 }
 
@@ -92,8 +99,9 @@ void set_tensor(Entry& entry, int slot, const Tensor& tensor) {
 inline int64_t number_of_losses(const OptionalTensors& gradients, size_t num_tensors) {
   int64_t n = num_tensors == 0 ? 0 : static_cast<int64_t>(gradients.size() / num_tensors);
   STD_TORCH_CHECK(
-      2 <= n && n <= kMaxLosses && gradients.size() == n * num_tensors, "gradients must hold 2 to 8 tensors for every group index, got ",
-      gradients.size(), " for ", num_tensors);
+      2 <= n && n <= kMaxLosses && gradients.size() == n * num_tensors,
+      "gradients must hold 2 to 8 tensors for every group index, got ", gradients.size(), " for ",
+      num_tensors);
   return n;
 }
 
@@ -118,13 +126,15 @@ void for_each_table(const std::vector<Entry>& entries, int64_t chunk, Launch lau
     table.size = static_cast<int32_t>(std::min(kCapacity, entries.size() - first));
     for (int k = 0; k < table.size; ++k) {
       table.entries[k] = entries[first + k];
-      table.first_chunk[k + 1] = table.first_chunk[k] + static_cast<int32_t>((table.entries[k].numel + chunk - 1) / chunk);
+      table.first_chunk[k + 1] =
+          table.first_chunk[k] + static_cast<int32_t>((table.entries[k].numel + chunk - 1) / chunk);
     }
     launch(table);
   }
 }
 
-// Calls function(std::integral_constant<int, N>) with a number of losses that the kernels are compiled for; further gradients stay null.
+// Calls function(std::integral_constant<int, N>) with a number of losses that the kernels are
+// compiled for; further gradients stay null.
 template <typename Function>
 void with_compiled_losses(int64_t n, Function function) {
   if (n == 2) {
@@ -144,7 +154,9 @@ struct WholeQuads {
   const Entry& entry;
 
   __device__ Dtype dtype(int) const { return kDtype; }
-  __device__ Quad load(int slot, int64_t offset) const { return load_aligned(entry.pointers[slot], kDtype, offset); }
+  __device__ Quad load(int slot, int64_t offset) const {
+    return load_aligned(entry.pointers[slot], kDtype, offset);
+  }
   __device__ void store(int slot, int64_t offset, const float (&values)[kQuad]) const {
     store_aligned(entry.pointers[slot], kDtype, offset, pack(values, kDtype));
   }
@@ -187,10 +199,13 @@ struct AnyQuads {
     }
   }
 
-  __device__ bool is_whole(int64_t offset) const { return entry.aligned && offset + kQuad <= entry.numel; }
+  __device__ bool is_whole(int64_t offset) const {
+    return entry.aligned && offset + kQuad <= entry.numel;
+  }
 };
 
-// Calls work(quads) with the fastest way to read and write `length` elements from `begin` on; for two gradients, WholeQuads if possible.
+// Calls work(quads) with the fastest way to read and write `length` elements from `begin` on; for
+// two gradients, WholeQuads if possible.
 template <int N, typename Entry, typename Work>
 __device__ void with_quads(const Entry& entry, int64_t begin, int64_t length, Work work) {
   if constexpr (N == 2) {
@@ -208,15 +223,19 @@ __device__ void with_quads(const Entry& entry, int64_t begin, int64_t length, Wo
   work(AnyQuads<Entry>{entry});
 }
 
-// Element of a tensor that quad `quad` of this thread begins at, in the run that begins at element `run`.
-__device__ inline int64_t quad_offset(int64_t run, int quad) { return run + kQuad * (quad * kThreads + static_cast<int>(threadIdx.x)); }
+// Element of a tensor that quad `quad` of this thread begins at, in the run that begins at element
+// `run`.
+__device__ inline int64_t quad_offset(int64_t run, int quad) {
+  return run + kQuad * (quad * kThreads + static_cast<int>(threadIdx.x));
+}
 
 // Quads of each of N gradients that a thread loads before it uses the first.
 template <int N>
 constexpr int kBatch = 8 / N;
 
 template <int N, typename Quads>
-__device__ void load_batch(const Quads& quads, int64_t run, int first, Quad (&batch)[kBatch<N>][N]) {
+__device__ void load_batch(
+    const Quads& quads, int64_t run, int first, Quad (&batch)[kBatch<N>][N]) {
 #pragma unroll
   for (int q = 0; q < kBatch<N>; ++q) {
 #pragma unroll
@@ -234,14 +253,17 @@ struct Coefficients {
   int32_t n;
   float weights[kMaxLosses];
 
-  // A gradient that is missing has the factor 0, so that its coefficient, which may be NaN, does not enter.
+  // A gradient that is missing has the factor 0, so that its coefficient, which may be NaN, does
+  // not enter.
   template <int N, typename Entry>
   __device__ void read(const Entry& entry, float (&factors)[N]) const {
     for (int i = 0; i < N; ++i) {
       if (entry.pointers[i] == nullptr) {
         factors[i] = 0;
       } else {
-        factors[i] = entry.group < 0 ? weights[i] : static_cast<float>(rows[static_cast<int64_t>(entry.group) * n + i]);
+        factors[i] = entry.group < 0
+                         ? weights[i]
+                         : static_cast<float>(rows[static_cast<int64_t>(entry.group) * n + i]);
       }
     }
   }
@@ -249,22 +271,32 @@ struct Coefficients {
 
 // `rows` must be contiguous and outlive the launches.
 inline Coefficients coefficients_of(
-    const Tensor& rows, const std::vector<int64_t>& groups, const std::vector<double>& weights, int64_t n) {
-  const bool matrix = rows.scalar_type() == ScalarType::Double && rows.dim() == 2 && rows.size(1) == n;
+    const Tensor& rows, const std::vector<int64_t>& groups, const std::vector<double>& weights,
+    int64_t n) {
+  const bool matrix =
+      rows.scalar_type() == ScalarType::Double && rows.dim() == 2 && rows.size(1) == n;
   STD_TORCH_CHECK(matrix, "coefficients must be float64 [groups, ", n, "]");
   const int64_t num_rows = rows.size(0), num_weights = static_cast<int64_t>(weights.size());
   for (int64_t group : groups) {
-    STD_TORCH_CHECK(group < num_rows, "groups must be below the number of rows of coefficients, ", num_rows, ", got ", group);
-    STD_TORCH_CHECK(group >= 0 || num_weights == n, "weights must have ", n, " entries for group -1, got ", num_weights);
+    STD_TORCH_CHECK(
+        group < num_rows, "groups must be below the number of rows of coefficients, ", num_rows,
+        ", got ", group);
+    STD_TORCH_CHECK(
+        group >= 0 || num_weights == n, "weights must have ", n, " entries for group -1, got ",
+        num_weights);
   }
-  Coefficients coefficients{static_cast<const double*>(rows.data_ptr()), static_cast<int32_t>(n), {}};
-  std::copy(weights.begin(), weights.begin() + std::min<size_t>(weights.size(), n), coefficients.weights);
+  Coefficients coefficients{
+      static_cast<const double*>(rows.data_ptr()), static_cast<int32_t>(n), {}};
+  std::copy(
+      weights.begin(), weights.begin() + std::min<size_t>(weights.size(), n), coefficients.weights);
   return coefficients;
 }
 
 // sum_i factors_i gradients_i of a quad in float32, gradient after gradient.
 template <int N, typename Quads>
-__device__ void weighted_sum(const Quads& quads, const Quad (&gradients)[N], const float (&factors)[N], float (&sum)[kQuad]) {
+__device__ void weighted_sum(
+    const Quads& quads, const Quad (&gradients)[N], const float (&factors)[N],
+    float (&sum)[kQuad]) {
   for (int k = 0; k < kQuad; ++k) {
     sum[k] = factors[0] * unpack(gradients[0], quads.dtype(0), k);
     for (int i = 1; i < N; ++i) {

@@ -1,13 +1,15 @@
-// Optimizer step fused with the combination of gradients and the moving average of the parameters (see genrep_fast/reference/optimizer.py).
+// Optimizer step fused with the combination of gradients and the moving average of the parameters
+// (see genrep_fast/reference/optimizer.py).
 //
 //     h = sum_i c_i g_i
 //     m <- m + (1 - beta1) (h - m),    v <- beta2 v + (1 - beta2) h^2
 //     param <- (1 - lr weight_decay) param - lr / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) + eps)
 //     ema <- ema + (1 - ema_decay) (param - ema)
 //
-// Reads n gradients and 4 tensors and writes 4: 10 N elements, 40 N bytes for two losses in float32, for about 25 N operations: bound by
-// memory. What depends on the step and the learning rate is computed in float64, once a block, from numbers that may lie on the device; the
-// rest in float32.
+// Reads n gradients and 4 tensors and writes 4: 10 N elements, 40 N bytes for two losses in
+// float32, for about 25 N operations: bound by memory. What depends on the step and the learning
+// rate is computed in float64, once a block, from numbers that may lie on the device; the rest in
+// float32.
 #include "introspection.h"
 #include "multi_tensor.cuh"
 
@@ -50,7 +52,8 @@ struct AdamWArguments {
   Coefficients coefficients;
   Scalar lr, found_inf;
   double beta1, beta2, weight_decay;
-  float exp_avg_weight, exp_avg_sq_decay, exp_avg_sq_weight, eps, ema_weight;  // 1 - beta1, beta2, 1 - beta2, eps, 1 - ema_decay
+  float exp_avg_weight, exp_avg_sq_decay, exp_avg_sq_weight, eps,
+      ema_weight;  // 1 - beta1, beta2, 1 - beta2, eps, 1 - ema_decay
 };
 
 // What a block computes once: 1 - lr weight_decay, lr / (1 - beta1^step), 1 / sqrt(1 - beta2^step).
@@ -59,7 +62,8 @@ struct StepFactors {
 };
 
 // Two threads of different warps do one power each.
-__device__ void set_step_factors(const AdamWArguments& arguments, const Scalar& step, StepFactors& factors) {
+__device__ void set_step_factors(
+    const AdamWArguments& arguments, const Scalar& step, StepFactors& factors) {
   if (threadIdx.x == 0) {
     const double lr = arguments.lr.read();
     factors.param_decay = static_cast<float>(1 - lr * arguments.weight_decay);
@@ -77,13 +81,15 @@ __device__ float lerp(float start, float end, float weight) {
 // One quad of every tensor of a parameter.
 template <int N, typename Quads>
 __device__ void update_quad(
-    const Quads& quads, int64_t offset, const float (&factors)[N], const StepFactors& step, const AdamWArguments& arguments) {
+    const Quads& quads, int64_t offset, const float (&factors)[N], const StepFactors& step,
+    const AdamWArguments& arguments) {
   using Entry = AdamWEntry<N>;
   Quad gradients[N];
   for (int i = 0; i < N; ++i) {
     gradients[i] = quads.load(i, offset);
   }
-  const Quad params = quads.load(Entry::kParam, offset), exp_avgs = quads.load(Entry::kExpAvg, offset);
+  const Quad params = quads.load(Entry::kParam, offset),
+             exp_avgs = quads.load(Entry::kExpAvg, offset);
   const Quad exp_avg_sqs = quads.load(Entry::kExpAvgSq, offset);
   const bool has_ema = quads.entry.pointers[Entry::kEma] != nullptr;
   const Quad emas = has_ema ? quads.load(Entry::kEma, offset) : Quad{};
@@ -91,11 +97,15 @@ __device__ void update_quad(
   float sum[kQuad], param[kQuad], exp_avg[kQuad], exp_avg_sq[kQuad];
   weighted_sum<N>(quads, gradients, factors, sum);
   for (int k = 0; k < kQuad; ++k) {
-    exp_avg[k] = lerp(unpack(exp_avgs, quads.dtype(Entry::kExpAvg), k), sum[k], arguments.exp_avg_weight);
-    exp_avg_sq[k] = arguments.exp_avg_sq_decay * unpack(exp_avg_sqs, quads.dtype(Entry::kExpAvgSq), k);
+    exp_avg[k] =
+        lerp(unpack(exp_avgs, quads.dtype(Entry::kExpAvg), k), sum[k], arguments.exp_avg_weight);
+    exp_avg_sq[k] =
+        arguments.exp_avg_sq_decay * unpack(exp_avg_sqs, quads.dtype(Entry::kExpAvgSq), k);
     exp_avg_sq[k] += arguments.exp_avg_sq_weight * sum[k] * sum[k];
-    const float update = exp_avg[k] / (sqrtf(exp_avg_sq[k]) * step.denominator_scale + arguments.eps);
-    param[k] = step.param_decay * unpack(params, quads.dtype(Entry::kParam), k) - step.step_size * update;
+    const float update =
+        exp_avg[k] / (sqrtf(exp_avg_sq[k]) * step.denominator_scale + arguments.eps);
+    param[k] =
+        step.param_decay * unpack(params, quads.dtype(Entry::kParam), k) - step.step_size * update;
   }
   quads.store(Entry::kExpAvg, offset, exp_avg);
   quads.store(Entry::kExpAvgSq, offset, exp_avg_sq);
@@ -104,7 +114,9 @@ __device__ void update_quad(
     const Quad stored = pack(param, quads.dtype(Entry::kParam));
     float ema[kQuad];
     for (int k = 0; k < kQuad; ++k) {
-      ema[k] = lerp(unpack(emas, quads.dtype(Entry::kEma), k), unpack(stored, quads.dtype(Entry::kParam), k), arguments.ema_weight);
+      ema[k] = lerp(
+          unpack(emas, quads.dtype(Entry::kEma), k), unpack(stored, quads.dtype(Entry::kParam), k),
+          arguments.ema_weight);
     }
     quads.store(Entry::kEma, offset, ema);
   }
@@ -112,7 +124,8 @@ __device__ void update_quad(
 
 template <int N>
 __global__ __launch_bounds__(kThreads) void adamw_kernel(
-    const __grid_constant__ TensorTable<AdamWEntry<N>> table, const __grid_constant__ AdamWArguments arguments) {
+    const __grid_constant__ TensorTable<AdamWEntry<N>> table,
+    const __grid_constant__ AdamWArguments arguments) {
   static_assert(sizeof(table) + sizeof(arguments) <= kParameterBytes);
   if (arguments.found_inf.read() != 0) {
     return;
@@ -146,19 +159,27 @@ double host_value(const Tensor& tensor, Dtype dtype) {
 }
 
 Scalar scalar_of(const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.numel() == 1, "step, lr and found_inf must have one element, got ", tensor.numel());
+  STD_TORCH_CHECK(
+      tensor.numel() == 1, "step, lr and found_inf must have one element, got ", tensor.numel());
   const Dtype dtype = dtype_of(tensor);
-  return tensor.is_cpu() ? Scalar{host_value(tensor, dtype), nullptr, dtype} : Scalar{0, tensor.data_ptr(), dtype};
+  return tensor.is_cpu() ? Scalar{host_value(tensor, dtype), nullptr, dtype}
+                         : Scalar{0, tensor.data_ptr(), dtype};
 }
 
 void adamw_step(
-    const std::vector<Tensor>& params, const std::vector<Tensor>& exp_avgs, const std::vector<Tensor>& exp_avg_sqs,
-    const std::vector<Tensor>& emas, const OptionalTensors& gradients, const Tensor& coefficients, const std::vector<int64_t>& groups,
-    const std::vector<double>& weights, const std::vector<Tensor>& steps, const Tensor& lr, double beta1, double beta2, double eps,
+    const std::vector<Tensor>& params, const std::vector<Tensor>& exp_avgs,
+    const std::vector<Tensor>& exp_avg_sqs, const std::vector<Tensor>& emas,
+    const OptionalTensors& gradients, const Tensor& coefficients,
+    const std::vector<int64_t>& groups, const std::vector<double>& weights,
+    const std::vector<Tensor>& steps, const Tensor& lr, double beta1, double beta2, double eps,
     double weight_decay, double ema_decay, const std::optional<Tensor>& found_inf) {
   const size_t num_tensors = params.size();
-  for (size_t length : {exp_avgs.size(), exp_avg_sqs.size(), emas.empty() ? num_tensors : emas.size(), groups.size(), steps.size()}) {
-    STD_TORCH_CHECK(length == num_tensors, "there are ", num_tensors, " params, but ", length, " of their other tensors or groups");
+  for (size_t length :
+       {exp_avgs.size(), exp_avg_sqs.size(), emas.empty() ? num_tensors : emas.size(),
+        groups.size(), steps.size()}) {
+    STD_TORCH_CHECK(
+        length == num_tensors, "there are ", num_tensors, " params, but ", length,
+        " of their other tensors or groups");
   }
   const int64_t n = number_of_losses(gradients, num_tensors);
   DeviceScope scope(params[0]);
@@ -195,7 +216,8 @@ void adamw_step(
       entries.push_back(entry);
     }
     for_each_table(entries, kAdamWChunk, [&](const auto& table) {
-      adamw_kernel<decltype(losses)::value><<<table.first_chunk[table.size], kThreads, 0, scope.stream()>>>(table, arguments);
+      adamw_kernel<decltype(losses)::value>
+          <<<table.first_chunk[table.size], kThreads, 0, scope.stream()>>>(table, arguments);
       STD_CUDA_KERNEL_LAUNCH_CHECK();
     });
   });
@@ -211,6 +233,8 @@ std::vector<Kernel> optimizer_kernels() {
   };
 }
 
-STABLE_TORCH_LIBRARY_IMPL(genrep_fast_cuda, CUDA, m) { m.impl("adamw_step", TORCH_BOX(&adamw_step)); }
+STABLE_TORCH_LIBRARY_IMPL(genrep_fast_cuda, CUDA, m) {
+  m.impl("adamw_step", TORCH_BOX(&adamw_step));
+}
 
 }  // namespace genrep_fast

@@ -1,11 +1,12 @@
-// Posteriors, and the loss of distilling them into a student with its gradients (see genrep_fast/reference/posterior.py).
+// Posteriors, and the loss of distilling them into a student with its gradients (see
+// genrep_fast/reference/posterior.py).
 //
 //     s = L / temperature + log prior,   log p = s - logsumexp_y s,   log q likewise of the student's logits
 //     KL = sum_y p (log p - log q),   dKL/dlogits = q - p,   dKL/dL = p (log p - log q - KL) / temperature
 //
-// K numbers of an image or location are read once for their logsumexp and, from the caches, once for every result: 4 to 8 bytes each way
-// and an exponential or two, bound by memory. A thread works on an image or location, a block on an image of many classes. Sums are
-// float64.
+// K numbers of an image or location are read once for their logsumexp and, from the caches, once
+// for every result: 4 to 8 bytes each way and an exponential or two, bound by memory. A thread
+// works on an image or location, a block on an image of many classes. Sums are float64.
 #include "elements.cuh"
 
 #include <cmath>
@@ -110,13 +111,16 @@ struct Team {
 };
 
 template <bool kBlock>
-__global__ __launch_bounds__(kThreads, 4) void posterior_kernel(const Sizes sizes, const Scores scores, float* result) {
+__global__ __launch_bounds__(kThreads, 4) void posterior_kernel(
+    const Sizes sizes, const Scores scores, float* result) {
   const Team<kBlock> team(sizes);
   if (!team.exists()) {
     return;
   }
   const double total = team.log_sum(scores);
-  team.for_each_class([&](int64_t y, int64_t index) { result[index] = static_cast<float>(scores.at(team.image, index, y) - total); });
+  team.for_each_class([&](int64_t y, int64_t index) {
+    result[index] = static_cast<float>(scores.at(team.image, index, y) - total);
+  });
 }
 
 // p, q and log p - log q of one class
@@ -136,7 +140,8 @@ struct Pair {
   }
 
   __device__ Ratio at(int64_t image, int64_t index, int64_t y) const {
-    const double log_p = teacher.at(image, index, y) - teacher_total, log_q = student.at(image, index, y) - student_total;
+    const double log_p = teacher.at(image, index, y) - teacher_total,
+                 log_q = student.at(image, index, y) - student_total;
     return {expf(static_cast<float>(log_p)), expf(static_cast<float>(log_q)), log_p - log_q};
   }
 
@@ -153,7 +158,8 @@ struct Pair {
 };
 
 template <bool kBlock>
-__global__ __launch_bounds__(kThreads, 4) void distillation_kernel(const Sizes sizes, Pair pair, float* loss) {
+__global__ __launch_bounds__(kThreads, 4) void distillation_kernel(
+    const Sizes sizes, Pair pair, float* loss) {
   const Team<kBlock> team(sizes);
   if (!team.exists()) {
     return;
@@ -183,7 +189,9 @@ __global__ __launch_bounds__(kThreads, 2) void distillation_gradient_kernel(
     }
     if (grad_teacher != nullptr) {
       const double slope = ratio.p == 0 ? 0.0 : ratio.p * (ratio.log_ratio - divergence);
-      store_element(grad_teacher, pair.teacher.dtype, index, static_cast<float>(factor * slope * pair.teacher.inverse_temperature));
+      store_element(
+          grad_teacher, pair.teacher.dtype, index,
+          static_cast<float>(factor * slope * pair.teacher.inverse_temperature));
     }
   });
 }
@@ -202,13 +210,19 @@ Sizes sizes_of(const Tensor& tensor) {
 // `tensor` and `prior` must be contiguous and outlive the launch.
 Scores scores_of(const Tensor& tensor, const std::optional<Tensor>& prior, double temperature) {
   const Dtype dtype = dtype_of(tensor);
-  STD_TORCH_CHECK(dtype != kFloat64, "likelihoods and logits must be float32, bfloat16 or float16, got float64");
+  STD_TORCH_CHECK(
+      dtype != kFloat64,
+      "likelihoods and logits must be float32, bfloat16 or float16, got float64");
   Scores scores{tensor.data_ptr(), dtype, 1 / temperature, nullptr, 0};
   if (prior) {
-    const bool matches = prior->scalar_type() == ScalarType::Float && prior->dim() == tensor.dim() && prior->size(1) == tensor.size(1) &&
-                         (prior->size(0) == 1 || prior->size(0) == tensor.size(0)) && prior->numel() == prior->size(0) * prior->size(1);
+    const bool matches = prior->scalar_type() == ScalarType::Float &&
+                         prior->dim() == tensor.dim() && prior->size(1) == tensor.size(1) &&
+                         (prior->size(0) == 1 || prior->size(0) == tensor.size(0)) &&
+                         prior->numel() == prior->size(0) * prior->size(1);
     const bool together = prior->device() == tensor.device();
-    STD_TORCH_CHECK(matches && together, "log_prior must be float32 [1 or B, K, 1, ...] on log_likelihood's device");
+    STD_TORCH_CHECK(
+        matches && together,
+        "log_prior must be float32 [1 or B, K, 1, ...] on log_likelihood's device");
     scores.prior = static_cast<const float*>(prior->data_ptr());
     scores.prior_stride = prior->size(0) == 1 ? 0 : tensor.size(1);
   }
@@ -219,9 +233,11 @@ std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
   return tensor ? std::optional<Tensor>(torch::stable::contiguous(*tensor)) : std::nullopt;
 }
 
-void check_shape(const Tensor& tensor, const std::vector<int64_t>& sizes, const Tensor& like, const char* name) {
+void check_shape(
+    const Tensor& tensor, const std::vector<int64_t>& sizes, const Tensor& like, const char* name) {
   const auto own = tensor.sizes();
-  const bool fits = std::equal(own.begin(), own.end(), sizes.begin(), sizes.end()) && tensor.device() == like.device();
+  const bool fits = std::equal(own.begin(), own.end(), sizes.begin(), sizes.end()) &&
+                    tensor.device() == like.device();
   STD_TORCH_CHECK(fits, name, " has the wrong shape or device");
 }
 
@@ -246,7 +262,8 @@ std::vector<int64_t> sizes_without_classes(const Tensor& tensor) {
   return sizes;
 }
 
-Tensor posterior(const Tensor& log_likelihood, const std::optional<Tensor>& log_prior, double temperature) {
+Tensor posterior(
+    const Tensor& log_likelihood, const std::optional<Tensor>& log_prior, double temperature) {
   DeviceScope scope(log_likelihood);
   const Sizes sizes = sizes_of(log_likelihood);
   const Tensor teacher = torch::stable::contiguous(log_likelihood);
@@ -254,46 +271,59 @@ Tensor posterior(const Tensor& log_likelihood, const std::optional<Tensor>& log_
   const Scores scores = scores_of(teacher, prior, temperature);
   Tensor result = torch::stable::new_empty(teacher, teacher.sizes(), ScalarType::Float);
   with_team(sizes, [&](auto is_block, unsigned blocks) {
-    posterior_kernel<is_block><<<blocks, kThreads, 0, scope.stream()>>>(sizes, scores, static_cast<float*>(result.data_ptr()));
+    posterior_kernel<is_block><<<blocks, kThreads, 0, scope.stream()>>>(
+        sizes, scores, static_cast<float*>(result.data_ptr()));
   });
   return result;
 }
 
 Tensor distillation_loss(
-    const Tensor& student_logits, const Tensor& log_likelihood, const std::optional<Tensor>& log_prior, double temperature) {
+    const Tensor& student_logits, const Tensor& log_likelihood,
+    const std::optional<Tensor>& log_prior, double temperature) {
   DeviceScope scope(log_likelihood);
   const Sizes sizes = sizes_of(log_likelihood);
-  const Tensor teacher = torch::stable::contiguous(log_likelihood), student = torch::stable::contiguous(student_logits);
+  const Tensor teacher = torch::stable::contiguous(log_likelihood),
+               student = torch::stable::contiguous(student_logits);
   check_shape(student, {teacher.sizes().begin(), teacher.sizes().end()}, teacher, "student_logits");
   const std::optional<Tensor> prior = contiguous(log_prior);
-  const Pair pair{scores_of(teacher, prior, temperature), scores_of(student, std::nullopt, 1), 0, 0};
-  Tensor loss = torch::stable::new_empty(teacher, sizes_without_classes(teacher), ScalarType::Float);
+  const Pair pair{
+      scores_of(teacher, prior, temperature), scores_of(student, std::nullopt, 1), 0, 0};
+  Tensor loss =
+      torch::stable::new_empty(teacher, sizes_without_classes(teacher), ScalarType::Float);
   with_team(sizes, [&](auto is_block, unsigned blocks) {
-    distillation_kernel<is_block><<<blocks, kThreads, 0, scope.stream()>>>(sizes, pair, static_cast<float*>(loss.data_ptr()));
+    distillation_kernel<is_block><<<blocks, kThreads, 0, scope.stream()>>>(
+        sizes, pair, static_cast<float*>(loss.data_ptr()));
   });
   return loss;
 }
 
 std::tuple<Tensor, Tensor> distillation_loss_backward(
-    const Tensor& grad, const Tensor& student_logits, const Tensor& log_likelihood, const std::optional<Tensor>& log_prior,
-    double temperature, const std::vector<bool>& output_mask) {
+    const Tensor& grad, const Tensor& student_logits, const Tensor& log_likelihood,
+    const std::optional<Tensor>& log_prior, double temperature,
+    const std::vector<bool>& output_mask) {
   DeviceScope scope(log_likelihood);
-  STD_TORCH_CHECK(output_mask.size() == 2, "output_mask must have 2 entries, got ", output_mask.size());
+  STD_TORCH_CHECK(
+      output_mask.size() == 2, "output_mask must have 2 entries, got ", output_mask.size());
   const Sizes sizes = sizes_of(log_likelihood);
-  const Tensor teacher = torch::stable::contiguous(log_likelihood), student = torch::stable::contiguous(student_logits);
+  const Tensor teacher = torch::stable::contiguous(log_likelihood),
+               student = torch::stable::contiguous(student_logits);
   const Tensor upstream = torch::stable::contiguous(grad);
   check_shape(student, {teacher.sizes().begin(), teacher.sizes().end()}, teacher, "student_logits");
   check_shape(upstream, sizes_without_classes(teacher), teacher, "grad");
   STD_TORCH_CHECK(upstream.scalar_type() == ScalarType::Float, "grad must be float32");
   const std::optional<Tensor> prior = contiguous(log_prior);
-  const Pair pair{scores_of(teacher, prior, temperature), scores_of(student, std::nullopt, 1), 0, 0};
+  const Pair pair{
+      scores_of(teacher, prior, temperature), scores_of(student, std::nullopt, 1), 0, 0};
   auto gradient_of = [&](bool needed, const Tensor& like) {
-    return needed ? torch::stable::new_empty(like, like.sizes()) : torch::stable::new_empty(grad, std::vector<int64_t>{0});
+    return needed ? torch::stable::new_empty(like, like.sizes())
+                  : torch::stable::new_empty(grad, std::vector<int64_t>{0});
   };
-  Tensor grad_student = gradient_of(output_mask[0], student), grad_teacher = gradient_of(output_mask[1], teacher);
+  Tensor grad_student = gradient_of(output_mask[0], student),
+         grad_teacher = gradient_of(output_mask[1], teacher);
   with_team(sizes, [&](auto is_block, unsigned blocks) {
     distillation_gradient_kernel<is_block><<<blocks, kThreads, 0, scope.stream()>>>(
-        sizes, pair, static_cast<const float*>(upstream.data_ptr()), output_mask[0] ? grad_student.data_ptr() : nullptr,
+        sizes, pair, static_cast<const float*>(upstream.data_ptr()),
+        output_mask[0] ? grad_student.data_ptr() : nullptr,
         output_mask[1] ? grad_teacher.data_ptr() : nullptr);
   });
   return {grad_student, grad_teacher};
@@ -307,8 +337,10 @@ std::vector<Kernel> posterior_kernels() {
       {"posterior_kernel<thread>", reinterpret_cast<const void*>(&posterior_kernel<false>)},
       {"distillation_kernel<block>", reinterpret_cast<const void*>(&distillation_kernel<true>)},
       {"distillation_kernel<thread>", reinterpret_cast<const void*>(&distillation_kernel<false>)},
-      {"distillation_gradient_kernel<block>", reinterpret_cast<const void*>(&distillation_gradient_kernel<true>)},
-      {"distillation_gradient_kernel<thread>", reinterpret_cast<const void*>(&distillation_gradient_kernel<false>)},
+      {"distillation_gradient_kernel<block>",
+       reinterpret_cast<const void*>(&distillation_gradient_kernel<true>)},
+      {"distillation_gradient_kernel<thread>",
+       reinterpret_cast<const void*>(&distillation_gradient_kernel<false>)},
   };
 }
 

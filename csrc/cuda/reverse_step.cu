@@ -1,11 +1,13 @@
-// One step of chains with counter-based noise, and the score of the same step (see genrep_fast/reference/reverse_step.py).
+// One step of chains with counter-based noise, and the score of the same step (see
+// genrep_fast/reference/reverse_step.py).
 //
 //     x' = mean_noisy x_t + mean_output o + std scale z,   score = sum( -1/2 inv_var (r / scale)^2 + log_norm - log scale )
 //     r = data x + noisy x_t + output o
 //
-// Reads x_t, o and x and writes x', 16 bytes an element in float32, for about 50 operations, most of them the noise z: bound by memory, in
-// 16-bit dtypes by arithmetic. Four elements have one Philox 4x32-10 counter (Salmon et al., SC 2011), and a thread of their own. Scores
-// are summed in float64, a partial sum a block, and by a second kernel.
+// Reads x_t, o and x and writes x', 16 bytes an element in float32, for about 50 operations, most
+// of them the noise z: bound by memory, in 16-bit dtypes by arithmetic. Four elements have one
+// Philox 4x32-10 counter (Salmon et al., SC 2011), and a thread of their own. Scores are summed in
+// float64, a partial sum a block, and by a second kernel.
 #include <algorithm>
 #include <optional>
 #include <tuple>
@@ -38,18 +40,21 @@ __device__ Words philox_4x32_10(Words counter, uint32_t key0, uint32_t key1) {
   return counter;
 }
 
-// -ln u, u = (word + 1/2) / 2^32. Near u = 1 from 1 - u, which float32 holds exactly. Polynomial: Cephes, logf.
+// -ln u, u = (word + 1/2) / 2^32. Near u = 1 from 1 - u, which float32 holds exactly. Polynomial:
+// Cephes, logf.
 __device__ float minus_log_uniform(uint32_t word) {
   const float rest = (static_cast<float>(~word) + 0.5f) * 0x1p-32f;  // 1 - u
   float fraction = -rest, exponent = 0;
   if (word < 0x80000000u || rest > 0.29289322f) {  // 1 - sqrt(1/2)
     const uint32_t bits = __float_as_uint((static_cast<float>(word) + 0.5f) * 0x1p-32f);
-    const int shift = static_cast<int>(bits - 0x3f3504f3) >> 23;  // makes the mantissa lie in [sqrt(1/2), sqrt 2)
+    const int shift =
+        static_cast<int>(bits - 0x3f3504f3) >> 23;  // makes the mantissa lie in [sqrt(1/2), sqrt 2)
     fraction = __uint_as_float(bits - (static_cast<uint32_t>(shift) << 23)) - 1;
     exponent = static_cast<float>(shift);
   }
-  const float coefficients[] = {-1.1514610310e-1f, 1.1676998740e-1f,  -1.2420140846e-1f, 1.4249322787e-1f,
-                                -1.6668057665e-1f, 2.0000714765e-1f, -2.4999993993e-1f, 3.3333331174e-1f};
+  const float coefficients[] = {-1.1514610310e-1f, 1.1676998740e-1f,  -1.2420140846e-1f,
+                                1.4249322787e-1f,  -1.6668057665e-1f, 2.0000714765e-1f,
+                                -2.4999993993e-1f, 3.3333331174e-1f};
   const float square = fraction * fraction;
   float sum = 7.0376836292e-2f;
 #pragma unroll
@@ -63,19 +68,27 @@ __device__ float minus_log_uniform(uint32_t word) {
 // cos and sin of 2 pi (word + 1/2) / 2^32, from at most pi / 4. Polynomials: Cephes, sinf and cosf.
 __device__ float2 cos_sin(uint32_t word) {
   const uint32_t quadrant = (word + 0x20000000u) >> 30;
-  const float angle = (static_cast<float>(static_cast<int32_t>(word - (quadrant << 30))) + 0.5f) * 1.4629180792671596e-9f;
+  const float angle = (static_cast<float>(static_cast<int32_t>(word - (quadrant << 30))) + 0.5f) *
+                      1.4629180792671596e-9f;
   const float square = angle * angle;
-  const float sine = ((-1.9515295891e-4f * square + 8.3321608736e-3f) * square - 1.6666654611e-1f) * square * angle + angle;
-  const float tail = (2.443315711809948e-5f * square - 1.388731625493765e-3f) * square + 4.166664568298827e-2f;
+  const float sine = ((-1.9515295891e-4f * square + 8.3321608736e-3f) * square - 1.6666654611e-1f) *
+                         square * angle +
+                     angle;
+  const float tail =
+      (2.443315711809948e-5f * square - 1.388731625493765e-3f) * square + 4.166664568298827e-2f;
   const float cosine = tail * square * square - 0.5f * square + 1;
   const float first = quadrant % 2 == 0 ? cosine : sine, second = quadrant % 2 == 0 ? sine : cosine;
-  return make_float2(quadrant == 1 || quadrant == 2 ? -first : first, quadrant >= 2 ? -second : second);
+  return make_float2(
+      quadrant == 1 || quadrant == 2 ? -first : first, quadrant >= 2 ? -second : second);
 }
 
 // Standard normal numbers by Box-Muller: elements 4 index to 4 index + 3 of a chain.
-__device__ void draw(uint64_t seed, uint32_t chain, uint32_t step, int64_t index, float (&z)[kQuad]) {
-  const Words counter{{static_cast<uint32_t>(index), static_cast<uint32_t>(index >> 32), chain, step}};
-  const Words words = philox_4x32_10(counter, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+__device__ void draw(
+    uint64_t seed, uint32_t chain, uint32_t step, int64_t index, float (&z)[kQuad]) {
+  const Words counter{
+      {static_cast<uint32_t>(index), static_cast<uint32_t>(index >> 32), chain, step}};
+  const Words words =
+      philox_4x32_10(counter, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
 #pragma unroll
   for (int k = 0; k < kQuad; k += 2) {
     const float radius = __fsqrt_rn(2 * minus_log_uniform(words.values[k]));
@@ -94,7 +107,9 @@ struct Sample {
   bool quads, constant;  // four elements can be read at once; a chain has one number
   int64_t batch, channel, location;
 
-  __device__ void read(int64_t b, int64_t element, int64_t elements, int64_t locations, float (&values)[kQuad]) const {
+  __device__ void read(
+      int64_t b, int64_t element, int64_t elements, int64_t locations,
+      float (&values)[kQuad]) const {
     Quad quad{};
     if (quads) {
       quad = load_aligned(data, dtype, b * batch + element);
@@ -103,7 +118,9 @@ struct Sample {
       for (int k = 0; k < kQuad; ++k) {
         if (element + k < elements) {
           const int64_t c = constant ? 0 : (element + k) / locations;
-          load_element(quad, k, data, dtype, b * batch + c * channel + (constant ? 0 : element + k - c * locations) * location);
+          load_element(
+              quad, k, data, dtype,
+              b * batch + c * channel + (constant ? 0 : element + k - c * locations) * location);
         }
       }
     }
@@ -117,7 +134,8 @@ struct Sample {
 struct Step {
   Sample x_t, output, x, scale;
   void* x_prev;
-  const float *data, *noisy, *model, *inv_var, *log_norm, *mean_noisy, *mean_output, *std;  // of this step
+  const float *data, *noisy, *model, *inv_var, *log_norm, *mean_noisy, *mean_output,
+      *std;  // of this step
   const int64_t* chain_ids;
   uint64_t seed;
   uint32_t row;
@@ -125,12 +143,14 @@ struct Step {
 };
 
 // `sums` [B, blocks] of the score but for log_norm, where there is x.
-__global__ __launch_bounds__(kThreads) void reverse_step_kernel(const __grid_constant__ Step step, double* sums) {
+__global__ __launch_bounds__(kThreads) void reverse_step_kernel(
+    const __grid_constant__ Step step, double* sums) {
   const int64_t b = blockIdx.x / step.blocks, block = blockIdx.x - b * step.blocks;
   const int64_t index = block * kThreads + threadIdx.x, element = kQuad * index;
   double score = 0;
   if (element < step.elements) {
-    float x_t[kQuad], output[kQuad], x[kQuad] = {}, scale[kQuad] = {1, 1, 1, 1}, z[kQuad], result[kQuad];
+    float x_t[kQuad], output[kQuad], x[kQuad] = {}, scale[kQuad] = {1, 1, 1, 1}, z[kQuad],
+                                     result[kQuad];
     step.x_t.read(b, element, step.elements, step.locations, x_t);
     step.output.read(b, element, step.elements, step.locations, output);
     if (step.x.data != nullptr) {
@@ -143,7 +163,8 @@ __global__ __launch_bounds__(kThreads) void reverse_step_kernel(const __grid_con
     float squares = 0, logs = 0;
 #pragma unroll
     for (int k = 0; k < kQuad; ++k) {
-      result[k] = *step.mean_noisy * x_t[k] + *step.mean_output * output[k] + *step.std * scale[k] * z[k];
+      result[k] =
+          *step.mean_noisy * x_t[k] + *step.mean_output * output[k] + *step.std * scale[k] * z[k];
       if (step.x.data != nullptr && element + k < step.elements) {
         float r = *step.data * x[k] + *step.noisy * x_t[k] + *step.model * output[k];
         if (step.scale.data != nullptr) {
@@ -190,10 +211,13 @@ __global__ __launch_bounds__(kThreads) void score_kernel(
 
 // ---- launches ----
 
-// Like `view_of`, for a tensor that broadcasts to x_t: every axis that it lacks or has once has the stride 0.
+// Like `view_of`, for a tensor that broadcasts to x_t: every axis that it lacks or has once has the
+// stride 0.
 std::optional<View> broadcast_view(const Tensor& tensor, const Tensor& x_t) {
   const int64_t missing = x_t.dim() - tensor.dim();
-  auto stride = [&](int64_t axis) { return axis < missing || tensor.size(axis - missing) == 1 ? 0 : tensor.stride(axis - missing); };
+  auto stride = [&](int64_t axis) {
+    return axis < missing || tensor.size(axis - missing) == 1 ? 0 : tensor.stride(axis - missing);
+  };
   View view{tensor.data_ptr(), tensor.scalar_type(), stride(0), 0, 0, stride(1), 0};
   bool first = true;
   int64_t expected = 0;
@@ -214,14 +238,17 @@ std::optional<View> broadcast_view(const Tensor& tensor, const Tensor& x_t) {
 Sample sample_of(const View& view, int64_t channels, int64_t locations) {
   const Dtype dtype = dtype_of(view.type);
   STD_TORCH_CHECK(dtype != kFloat64, "tensors must be float32, bfloat16 or float16, got float64");
-  const bool aligned = reinterpret_cast<uintptr_t>(view.data) % (dtype == kFloat32 ? 16 : 8) == 0 && view.batch % kQuad == 0;
-  const bool quads = aligned && channels * locations % kQuad == 0 && view.is_flat(channels, locations);
+  const bool aligned = reinterpret_cast<uintptr_t>(view.data) % (dtype == kFloat32 ? 16 : 8) == 0 &&
+                       view.batch % kQuad == 0;
+  const bool quads =
+      aligned && channels * locations % kQuad == 0 && view.is_flat(channels, locations);
   const bool constant = (view.outer == 0 || channels == 1) && (view.inner == 0 || locations == 1);
   return {view.data, dtype, quads && !constant, constant, view.batch, view.outer, view.inner};
 }
 
 // std_scale itself where its strides are those of a view, or a copy of x_t's shape.
-Sample scale_of(const Tensor& std_scale, const Tensor& x_t, int64_t locations, std::vector<Tensor>& copies) {
+Sample scale_of(
+    const Tensor& std_scale, const Tensor& x_t, int64_t locations, std::vector<Tensor>& copies) {
   const int64_t missing = x_t.dim() - std_scale.dim();
   bool fits = missing >= 0 && std_scale.device() == x_t.device();
   for (int64_t axis = 0; fits && axis < std_scale.dim(); ++axis) {
@@ -237,26 +264,33 @@ Sample scale_of(const Tensor& std_scale, const Tensor& x_t, int64_t locations, s
   return sample_of(*view, x_t.size(1), locations);
 }
 
-void check_sample(const Tensor& tensor, const Tensor& x_t, bool further_channels, const char* name) {
+void check_sample(
+    const Tensor& tensor, const Tensor& x_t, bool further_channels, const char* name) {
   bool fits = tensor.dim() == x_t.dim() && tensor.device() == x_t.device();
   for (int64_t axis = 0; fits && axis < x_t.dim(); ++axis) {
-    fits = tensor.size(axis) == x_t.size(axis) || (axis == 1 && further_channels && tensor.size(axis) > x_t.size(axis));
+    fits = tensor.size(axis) == x_t.size(axis) ||
+           (axis == 1 && further_channels && tensor.size(axis) > x_t.size(axis));
   }
   STD_TORCH_CHECK(fits, name, " must have x_t's shape and device");
 }
 
 std::tuple<Tensor, Tensor> reverse_step(
-    const Tensor& x_t, const Tensor& model_output, const Tensor& data, const Tensor& noisy, const Tensor& output, const Tensor& inv_var,
-    const Tensor& log_norm, const Tensor& mean_noisy, const Tensor& mean_output, const Tensor& std, int64_t step, int64_t seed,
-    const Tensor& chain_ids, const std::optional<Tensor>& x, const std::optional<Tensor>& std_scale) {
+    const Tensor& x_t, const Tensor& model_output, const Tensor& data, const Tensor& noisy,
+    const Tensor& output, const Tensor& inv_var, const Tensor& log_norm, const Tensor& mean_noisy,
+    const Tensor& mean_output, const Tensor& std, int64_t step, int64_t seed,
+    const Tensor& chain_ids, const std::optional<Tensor>& x,
+    const std::optional<Tensor>& std_scale) {
   STD_TORCH_CHECK(x_t.dim() >= 2, "x_t must be [B, C, *spatial]");
   DeviceScope scope(x_t);
   const int64_t batch = x_t.size(0), channels = x_t.size(1), steps = data.numel();
   STD_TORCH_CHECK(0 <= step && step < steps, "step must lie in [0, ", steps, "), got ", step);
   check_sample(model_output, x_t, true, "model_output");
   const Tensor chains = torch::stable::contiguous(chain_ids);
-  const bool is_chains = chains.scalar_type() == ScalarType::Long && chains.dim() == 1 && chains.size(0) == batch;
-  STD_TORCH_CHECK(is_chains && chains.device() == x_t.device(), "chain_ids must be int64 [", batch, "] on x_t's device");
+  const bool is_chains =
+      chains.scalar_type() == ScalarType::Long && chains.dim() == 1 && chains.size(0) == batch;
+  STD_TORCH_CHECK(
+      is_chains && chains.device() == x_t.device(), "chain_ids must be int64 [", batch,
+      "] on x_t's device");
 
   Step arguments{};
   arguments.locations = 1;
@@ -265,7 +299,9 @@ std::tuple<Tensor, Tensor> reverse_step(
   }
   arguments.elements = channels * arguments.locations;
   std::vector<Tensor> copies;
-  auto sample = [&](const Tensor& tensor) { return sample_of(view_of(tensor, 1, false, copies), channels, arguments.locations); };
+  auto sample = [&](const Tensor& tensor) {
+    return sample_of(view_of(tensor, 1, false, copies), channels, arguments.locations);
+  };
   arguments.x_t = sample(x_t);
   arguments.output = sample(model_output);
   if (x) {
@@ -290,17 +326,21 @@ std::tuple<Tensor, Tensor> reverse_step(
   arguments.blocks = ceil_div(ceil_div(arguments.elements, kQuad), kThreads);
 
   Tensor x_prev = torch::stable::new_empty(x_t, x_t.sizes());
-  Tensor score = torch::stable::new_empty(x_t, std::vector<int64_t>{x ? batch : 0}, ScalarType::Float);
-  Tensor sums = torch::stable::new_empty(x_t, std::vector<int64_t>{x ? batch * arguments.blocks : 0}, ScalarType::Double);
+  Tensor score =
+      torch::stable::new_empty(x_t, std::vector<int64_t>{x ? batch : 0}, ScalarType::Float);
+  Tensor sums = torch::stable::new_empty(
+      x_t, std::vector<int64_t>{x ? batch * arguments.blocks : 0}, ScalarType::Double);
   arguments.x_prev = x_prev.data_ptr();
   double* sum_data = x ? static_cast<double*>(sums.data_ptr()) : nullptr;
   if (batch * arguments.elements > 0) {
-    reverse_step_kernel<<<grid_of(batch * arguments.blocks), kThreads, 0, scope.stream()>>>(arguments, sum_data);
+    reverse_step_kernel<<<grid_of(batch * arguments.blocks), kThreads, 0, scope.stream()>>>(
+        arguments, sum_data);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
   if (x && batch > 0) {
     score_kernel<<<grid_of(batch), kThreads, 0, scope.stream()>>>(
-        sum_data, arguments.blocks, arguments.log_norm, arguments.elements, static_cast<float*>(score.data_ptr()));
+        sum_data, arguments.blocks, arguments.log_norm, arguments.elements,
+        static_cast<float*>(score.data_ptr()));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
   return {x_prev, score};
@@ -315,6 +355,8 @@ std::vector<Kernel> reverse_step_kernels() {
   };
 }
 
-STABLE_TORCH_LIBRARY_IMPL(genrep_fast_cuda, CUDA, m) { m.impl("reverse_step", TORCH_BOX(&reverse_step)); }
+STABLE_TORCH_LIBRARY_IMPL(genrep_fast_cuda, CUDA, m) {
+  m.impl("reverse_step", TORCH_BOX(&reverse_step));
+}
 
 }  // namespace genrep_fast

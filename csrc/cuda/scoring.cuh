@@ -1,7 +1,9 @@
-// A chunk of scored steps on the device: residuals and squares of its rows, and the states that rows of one image and class merge into.
+// A chunk of scored steps on the device: residuals and squares of its rows, and the states that
+// rows of one image and class merge into.
 //
-// Backward recomputes what forward has summed up and must get the same bits, so both call row_squares and location_squares, in which every
-// operation whose rounding the compiler could choose is spelled out. Threads read quads in a fixed order, whatever the memory format.
+// Backward recomputes what forward has summed up and must get the same bits, so both call
+// row_squares and location_squares, in which every operation whose rounding the compiler could
+// choose is spelled out. Threads read quads in a fixed order, whatever the memory format.
 #pragma once
 
 #include <cmath>
@@ -22,7 +24,9 @@ struct Operand {
   bool quads;  // four neighbours along the inner axis can be read at once
   int64_t batch, classes, steps, outer, inner;
 
-  __device__ int64_t row(int64_t b, int64_t k, int64_t s) const { return b * batch + k * classes + s * steps; }
+  __device__ int64_t row(int64_t b, int64_t k, int64_t s) const {
+    return b * batch + k * classes + s * steps;
+  }
 };
 
 struct DeviceChunk {
@@ -45,8 +49,8 @@ struct Row {
 
 __device__ inline Row row_at(const DeviceChunk& chunk, int64_t b, int64_t k, int64_t s) {
   const bool has_noisy = chunk.noisy.data != nullptr;
-  return {chunk.x.row(b, 0, 0),  chunk.output.row(b, k, s), chunk.noisy.row(b, k, s),
-          chunk.data_table[s],   chunk.output_table[s],     has_noisy ? chunk.noisy_table[s] : 0.f};
+  return {chunk.x.row(b, 0, 0), chunk.output.row(b, k, s), chunk.noisy.row(b, k, s),
+          chunk.data_table[s],  chunk.output_table[s],     has_noisy ? chunk.noisy_table[s] : 0.f};
 }
 
 struct Place {
@@ -57,7 +61,9 @@ struct Place {
 template <Dtype kOutput, Dtype kOther>
 struct WholeAccess {
   static constexpr bool kWhole = true;
-  static constexpr int kBlocks = kOutput == kFloat32 || kOther == kFloat32 ? 3 : 4;  // of a multiprocessor, for enough loads in flight
+  static constexpr int kBlocks = kOutput == kFloat32 || kOther == kFloat32
+                                     ? 3
+                                     : 4;  // of a multiprocessor, for enough loads in flight
   static __device__ Dtype output_dtype(const DeviceChunk&) { return kOutput; }
   static __device__ Dtype other_dtype(const Operand&) { return kOther; }
   static __device__ Place place(const DeviceChunk&, int quad) { return {0, kQuad * quad}; }
@@ -76,10 +82,12 @@ struct AnyAccess {
     if (chunk.outer_size == 1) {
       return {0, kQuad * quad};
     }
-    const int outer = static_cast<int>(static_cast<unsigned>(quad) / static_cast<unsigned>(chunk.inner_quads));
+    const int outer =
+        static_cast<int>(static_cast<unsigned>(quad) / static_cast<unsigned>(chunk.inner_quads));
     return {outer, kQuad * (quad - outer * chunk.inner_quads)};
   }
-  static __device__ Quad load(const Operand& operand, Dtype dtype, int64_t row, Place place, int inner_size) {
+  static __device__ Quad
+  load(const Operand& operand, Dtype dtype, int64_t row, Place place, int inner_size) {
     const int64_t offset = row + place.outer * operand.outer + place.inner * operand.inner;
     if (operand.quads) {
       return load_aligned(operand.data, dtype, offset);
@@ -102,37 +110,44 @@ struct Residuals {
 
   __device__ static Residuals load(const DeviceChunk& chunk, const Row& row, Place place) {
     Residuals quads{};
-    quads.output = Access::load(chunk.output, Access::output_dtype(chunk), row.output, place, chunk.inner_size);
+    quads.output = Access::load(
+        chunk.output, Access::output_dtype(chunk), row.output, place, chunk.inner_size);
     quads.x = Access::load(chunk.x, Access::other_dtype(chunk.x), row.x, place, chunk.inner_size);
     if (chunk.noisy.data != nullptr) {
-      quads.noisy = Access::load(chunk.noisy, Access::other_dtype(chunk.noisy), row.noisy, place, chunk.inner_size);
+      quads.noisy = Access::load(
+          chunk.noisy, Access::other_dtype(chunk.noisy), row.noisy, place, chunk.inner_size);
     }
     return quads;
   }
 
   __device__ float at(const DeviceChunk& chunk, const Row& row, int k) const {
     const float own = __fmul_rn(row.data_factor, unpack(x, Access::other_dtype(chunk.x), k));
-    const float given = __fmaf_rn(row.noisy_factor, unpack(noisy, Access::other_dtype(chunk.noisy), k), own);
+    const float given =
+        __fmaf_rn(row.noisy_factor, unpack(noisy, Access::other_dtype(chunk.noisy), k), own);
     return __fmaf_rn(row.output_factor, unpack(output, Access::output_dtype(chunk), k), given);
   }
 };
 
 // ---- sums of squares ----
 
-// The quads of a row that one of `team` threads reads next, beginning with quad `first`; those past the last of `quads` are zeros.
+// The quads of a row that one of `team` threads reads next, beginning with quad `first`; those past
+// the last of `quads` are zeros.
 template <typename Access>
 __device__ void load_batch(
-    const DeviceChunk& chunk, const Row& row, int quads, int first, int team, Residuals<Access> (&batch)[kBatch]) {
+    const DeviceChunk& chunk, const Row& row, int quads, int first, int team,
+    Residuals<Access> (&batch)[kBatch]) {
 #pragma unroll
   for (int q = 0; q < kBatch; ++q) {
     const int quad = first + q * team;
-    batch[q] = quad < quads ? Residuals<Access>::load(chunk, row, Access::place(chunk, quad)) : Residuals<Access>{};
+    batch[q] = quad < quads ? Residuals<Access>::load(chunk, row, Access::place(chunk, quad))
+                            : Residuals<Access>{};
   }
 }
 
 // This thread's part of sum r^2: 16 squares in float32, above that float64.
 template <typename Access>
-__device__ double row_squares(const DeviceChunk& chunk, const Row& row, int quads, int lane, int team) {
+__device__ double row_squares(
+    const DeviceChunk& chunk, const Row& row, int quads, int lane, int team) {
   double total = 0;
 #pragma unroll 1
   for (int first = lane; first < quads; first += kBatch * team) {
@@ -154,7 +169,8 @@ __device__ double row_squares(const DeviceChunk& chunk, const Row& row, int quad
 
 // sum r^2 over the channels at each of four locations from `location` on.
 template <typename Access>
-__device__ void location_squares(const DeviceChunk& chunk, const Row& row, int location, double (&squares)[kQuad]) {
+__device__ void location_squares(
+    const DeviceChunk& chunk, const Row& row, int location, double (&squares)[kQuad]) {
   for (int k = 0; k < kQuad; ++k) {
     squares[k] = 0;
   }
@@ -163,7 +179,9 @@ __device__ void location_squares(const DeviceChunk& chunk, const Row& row, int l
     Residuals<Access> batch[kBatch];
 #pragma unroll
     for (int c = 0; c < kBatch; ++c) {
-      batch[c] = first + c < chunk.channels ? Residuals<Access>::load(chunk, row, {first + c, location}) : Residuals<Access>{};
+      batch[c] = first + c < chunk.channels
+                     ? Residuals<Access>::load(chunk, row, {first + c, location})
+                     : Residuals<Access>{};
     }
 #pragma unroll
     for (int k = 0; k < kQuad; ++k) {
@@ -200,13 +218,16 @@ __device__ inline double team_sum(double value, int team) {
 }
 
 // l = -1/2 v sum r^2 + n of `elements` elements
-__device__ inline double step_likelihood(const DeviceChunk& chunk, int64_t s, double squares, int elements) {
-  return __fma_rn(-0.5 * chunk.inv_var[s], squares, static_cast<double>(elements) * chunk.log_norm[s]);
+__device__ inline double step_likelihood(
+    const DeviceChunk& chunk, int64_t s, double squares, int elements) {
+  return __fma_rn(
+      -0.5 * chunk.inv_var[s], squares, static_cast<double>(elements) * chunk.log_norm[s]);
 }
 
 // ---- states ----
 
-// "mixture": running maximum, sum of w and of w^2, w = exp(l - maximum); "mean": mean, number of steps, sum of squared deviations.
+// "mixture": running maximum, sum of w and of w^2, w = exp(l - maximum); "mean": mean, number of
+// steps, sum of squared deviations.
 struct State {
   double center, weight, squares;
 };
@@ -225,7 +246,8 @@ __device__ inline void add_step(State& state, double likelihood, bool mixture) {
     const bool grows = difference > 0 || likelihood != likelihood;
     const double scale = exp(-fabs(difference));
     state.weight = grows ? fma(state.weight, scale, 1.0) : state.weight + scale;
-    state.squares = grows ? fma(state.squares, scale * scale, 1.0) : fma(scale, scale, state.squares);
+    state.squares =
+        grows ? fma(state.squares, scale * scale, 1.0) : fma(scale, scale, state.squares);
     state.center = grows ? likelihood : state.center;
   }
 }
@@ -240,10 +262,13 @@ __device__ inline State merged(const State& a, const State& b, bool mixture) {
   if (mixture) {
     const double maximum = a.center != a.center || a.center > b.center ? a.center : b.center;
     const double scale = exp(a.center - maximum), other = exp(b.center - maximum);
-    return {maximum, scale * a.weight + other * b.weight, scale * scale * a.squares + other * other * b.squares};
+    return {
+        maximum, scale * a.weight + other * b.weight,
+        scale * scale * a.squares + other * other * b.squares};
   }
   const double count = a.weight + b.weight, deviation = b.center - a.center;
-  const double squares = a.squares + b.squares + deviation * deviation * (a.weight * b.weight / count);
+  const double squares =
+      a.squares + b.squares + deviation * deviation * (a.weight * b.weight / count);
   return {(a.weight * a.center + b.weight * b.center) / count, count, squares};
 }
 
