@@ -199,8 +199,8 @@ GROUPINGS = {  # a name -> groups of 120 tensors or more, number of groups
     "one": ([0] * 2500, 1),
     "few": ([(7 * t) % 9 - 1 for t in range(120)], 10),  # the last one is empty
     "several launches": ([t % 3 - 1 if t < 1900 else 5 for t in range(2500)], 7),
-    "a tensor": (list(range(1500)), 1500),
-    "empty ones between": ([400 * (t % 5) for t in range(120)], 2100),
+    "a tensor": (list(range(520)), 520),
+    "empty ones between": ([130 * (t % 5) for t in range(120)], 560),
     "none": ([-1] * 120, 3),
     "no groups": ([-1] * 120, 0),
 }

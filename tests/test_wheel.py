@@ -110,4 +110,6 @@ def test_information_without_anything_else(python, tmp_path):
         assert found["built"]["architectures"] == ARCHITECTURES and found["built"]["minimum_driver"] >= 525
     assert found["backends"]["cpu"]["available"] and found["backends"]["triton"]["reason"] == "triton is not installed"
     answer = subprocess.run(found["reproduce"], shell=True, capture_output=True, text=True)
-    assert "genrep_fast[train]" in answer.stderr  # the command line's own requirements are missing here, and that is said
+    assert json.loads(answer.stdout)["built"] == found["built"]  # info needs none of the command line's own requirements
+    answer = subprocess.run([python, "-m", "genrep_fast", "bench"], cwd=tmp_path, capture_output=True, text=True)
+    assert answer.returncode == 2 and "genrep_fast[train]" in answer.stderr
