@@ -223,8 +223,10 @@ class GradientAligner:
 
         Raises:
             ValueError: for an unknown name, and for a sparse gradient.
-            RuntimeError: inside another block, where `backward`, `align` and the optimizer's step do not work either; where a parameter holds a
-                ``.grad`` already, where what was collected was written to, and after a block that raised where others of its name had been collected before: start the step over with `zero_grad`.
+            RuntimeError: inside another block, where `backward`, `align` and the optimizer's step
+                do not work either; where a parameter holds a ``.grad`` already or what was
+                collected was written to; and after a block that raised where others of its name had
+                been collected before: start the step over with `zero_grad`.
         """
         if name not in self.names:
             raise ValueError(f"name must be one of {', '.join(self.names)}, got {name!r}")
