@@ -34,7 +34,7 @@ from .ops.alignment import (
     tensor_coefficients_operator,
 )
 from .rules import least_accurate_dtype, resolve_rule
-from .wrappers import is_data_parallel, is_flat_shard, is_sharded, plain_name, plain_names, unwrapped, world_size
+from .wrappers import is_data_parallel, is_flat_shard, is_sharded, parameters_inside, plain_name, plain_names, unwrapped, world_size
 
 
 @dataclass(frozen=True)
@@ -374,11 +374,9 @@ class GradientAligner:
 
     def _check_outside(self, call: str) -> None:
         if self._collecting is not None:
-            inside = self.names[self._collecting]
-            raise RuntimeError(
-                f"{call} inside the block that collects {inside!r}, which takes .grad over when it "
-                f"ends: call it behind the block"
-            )
+            block = f"the block that collects {self.names[self._collecting]!r}"
+            why = f"{call} inside {block}, which takes .grad over when it ends"
+            raise RuntimeError(f"{why}: call it behind the block")
 
     def _check_free(self) -> None:
         """Raise RuntimeError where the next block cannot begin, as ``.grad`` is not empty but for what was left there."""
@@ -555,17 +553,23 @@ class GradientAligner:
             raise RuntimeError(f"no gradients of {', '.join(missing)} to align: run its backward pass inside `with aligner.collect(name):`")
 
     def _check_reached(self, layout: _Layout) -> None:
-        for name, parameter in () if self.module is None else self.module.named_parameters():
-            if parameter.grad is not None and id(parameter) not in self._known:
-                raise RuntimeError(
-                    f"a loss reached {plain_name(name)}, which is not among the aligner's parameters: it joined the module or was "
-                    f"replaced (as by load_state_dict(assign=True)) after the aligner was made. Make a new aligner and a new optimizer"
-                )
+        if self.module is not None and any(map(self._is_unknown, parameters_inside(self.module))):
+            named = self.module.named_parameters()
+            unknown = next(name for name, parameter in named if self._is_unknown(parameter))
+            raise RuntimeError(
+                f"a loss reached {plain_name(unknown)}, which is not among the aligner's parameters: "
+                f"it joined the module or was replaced (as by load_state_dict(assign=True)) after "
+                f"the aligner was made. Make a new aligner and a new optimizer"
+            )
         if not layout.indices:
             raise RuntimeError(
                 f"no loss reached any of the aligner's {len(self.parameters)} parameters: if the model has others now (as after "
                 f"load_state_dict(assign=True)), make a new aligner and a new optimizer"
             )
+
+    def _is_unknown(self, parameter: Tensor) -> bool:
+        """Whether a loss reached `parameter`, which is not the aligner's."""
+        return parameter.grad is not None and id(parameter) not in self._known
 
     def _check_one_reducer(self) -> None:
         """Raise RuntimeError where a data-parallel wrapper would reduce one of several backward passes."""
