@@ -34,7 +34,7 @@ from .ops.alignment import (
     tensor_coefficients_operator,
 )
 from .rules import least_accurate_dtype, resolve_rule
-from .wrappers import is_data_parallel, is_flat_shard, is_sharded, plain_name, plain_names, unwrapped, world_size
+from .wrappers import is_data_parallel, is_flat_shard, is_sharded, parameters_inside, plain_name, plain_names, unwrapped, world_size
 
 
 @dataclass(frozen=True)
@@ -135,6 +135,8 @@ class GradientAligner:
         self._scaler_expected = True
         # Which loss.
         self._collecting: int | None = None
+        # Whether zero_grad was called in the block.
+        self._emptied = False
         self._data_parallel: bool | None = None
         self._reset()
 
@@ -178,6 +180,7 @@ class GradientAligner:
                 raise TypeError(f"the loss {name} must be a tensor, got {type(loss).__name__}")
             if loss.numel() != 1:
                 raise ValueError(f"the loss {name} must have one element, got shape {tuple(loss.shape)}")
+        self._check_outside("backward")
         self._check_one_reducer()
         self._check_free()
         before = list(self._passes)
@@ -220,13 +223,14 @@ class GradientAligner:
 
         Raises:
             ValueError: for an unknown name, and for a sparse gradient.
-            RuntimeError: inside another block, where a parameter holds a ``.grad`` already, where what was collected was written to, and
-                after a block that raised where others of its name had been collected before: start the step over with `zero_grad`.
+            RuntimeError: inside another block, where `backward`, `align` and the optimizer's step
+                do not work either; where a parameter holds a ``.grad`` already or what was
+                collected was written to; and after a block that raised where others of its name had
+                been collected before: start the step over with `zero_grad`.
         """
         if name not in self.names:
             raise ValueError(f"name must be one of {', '.join(self.names)}, got {name!r}")
-        if self._collecting is not None:
-            raise RuntimeError(f"{name!r} cannot be collected while {self.names[self._collecting]!r} is")
+        self._check_outside(f"collect({name!r})")
         self._check_free()
         try:
             with self._block(name):
@@ -262,8 +266,12 @@ class GradientAligner:
         return self.stats
 
     def zero_grad(self) -> None:
-        """Drop everything that was collected, and set every parameter's ``.grad`` to None."""
+        """Drop everything that was collected, and set every parameter's ``.grad`` to None.
+
+        Inside a block of `collect` that includes what the block has done; what it does afterwards counts.
+        """
         self._reset()
+        self._emptied = self._collecting is not None
         self._clear_gradients()
 
     def __reduce_ex__(self, protocol: int) -> NoReturn:
@@ -297,6 +305,7 @@ class GradientAligner:
         The gradients stay here until `finish`.
         """
         check_max_norm(max_norm)
+        self._check_outside("align" if self._optimizer() is None else "step")
         # It looked for non-finite values.
         self._check_left(written_by_scaler=grad_scale is not None)
         self._check_collected()
@@ -347,17 +356,27 @@ class GradientAligner:
             requiring = {index: parameter for index, parameter in enumerate(self.parameters) if parameter.requires_grad}
             self._buckets.arrange(requiring, self._groups)
         self._collecting = self.names.index(name)
+        self._emptied = False
         if (world_size() or 1) > 1:
             self._put_back()
         try:
             yield
-            self._take_all()
-            self._passes[self._collecting] += 1
+            if self._emptied and all(parameter.grad is None for parameter in self.parameters):
+                self._dropped = True
+            else:
+                self._take_all()
+                self._passes[self._collecting] += 1
         except BaseException:
             self._abandon()
             raise
         finally:
             self._collecting = None
+
+    def _check_outside(self, call: str) -> None:
+        if self._collecting is not None:
+            block = f"the block that collects {self.names[self._collecting]!r}"
+            why = f"{call} inside {block}, which takes .grad over when it ends"
+            raise RuntimeError(f"{why}: call it behind the block")
 
     def _check_free(self) -> None:
         """Raise RuntimeError where the next block cannot begin, as ``.grad`` is not empty but for what was left there."""
@@ -489,6 +508,8 @@ class GradientAligner:
         if index is None:
             return
         marker = next(gradients[index] for gradients in self._gradients if gradients[index] is not None)
+        # Ones in place of zeros, on which scaling would not show.
+        marker = torch.where(marker == 0, 1.0, marker)
         if self._scaler_expected:
             marker = marker + self.overflow().to(marker.dtype)
         self._left.leave([self.parameters[index]], [marker], marker)
@@ -532,17 +553,23 @@ class GradientAligner:
             raise RuntimeError(f"no gradients of {', '.join(missing)} to align: run its backward pass inside `with aligner.collect(name):`")
 
     def _check_reached(self, layout: _Layout) -> None:
-        for name, parameter in () if self.module is None else self.module.named_parameters():
-            if parameter.grad is not None and id(parameter) not in self._known:
-                raise RuntimeError(
-                    f"a loss reached {plain_name(name)}, which is not among the aligner's parameters: it joined the module or was "
-                    f"replaced (as by load_state_dict(assign=True)) after the aligner was made. Make a new aligner and a new optimizer"
-                )
+        if self.module is not None and any(map(self._is_unknown, parameters_inside(self.module))):
+            named = self.module.named_parameters()
+            unknown = next(name for name, parameter in named if self._is_unknown(parameter))
+            raise RuntimeError(
+                f"a loss reached {plain_name(unknown)}, which is not among the aligner's parameters: "
+                f"it joined the module or was replaced (as by load_state_dict(assign=True)) after "
+                f"the aligner was made. Make a new aligner and a new optimizer"
+            )
         if not layout.indices:
             raise RuntimeError(
                 f"no loss reached any of the aligner's {len(self.parameters)} parameters: if the model has others now (as after "
                 f"load_state_dict(assign=True)), make a new aligner and a new optimizer"
             )
+
+    def _is_unknown(self, parameter: Tensor) -> bool:
+        """Whether a loss reached `parameter`, which is not the aligner's."""
+        return parameter.grad is not None and id(parameter) not in self._known
 
     def _check_one_reducer(self) -> None:
         """Raise RuntimeError where a data-parallel wrapper would reduce one of several backward passes."""

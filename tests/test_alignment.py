@@ -495,8 +495,9 @@ def test_outputs_that_share_memory_are_refused_before_anything_is_written(name):
     torch.testing.assert_close(tensors, before, rtol=0, atol=0)
 
 
-def test_coefficients_that_are_an_output_are_refused():
-    coefficients = torch.ones(1, 2, dtype=torch.float64)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_coefficients_that_are_an_output_are_refused(dtype):
+    coefficients = torch.ones(1, 2, dtype=dtype)
     with pytest.raises(ValueError, match=r"out\[0\] overlaps coefficients:"):
         gf.combine(([A], [A]), coefficients, out=[coefficients[0]])
     assert coefficients.tolist() == [[1, 1]]

@@ -438,6 +438,10 @@ def test_weights_of_another_network_change_nothing(copied, newest, finished):
         ({"history": [{"step": 1}]}, "row 1 of the history"),
         ({"history": 7}, "the history is a int"),
         ({"seconds": {"diffusion": 1.0}}, "seconds"),
+        (
+            {"seconds": {"diffusion": float("nan"), "perception": 1.0, "joint": 1.0}},
+            "seconds in state.json must be numbers and finite",
+        ),
         ({"schedule": {}}, "schedule in state.json is not"),
         ({"scaler": {"scale": 1.0}}, "scaler .* mixed precision"),
         ({"schedule": {"last_epoch": 4, "_step_count": 5, "_last_lr": ["x"]}}, "schedule .* numbers"),

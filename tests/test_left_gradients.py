@@ -349,3 +349,87 @@ def test_a_block_that_raises_leaves_what_was_collected_before():
     collect(aligner, net, 3)
     aligner.align()
     assert_aligned(net, gradients_of(net, 3))
+
+
+# Inside a block: calls that belong behind it
+
+
+def joint(net, aligner):
+    aligner.backward(*net(batch(1)))
+
+
+def alone(net, aligner):
+    aligner.align()
+
+
+@pytest.mark.parametrize("call", [joint, alone])
+@pytest.mark.parametrize("before", [0, 1])
+def test_a_call_that_belongs_behind_the_block_is_refused_in_it(call, before):
+    net = Net()
+    aligner = gf.GradientAligner(net)
+    for _ in range(before):
+        collect(aligner, net)
+    message = r"inside the block that collects 'perception', .* call it behind the block"
+    with pytest.raises(RuntimeError, match=message), aligner.collect("perception"):
+        net(batch(1))[0].backward()
+        call(net, aligner)
+    aligner.zero_grad()
+    collect(aligner, net)
+    aligner.align()
+    assert_aligned(net, gradients_of(net))
+
+
+def test_a_step_in_a_block_is_refused():
+    net = Net()
+    aligner = gf.GradientAligner(net)
+    optimizer = gf.AlignedAdamW(net.parameters(), aligner=aligner)
+    collect(aligner, net)
+    message = "step inside the block that collects 'generation'"
+    with pytest.raises(RuntimeError, match=message), aligner.collect("generation"):
+        optimizer.step()
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("before", [0, 1])
+def test_a_block_that_ends_with_zero_grad_collected_nothing(before):
+    net = Net()
+    aligner = gf.GradientAligner(net)
+    for _ in range(before):
+        collect(aligner, net, 5)
+    with aligner.collect("perception"):
+        net(batch(1))[0].backward()
+        aligner.zero_grad()
+    collect(aligner, net, names=["generation"])
+    with pytest.raises(RuntimeError, match="no gradients of perception to align: they were dropped"):
+        aligner.align()
+    collect(aligner, net, names=["perception"])
+    aligner.align()
+    assert_aligned(net, gradients_of(net))
+
+
+def test_a_block_that_begins_with_zero_grad_counts():
+    net = Net()
+    aligner = gf.GradientAligner(net)
+    collect(aligner, net, 5)
+    with aligner.collect("perception"):
+        aligner.zero_grad()
+        net(batch())[0].backward()
+    collect(aligner, net, names=["generation"])
+    aligner.align()
+    assert_aligned(net, gradients_of(net))
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_scaling_shows_on_a_gradient_of_zeros(scaled):
+    net = Net()
+    # The smallest tensor, of which .grad holds a copy, and one that no loss moves.
+    net.shift = nn.Parameter(torch.zeros(1))
+    aligner = gf.GradientAligner(net)
+    optimizer = gf.AlignedAdamW(net.parameters(), lr=0.1, aligner=aligner)
+    scaler = torch.amp.GradScaler("cpu", enabled=scaled)
+    perception, generation = net(batch())
+    aligner.backward(scaler.scale(perception + 0 * net.shift.sum()), scaler.scale(generation))
+    scale_data(net.parameters())
+    with pytest.raises(RuntimeError, match=r"a \.grad was written to"):
+        scaler.step(optimizer)
+    assert not optimizer.state

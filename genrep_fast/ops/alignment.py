@@ -192,9 +192,9 @@ def combine(
             an output that overlaps itself, another argument or another output; nothing is written then.
     """
     layout = check_gradients(gradients, _numbered(gradients), groups)
-    coefficients, weights = check_coefficients(coefficients, weights, len(gradients), layout)
+    rows, weights = check_coefficients(coefficients, weights, len(gradients), layout)
     _check_out(out, layout, dict(zip(_numbered(gradients), gradients, strict=True)), coefficients)
-    return _combined(gradients, coefficients, [layout.groups[t] for t in layout.reached], layout, weights, out)
+    return _combined(gradients, rows, [layout.groups[t] for t in layout.reached], layout, weights, out)
 
 
 class GradientLayout(NamedTuple):

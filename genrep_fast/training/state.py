@@ -176,10 +176,10 @@ def read_history(path: Path) -> list[dict[str, Any]]:
 
 
 def check_numbers(values: Any, what: str) -> None:
-    """Raise ValueError where `values`, which `what` names, is no dictionary of numbers alone."""
+    """Raise ValueError where `values`, which `what` names, is no dictionary of finite numbers."""
     found = values.values() if isinstance(values, dict) else [None]
-    if not all(type(value) in (int, float) for value in found):
-        raise ValueError(f"{what} must be numbers, got {repr(values)[:80]}")
+    if not all(type(value) in (int, float) and abs(value) < math.inf for value in found):
+        raise ValueError(f"{what} must be numbers and finite, got {repr(values)[:80]}")
 
 
 def check_history(history: Any) -> None:
