@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from .gradient_storage import Buckets, Fate, HeldMemory, LeftGradients, TensorGrams
+from .gradient_storage import WATCHED_ELEMENTS, Buckets, Fate, HeldMemory, LeftGradients, TensorGrams
 from .ops.alignment import (
     DTYPES,
     MAX_LOSSES,
@@ -508,10 +508,11 @@ class GradientAligner:
         if index is None:
             return
         marker = next(gradients[index] for gradients in self._gradients if gradients[index] is not None)
-        # Ones in place of zeros, on which scaling would not show.
-        marker = torch.where(marker == 0, 1.0, marker)
+        if self._scaler_expected or marker.numel() <= WATCHED_ELEMENTS:
+            # A copy, with ones in place of zeros, on which scaling would not show.
+            marker = torch.where(marker == 0, 1.0, marker)
         if self._scaler_expected:
-            marker = marker + self.overflow().to(marker.dtype)
+            marker += self.overflow().to(marker.dtype)
         self._left.leave([self.parameters[index]], [marker], marker)
 
     def _check_left(self, *, written_by_scaler: bool = False) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .ops.alignment import gram_operator
 
-_WATCHED_ELEMENTS = 4096
+# As many of a gradient's values are compared with what they were.
+WATCHED_ELEMENTS = 4096
 
 
 class TensorGrams:
@@ -128,8 +129,8 @@ class LeftGradients:
 
 def _part(tensor: Tensor) -> Tensor:
     """A view of `tensor`, or of a part of it that takes no time to compare."""
-    while tensor.numel() > _WATCHED_ELEMENTS:
-        tensor = tensor[0] if tensor.ndim > 1 else tensor[:_WATCHED_ELEMENTS]
+    while tensor.numel() > WATCHED_ELEMENTS:
+        tensor = tensor[0] if tensor.ndim > 1 else tensor[:WATCHED_ELEMENTS]
     return tensor
 
 
