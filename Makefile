@@ -20,7 +20,7 @@ test: $(VENV)/.installed-test
 # The CPU kernels with AddressSanitizer and UndefinedBehaviorSanitizer, which must be loaded before Python. Python itself leaks at exit.
 # Their reports are written where pytest would not show them without --capture=sys. They keep freed memory, which is not measured therefore.
 SANITIZED := $(CURDIR)/build/sanitized
-SANITIZED_TESTS := $(addprefix tests/test_,alignment.py kernels.py optimizer.py scoring_kernels.py)
+SANITIZED_TESTS := $(addprefix tests/,ops/test_alignment.py ops/test_optimizer.py kernels)
 SANITIZED_CASES := not triton and not inductor and not hold_steps
 sanitize: $(VENV)/.installed-test
 	rm -rf $(SANITIZED)
@@ -47,7 +47,7 @@ repaired-wheel:
 # Beside the oldest and the newest torch, each in an environment of its own without a compiler. Fetches gigabytes.
 WHEEL_TORCHES := 2.11.0 2.14.1
 wheel-matrix: wheel
-	$(BIN)/python tests/clean_environment.py dist/*.whl $(WHEEL_TORCHES)
+	$(BIN)/python tests/packaging/clean_environment.py dist/*.whl $(WHEEL_TORCHES)
 
 # Runs stay: they took longer than anything that is deleted here.
 clean:

@@ -72,7 +72,7 @@ setup(
     # The Triton sources are installed as genrep_fast.kernels: a top-level package named `kernels` would shadow Hugging Face's.
     package_dir={"genrep_fast": "genrep_fast", "genrep_fast.kernels": "kernels/triton", "genrep_fast.benchmarks": "benchmarks"},
     include_package_data=False,  # MANIFEST.in is the source distribution's
-    package_data={"genrep_fast": ["gpu_backends.json", "evaluation/*.jinja"], "genrep_fast.benchmarks": ["*.jinja"]},
+    package_data={"genrep_fast": ["gpu_backends.json", "reporting/*.jinja"], "genrep_fast.benchmarks": ["*.jinja"]},
     ext_modules=[] if PURE else [Extension("genrep_fast._introspection", sources=[])],
     cmdclass={"build_ext": BuildNative, "build_py": BuildPython, "bdist_wheel": Wheel, "dist_info": Metadata},
 )

@@ -28,10 +28,10 @@ case "${1-}" in
 esac
 if [[ $DRY ]]; then
     export CUDA_VISIBLE_DEVICES="" GENREP_FAST_CUDA=0
-    TESTS=${TESTS:-gradient_aligner aligned_adamw rules}
+    TESTS=${TESTS:-aligner aligned_adamw rules}
 elif capability=$(nvidia-smi --id=0 --query-gpu=compute_cap --format=csv,noheader); then
     export CUDA_VISIBLE_DEVICES=0 GENREP_FAST_CUDA=1 TORCH_CUDA_ARCH_LIST="$capability+PTX"
-    TESTS=${TESTS:-scoring_kernels,triton scoring_kernels,cuda kernels triton alignment optimizer gradient_aligner aligned_adamw rules}
+    TESTS=${TESTS:-scoring_kernels,triton scoring_kernels,cuda kernels triton alignment optimizer aligner zero_gradients left_gradients aligned_adamw rules}
     # Triton compiles a kernel for every dtype and layout, which keeps many processors busy.
     "$PYTHON" -c "import xdist" 2>/dev/null && WORKERS=$(($(nproc) * 3 / 4))
 else
@@ -131,11 +131,12 @@ sanitize &
 for name in $TESTS; do
     while (($(jobs -rp | wc -l) >= $(nproc))); do wait -n; done
     IFS=, read -r file keyword <<<"$name"
+    path=$(find "$ROOT/tests" -name "test_$file.py")
     options=()
     [[ $name == scoring_kernels* && ${WORKERS-} ]] && options=(-n "$WORKERS" -v) # of a run that is cut off nothing but the lines of single tests is left
     OMP_NUM_THREADS=1 step tests "$name" 200 "$PYTHON" -m pytest -q --durations=3 -p no:cacheprovider --junitxml="$WORK/junit/$name.xml" \
         "${options[@]}" \
-        -k "${keyword//+/ }" "$ROOT/tests/test_$file.py" &
+        -k "${keyword//+/ }" "${path:-$ROOT/tests/test_$file.py}" &
 done
 wait
 publish

@@ -3,7 +3,7 @@
     compute-sanitizer --tool memcheck python benchmarks/operators_once.py cuda
 
 Sizes are odd, dtypes mixed, memory is laid out in every way that kernels tell apart, n gradients are 2, 3 and 8, and one is missing. That
-every result is finite is all that is checked: tests/test_kernels.py and tests/test_scoring_kernels.py compare values. torch's own kernels
+every result is finite is all that is checked: the tests in tests/kernels compare values. torch's own kernels
 are left out where they can be, as a tool would watch them too.
 """
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 import genrep_fast
-from genrep_fast.evaluation.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, Illustration, illustration
 from genrep_fast.files import write_atomically
+from genrep_fast.reporting.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, Illustration, illustration
 
 _KEYS = ("date", "commit", "device", "genrep_fast", "threads", "allocator")  # of the environment, in every line of the CSV
 _ROLE_COLORS = {"eager": GREY, "compiled": ORANGE, "peer": SKY, "bound": PURPLE, "variant": GREEN, "ours": VERMILION}

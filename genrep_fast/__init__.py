@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from .aligned_adamw import AlignedAdamW
-from .backends import BackendUnavailableError, info, use_backend
-from .chain_bank import ChainBank
-from .coefficients import StepCoefficients
-from .gradient_aligner import AlignerStats, GradientAligner
+from ._version import __version__ as __version__
+from .alignment.aligned_adamw import AlignedAdamW
+from .alignment.aligner import AlignerStats, GradientAligner
+from .coefficients.tables import StepCoefficients
+from .dispatch.report import info
+from .dispatch.selection import BackendUnavailableError, use_backend
 from .ops.alignment import AlignmentStats, align_gradients, combine, gram
 from .ops.posterior import distillation_loss, fit_temperature, log_evidence, posterior
 from .ops.reverse_step import reverse_step
 from .ops.scoring import log_likelihood
-from .posterior_scorer import PosteriorScorer
-
-__version__ = "0.1.0"
+from .scoring.chain_bank import ChainBank
+from .scoring.scorer import PosteriorScorer
 
 # Where names live that need more than torch.
 _LAZY = {"GenRep": "models", "GenRepPipeline": "models", "GenRepWeighting": "genrep_weighting"}

@@ -8,7 +8,7 @@ from json import dumps
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .backends import info as backend_info
+from .dispatch.report import info as backend_info
 from .extras import advice
 from .training.config import TrainingConfig, saved_data
 
@@ -106,7 +106,7 @@ def evaluate(
     from .evaluation import EvaluationSettings
     from .evaluation import evaluate as run_evaluation
     from .files import only_writer
-    from .training.progress import console, evaluation_progress
+    from .reporting.terminal import console, evaluation_progress
     from .training.run import result_table
     from .training.state import read_history
 
@@ -190,7 +190,7 @@ def bench(
         rounds: of the comparison, a process a commit each.
     """
     from .benchmarks import suite as benchmarks
-    from .training.progress import console
+    from .reporting.terminal import console
 
     options = {"suites": suite or benchmarks.SUITES, "pattern": case, "quick": quick, "seconds": seconds, "threads": threads, "cold": cold}
     benchmarks.find_cases(options["suites"], case, quick)

@@ -14,11 +14,9 @@ import torch
 from torch import Tensor
 
 from ..data import DataSplits, as_tensors
-from ..estimators import ElboEstimator
 from ..models import GenRepPipeline
 from ..ops.posterior import fit_temperature, log_evidence, posterior
-from .classifier import NUM_FEATURES, ImageClassifier, fit_classifier
-from .figures import (
+from ..reporting.figures import (
     Illustration,
     draw_alignment,
     draw_evidence,
@@ -27,6 +25,9 @@ from .figures import (
     draw_samples,
     draw_training,
 )
+from ..reporting.html import write_report
+from ..scoring.estimators import ElboEstimator
+from .judge import NUM_FEATURES, ImageClassifier, fit_classifier
 from .metrics import (
     accuracy,
     auroc,
@@ -36,7 +37,6 @@ from .metrics import (
     reliability_bins,
     shuffle_pixels,
 )
-from .report import write_report
 
 # One training subset as large as the samples is a noisy floor; the mean over a few is steady and costs nothing beside the samples.
 FLOOR_SUBSETS = 10

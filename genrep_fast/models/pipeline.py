@@ -13,7 +13,8 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils import BaseOutput
 from PIL import Image
 
-from ..coefficients import StepCoefficients, learned_log_variance_ratio, learned_std_scale
+from ..coefficients.tables import StepCoefficients
+from ..coefficients.transitions import learned_log_variance_ratio, learned_std_scale
 from ..data import image_to_tensor
 from ..ops.reverse_step import reverse_step
 from ..reference.reverse_step import INITIAL_ROW, chain_noise

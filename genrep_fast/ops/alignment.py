@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import define_operator
+from ..dispatch.operators import define_operator
 from ..memory_overlap import check_no_overlap, overlaps_itself
 from ..reference import alignment as reference
 

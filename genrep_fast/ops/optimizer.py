@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..backends import define_operator
+from ..dispatch.operators import define_operator
 from ..memory_overlap import check_no_overlap
 from ..reference import optimizer as reference
 from .alignment import (

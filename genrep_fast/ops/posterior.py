@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import define_operator
+from ..dispatch.operators import define_operator
 from ..reference import posterior as reference
 from ..reference.scoring import accumulation_dtype
 from .scoring import check_device, check_floating

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backends import define_operator
-from ..coefficients import StepCoefficients
+from ..coefficients.tables import StepCoefficients
+from ..dispatch.operators import define_operator
 from ..reference import reverse_step as reference
 from ..reference.scoring import accumulation_dtype
 from .scoring import require

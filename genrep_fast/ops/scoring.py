@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import define_operator, insisted_backend, use_backend
-from ..coefficients import StepCoefficients
+from ..coefficients.tables import StepCoefficients
+from ..dispatch.operators import define_operator
+from ..dispatch.selection import insisted_backend, use_backend
 from ..reference import scoring as reference
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

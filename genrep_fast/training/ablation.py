@@ -10,8 +10,8 @@ from pathlib import Path
 from ..evaluation import EvaluationSettings
 from ..files import only_writer, read_json, replacing, write_atomically
 from ..models import GenRep
+from ..reporting.terminal import console
 from .config import TrainingConfig
-from .progress import console
 from .run import run
 
 LABELLED_PER_CLASS = 10

@@ -20,9 +20,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..chain_bank import ChainBank
 from ..files import read_json, remove, replacing
 from ..models.weights import check_weights, named
+from ..scoring.chain_bank import ChainBank
 
 _KEPT = 2
 _FORMAT = "genrep_fast checkpoint 1"

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..coefficients import StepCoefficients
-from ..estimators import training_target
+from ..coefficients.tables import StepCoefficients
 from ..models import GenRep
+from ..scoring.estimators import training_target
 
 
 def perception_loss(

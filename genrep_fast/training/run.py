@@ -11,8 +11,8 @@ from rich.table import Table
 from ..data import load_data
 from ..evaluation import EvaluationSettings, evaluate
 from ..files import only_writer
+from ..reporting.terminal import console, evaluation_progress, wall_clock
 from .config import STAGES, TrainingConfig
-from .progress import console, evaluation_progress, wall_clock
 from .state import TrainingState
 from .teacher import planned_evaluations
 from .trainer import Trainer

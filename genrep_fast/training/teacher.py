@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from ..chain_bank import ChainBank
-from ..estimators import ElboEstimator, ImageChainEstimator
 from ..models import GenRep
 from ..ops.posterior import distillation_loss, fit_temperature
+from ..reporting.terminal import Stopwatch
+from ..scoring.chain_bank import ChainBank
+from ..scoring.estimators import ElboEstimator, ImageChainEstimator
 from .config import TrainingConfig
-from .progress import Stopwatch
 
 # Chosen by negative log-likelihood on the calibration split of the digits: many short chains beat few long ones at the same cost.
 _CENTER, _SIGMA_FLOOR = "sample", 0.2

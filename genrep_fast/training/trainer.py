@@ -12,13 +12,14 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DModel
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..aligned_adamw import AlignedAdamW
+from ..alignment.aligned_adamw import AlignedAdamW
+from ..alignment.aligner import GradientAligner
 from ..data import DataSplits, as_tensors, few_labels
 from ..files import only_writer, remove_unfinished, replacing, write_atomically
-from ..gradient_aligner import GradientAligner
 from ..models import GenRep, GenRepPipeline
 from ..models.backbones import require_saved
 from ..models.weights import check_weights
+from ..reporting.terminal import StageProgress
 from .checkpoints import (
     Checkpoint,
     newest_checkpoint,
@@ -29,7 +30,6 @@ from .checkpoints import (
 )
 from .config import STAGES, TrainingConfig
 from .losses import GenerationLoss, perception_loss
-from .progress import StageProgress
 from .state import TrainingState, check_numbers, copy_
 from .teacher import Teacher
 

@@ -1,0 +1,452 @@
+"""AdamW that takes the gradients of several losses from a `GradientAligner`, not ``.grad``."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import numbers
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from ..ops.alignment import check_tensor
+from ..ops.optimizer import adamw_step_operator, check_ema_decay, check_hyperparameters, check_learning_rate
+from .aligner import Collected, GradientAligner, check_max_norm
+from .averages import Averages
+
+# What torch.optim.AdamW does where they are set, and this optimizer does not.
+_REFUSED = ("amsgrad", "maximize", "differentiable")
+
+
+class AlignedAdamW(torch.optim.Optimizer):
+    """AdamW on the aligned gradient and an average of the parameters, in one pass over memory.
+
+    AdamW is that of Loshchilov and Hutter, ICLR 2019. ``step()`` combines the gradients that the
+    aligner collected and applies them: what ``aligner.align(max_norm)``, `torch.optim.AdamW` and
+    ``ema.lerp_(param, 1 - ema_decay)`` do one after the other, without writing the combined
+    gradient. Statistics are in ``aligner.stats``. A parameter that no loss reached is left alone,
+    with its state; its average goes on following it.
+
+    State dicts are those of `torch.optim.AdamW` and load both ways; the averages are not in them.
+    With a GradScaler, ``scaler.step`` works and ``scaler.unscale_`` does not: `max_norm` clips, in
+    unscaled units. Between the collection and the step one parameter's ``.grad`` holds a copy of a
+    gradient, for a GradScaler to look at and for nothing else: to write to it, replace it or set it
+    to None is an error that ``step()`` raises.
+
+    Args:
+        params: parameters, named parameters or groups of them, as `torch.optim.AdamW` takes them;
+            all of the aligner's.
+        lr: learning rate, a number or a tensor of one element on the parameters' device or the CPU.
+            A CUDA graph keeps the number of its capture: to change the rate between replays, give a
+            tensor on the parameters' device.
+        betas, eps, weight_decay: as in `torch.optim.AdamW`; betas may be tensors of one element on
+            the CPU.
+        aligner: GradientAligner, which from now on keeps gradients for this optimizer.
+        ema: what follows the parameters, in float32 or float64, shapes as theirs, in memory of its
+            own. Tensors in the order of `params`; a module with the aligner's parameter names,
+            inside of wrappers or not, whose buffers are copied from the module of which the aligner
+            was made; an AveragedModel of `torch.optim.swa_utils`, which is updated as its
+            ``update_parameters`` does it, the first time by copying; or diffusers' EMAModel, as its
+            ``step`` does it. None for none. It is read at every step, and the attribute ``ema`` may
+            be set between steps. With a GradScaler the counters of the last two make a step wait
+            for the device.
+        ema_decay: share of the old average that is kept, 0 to 1; None for what an AveragedModel or
+            EMAModel has itself, else 0.999. The attribute ``ema_decay`` may be set between steps,
+            but not through the wrappers of Accelerate and Lightning:
+            ``optimizer.optimizer.ema_decay`` there.
+        max_norm: shorten the gradient to this norm where it is longer (see
+            `GradientAligner.align`); also an attribute.
+        foreach, fused, capturable: accepted, as they ask for what this step is; they only decide
+            where `torch.optim.AdamW`, which loads a state dict of this optimizer, keeps its
+            counters.
+        amsgrad, maximize, differentiable: False; nothing else is implemented.
+
+    Raises:
+        TypeError, ValueError: for hyperparameters out of range, ``amsgrad``, ``maximize`` or
+            ``differentiable``, a parameter that the aligner does not have or that is given twice,
+            and averages that do not fit their parameters, are missing, or share memory.
+    """
+
+    # GradScaler: step() takes grad_scale and found_inf.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        aligner: GradientAligner,
+        ema: Sequence[Tensor] | torch.nn.Module | Any | None = None,
+        ema_decay: float | None = None,
+        max_norm: float | None = None,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ):
+        if not isinstance(aligner, GradientAligner):
+            raise TypeError(f"aligner must be a GradientAligner, got {type(aligner).__name__}")
+        self.aligner, self.max_norm = aligner, check_max_norm(max_norm)
+        self.ema_decay = _check_decay(ema_decay)
+        self._index = {id(parameter): index for index, parameter in enumerate(aligner.parameters)}
+        self._averages: Averages | None = None
+        self._ema: Any = None
+        self._members: tuple[list[int], list[list[Tensor]], list[_Members]] | None = None
+        flags = {
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+            "decoupled_weight_decay": True,
+        }
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **flags})
+        self.ema = ema
+        aligner.attach(self)
+
+    @property
+    def ema(self) -> Any:
+        """What follows the parameters, as it was given; None for nothing."""
+        return self._ema
+
+    @ema.setter
+    def ema(self, ema: Any) -> None:
+        self._averages = None if ema is None else Averages(ema, self._all_params(), self.aligner)
+        self._ema = ema
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As `torch.optim.Optimizer.add_param_group`; the parameters must be the aligner's."""
+        super().add_param_group(param_group)
+        try:
+            self._check_group(self.param_groups[-1])
+            if self._averages is not None:
+                self._averages.require(self.param_groups[-1]["params"])
+        except BaseException:
+            self.param_groups.pop()
+            raise
+        self._members = None
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a copy of a state of an `AlignedAdamW` or `torch.optim.AdamW`, after the pre-hooks.
+
+        Raises:
+            ValueError: for groups of other sizes, hyperparameters that are missing or out of range,
+                flags that are not implemented, and a state that lacks something, has impossible
+                values or does not fit its parameter; nothing is changed then.
+        """
+        # The last of the hooks: what it checks is what is loaded.
+        handle = self.register_load_state_dict_pre_hook(_checked_copy)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as `torch.optim.AdamW` keeps it.
+
+        Step counters are on the CPU unless a group is ``fused`` or ``capturable``.
+        """
+        # The first of the hooks: others get what torch.optim.AdamW would give them.
+        handle = self.register_state_dict_post_hook(_with_counters_of_adamw, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
+
+    def __reduce_ex__(self, protocol: int) -> NoReturn:
+        raise TypeError("an AlignedAdamW, which belongs to its aligner, cannot be copied or pickled: load its state_dict() into a new one")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            # Old state dicts lack the newer ones.
+            for flag, value in self.defaults.items():
+                group.setdefault(flag, value)
+            for parameter in group["params"]:
+                values = self.state.get(parameter)
+                if values:
+                    values["step"] = torch.as_tensor(values["step"], dtype=torch.float32, device=parameter.device).reshape(())
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop everything that the aligner collected, and every ``.grad``."""
+        super().zero_grad(set_to_none)
+        self.aligner.zero_grad()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the parameters, and their averages, with the gradients that the aligner collected.
+
+        Args:
+            closure: runs the losses' backward passes (``aligner.backward`` or ``aligner.collect``).
+
+        Returns:
+            What the closure returns; None without one.
+
+        Raises:
+            RuntimeError: where a loss has not been collected, no loss reached a parameter or one
+                reached a parameter that is not of this optimizer, another optimizer has been
+                attached to the aligner, or ``.grad`` was touched since the collection. Where
+                nothing was collected, every learning rate is 0 and every ``.grad`` is zero, as
+                `torch.distributed.checkpoint` has it to make an optimizer allocate its state, that
+                is done and nothing else.
+            TypeError, ValueError: for hyperparameters and averages that were changed to what the
+                constructor refuses, and for an AveragedModel whose function is no weighted mean;
+                nothing is changed then.
+        """
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        # Both set by GradScaler.
+        found_inf = getattr(self, "found_inf", None)
+        grad_scale = getattr(self, "grad_scale", None)
+        self._check_step(grad_scale, found_inf)
+        if self.aligner.empty and self._only_allocates():
+            return result
+        collected = self.aligner.hand_over(self.max_norm, grad_scale)
+        members_of_groups = self._members_of_groups(collected)
+        reached = {index for members in members_of_groups for index in members.indices}
+        averages, decay = {}, 0.0
+        if self._averages is not None:
+            averages, decay = self._averages.tensors(), self._averages.decay(self.ema_decay)
+            if not reached <= averages.keys():
+                self._averages.require([self.aligner.parameters[index] for index in reached])
+        # Where nothing is kept of the old averages, copying is exact.
+        moved = averages if decay > 0 else {}
+        if found_inf is not None:
+            found_inf = found_inf.to(collected.coefficients.device)
+            if not self.aligner.marker_checked:
+                found_inf = found_inf + self.aligner.overflow().isnan()
+        for group, members in zip(self.param_groups, members_of_groups, strict=True):
+            if members.indices:
+                self._update(group, members, collected, moved, decay, found_inf)
+        if self._averages is not None:
+            self._averages.follow(averages, reached if moved else set(), self._trained(), decay, found_inf)
+            self._averages.advance(decay, found_inf)
+        self.aligner.finish(scaler_used=found_inf is not None)
+        return result
+
+    def _update(
+        self,
+        group: dict[str, Any],
+        members: _Members,
+        collected: Collected,
+        averages: dict[int, Tensor],
+        ema_decay: float,
+        found_inf: Tensor | None,
+    ) -> None:
+        states = [self._state(parameter) for parameter in members.params]
+        steps = [state["step"] for state in states]
+        torch._foreach_add_(steps, 1.0 if found_inf is None else [(found_inf == 0).to(steps[0])] * len(steps))
+        lr = group["lr"]
+        adamw_step_operator(
+            members.params,
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [averages[index] for index in members.indices] if averages else [],
+            [gradients[index] for gradients in collected.gradients for index in members.indices],
+            collected.coefficients,
+            members.rows,
+            [],
+            steps,
+            lr.reshape(()) if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64),
+            *map(float, group["betas"]),
+            group["eps"],
+            group["weight_decay"],
+            ema_decay,
+            found_inf,
+        )
+
+    def _trained(self) -> set[int]:
+        """Indices of the parameters with a state; hooks may keep others' state there."""
+        indices = (self._index.get(id(parameter)) for parameter, state in self.state.items() if state)
+        return {index for index in indices if index is not None}
+
+    def _state(self, parameter: Tensor) -> dict[str, Tensor]:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        return state
+
+    def _only_allocates(self) -> bool:
+        """Whether the step is for allocating state alone, which is done then."""
+        params = [parameter for parameter in self._all_params() if parameter.grad is not None]
+        if not params or any(float(group["lr"]) != 0 for group in self.param_groups):
+            return False
+        if any(parameter.grad.any() for parameter in params):
+            return False
+        for parameter in params:
+            self._state(parameter)
+        return True
+
+    def _check_step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        if not self.aligner.attached(self):
+            raise RuntimeError("another AlignedAdamW has been attached to the aligner since, which keeps gradients for that one")
+        if found_inf is not None and grad_scale is None:
+            raise RuntimeError("scaler.unscale_ does not reach the gradients that the aligner holds: leave it out, and clip with max_norm")
+        _check_decay(self.ema_decay)
+        for group in self.param_groups:
+            self._check_hyperparameters(group)
+
+    def _check_hyperparameters(self, group: dict[str, Any]) -> None:
+        _check_flags(group)
+        check_learning_rate(group["lr"], self.aligner.parameters[0].device)
+        check_hyperparameters(group["betas"], group["eps"], group["weight_decay"])
+
+    def _all_params(self) -> list[Tensor]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
+    def _members_of_groups(self, collected: Collected) -> list[_Members]:
+        """For each parameter group what was collected for it; kept as long as it is the same."""
+        groups = [list(group["params"]) for group in self.param_groups]
+        if self._members is None or self._members[0] is not collected.rows or not _are_same(self._members[1], groups):
+            rows = dict(zip(collected.indices, collected.rows, strict=True))
+            members = []
+            for group in self.param_groups:
+                indices = [self._index[id(parameter)] for parameter in group["params"]]
+                indices = [index for index in indices if index in rows]
+                params = [self.aligner.parameters[index] for index in indices]
+                members.append(_Members(indices, params, [rows.pop(index) for index in indices]))
+            if rows:
+                name = self.aligner.describe(min(rows))
+                raise RuntimeError(f"{name} was reached by a loss, but is in no parameter group of this optimizer")
+            self._members = (collected.rows, groups, members)
+        return self._members[2]
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        self._check_hyperparameters(group)
+        seen: set[int] = set()
+        for position, parameter in enumerate(group["params"]):
+            name = group.get("param_names", {position: f"params[{position}]"})[position]
+            if id(parameter) not in self._index:
+                raise ValueError(f"{name} must be one of the aligner's parameters, got another tensor of shape {tuple(parameter.shape)}")
+            if id(parameter) in seen:
+                raise ValueError(f"{name} must be another parameter than those before it, got one of them twice")
+            seen.add(id(parameter))
+        if self._averages is not None and self._averages.fixed:
+            raise ValueError("parameter groups cannot be added to an AlignedAdamW whose averages are tensors: set its ema to None first")
+
+
+class _Members(NamedTuple):
+    """The parameters of a group that some loss reached."""
+
+    indices: list[int]  # in the aligner's parameters
+    params: list[Tensor]
+    rows: list[int]  # of the coefficients
+
+
+def _are_same(one: list[list[Tensor]], other: list[list[Tensor]]) -> bool:
+    """Whether both hold the same tensors."""
+    if [len(group) for group in one] != [len(group) for group in other]:
+        return False
+    return all(map(operator.is_, itertools.chain(*one), itertools.chain(*other)))
+
+
+def _check_decay(ema_decay: float | None) -> float | None:
+    return None if ema_decay is None else check_ema_decay(ema_decay)
+
+
+def _check_flags(group: Mapping[str, Any]) -> None:
+    for flag in _REFUSED:
+        if group.get(flag):
+            raise ValueError(f"AlignedAdamW does not implement {flag}, got {flag}={group[flag]}")
+    # torch.optim.Adam's state dict; without weight decay both are the same.
+    if not group.get("decoupled_weight_decay", True) and group["weight_decay"] != 0:
+        raise ValueError(
+            f"AlignedAdamW decouples weight decay, got decoupled_weight_decay=False, as of "
+            f"torch.optim.Adam, with weight_decay={group['weight_decay']}"
+        )
+
+
+def _with_counters_of_adamw(optimizer: AlignedAdamW, state_dict: dict[str, Any]) -> None:
+    for group in state_dict["param_groups"]:
+        if group["fused"] or group["capturable"]:
+            continue
+        for number in group["params"]:
+            values = state_dict["state"].get(number)
+            if values:
+                state_dict["state"][number] = {**values, "step": values["step"].cpu()}
+
+
+def _checked_copy(optimizer: AlignedAdamW, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """`state_dict`, once it fits `optimizer`, with copies of the tensors that both would share."""
+    try:
+        groups = _checked_groups(optimizer, state_dict)
+        numbers_of = [number for group in groups for number in group["params"]]
+        copies = dict(state_dict["state"])
+        for number, parameter in zip(numbers_of, optimizer._all_params(), strict=True):
+            state = copies.get(number)
+            if not state:
+                continue
+            _check_state(state, parameter, optimizer.aligner.describe(optimizer._index[id(parameter)]))
+            copies[number] = {key: _copy_for(value, parameter) for key, value in state.items()}
+    except TypeError as error:
+        # The checks are the constructor's: here a wrong type is a wrong value of the state dict.
+        raise ValueError(f"state_dict does not fit: {error}") from error
+    return {**state_dict, "param_groups": groups, "state": copies}
+
+
+def _checked_groups(optimizer: AlignedAdamW, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parameter groups of `state_dict`, once they fit those of `optimizer`."""
+    for key in ("state", "param_groups"):
+        if key not in state_dict:
+            raise ValueError(f"state_dict must have {key}, got {', '.join(map(str, state_dict)) or 'nothing'}")
+    saved = state_dict["param_groups"]
+    if len(saved) != len(optimizer.param_groups):
+        raise ValueError(
+            f"loaded state dict has a different number of parameter groups: {len(saved)}, the optimizer has {len(optimizer.param_groups)}"
+        )
+    groups = []
+    for position, (group, own) in enumerate(zip(saved, optimizer.param_groups, strict=True)):
+        for name in ("params", "lr", "betas", "eps", "weight_decay"):
+            if name not in group:
+                raise ValueError(f"state_dict must have {name} in every parameter group, got {', '.join(sorted(group))}")
+        if len(group["params"]) != len(own["params"]):
+            raise ValueError(
+                f"loaded state dict contains a parameter group that doesn't match the size of "
+                f"optimizer's group: {len(group['params'])} parameters in group {position}, the "
+                f"optimizer has {len(own['params'])}"
+            )
+        optimizer._check_hyperparameters(group)
+        groups.append({**group, "decoupled_weight_decay": True})
+    return groups
+
+
+def _copy_for(value: Any, parameter: Tensor) -> Any:
+    """A copy of a tensor that torch would load as it is, for the state of `parameter`."""
+    if not isinstance(value, Tensor) or value.device != parameter.device:
+        return value
+    return value.detach().clone()
+
+
+def _check_state(state: Mapping[str, Any], parameter: Tensor, name: str) -> None:
+    for key in ("step", "exp_avg", "exp_avg_sq"):
+        if key not in state:
+            raise ValueError(f"state_dict must have {key} for {name}, got {', '.join(map(str, state)) or 'nothing'}")
+    if "max_exp_avg_sq" in state:
+        raise ValueError(f"AlignedAdamW does not implement amsgrad, got max_exp_avg_sq for {name}")
+    for key in ("step", "exp_avg", "exp_avg_sq"):
+        if isinstance(state[key], Tensor) and state[key].is_meta:
+            raise ValueError(f"{key} of {name} must have values, got a tensor on the device meta")
+    for key in ("exp_avg", "exp_avg_sq"):
+        check_tensor(state[key], f"{key} of {name}", parameter.shape, None)
+    if (state["exp_avg_sq"] < 0).any():
+        raise ValueError(f"exp_avg_sq of {name} must not be negative, got {state['exp_avg_sq'].min().item()}")
+    step = state["step"]
+    if isinstance(step, Tensor):
+        if step.numel() != 1:
+            raise ValueError(f"step of {name} must have one element, got shape {tuple(step.shape)}")
+        step = step.item()
+    if not isinstance(step, numbers.Real) or not math.isfinite(step) or step < 0 or step != int(step):
+        raise ValueError(f"step of {name} must be a whole number, not negative, got {step}")

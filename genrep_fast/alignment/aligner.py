@@ -1,0 +1,710 @@
+"""Gradients of several losses for the same parameters: taken over from autograd, aligned group by group, written to ``.grad``.
+
+Alignment needs the gradient of every loss by itself. Autograd makes a tensor for each of them anyway, and hands it over where a parameter's
+``.grad`` is None; a preset ``.grad`` would be added to, which costs up to two more passes over memory. So `GradientAligner.collect` takes
+``.grad`` away before each block and keeps the tensors that the block leaves there: nothing is copied or concatenated. Each gradient is then
+read once for the Gram matrices and once for the combination, which is written over the first loss's gradient.
+
+Every tensor has a Gram matrix of its own. Where its diagonal holds a zero, some loss does not reach the tensor, though autograd made zeros
+of a missing gradient; the matrix of a group is the sum over the tensors that every loss reaches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from ..ops.alignment import (
+    DTYPES,
+    AlignmentStats,
+    alignment_coefficients_operator,
+    check_number,
+    check_weights,
+    combine_operator,
+    group_gram_operator,
+    tensor_coefficients_operator,
+)
+from .collected import Buckets, HeldMemory
+from .groups import check_names, check_not_sharded, key_function, named_parameters
+from .left_gradients import WATCHED_ELEMENTS, Fate, LeftGradients
+from .rules import least_accurate_dtype, resolve_rule
+from .tensor_grams import TensorGrams
+from .wrappers import is_data_parallel, parameters_inside, plain_name, unwrapped, world_size
+
+
+@dataclass(frozen=True)
+class AlignerStats(AlignmentStats):
+    """What an alignment of n losses did, group by group as in `GradientAligner.group_keys`: float64 tensors on the gradients' device.
+
+    Attributes:
+        cosine: [groups] between two gradients, [groups, n, n] between n > 2; 0 where one of them is zero.
+        alpha: [groups], the damping rho of the rule "genrep"; None for other rules.
+        norms: [groups, n], Euclidean norms of the gradients.
+        coefficients: [groups, n], factors of the gradients in the result before clipping.
+        total_norm: [], Euclidean norm of the result before clipping, over all parameters; None without `max_norm`. Its error is relative to
+            sum_i |c_i| norm_i: where gradients cancel, it is an upper bound.
+    """
+
+    alpha: Tensor | None
+    total_norm: Tensor | None
+
+
+class Collected(NamedTuple):
+    """What an aligner hands over: the gradient of parameter ``indices[t]`` is the sum of its losses' gradients times row ``rows[t]``."""
+
+    gradients: list[list[Tensor | None]]  # for each loss, of every parameter
+    indices: list[int]
+    rows: list[int]
+    coefficients: Tensor  # [rows, n] float64
+
+
+class GradientAligner:
+    """Collects the gradients of n losses and writes their aligned sum to ``.grad``, or keeps them for `AlignedAdamW.step`.
+
+    The parameters of a group share one Gram matrix, from which the rule makes one coefficient a loss. A parameter that has no group or that
+    some loss does not reach takes the sum of its gradients times `weights`; one that no loss reaches keeps ``.grad`` None. A loss does not
+    reach a parameter whose gradient is None or exactly zero everywhere, as autograd makes it of None in compiled, checkpointed and sliced
+    models. Parameters count while they require gradients, now or later. Nothing here waits for the device, except TorchJD's weightings and
+    what asks whether gradients were zeroed. The rule "genrep" is that of `align_gradients` (GenRep, Li, Yang and Wang, ICLR 2026);
+    `genrep_fast.rules` has the others and their papers.
+
+    Args:
+        params: parameters, pairs of a name and a parameter, or a module; float32, bfloat16, float16 or float64, on one device. Names come
+            without what torch.compile, DistributedDataParallel, DataParallel, AveragedModel and Lightning Fabric put before them.
+        names: of the n losses, 2 to 8.
+        weights: n numbers, one a loss; None: (0.7, 0.3) for the rule "genrep" and ones for every other. Of all rules, "genrep" alone uses
+            them for parameters that are aligned.
+        power: damping exponent of the rule "genrep", >= 0; 0 gives the plain weighted sum.
+        groups: "all" (one group), "tensor" (each parameter is one), "block" (a name up to its first number, "blocks.3" for
+            "blocks.3.norm.weight", or its module where it has no number), or a function from a parameter's name to a key (None: no group).
+        rule: a name in `genrep_fast.rules.RULES`, a function from Gram matrices [groups, n, n] to coefficients [groups, n], both of
+            float64, or a Weighting of TorchJD.
+        flat: copy the gradients of a loss into one contiguous buffer, group by group, as communication wants them. It costs the copies,
+            and buffers that stay allocated.
+
+    Attributes:
+        stats: AlignerStats of the last alignment, by `align`, `backward` or an `AlignedAdamW`'s ``step``; None before the first.
+        parameters, parameter_names: lists of the parameters, and of their names (None where they have none).
+        module: the module that `params` is, without its wrappers; None where it is none.
+
+    Raises:
+        TypeError: for an argument of a wrong type, or a parameter of a wrong dtype.
+        ValueError: for a wrong value, and where `groups` needs names that parameters do not have.
+        RuntimeError: for parameters that FSDP has flattened or sharded.
+    """
+
+    def __init__(
+        self,
+        params: torch.nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]],
+        *,
+        names: Sequence[str] = ("perception", "generation"),
+        weights: Sequence[float] | None = None,
+        power: float = 2.0,
+        groups: str | Callable[[str], Hashable | None] = "all",
+        rule: str | Callable[[Tensor], Tensor] = "genrep",
+        flat: bool = False,
+    ):
+        self.names = check_names(names)
+        is_genrep = isinstance(rule, str) and rule == "genrep"
+        self.weights = _default_weights(is_genrep, len(self.names)) if weights is None else weights
+        self.module = unwrapped(params) if isinstance(params, torch.nn.Module) else None
+        self.parameters, self.parameter_names = named_parameters(params if self.module is None else self.module)
+        self._known = {id(parameter) for parameter in self.parameters}
+        self.stats: AlignerStats | None = None
+        self._power = power
+        resolved = resolve_rule(rule, self.weights, power, len(self.names))
+        # None: the operator, which has statistics, too.
+        self._rule = None if is_genrep else resolved
+        self._group_key = key_function(groups, self.parameter_names)
+        self._group_rows: dict[Hashable, int] = {}
+        # -1: in no group; None: has not required a gradient yet
+        self._groups: list[int | None] = [None] * len(self.parameters)
+        self._assign_groups()
+        self._buckets = Buckets(len(self.names)) if flat else None
+        self._grams = TensorGrams(len(self.names))
+        self._memory = HeldMemory()
+        self._left = LeftGradients()
+        self._layout: _Layout | None = None
+        # A weak reference.
+        self._optimizer: Callable[[], torch.optim.Optimizer | None] = lambda: None
+        self._scaler_expected = True
+        # Which loss.
+        self._collecting: int | None = None
+        # Whether zero_grad was called in the block.
+        self._emptied = False
+        self._data_parallel: bool | None = None
+        self._reset()
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """One a loss; a new sequence of n numbers may be set between two alignments."""
+        return self._weights
+
+    @weights.setter
+    def weights(self, weights: Sequence[float]) -> None:
+        self._weights = tuple(check_weights(weights, len(self.names)))
+        self._weight_row: Tensor | None = None
+
+    @property
+    def group_keys(self) -> list[Hashable]:
+        """What the rows of the statistics stand for, in order of first appearance: "all", parameters' names or indices, or blocks."""
+        return list(self._group_rows)
+
+    def backward(self, *losses: Tensor, backward: Callable[..., Any] | None = None) -> AlignerStats | None:
+        """Run one backward pass a loss over their shared graph, which the last one frees, and align the gradients.
+
+        With an `AlignedAdamW` attached the gradients are kept for its `step`, and those of further calls are added.
+
+        Args:
+            losses: n tensors of one element, in the order of `names`.
+            backward: called as ``backward(loss, retain_graph=...)``, e.g. ``accelerator.backward``; None: ``loss.backward``.
+
+        Returns:
+            The statistics; None with an `AlignedAdamW`, whose `step` puts them into `GradientAligner.stats`.
+
+        Raises:
+            TypeError: for a loss that is not a tensor.
+            ValueError: for a wrong number of losses, and for a loss of more than one element.
+            RuntimeError: under DistributedDataParallel and in a process group of more than one process, where the gradient of one backward
+                pass alone is reduced; and as `collect` and `align`.
+        """
+        if len(losses) != len(self.names):
+            raise ValueError(f"losses must be one for each of {', '.join(self.names)}, got {len(losses)}")
+        for name, loss in zip(self.names, losses, strict=True):
+            if not isinstance(loss, Tensor):
+                raise TypeError(f"the loss {name} must be a tensor, got {type(loss).__name__}")
+            if loss.numel() != 1:
+                raise ValueError(f"the loss {name} must have one element, got shape {tuple(loss.shape)}")
+        self._check_outside("backward")
+        self._check_one_reducer()
+        self._check_free()
+        before = list(self._passes)
+        try:
+            for position, (name, loss) in enumerate(zip(self.names, losses, strict=True)):
+                retain_graph = position < len(losses) - 1
+                with self._block(name):
+                    if backward is None:
+                        loss.backward(retain_graph=retain_graph)
+                    else:
+                        backward(loss, retain_graph=retain_graph)
+                self._clear_gradients()
+        except BaseException:
+            if not any(before):
+                self._reset()
+            elif self._passes != before:
+                self._broken = True
+            self._leave()
+            raise
+        if self._optimizer() is None:
+            return self.align()
+        self._leave()
+        return None
+
+    @contextlib.contextmanager
+    def collect(self, name: str) -> Iterator[None]:
+        """Take over the gradients that the block leaves in ``.grad`` as those of the loss `name`.
+
+        What the block does to ``.grad``, such as clipping it, counts. Several blocks of the same name in one step, as for micro-batches,
+        each find ``.grad`` empty, and add their gradients up. Until the next block the gradients can be read in ``.grad``; to write to
+        them is an error, and to drop them, as ``zero_grad`` does, drops everything that was collected. If the block raises, its gradients
+        are dropped. Gradients are taken over as they are and written to: what else still holds their memory, as the caller of
+        ``parameter.view(-1).backward(gradient)`` holds ``gradient``, sees that. Only where they overlap each other they are copied.
+
+        In several processes the last block of each name must be one whose gradients the data-parallel wrapper averages: a forward pass for
+        each loss, through the wrapper. There ``.grad`` holds what was collected in the blocks before.
+
+        Args:
+            name: one of `names`.
+
+        Raises:
+            ValueError: for an unknown name, and for a sparse gradient.
+            RuntimeError: inside another block, where `backward`, `align` and the optimizer's step
+                do not work either; where a parameter holds a ``.grad`` already or what was
+                collected was written to; and after a block that raised where others of its name had
+                been collected before: start the step over with `zero_grad`.
+        """
+        if name not in self.names:
+            raise ValueError(f"name must be one of {', '.join(self.names)}, got {name!r}")
+        self._check_outside(f"collect({name!r})")
+        self._check_free()
+        try:
+            with self._block(name):
+                yield
+        finally:
+            self._leave(latest=self.names.index(name))
+
+    @torch.no_grad()
+    def align(self, max_norm: float | None = None) -> AlignerStats:
+        """Write the aligned sum of the collected gradients to ``.grad``, over the memory of the first loss's gradients.
+
+        Args:
+            max_norm: shorten the result to this Euclidean norm over all parameters where it is longer, as
+                `torch.nn.utils.clip_grad_norm_` does; infinity only measures. Under a GradScaler ``.grad`` is still scaled: clip after
+                ``unscale_`` instead.
+
+        Returns:
+            The statistics; they stay in `GradientAligner.stats`.
+
+        Raises:
+            RuntimeError: where a loss has not been collected, no loss reached a parameter, what was collected was dropped or written to
+                since, or a loss reached parameters of the module that the aligner does not know.
+            TypeError, ValueError: for a `max_norm` that is not a number, or not positive.
+        """
+        collected = self.hand_over(max_norm)
+        results = [self._result(loss, index) for loss, index in zip(self._layout.first, collected.indices, strict=True)]
+        gradients = self._gradients_of(collected.indices)
+        combine_operator(gradients, collected.coefficients, collected.rows, [], results)
+        self._left.clear()
+        for index, result in zip(collected.indices, results, strict=True):
+            self.parameters[index].grad = result
+        self.finish()
+        return self.stats
+
+    def zero_grad(self) -> None:
+        """Drop everything that was collected, and set every parameter's ``.grad`` to None.
+
+        Inside a block of `collect` that includes what the block has done; what it does afterwards counts.
+        """
+        self._reset()
+        self._emptied = self._collecting is not None
+        self._clear_gradients()
+
+    def __reduce_ex__(self, protocol: int) -> NoReturn:
+        raise TypeError(
+            "a GradientAligner, which belongs to its parameters, cannot be copied or pickled: save state_dict() of model and "
+            "optimizer, and make a new aligner"
+        )
+
+    # For optimizers that consume collected gradients
+
+    def describe(self, index: int) -> str:
+        """Name of a parameter, for messages."""
+        return self.parameter_names[index] or f"params[{index}]"
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Keep gradients for `optimizer`, in place of one attached before."""
+        self._optimizer = weakref.ref(optimizer)
+
+    def attached(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether gradients are kept for `optimizer`."""
+        return self._optimizer() is optimizer
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing has been collected."""
+        return not any(self._passes) and not self._broken
+
+    def hand_over(self, max_norm: float | None, grad_scale: Tensor | None = None) -> Collected:
+        """The collected gradients and their coefficients, divided by `grad_scale`; `max_norm` and the statistics are free of it.
+
+        The gradients stay here until `finish`.
+        """
+        check_max_norm(max_norm)
+        self._check_outside("align" if self._optimizer() is None else "step")
+        # It looked for non-finite values.
+        self._check_left(written_by_scaler=grad_scale is not None)
+        self._check_collected()
+        if self._optimizer() is not None:
+            self._check_nothing_else()
+        layout = self._current_layout()
+        self._check_reached(layout)
+        grams, groups, rows = self._tensor_grams(layout, everything=max_norm is not None)
+        if grad_scale is not None:
+            grad_scale = grad_scale.to(grams)
+            grams = grams / grad_scale**2
+        gram = group_gram_operator(grams, groups, len(self._group_rows))
+        coefficients, cosine, alpha, norms = self._coefficients(gram)
+        table = tensor_coefficients_operator(coefficients, grams, groups, list(self._weights))
+        total_norm = None
+        if max_norm is not None:
+            total_norm = (table[:, :, None] * grams * table[:, None, :]).sum().clamp(min=0).sqrt()
+            table = table * (max_norm / (total_norm + 1e-6)).clamp(max=1)
+        else:
+            table = torch.cat([table, self._row_of_weights(table.device)])
+        if grad_scale is not None:
+            table = table / grad_scale
+        self.stats = AlignerStats(cosine, alpha, norms, coefficients, total_norm)
+        return Collected(self._gradients, layout.indices, rows, table)
+
+    def overflow(self) -> Tensor:
+        """0 where all that was collected is finite, NaN otherwise; float64 without axes."""
+        grams, _, _ = self._tensor_grams(self._current_layout(), everything=True)
+        return grams.sum() * 0
+
+    @property
+    def marker_checked(self) -> bool:
+        """Whether the ``.grad`` that was left for a GradScaler says if all that was collected is finite."""
+        return self._marker_checked
+
+    def finish(self, *, scaler_used: bool = False) -> None:
+        """Forget the collected gradients, which have been consumed, but remember how the step went."""
+        self._scaler_expected = scaler_used
+        self._reset()
+
+    @contextlib.contextmanager
+    def _block(self, name: str) -> Iterator[None]:
+        """Take over what the block leaves in ``.grad``, without removing it there."""
+        self._left.take_back()
+        self._grams.clear()
+        self._assign_groups()
+        if self._buckets is not None and not any(self._passes):
+            requiring = {index: parameter for index, parameter in enumerate(self.parameters) if parameter.requires_grad}
+            self._buckets.arrange(requiring, self._groups)
+        self._collecting = self.names.index(name)
+        self._emptied = False
+        if (world_size() or 1) > 1:
+            self._put_back()
+        try:
+            yield
+            if self._emptied and all(parameter.grad is None for parameter in self.parameters):
+                self._dropped = True
+            else:
+                self._take_all()
+                self._passes[self._collecting] += 1
+        except BaseException:
+            self._abandon()
+            raise
+        finally:
+            self._collecting = None
+
+    def _check_outside(self, call: str) -> None:
+        if self._collecting is not None:
+            block = f"the block that collects {self.names[self._collecting]!r}"
+            why = f"{call} inside {block}, which takes .grad over when it ends"
+            raise RuntimeError(f"{why}: call it behind the block")
+
+    def _check_free(self) -> None:
+        """Raise RuntimeError where the next block cannot begin, as ``.grad`` is not empty but for what was left there."""
+        self._check_whole()
+        self._check_left()
+        stranger = self._left.stranger(self.parameters)
+        if stranger is not None:
+            raise RuntimeError(
+                f"{self.describe(stranger)} holds a .grad already, to which backward would add: call "
+                f"optimizer.zero_grad(set_to_none=True) first. To add up micro-batches, collect all of them before align(), or attach "
+                f"an AlignedAdamW"
+            )
+        if world_size() is not None:
+            for parameter in self.parameters:
+                check_not_sharded(parameter)
+
+    def _take_all(self) -> None:
+        """Take every ``.grad`` over as, or into, the gradient of the loss that is being collected."""
+        collected = self._gradients[self._collecting]
+        sums: list[Tensor] = []
+        addends: list[Tensor] = []
+        for index, parameter in enumerate(self.parameters):
+            if parameter.grad is None:
+                continue
+            gradient = self._dense(index, parameter)
+            if collected[index] is not None:
+                self._check_new(index, gradient)
+                sums.append(collected[index])
+                addends.append(gradient)
+            else:
+                collected[index] = self._own(index, gradient)
+        if sums:
+            torch._foreach_add_(sums, addends)
+
+    def _dense(self, index: int, parameter: Tensor) -> Tensor:
+        """``parameter.grad`` as a dense tensor that carries no gradient."""
+        gradient = parameter.grad
+        # create_graph=True
+        if gradient.requires_grad:
+            gradient = gradient.detach()
+        if gradient.layout != torch.strided:
+            raise ValueError(f"the gradient of {self.describe(index)} must be dense, got layout {gradient.layout}: use sparse=False")
+        # Set by hand: it may be an expanded tensor.
+        if not gradient.is_contiguous() and gradient.stride() != parameter.stride():
+            gradient = torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
+        return gradient
+
+    def _own(self, index: int, gradient: Tensor) -> Tensor:
+        """`gradient`, or a copy: in the flat buffers, and where its memory is another gradient's too."""
+        if self._buckets is not None:
+            return self._bucket(index, gradient.dtype).copy_(gradient)
+        if self._memory.claim(gradient):
+            return gradient
+        self._check_new(index, gradient)
+        return torch.empty_like(gradient).copy_(gradient)
+
+    def _put_back(self) -> None:
+        """Let the next pass add to ``.grad``, as without an aligner.
+
+        A data-parallel wrapper averages what ``.grad`` holds, which includes micro-batches that it did not average (``no_sync``).
+        """
+        collected = self._gradients[self._collecting]
+        self._gradients[self._collecting] = [None] * len(self.parameters)
+        for parameter, gradient in zip(self.parameters, collected, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient
+        self._claim_collected()
+
+    def _claim_collected(self) -> None:
+        self._memory.clear()
+        for gradient in itertools.chain(*self._gradients):
+            if gradient is not None:
+                self._memory.claim(gradient)
+
+    def _check_new(self, index: int, gradient: Tensor) -> None:
+        if any(gradients[index] is not None and gradients[index].is_set_to(gradient) for gradients in self._gradients):
+            raise ValueError(
+                f"the gradient of {self.describe(index)} lies where one that was collected before does: clone it, or use flat=True"
+            )
+
+    def _bucket(self, index: int, dtype: torch.dtype) -> Tensor:
+        bucket = self._buckets.views[self._collecting].get(index)
+        if bucket is None:
+            raise RuntimeError(f"{self.describe(index)} began to require a gradient within a step, which flat=True does not allow")
+        if bucket.dtype != dtype:
+            raise ValueError(f"the gradient of {self.describe(index)} must be {bucket.dtype} like its flat buffer, got {dtype}")
+        return bucket
+
+    def _abandon(self) -> None:
+        """Drop the gradients of the block that raised."""
+        self._clear_gradients()
+        if self._passes[self._collecting]:
+            # They may have been added to those of earlier blocks.
+            self._broken = True
+        else:
+            self._gradients[self._collecting] = [None] * len(self.parameters)
+            self._claim_collected()
+
+    def _clear_gradients(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    @torch.no_grad()
+    def _leave(self, latest: int = 0) -> None:
+        """Leave in ``.grad`` what shows whether somebody drops or changes what was collected.
+
+        That is a gradient of each parameter, of the loss `latest` where it has one. Once an optimizer has all that it needs it is one of
+        them alone, with a NaN where any gradient is not finite: GradScaler looks for such values in ``.grad`` alone, insists on finding
+        one there, and writes to it.
+        """
+        if self._broken:
+            return
+        complete = all(self._passes)
+        if complete and self._optimizer() is not None:
+            self._clear_gradients()
+            self._leave_marker()
+            return
+        shown = self._gradients[latest]
+        for gradients in self._gradients:
+            shown = [gradient if before is None else before for gradient, before in zip(gradients, shown, strict=True)]
+        indices = [index for index, gradient in enumerate(shown) if gradient is not None]
+        smallest = self._current_layout().smallest if complete else None
+        watched = None if smallest is None else shown[smallest]
+        self._left.leave([self.parameters[index] for index in indices], [shown[index] for index in indices], watched)
+
+    def _leave_marker(self) -> None:
+        index = self._current_layout().smallest
+        self._marker_checked = self._scaler_expected
+        if index is None:
+            return
+        marker = next(gradients[index] for gradients in self._gradients if gradients[index] is not None)
+        if self._scaler_expected or marker.numel() <= WATCHED_ELEMENTS:
+            # A copy, with ones in place of zeros, on which scaling would not show.
+            marker = torch.where(marker == 0, 1.0, marker)
+        if self._scaler_expected:
+            marker += self.overflow().to(marker.dtype)
+        self._left.leave([self.parameters[index]], [marker], marker)
+
+    def _check_left(self, *, written_by_scaler: bool = False) -> None:
+        """Drop what was collected where ``zero_grad`` dropped what was left of it; raise RuntimeError where that was changed."""
+        message = (
+            "a .grad was written to, replaced or set to None after its gradient had been collected, which does not change what the aligner "
+            "holds: write to .grad inside the block of collect, clip with max_norm, or start the step over with zero_grad()"
+        )
+        fate = self._left.fate(written_by_scaler=written_by_scaler)
+        if fate is Fate.CHANGED:
+            raise RuntimeError(message)
+        if fate is Fate.DROPPED:
+            self._reset()
+            self._dropped = True
+        else:
+            self._left.assert_values(message)
+
+    def _check_nothing_else(self) -> None:
+        stranger = self._left.stranger(self.parameters)
+        if stranger is not None:
+            raise RuntimeError(
+                f"{self.describe(stranger)} holds a .grad that the aligner did not leave there, and which the optimizer would ignore: "
+                f"collect it in a block, or add its loss to one of {', '.join(self.names)}"
+            )
+
+    def _check_whole(self) -> None:
+        if self._broken:
+            raise RuntimeError("a pass raised after others of this step: start the step over with zero_grad()")
+
+    def _check_collected(self) -> None:
+        self._check_whole()
+        missing = [name for name, passes in zip(self.names, self._passes, strict=True) if not passes]
+        if missing and self._dropped:
+            raise RuntimeError(
+                f"no gradients of {', '.join(missing)} to align: they were dropped after they had been collected, by zero_grad or whatever "
+                f"else emptied .grad"
+            )
+        if missing:
+            raise RuntimeError(f"no gradients of {', '.join(missing)} to align: run its backward pass inside `with aligner.collect(name):`")
+
+    def _check_reached(self, layout: _Layout) -> None:
+        if self.module is not None and any(map(self._is_unknown, parameters_inside(self.module))):
+            named = self.module.named_parameters()
+            unknown = next(name for name, parameter in named if self._is_unknown(parameter))
+            raise RuntimeError(
+                f"a loss reached {plain_name(unknown)}, which is not among the aligner's parameters: "
+                f"it joined the module or was replaced (as by load_state_dict(assign=True)) after "
+                f"the aligner was made. Make a new aligner and a new optimizer"
+            )
+        if not layout.indices:
+            raise RuntimeError(
+                f"no loss reached any of the aligner's {len(self.parameters)} parameters: if the model has others now (as after "
+                f"load_state_dict(assign=True)), make a new aligner and a new optimizer"
+            )
+
+    def _is_unknown(self, parameter: Tensor) -> bool:
+        """Whether a loss reached `parameter`, which is not the aligner's."""
+        return parameter.grad is not None and id(parameter) not in self._known
+
+    def _check_one_reducer(self) -> None:
+        """Raise RuntimeError where a data-parallel wrapper would reduce one of several backward passes."""
+        processes = world_size()
+        if processes is None:
+            return
+        if processes == 1:
+            if self._data_parallel is None:
+                self._data_parallel = is_data_parallel(self.parameters)
+            if not self._data_parallel:
+                return
+        last_call = "aligner.align()" if self._optimizer() is None else "optimizer.step()"
+        raise RuntimeError(
+            f"backward runs several backward passes over one graph, of which DistributedDataParallel reduces but one, and {processes} "
+            f"process{'es are' if processes > 1 else ' is'} running. Run a forward pass for each loss, through the wrapper, and its "
+            f"backward pass inside `with aligner.collect(name):`, then call {last_call}. Where a loss does not reach every parameter, wrap "
+            f"with find_unused_parameters=True; with Accelerate's gradient accumulation, also pass "
+            f"GradientAccumulationPlugin(num_steps=..., sync_each_batch=True)"
+        )
+
+    def _result(self, loss: int, index: int) -> Tensor:
+        """Where the aligned gradient of a parameter is written, `loss` being the first to reach it."""
+        return self._gradients[loss][index] if self._buckets is None else self._buckets.views[0][index]
+
+    def _current_layout(self) -> _Layout:
+        present = [[gradient is not None for gradient in gradients] for gradients in self._gradients]
+        key = (present, len(self._group_rows))
+        if self._layout is None or self._layout.key != key:
+            self._layout = self._new_layout(key)
+        return self._layout
+
+    def _new_layout(self, key: tuple[list[list[bool]], int]) -> _Layout:
+        layout = _Layout(key, [], [], [], [], [], [], [], None)
+        smallest = None
+        for index, reached in enumerate(zip(*key[0], strict=True)):
+            if not any(reached):
+                continue
+            group = self._groups[index] if all(reached) else -1
+            layout.places.append(len(layout.indices))
+            layout.indices.append(index)
+            layout.groups.append(group)
+            layout.first.append(reached.index(True))
+            # What is not aligned has the row behind those of what is: -1 until their number is known.
+            layout.rows.append(len(layout.aligned) if group >= 0 else -1)
+            if group >= 0:
+                layout.aligned.append(index)
+                layout.aligned_groups.append(group)
+            numel = self.parameters[index].numel()
+            if numel and (smallest is None or numel < self.parameters[smallest].numel()):
+                smallest = index
+        rows = [row if row >= 0 else len(layout.aligned) for row in layout.rows]
+        return layout._replace(rows=rows, smallest=smallest)
+
+    def _gradients_of(self, indices: list[int]) -> list[Tensor | None]:
+        """Gradients of parameters, flattened loss by loss."""
+        return [gradients[index] for gradients in self._gradients for index in indices]
+
+    def _tensor_grams(self, layout: _Layout, everything: bool) -> tuple[Tensor, list[int], list[int]]:
+        """Gram matrices [T, n, n] of what is aligned or of `everything`, the groups of these T tensors, and the row of every parameter.
+
+        Without `everything` the row T is that of what is not aligned.
+        """
+        indices, groups, rows = layout.aligned, layout.aligned_groups, layout.rows
+        if everything:
+            indices, groups, rows = layout.indices, layout.groups, layout.places
+        if not indices:
+            n = len(self.names)
+            return torch.zeros(0, n, n, dtype=torch.float64, device=self.parameters[0].device), groups, rows
+        return self._grams.matrices(indices, self._gradients_of), groups, rows
+
+    def _row_of_weights(self, device: torch.device) -> Tensor:
+        if self._weight_row is None or self._weight_row.device != device:
+            self._weight_row = torch.tensor([self._weights], dtype=torch.float64, device=device)
+        return self._weight_row
+
+    def _coefficients(self, gram: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """Coefficients, cosine, alpha and norms of the groups' Gram matrices."""
+        norms = gram.diagonal(dim1=1, dim2=2).sqrt()
+        if self._rule is None:
+            return *alignment_coefficients_operator(gram, self._weights, self._power), norms
+        products = norms[:, :, None] * norms[:, None, :]
+        cosine = torch.where(products == 0, 0.0, gram / norms[:, :, None] / norms[:, None, :]).clamp(-1, 1)
+        dtype = least_accurate_dtype(gradient for gradients in self._gradients for gradient in gradients)
+        return self._rule(gram, dtype), cosine if len(self.names) > 2 else cosine[:, 0, 1], None, norms
+
+    def _reset(self) -> None:
+        self._gradients: list[list[Tensor | None]] = [[None] * len(self.parameters) for _ in self.names]
+        self._passes = [0] * len(self.names)
+        # Whether gradients of a pass that raised have been added to others.
+        self._broken = False
+        self._dropped = False
+        # Whether the gradient that was left tells a GradScaler if all is finite.
+        self._marker_checked = False
+        self._grams.clear()
+        self._memory.clear()
+        self._left.take_back()
+
+    def _assign_groups(self) -> None:
+        """Give the parameters that require a gradient for the first time their rows."""
+        for index, parameter in enumerate(self.parameters):
+            if self._groups[index] is None and parameter.requires_grad:
+                if parameter.dtype not in DTYPES:
+                    raise TypeError(f"{self.describe(index)} must be float32, bfloat16, float16 or float64, got {parameter.dtype}")
+                key = self._group_key(index)
+                if not isinstance(key, Hashable):
+                    raise TypeError(f"groups must return a hashable key or None, got {type(key).__name__} for {self.describe(index)}")
+                self._groups[index] = -1 if key is None else self._group_rows.setdefault(key, len(self._group_rows))
+
+
+class _Layout(NamedTuple):
+    """Which gradients belong where, as long as `key` holds: which there are, and the number of groups."""
+
+    key: tuple[list[list[bool]], int]
+    indices: list[int]  # parameters that some loss reaches
+    groups: list[int]  # of each, -1 where it is not aligned
+    first: list[int]  # which loss is the first to reach it
+    places: list[int]  # 0, 1, 2, ...
+    rows: list[int]  # of the coefficients of `aligned`, behind which one row is that of the others
+    aligned: list[int]  # parameters that all losses reach and that have a group
+    aligned_groups: list[int]
+    smallest: int | None  # of the parameters with elements
+
+
+def check_max_norm(max_norm: float | None) -> float | None:
+    """Check that `max_norm` is None or a positive number."""
+    if max_norm is not None:
+        check_number(max_norm, "max_norm")
+        if not max_norm > 0:
+            raise ValueError(f"max_norm must be positive or None, got {max_norm}")
+    return max_norm
+
+
+def _default_weights(is_genrep: bool, n: int) -> tuple[float, ...]:
+    """GenRep's weights are its paper's; the papers of all other rules sum losses."""
+    return (0.7, 0.3) if is_genrep and n == 2 else (1.0,) * n

@@ -1,0 +1,96 @@
+"""What stays in ``.grad`` between the collection of gradients and the step, and what became of it."""
+
+from __future__ import annotations
+
+import enum
+
+import torch
+from torch import Tensor
+
+# As many of a gradient's values are compared with what they were.
+WATCHED_ELEMENTS = 4096
+
+
+class Fate(enum.Enum):
+    """What became of gradients that were left in ``.grad``."""
+
+    KEPT = enum.auto()
+    DROPPED = enum.auto()
+    CHANGED = enum.auto()
+
+
+class LeftGradients:
+    """Gradients that stay in ``.grad`` between two blocks, so that what anybody does to them meanwhile is noticed.
+
+    They are the collected tensors themselves, or one of them alone. The values of a watched one, or a part of them, are compared, since a
+    write through ``.data`` counts no version.
+    """
+
+    def __init__(self):
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what was left, and leave it where it is."""
+        self._parameters: list[Tensor] = []
+        self._gradients: list[Tensor] = []
+        # Counts of the writes to them.
+        self._versions: list[int] = []
+        self._of: dict[int, Tensor] = {}
+        # A part of what was left, and a copy.
+        self._watched: tuple[Tensor, Tensor] | None = None
+
+    def leave(self, parameters: list[Tensor], gradients: list[Tensor], watched: Tensor | None = None) -> None:
+        """Put `gradients` into the ``.grad`` of `parameters`; `watched` is one of them, or None."""
+        self.clear()
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if parameter.grad is not gradient:
+                parameter.grad = gradient
+        self._parameters, self._gradients = parameters, gradients
+        self._versions = [gradient._version for gradient in gradients]
+        self._of = dict(zip(map(id, parameters), gradients, strict=True))
+        if watched is not None:
+            part = _part(watched)
+            self._watched = (part, part.clone())
+
+    def take_back(self) -> None:
+        """Take away what was left, where it still lies."""
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            if parameter.grad is gradient:
+                parameter.grad = None
+        self.clear()
+
+    def stranger(self, parameters: list[Tensor]) -> int | None:
+        """The first of `parameters` whose ``.grad`` was not left there."""
+        for index, parameter in enumerate(parameters):
+            gradient = parameter.grad
+            if gradient is not None and self._of.get(id(parameter)) is not gradient:
+                return index
+        return None
+
+    def fate(self, *, written_by_scaler: bool = False) -> Fate:
+        """Whether all is as it was left, gone or zeroed as by ``zero_grad``, or something else.
+
+        A GradScaler that looked for non-finite values wrote the values that were there.
+        """
+        now = [parameter.grad for parameter in self._parameters]
+        if any(gradient is not left for gradient, left in zip(now, self._gradients, strict=True)):
+            gone = all(gradient is None for gradient in now)
+            return Fate.DROPPED if gone else Fate.CHANGED
+        if written_by_scaler or self._versions == [gradient._version for gradient in self._gradients]:
+            return Fate.KEPT
+        zeroed = not any(gradient.any() for gradient in self._gradients)
+        return Fate.DROPPED if zeroed else Fate.CHANGED
+
+    def assert_values(self, message: str) -> None:
+        """Raise RuntimeError with `message`, on a GPU when it gets there, where the watched gradient has other values than it had."""
+        if self._watched is not None:
+            gradient, copy = self._watched
+            same = (gradient == copy) | (gradient.isnan() & copy.isnan())
+            torch._assert_async(same.all(), message)
+
+
+def _part(tensor: Tensor) -> Tensor:
+    """A view of `tensor`, or of a part of it that takes no time to compare."""
+    while tensor.numel() > WATCHED_ELEMENTS:
+        tensor = tensor[0] if tensor.ndim > 1 else tensor[:WATCHED_ELEMENTS]
+    return tensor

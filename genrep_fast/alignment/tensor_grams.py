@@ -1,0 +1,43 @@
+"""Gram matrices of single tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..ops.alignment import gram_operator
+
+
+class TensorGrams:
+    """Gram matrices [n, n] of tensors by number, computed in batches, and their sums."""
+
+    def __init__(self, n: int):
+        self._n = n
+        self._key: list[int] | None = None
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget every tensor."""
+        self._batches: list[Tensor] = []
+        self._places: dict[int, int] = {}  # tensor -> its place among all batches' matrices
+
+    def compute(self, tensors: list[int], gradients_of: Callable[[list[int]], list[Tensor | None]]) -> None:
+        """Compute the matrices of `tensors`; ``gradients_of(tensors)`` returns their gradients, flattened loss by loss."""
+        if not tensors:
+            return
+        first = sum(map(len, self._batches))
+        self._batches.append(gram_operator(gradients_of(tensors), self._n, list(range(len(tensors))), len(tensors)))
+        self._places.update(zip(tensors, range(first, first + len(tensors)), strict=True))
+
+    def matrices(self, tensors: list[int], gradients_of: Callable[[list[int]], list[Tensor | None]]) -> Tensor:
+        """Matrices [T, n, n] float64 of `tensors`, at least one, in their order; see `compute`."""
+        self.compute([tensor for tensor in tensors if tensor not in self._places], gradients_of)
+        places = [self._places[tensor] for tensor in tensors]
+        matrices = self._batches[0] if len(self._batches) == 1 else torch.cat(self._batches)
+        if places == list(range(len(matrices))):
+            return matrices
+        if self._key != places:
+            self._key, self._index = places, torch.tensor(places, device=matrices.device)
+        return matrices[self._index]

@@ -1,0 +1,75 @@
+"""Flat memory for kernels.
+
+Kernels see flat memory. The tensors that belong together (gradients of one parameter, its output, its optimizer state) are therefore
+handed on as they are where they share one dense memory layout, and through contiguous copies where they do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class _TensorLists(NamedTuple):
+    """Positions of the arguments that hold T tensors, or T for each loss."""
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    groups: int  # position of an argument of length T
+
+
+_LISTS = {
+    "gram": _TensorLists(inputs=(0,), outputs=(), groups=2),
+    "combine": _TensorLists(inputs=(0,), outputs=(4,), groups=2),
+    "adamw_step": _TensorLists(inputs=(4,), outputs=(0, 1, 2, 3), groups=6),
+}
+
+
+def on_flat_memory(name: str, kernel: Callable) -> Callable:
+    lists = _LISTS.get(name)
+    if lists is None:
+        return kernel
+
+    def call(*arguments):
+        positions = (*lists.inputs, *lists.outputs)
+        written = [tensor for position in lists.outputs for tensor in arguments[position]]
+        copies: list[tuple[Tensor, Tensor]] = []
+        if not all(tensor is None or tensor.is_contiguous() for position in positions for tensor in arguments[position]):
+            arguments, copies = _flatten(list(arguments), lists)
+        result = kernel(*arguments)
+        for tensor, copy in copies:
+            tensor.copy_(copy)
+        if written:  # autograd is to see changes of tensors that it saved, as after any operation in place
+            torch.autograd.graph.increment_version(written)
+        return result
+
+    return call
+
+
+def _flatten(arguments: list, lists: _TensorLists) -> tuple[list, list[tuple[Tensor, Tensor]]]:
+    """Arguments in which tensors that belong together have one dense layout, and the outputs that are copies, behind their originals."""
+    positions, num_tensors = (*lists.inputs, *lists.outputs), len(arguments[lists.groups])
+    for position in positions:
+        arguments[position] = list(arguments[position])
+    copies = []
+    for t in range(num_tensors):
+        places = [(p, i) for p in positions for i in range(t, len(arguments[p]), num_tensors) if arguments[p][i] is not None]
+        if _share_dense_layout([arguments[p][i] for p, i in places]):
+            continue
+        for p, i in places:
+            original = arguments[p][i]
+            arguments[p][i] = original.contiguous()
+            if p in lists.outputs and not original.is_contiguous():
+                copies.append((original, arguments[p][i]))
+    return arguments, copies
+
+
+def _share_dense_layout(tensors: list[Tensor]) -> bool:
+    if all(tensor.is_contiguous() for tensor in tensors):
+        return True
+    strides = tensors[0].stride()
+    # empty_like keeps the strides of dense tensors, and no others.
+    return all(tensor.stride() == strides for tensor in tensors) and torch.empty_like(tensors[0], device="meta").stride() == strides

@@ -1,0 +1,120 @@
+"""Loads the compiled libraries, and registers what they and the Triton kernels implement."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .flat_memory import on_flat_memory
+from .operators import schemas
+from .selection import register_implementation, set_unavailable
+
+_CAPABILITIES = ("default", "avx2", "avx512")
+
+_FOLDER = Path(__file__).parent.parent
+
+_TRITON_MODULES = {  # file of kernels -> operators
+    "alignment": ("gram", "group_gram", "alignment_coefficients", "tensor_coefficients", "combine"),
+    "optimizer": ("adamw_step",),
+    "scoring": ("log_likelihood", "log_likelihood_backward", "score_update"),
+    "posterior": ("posterior", "distillation_loss", "distillation_loss_backward"),
+    "reverse_step": ("reverse_step",),
+}
+
+
+def register_backends() -> None:
+    """Register every implementation that can run with this torch; the reason of each one that cannot goes to `genrep_fast.info`."""
+    for backend in ("cpu", "cuda"):
+        reason = _load(backend)
+        if reason is not None:
+            set_unavailable(backend, reason)
+    reason = _register_triton()
+    if reason is not None:
+        set_unavailable("triton", reason)
+
+
+def build_information(backend: str) -> dict[str, Any] | None:
+    """What the library of "cpu" or "cuda" was built with and runs as; None where it is not loaded or this Python cannot ask it."""
+    try:
+        introspection = import_module("genrep_fast._introspection")
+        return json.loads(introspection.describe(str(_library(backend)), f"genrep_fast_{backend}_build_information"))
+    except (ImportError, RuntimeError):
+        return None
+
+
+def build_record() -> dict[str, Any] | None:
+    """What the build (csrc/build.py) noted down: libraries, torch of the headers and oldest torch, compilers, architectures, driver."""
+    path = _FOLDER / "build.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _load(backend: str) -> str | None:
+    """Load the library of `backend` and register its operators; the reason why not, where that fails."""
+    record = build_record() or {}
+    if not _library(backend).is_file():
+        return f"it was not built: {_library(backend).name} is not in {_FOLDER}"
+    capability = os.environ.get("GENREP_FAST_CPU_CAPABILITY") or _CAPABILITIES[-1]
+    if backend == "cpu" and capability not in _CAPABILITIES:
+        return f"GENREP_FAST_CPU_CAPABILITY must be one of {', '.join(_CAPABILITIES)}, got {capability!r}"
+    if backend == "cuda" and torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    if backend == "cuda" and (driver := _driver()) and driver < (record.get("minimum_driver") or 0):
+        return f"it needs NVIDIA's driver {record['minimum_driver']} or newer, this is {driver}"
+    namespace = f"genrep_fast_{backend}"
+    definitions = torch.library.Library(namespace, "FRAGMENT")
+    for schema in schemas.values():
+        definitions.define(schema)
+    try:
+        torch.ops.load_library(_library(backend))
+    except OSError as error:
+        target = record.get("torch_target", "2.11")
+        return f"its library, built for torch {target} and newer, did not load in torch {torch.__version__}: {error.__cause__ or error}"
+    _definitions.append(definitions)
+    for name in schemas:
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{name}", backend.upper()):
+            register_implementation(name, backend, on_flat_memory(name, getattr(getattr(torch.ops, namespace), name).default))
+    return None
+
+
+_definitions: list[torch.library.Library] = []  # a library that is collected takes its definitions with it
+
+
+def _driver() -> int | None:
+    """Major version of NVIDIA's driver, None where it is not told; asks no device."""
+    try:
+        found = re.search(r"(\d+)\.\d+", Path("/proc/driver/nvidia/version").read_text())
+    except OSError:
+        return None
+    return int(found[1]) if found else None
+
+
+def _library(backend: str) -> Path:
+    return _FOLDER / f"_C_{backend}.so"
+
+
+def _register_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if torch.version.cuda is None and os.environ.get("TRITON_INTERPRET") != "1":
+        return "this torch is built without CUDA"
+    for module, names in _TRITON_MODULES.items():
+        for name in names:
+            register_implementation(name, "triton", on_flat_memory(name, _imported_at_first_call(module, name)))
+    return None
+
+
+def _imported_at_first_call(module: str, name: str) -> Callable:
+    """Function `name` of a module of kernels; importing one imports Triton."""
+
+    def call(*arguments):
+        return getattr(import_module(f"genrep_fast.kernels.{module}"), name)(*arguments)
+
+    return call

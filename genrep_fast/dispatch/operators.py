@@ -1,0 +1,106 @@
+"""The definition of operators: schema, fake, autograd and reference in one place, and the way around PyTorch's dispatcher.
+
+Every operator is defined once, as ``torch.ops.genrep_fast.<name>`` (`define_operator`), with its plain-PyTorch reference. Other backends
+add themselves with `register_implementation`; callers never name one: `genrep_fast.dispatch.selection` picks it at each call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .selection import fastest_measured, register_implementation, select_implementation
+
+_OLDEST_TORCH = "2.11"
+if [int(part) for part in torch.__version__.split(".")[:2]] < [int(part) for part in _OLDEST_TORCH.split(".")]:
+    raise ImportError(f"genrep_fast needs torch {_OLDEST_TORCH} or newer, this is torch {torch.__version__}")
+
+_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
+
+schemas: dict[str, str] = {}  # operator -> schema, as given to `define_operator`
+
+# A fragment, so that an import that failed halfway can be tried again.
+_library = torch.library.Library("genrep_fast", "FRAGMENT")
+
+
+def define_operator(
+    schema: str,
+    *,
+    reference: Callable,
+    fake: Callable,
+    backward: Callable | None = None,
+    setup_context: Callable | None = None,
+    data: tuple[int, ...] = (0,),
+) -> Callable:
+    """Define ``genrep_fast::<schema>`` once: schema, fake, autograd, and `reference` as its first implementation.
+
+    Args:
+        schema: the operator's schema without the namespace, e.g. ``"gram(Tensor[] gradients, int n) -> Tensor"``.
+        reference: plain-PyTorch function with the schema's arguments; the operator's definition.
+        fake: function of the same arguments that returns empty outputs of the right shape, dtype and device.
+        backward: ``backward(ctx, *grads)`` as `torch.library.register_autograd` wants it; None where no gradient flows.
+        setup_context: ``setup_context(ctx, inputs, output)``, required with `backward`.
+        data: positions of the tensor arguments that hold the user's data: where one of their tensors is float64, the reference runs.
+
+    Returns:
+        The operator: a function of the overload's positional arguments that calls ``torch.ops.genrep_fast.<name>.default``, or goes around
+        the dispatcher where neither autograd nor tracing needs it.
+    """
+    name = schema.partition("(")[0]
+    schemas[name] = schema
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    register_implementation(name, "reference", reference)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        arguments = (*args, *kwargs.values())
+        device = _first_tensor(arguments).device
+        device_type, float64 = device.type, any(_holds_float64(arguments[position]) for position in data)
+        fastest = fastest_measured(name, device, arguments) if device_type == "cuda" else None
+        implementation = select_implementation(name, device_type, float64, fastest)
+        if not torch.is_autocast_enabled(device_type):
+            return implementation(*args, **kwargs)
+        # Autocast would run the inner matrix products of an operator in bfloat16, whatever its inputs.
+        with torch.autocast(device_type, enabled=False):
+            return implementation(*args, **kwargs)
+
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"genrep_fast::{name}", fake, lib=_library)
+    if backward is not None:
+        torch.library.register_autograd(f"genrep_fast::{name}", backward, setup_context=setup_context, lib=_library)
+    overload = getattr(torch.ops.genrep_fast, name).default
+
+    def call(*args: Any) -> Any:
+        # The dispatcher, and autograd's part in Python, take longer than a small operator: only tracing and gradients need them.
+        if _is_traced(args) or backward is not None and torch.is_grad_enabled() and any(map(_requires_grad, args)):
+            return overload(*args)
+        return run(*args)
+
+    return call
+
+
+def _is_traced(arguments: tuple) -> bool:
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or type(_first_tensor(arguments)) not in _PLAIN_TENSORS
+    )
+
+
+def _requires_grad(argument: Any) -> bool:
+    return isinstance(argument, torch.Tensor) and argument.requires_grad
+
+
+def _first_tensor(arguments: tuple) -> torch.Tensor:
+    for argument in arguments:
+        for value in argument if isinstance(argument, (list, tuple)) else (argument,):
+            if isinstance(value, torch.Tensor):
+                return value
+    raise ValueError("an operator needs at least one tensor, got none")
+
+
+def _holds_float64(argument: Any) -> bool:
+    tensors = argument if isinstance(argument, (list, tuple)) else (argument,)
+    return torch.float64 in [tensor.dtype for tensor in tensors if tensor is not None]

@@ -1,0 +1,201 @@
+"""The figures of a report, each a function of plain tensors that returns an `Illustration`."""
+
+from __future__ import annotations
+
+import functools
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+from ..evaluation.metrics import ReliabilityBins
+from ..training.config import STAGES
+
+# Okabe and Ito's palette, told apart by colour-blind readers too.
+BLUE, SKY, ORANGE, GREEN, VERMILION, PURPLE, GREY = "#0072B2", "#56B4E9", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#777777"
+STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "legend.frameon": False,
+    "savefig.dpi": 150,
+}
+MAX_CLASSES, IMAGES_PER_CLASS = 20, 10
+LOSSES = {"perception": BLUE, "discrimination": SKY, "distillation": GREEN, "generation": VERMILION, "representation_alignment": PURPLE}
+
+
+@dataclass(frozen=True)
+class Illustration:
+    """A figure of the report: file name without suffix, caption, and the PNG's bytes."""
+
+    name: str
+    caption: str
+    png: bytes
+
+
+def illustration(name: str, caption: str) -> Callable[[Callable[..., Figure]], Callable[..., Illustration]]:
+    """Make a function that draws a matplotlib `Figure` return an `Illustration`, in the report's style."""
+
+    def decorate(draw: Callable[..., Figure]) -> Callable[..., Illustration]:
+        @functools.wraps(draw)
+        def render(*args: Any, **kwargs: Any) -> Illustration:
+            with matplotlib.rc_context(STYLE), io.BytesIO() as png:
+                draw(*args, **kwargs).savefig(png, format="png")
+                return Illustration(name, caption, png.getvalue())
+
+        return render
+
+    return decorate
+
+
+@illustration(
+    "reliability",
+    "Reliability: accuracy in bins of the confidence, for the head and for the generative posterior with and without its temperature. "
+    "On the diagonal, a confidence of 90% is right 90% of the time. Below: how many test images fall into each bin (logarithmic).",
+)
+def draw_reliability(bins: dict[str, ReliabilityBins]) -> Figure:
+    """One panel for each named classifier: accuracy against confidence above, counts below."""
+    figure = Figure(figsize=(3.2 * len(bins), 4.8), layout="constrained")
+    axes = figure.subplots(2, len(bins), sharex=True, sharey="row", squeeze=False, height_ratios=(3, 1))
+    for (upper, lower), (title, (confidence, accuracy, count)) in zip(axes.T, bins.items(), strict=True):
+        width = 1 / len(count)
+        centres = (np.arange(len(count)) + 0.5) * width
+        upper.bar(centres, accuracy, width * 0.92, color=BLUE, alpha=0.35, label="accuracy of the bin")
+        upper.plot(confidence, accuracy, "o", color=BLUE, markersize=4, clip_on=False, label="at its mean confidence")
+        upper.plot([0, 1], [0, 1], "--", color=GREY, linewidth=1, label="perfect calibration")
+        upper.set(title=title, xlim=(0, 1), ylim=(0, 1))
+        lower.bar(centres, count, width * 0.92, color=GREY)
+        lower.set(xlabel="confidence", yscale="symlog", ylim=(0, 1.5 * count.sum() + 1))
+    axes[0, 0].set_ylabel("accuracy")
+    axes[1, 0].set_ylabel("images")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
+@illustration(
+    "samples",
+    "Generated samples, a class a row, beside test images of the same classes. The first drawn, not the best; framed: those that the "
+    "independent classifier takes for another class.",
+)
+def draw_samples(
+    samples: Tensor, labels: Tensor, predicted: Tensor, test_images: Tensor, test_labels: Tensor, class_names: Sequence[str]
+) -> Figure:
+    """Grids of samples [N, C, H, W] in [-1, 1] and of test images: the first `IMAGES_PER_CLASS` of the first `MAX_CLASSES` classes."""
+    shown = class_names[:MAX_CLASSES]
+    figure = Figure(figsize=(9.6, 0.6 + 0.44 * len(shown)), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for axes, title, images, image_labels in ((left, "generated", samples, labels), (right, "test images", test_images, test_labels)):
+        rows = [(image_labels == label).nonzero().flatten()[:IMAGES_PER_CLASS] for label in range(len(shown))]
+        height, width = images.shape[-2] + 1, images.shape[-1] + 1
+        grid = np.full((len(shown) * height + 1, IMAGES_PER_CLASS * width + 1, 3), 1.0, dtype=np.float32)
+        for row, indices in enumerate(rows):
+            for column, index in enumerate(indices.tolist()):
+                top, start = row * height + 1, column * width + 1
+                pixels = (images[index].clamp(-1, 1) + 1) / 2
+                grid[top : top + height - 1, start : start + width - 1] = pixels.permute(1, 2, 0).numpy()
+                if images is samples and predicted[index] != labels[index]:
+                    axes.add_patch(Rectangle((start - 1, top - 1), width, height, fill=False, color=VERMILION, linewidth=2))
+        axes.imshow(grid, interpolation="nearest")
+        axes.set(title=title, xticks=[], yticks=np.arange(len(shown)) * height + height / 2, yticklabels=shown)
+        axes.grid(False)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+    return figure
+
+
+@illustration(
+    "nearest_training_images",
+    "Memorisation: distance of every generated sample and of every test image to its nearest training image. Copies would pile up at zero, "
+    "left of the test images.",
+)
+def draw_nearest_distances(generated: Tensor, test: Tensor) -> Figure:
+    """Histograms of two sets of distances, with their medians."""
+    series = {"generated": (generated, VERMILION), "test images": (test, BLUE)}
+    figure = _histograms(series, "Euclidean distance to the nearest training image")
+    figure.axes[0].set_xlim(left=0)
+    return figure
+
+
+@illustration(
+    "evidence",
+    "Evidence: log p(x) by the generative estimator, up to a constant, for test images, for the same images with their pixels shuffled and "
+    "for uniformly random images. The less they overlap, the better images from elsewhere are told apart.",
+)
+def draw_evidence(test: Tensor, shuffled: Tensor, uniform: Tensor) -> Figure:
+    """Histograms of the log evidence of three sets of images."""
+    series = {"test images": (test, BLUE), "shuffled pixels": (shuffled, ORANGE), "uniform noise": (uniform, GREY)}
+    return _histograms(series, "log evidence, up to a constant")
+
+
+@illustration("training", "Training: losses of each stage over its optimizer steps; faint as logged, solid a running mean.")
+def draw_training(history: Sequence[dict[str, Any]]) -> Figure:
+    """One panel for each stage of the logged steps, with whichever of `LOSSES` were logged."""
+    stages = sorted({row["stage"] for row in history})
+    figure = Figure(figsize=(1.2 + 3.4 * len(stages), 4), layout="constrained")
+    for axes, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages, strict=True):
+        rows = [row for row in history if row["stage"] == stage]
+        positive = all([_plot_series(axes, rows, key, color) for key, color in LOSSES.items()])
+        axes.set(title=f"stage {stage}: {STAGES[stage]}", xlabel="step", yscale="log" if positive else "linear")
+    figure.axes[0].set_ylabel("loss")
+    drawn = {line.get_label(): line for axes in figure.axes for line in axes.lines if not line.get_label().startswith("_")}
+    if drawn:
+        figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=len(drawn), fontsize=8)
+    return figure
+
+
+@illustration(
+    "alignment",
+    "Gradient alignment in the attention blocks: cosine between the perception and the generation gradient, and the share ρ of the common "
+    "direction that is kept. Faint as logged, solid a running mean.",
+)
+def draw_alignment(history: Sequence[dict[str, Any]]) -> Figure:
+    """Cosine and ρ (`alpha`) over the steps where they were logged."""
+    figure = Figure(figsize=(6.6, 3.4), layout="constrained")
+    axes = figure.subplots()
+    rows = [row for row in history if "cosine" in row]
+    _plot_series(axes, rows, "cosine", BLUE)
+    _plot_series(axes, rows, "alpha", VERMILION, label="ρ")
+    axes.axhline(0, color=GREY, linewidth=1)
+    axes.set(xlabel="step", ylim=(-1.02, 1.02))
+    axes.legend(fontsize=8)
+    return figure
+
+
+def _plot_series(axes, rows: Sequence[dict[str, Any]], key: str, color: str, label: str | None = None) -> bool:
+    """Plot what was logged under `key`; True where nothing of it forbids a logarithmic axis."""
+    logged = [(row["step"], row[key]) for row in rows if row.get(key) is not None and math.isfinite(row[key])]
+    if not logged:
+        return True
+    steps, values = np.array(logged, dtype=float).T
+    window = max(1, len(values) // 15)
+    mean = np.convolve(values, np.ones(window) / window, mode="valid")
+    # A line of one point is invisible without a marker.
+    marker = "." if len(values) < 15 else None
+    axes.plot(steps, values, color=color, alpha=0.25, linewidth=1)
+    axes.plot(steps[window - 1 :], mean, color=color, linewidth=1.8, marker=marker, label=label or key.replace("_", " "))
+    return bool((values > 0).all())
+
+
+def _histograms(series: dict[str, tuple[Tensor, str]], xlabel: str) -> Figure:
+    figure = Figure(figsize=(6.6, 3.4), layout="constrained")
+    axes = figure.subplots()
+    finite = {label: (values[values.isfinite()].numpy(), color) for label, (values, color) in series.items()}
+    edges = np.histogram_bin_edges(np.concatenate([values for values, _ in finite.values()]), bins=50)
+    for label, (values, color) in finite.items():
+        axes.hist(values, edges, color=color, alpha=0.5, label=label)
+        if len(values):
+            axes.axvline(float(np.median(values)), color=color, linewidth=1.8)
+    axes.set(xlabel=f"{xlabel}; a line marks the median", ylabel="images")
+    axes.legend()
+    return figure
