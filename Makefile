@@ -1,41 +1,58 @@
-# `make train` and `make test` need Python >= 3.10 with venv, and nothing else: both build their own environment in .venv first.
+# Every target needs Python >= 3.10 with venv, and nothing else: it builds its own environment in .venv first. `make help` lists them.
 
 PYTHON ?= python3
 OUTPUT ?= runs/digits
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train ablation test lint sanitize wheel wheel-matrix clean
+.PHONY: help train ablation test check lint format native sanitize wheel wheel-matrix clean
 
-train: $(VENV)/.installed-train
+help: # lists the targets
+	@sed -n 's/^\([a-z-]*\):[^#]*# /\1\t/p' Makefile | expand -t 16
+
+train: $(VENV)/.installed-train # trains on scikit-learn's digits and evaluates
 	$(BIN)/genrep train --output $(OUTPUT) --resume
 
-ablation: $(VENV)/.installed-train
+ablation: $(VENV)/.installed-train # the five rows of the paper's ablation
 	$(BIN)/genrep train --ablation --output runs/ablation
 
 # Tensors of tests are tiny: more threads would only wait for each other.
-test: $(VENV)/.installed-test
+test: $(VENV)/.installed-test # all tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest
+
+# What one wants after each edit, in less than a minute; native code and packages are built by `make test` alone.
+check: $(VENV)/.installed-test # the tests of operators, aligner, optimizer and scorer, on the CPU
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -x -m "not slow" tests/ops tests/alignment tests/scoring
 
 # The CPU kernels with AddressSanitizer and UndefinedBehaviorSanitizer, which must be loaded before Python. Python itself leaks at exit.
 # Their reports are written where pytest would not show them without --capture=sys. They keep freed memory, which is not measured therefore.
 SANITIZED := $(CURDIR)/build/sanitized
 SANITIZED_TESTS := $(addprefix tests/,ops/test_alignment.py ops/test_optimizer.py kernels)
 SANITIZED_CASES := not triton and not inductor and not hold_steps
-sanitize: $(VENV)/.installed-test
+sanitize: $(VENV)/.installed-test # C++ kernels under sanitizers
 	rm -rf $(SANITIZED)
 	GENREP_FAST_SANITIZE=1 GENREP_FAST_CUDA=0 $(BIN)/pip install --no-build-isolation --no-deps --target $(SANITIZED) .
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 		PYTHONPATH=$(SANITIZED) OMP_NUM_THREADS=2 $(BIN)/pytest --capture=sys $(SANITIZED_TESTS) -k "$(SANITIZED_CASES)"
 
-lint: $(VENV)/.installed-dev
+CXX_SOURCES = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
+lint: $(VENV)/.installed-dev # ruff and clang-format
 	$(BIN)/ruff check
 	$(BIN)/ruff format --diff
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+
+format: $(VENV)/.installed-dev # formats Python and C++
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+native: $(VENV)/.installed-test # compiles what changed in csrc, into the working tree
+	$(BIN)/python setup.py -q build_ext --inplace
 
 # One wheel for every Python and for torch >= 2.11, in dist/; torch's own libraries are left to torch. setuptools copies whatever lies in
 # build/lib into it, deleted modules too.
 WHEEL_ARCHITECTURES := 8.0;8.6;8.9;9.0;10.0;12.0+PTX
-wheel: $(VENV)/.installed-test repaired-wheel
+wheel: $(VENV)/.installed-test repaired-wheel # one wheel for every Python, in dist/
 
 .PHONY: repaired-wheel
 repaired-wheel:
@@ -46,20 +63,22 @@ repaired-wheel:
 
 # Beside the oldest and the newest torch, each in an environment of its own without a compiler. Fetches gigabytes.
 WHEEL_TORCHES := 2.11.0 2.14.1
-wheel-matrix: wheel
+wheel-matrix: wheel # tests the wheel beside the oldest and the newest torch
 	$(BIN)/python tests/packaging/clean_environment.py dist/*.whl $(WHEEL_TORCHES)
 
 # Runs stay: they took longer than anything that is deleted here.
-clean:
+clean: # everything that was built, but no runs
 	rm -rf $(VENV) build dist *.egg-info genrep_fast/*.so genrep_fast/build.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stem is an extra of pyproject.toml. Editable: sources are read where they lie, so that only a change of these files asks for another
 # installation. torch comes first, because the native code is built with its headers.
+INCLUDED_test := train
+INCLUDED_dev := test train
 $(VENV)/.installed-%: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*) | $(BIN)/pip
 	$(BIN)/pip install -c constraints.txt torch
 	$(BIN)/pip install -c constraints.txt -e '.[$*]'
-	@touch $@
+	@touch $@ $(addprefix $(VENV)/.installed-,$(INCLUDED_$*))
 
 $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)

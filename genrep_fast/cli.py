@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from .dispatch.report import info as backend_info
 from .extras import advice
-from .training.config import TrainingConfig, saved_data
+from .training.config import STAGES, TrainingConfig, saved_data
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -119,7 +119,7 @@ def evaluate(
     history = read_history(log) if log.is_file() else None
     folder = Path(output or Path(checkpoint) / "evaluation")
     with only_writer(folder), evaluation_progress() as progress:
-        metrics = run_evaluation(pipeline.model, pipeline.scheduler, splits, folder, settings=settings, history=history, progress=progress)
+        metrics = run_evaluation(pipeline.model, pipeline.scheduler, splits, folder, settings=settings, history=history, stages=STAGES, progress=progress)
     console.print(result_table(metrics))
     console.print(f"wrote {folder}: metrics.json, report.html, figures/")
 

@@ -80,6 +80,7 @@ def evaluate(
     *,
     settings: EvaluationSettings | None = None,
     history: Sequence[dict[str, Any]] | None = None,
+    stages: Sequence[str] | None = None,
     timings: dict[str, float] | None = None,
     teacher: dict[str, float] | None = None,
     progress: Progress | None = None,
@@ -94,6 +95,7 @@ def evaluate(
         output_dir: created where missing; files in it are replaced one by one, never left half-written.
         settings: sizes; None takes the defaults.
         history: logged steps of the training: dictionaries with ``stage``, ``step`` and any of the losses, ``cosine`` and ``alpha``.
+        stages: names of the training's stages, by number; None for the numbers alone.
         timings: wall times of the training in seconds, by name; repeated in the metrics.
         teacher: what is known of the distillation teacher, by name; repeated in the metrics.
         progress: called as ``progress(what, fraction)`` while it runs, fraction in [0, 1].
@@ -111,7 +113,7 @@ def evaluate(
     # Before the work, not after it: a folder that cannot be made is told at once.
     output_dir.mkdir(parents=True, exist_ok=True)
     evaluation = _Evaluation(model.eval(), scheduler, splits, settings or EvaluationSettings(), progress)
-    metrics, illustrations = evaluation.run(history or [])
+    metrics, illustrations = evaluation.run(history or [], stages)
     metrics["seconds"]["training"] = timings or {}
     metrics["teacher"] = teacher or {}
     metrics["undefined"] = undefined = []
@@ -136,7 +138,7 @@ class _Evaluation:
         self.work_done, self.work = 0, scored_images * splits.num_classes * settings.elbo_steps + samples * settings.num_inference_steps
         self.seconds: dict[str, Any] = {}
 
-    def run(self, history: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], list[Illustration]]:
+    def run(self, history: Sequence[dict[str, Any]], stages: Sequence[str] | None) -> tuple[dict[str, Any], list[Illustration]]:
         with self._timed("head"):
             head = self._head_log_probabilities()
         with self._timed("posterior"):
@@ -162,7 +164,7 @@ class _Evaluation:
         bins = {name: reliability_bins(values, labels) for name, values in {"head": head, **log_posteriors}.items()}
         illustrations = [draw_reliability(bins), *generation_figures, ood_figure]
         if history:
-            illustrations.append(draw_training(history))
+            illustrations.append(draw_training(history, stages))
         if any("cosine" in row for row in history):
             illustrations.append(draw_alignment(history))
         return metrics, illustrations

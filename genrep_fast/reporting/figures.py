@@ -7,7 +7,7 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from ..evaluation.metrics import ReliabilityBins
-from ..training.config import STAGES
+if TYPE_CHECKING:
+    from ..evaluation.metrics import ReliabilityBins
 
 # Okabe and Ito's palette, told apart by colour-blind readers too.
 BLUE, SKY, ORANGE, GREEN, VERMILION, PURPLE, GREY = "#0072B2", "#56B4E9", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#777777"
@@ -139,14 +139,15 @@ def draw_evidence(test: Tensor, shuffled: Tensor, uniform: Tensor) -> Figure:
 
 
 @illustration("training", "Training: losses of each stage over its optimizer steps; faint as logged, solid a running mean.")
-def draw_training(history: Sequence[dict[str, Any]]) -> Figure:
-    """One panel for each stage of the logged steps, with whichever of `LOSSES` were logged."""
-    stages = sorted({row["stage"] for row in history})
-    figure = Figure(figsize=(1.2 + 3.4 * len(stages), 4), layout="constrained")
-    for axes, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages, strict=True):
+def draw_training(history: Sequence[dict[str, Any]], stages: Sequence[str] | None = None) -> Figure:
+    """One panel for each stage of the logged steps, with whichever of `LOSSES` were logged; `stages` are the names of all."""
+    logged = sorted({row["stage"] for row in history})
+    figure = Figure(figsize=(1.2 + 3.4 * len(logged), 4), layout="constrained")
+    for axes, stage in zip(figure.subplots(1, len(logged), squeeze=False)[0], logged, strict=True):
         rows = [row for row in history if row["stage"] == stage]
         positive = all([_plot_series(axes, rows, key, color) for key, color in LOSSES.items()])
-        axes.set(title=f"stage {stage}: {STAGES[stage]}", xlabel="step", yscale="log" if positive else "linear")
+        title = f"stage {stage}" if stages is None else f"stage {stage}: {stages[stage]}"
+        axes.set(title=title, xlabel="step", yscale="log" if positive else "linear")
     figure.axes[0].set_ylabel("loss")
     drawn = {line.get_label(): line for axes in figure.axes for line in axes.lines if not line.get_label().startswith("_")}
     if drawn:

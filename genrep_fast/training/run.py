@@ -65,6 +65,7 @@ def _run(config: TrainingConfig, settings: EvaluationSettings | None) -> dict | 
                 Path(config.output),
                 settings=settings,
                 history=trainer.state.history,
+                stages=STAGES,
                 timings=trainer.state.seconds,
                 teacher=_teacher_facts(trainer.state),
                 progress=progress,
