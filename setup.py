@@ -1,4 +1,6 @@
-"""The part of the build that pyproject.toml cannot say: where the packages lie, and the native code (csrc/build.py)."""
+"""The part of the build that pyproject.toml cannot say: where the packages lie, and the native code
+(csrc/build.py).
+"""
 
 import importlib.util
 import os
@@ -13,16 +15,23 @@ from setuptools.command.dist_info import dist_info
 
 PURE = os.environ.get("GENREP_FAST_PURE") == "1"
 if PURE:  # what an earlier editable installation built would be loaded still
-    for built in (*(Path(__file__).parent / "genrep_fast").glob("_*.so"), Path(__file__).parent / "genrep_fast/build.json"):
+    for built in (
+        *(Path(__file__).parent / "genrep_fast").glob("_*.so"),
+        Path(__file__).parent / "genrep_fast/build.json",
+    ):
         built.unlink(missing_ok=True)
 
-_spec = importlib.util.spec_from_file_location("native_build", Path(__file__).parent / "csrc/build.py")
+_spec = importlib.util.spec_from_file_location(
+    "native_build", Path(__file__).parent / "csrc/build.py"
+)
 native_build = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(native_build)
 
 
 class BuildNative(build_ext):
-    """Compiles everything with ninja, into the wheel or, for an editable installation, beside the sources."""
+    """Compiles everything with ninja, into the wheel or, for an editable installation, beside the
+    sources.
+    """
 
     def run(self):
         try:
@@ -38,11 +47,17 @@ class BuildNative(build_ext):
 
     @property
     def _folder(self):
-        return Path(__file__).parent / "genrep_fast" if self.inplace or self.editable_mode else Path(self.build_lib) / "genrep_fast"
+        return (
+            Path(__file__).parent / "genrep_fast"
+            if self.inplace or self.editable_mode
+            else Path(self.build_lib) / "genrep_fast"
+        )
 
 
 class Metadata(dist_info):
-    """Refuses to describe what cannot be built: pip would fetch torch, gigabytes, between this step and the build."""
+    """Refuses to describe what cannot be built: pip would fetch torch, gigabytes, between this step
+    and the build.
+    """
 
     def run(self):
         if not PURE:
@@ -57,22 +72,45 @@ class BuildPython(build_py):
     """Leaves the tests that lie beside the benchmarks out of the wheel."""
 
     def find_package_modules(self, package, package_dir):
-        return [module for module in super().find_package_modules(package, package_dir) if not module[1].startswith("test_")]
+        return [
+            module
+            for module in super().find_package_modules(package, package_dir)
+            if not module[1].startswith("test_")
+        ]
 
 
 class Wheel(bdist_wheel):
-    """Tagged py3-none: the libraries know nothing of Python, and no Python misses _introspection, which was built for one alone."""
+    """Tagged py3-none: the libraries know nothing of Python, and no Python misses _introspection,
+    which was built for one alone.
+    """
 
     def get_tag(self):
         return "py3", "none", super().get_tag()[2]
 
 
 setup(
-    packages=[*find_packages(include=["genrep_fast", "genrep_fast.*"]), "genrep_fast.kernels", "genrep_fast.benchmarks"],
-    # The Triton sources are installed as genrep_fast.kernels: a top-level package named `kernels` would shadow Hugging Face's.
-    package_dir={"genrep_fast": "genrep_fast", "genrep_fast.kernels": "kernels/triton", "genrep_fast.benchmarks": "benchmarks"},
+    packages=[
+        *find_packages(include=["genrep_fast", "genrep_fast.*"]),
+        "genrep_fast.kernels",
+        "genrep_fast.benchmarks",
+    ],
+    # The Triton sources are installed as genrep_fast.kernels: a top-level package named `kernels`
+    # would shadow Hugging Face's.
+    package_dir={
+        "genrep_fast": "genrep_fast",
+        "genrep_fast.kernels": "kernels/triton",
+        "genrep_fast.benchmarks": "benchmarks",
+    },
     include_package_data=False,  # MANIFEST.in is the source distribution's
-    package_data={"genrep_fast": ["gpu_backends.json", "reporting/*.jinja"], "genrep_fast.benchmarks": ["*.jinja"]},
+    package_data={
+        "genrep_fast": ["gpu_backends.json", "reporting/*.jinja"],
+        "genrep_fast.benchmarks": ["*.jinja"],
+    },
     ext_modules=[] if PURE else [Extension("genrep_fast._introspection", sources=[])],
-    cmdclass={"build_ext": BuildNative, "build_py": BuildPython, "bdist_wheel": Wheel, "dist_info": Metadata},
+    cmdclass={
+        "build_ext": BuildNative,
+        "build_py": BuildPython,
+        "bdist_wheel": Wheel,
+        "dist_info": Metadata,
+    },
 )

@@ -1,13 +1,17 @@
-"""Aligning two gradients: time against the floor that memory sets, beside eager, compiled and published ways of doing it.
+"""Aligning two gradients: time against the floor that memory sets, beside eager, compiled and
+published ways of doing it.
 
-Gram reads both gradients, combine reads both and writes one: 5 N elements, 2.5 times what copying N elements moves. Every provider must
-first agree with the decomposition in float64. "list" is the 192 tensors of a transformer's 12 blocks.
+Gram reads both gradients, combine reads both and writes one: 5 N elements, 2.5 times what copying N
+elements moves. Every provider must first agree with the decomposition in float64. "list" is the 192
+tensors of a transformer's 12 blocks.
 
-Providers: `decomposition` (the method as it is told), `foreach` (closed form in torch._foreach operations), `compiled` (closed form through
-torch.compile, into preallocated tensors; not of lists, which take minutes to compile), `pcgrad, published` (flatten, project, unflatten: Yu
-et al., NeurIPS 2020, restated), `pcgrad, torchjd` (jac_to_grad, from stacked gradients to .grad), and `align_gradients` on each backend
-that can run, in place and into other tensors. `GradientAligner` is the same in place, with the gradients handed over as backward passes
-hand them over, and with a norm to clip at that is never reached.
+Providers: `decomposition` (the method as it is told), `foreach` (closed form in torch._foreach
+operations), `compiled` (closed form through torch.compile, into preallocated tensors; not of lists,
+which take minutes to compile), `pcgrad, published` (flatten, project, unflatten: Yu et al., NeurIPS
+2020, restated), `pcgrad, torchjd` (jac_to_grad, from stacked gradients to .grad), and
+`align_gradients` on each backend that can run, in place and into other tensors. `GradientAligner`
+is the same in place, with the gradients handed over as backward passes hand them over, and with a
+norm to clip at that is never reached.
 """
 
 import functools
@@ -20,7 +24,9 @@ from genrep_fast.benchmarks.measurement import DEVICE, Case, Provider, compiled_
 from genrep_fast.reference.alignment import alignment_coefficients
 
 WEIGHTS, POWER = [0.7, 0.3], 2.0
-BACKENDS = compiled_backends("gram", "group_gram", "alignment_coefficients", "tensor_coefficients", "combine")
+BACKENDS = compiled_backends(
+    "gram", "group_gram", "alignment_coefficients", "tensor_coefficients", "combine"
+)
 
 
 class Setting:
@@ -29,7 +35,10 @@ class Setting:
     def __init__(self, numel, layout):
         self.shapes = [(numel,)] if layout == "flat" else transformer_shapes(numel)
         generator = torch.Generator(DEVICE).manual_seed(0)
-        self.p, noise = ([torch.randn(shape, generator=generator, device=DEVICE) for shape in self.shapes] for _ in range(2))
+        self.p, noise = (
+            [torch.randn(shape, generator=generator, device=DEVICE) for shape in self.shapes]
+            for _ in range(2)
+        )
         self.g = [b - 0.5 * a for a, b in zip(self.p, noise, strict=True)]
         self.out = [torch.full_like(tensor, torch.nan) for tensor in self.p]
         self.numel = sum(tensor.numel() for tensor in self.p)
@@ -44,14 +53,27 @@ class Setting:
 
     @functools.cached_property
     def aligner(self):
-        return gf.GradientAligner([torch.nn.Parameter(tensor) for tensor in self.out], weights=WEIGHTS, power=POWER)
+        return gf.GradientAligner(
+            [torch.nn.Parameter(tensor) for tensor in self.out], weights=WEIGHTS, power=POWER
+        )
 
 
 def transformer_shapes(numel):
-    """Shapes of about `numel` parameters in 12 blocks of a diffusion transformer (DiT-B has width 768): 192 tensors, half of them tiny."""
+    """Shapes of about `numel` parameters in 12 blocks of a diffusion transformer (DiT-B has width
+    768): 192 tensors, half of them tiny.
+    """
     width = max(1, round((numel / (12 * 18)) ** 0.5))
     attention = [(width, width), (width,)] * 4
-    rest = [(4 * width, width), (4 * width,), (width, 4 * width), (width,), (6 * width, width), (6 * width,), (width,), (width,)]
+    rest = [
+        (4 * width, width),
+        (4 * width,),
+        (width, 4 * width),
+        (width,),
+        (6 * width, width),
+        (6 * width,),
+        (width,),
+        (width,),
+    ]
     return [*attention, *rest] * 12
 
 
@@ -70,7 +92,10 @@ def decomposition(setting):
     rho = ((dot / (squared_p.sqrt() * squared_g.sqrt()) + 1) / 2) ** POWER
     for a, b, result in zip(p, g, setting.out, strict=True):
         parallel_a, parallel_b = dot / squared_g * b, dot / squared_p * a
-        aligned_a, aligned_b = (a - parallel_a) + rho * parallel_a, (b - parallel_b) + rho * parallel_b
+        aligned_a, aligned_b = (
+            (a - parallel_a) + rho * parallel_a,
+            (b - parallel_b) + rho * parallel_b,
+        )
         result.copy_(WEIGHTS[0] * aligned_a + WEIGHTS[1] * aligned_b)
 
 
@@ -86,7 +111,9 @@ def foreach(setting):
 @torch.compile(fullgraph=True, dynamic=False)
 def closed_form(p, g, out):
     """Written for the compiler to fuse."""
-    squared_p, dot, squared_g = (sum((a * b).sum() for a, b in zip(*pair, strict=True)) for pair in ((p, p), (p, g), (g, g)))
+    squared_p, dot, squared_g = (
+        sum((a * b).sum() for a, b in zip(*pair, strict=True)) for pair in ((p, p), (p, g), (g, g))
+    )
     c = coefficients_of(squared_p, dot, squared_g)
     for a, b, result in zip(p, g, out, strict=True):
         result.copy_(c[0] * a + c[1] * b)
@@ -97,7 +124,9 @@ def compiled(in_place, setting):
 
 
 def published_pcgrad(setting):
-    flat = [torch.cat([tensor.flatten() for tensor in tensors]) for tensors in (setting.p, setting.g)]
+    flat = [
+        torch.cat([tensor.flatten() for tensor in tensors]) for tensors in (setting.p, setting.g)
+    ]
     projected = [gradient.clone() for gradient in flat]
     for gradient, other in zip(projected, reversed(flat), strict=True):
         dot = torch.dot(gradient, other)
@@ -121,7 +150,13 @@ def torchjd_pcgrad(setting):
 
 def ours(backend, in_place, setting):
     with gf.use_backend(backend):
-        gf.align_gradients(setting.p, setting.g, weights=WEIGHTS, power=POWER, out=setting.p if in_place else setting.out)
+        gf.align_gradients(
+            setting.p,
+            setting.g,
+            weights=WEIGHTS,
+            power=POWER,
+            out=setting.p if in_place else setting.out,
+        )
 
 
 def hand_over(aligner, p, g):
@@ -146,10 +181,25 @@ PROVIDERS = {  # name -> role and function
     "compiled, in place": ("bound", functools.partial(compiled, True)),
     "pcgrad, published": ("peer", published_pcgrad),
     **({"pcgrad, torchjd": ("peer", torchjd_pcgrad)} if find_spec("torchjd") else {}),
-    **{f"align_gradients, {name}": ("ours", functools.partial(ours, name, False)) for name in BACKENDS},
-    **{f"align_gradients, {name}, in place": ("variant", functools.partial(ours, name, True)) for name in BACKENDS},
-    **{f"GradientAligner, {name}": ("variant", functools.partial(training_loop, name, None)) for name in BACKENDS},
-    **{f"GradientAligner, {name}, max_norm": ("variant", functools.partial(training_loop, name, 1e9)) for name in BACKENDS},
+    **{
+        f"align_gradients, {name}": ("ours", functools.partial(ours, name, False))
+        for name in BACKENDS
+    },
+    **{
+        f"align_gradients, {name}, in place": ("variant", functools.partial(ours, name, True))
+        for name in BACKENDS
+    },
+    **{
+        f"GradientAligner, {name}": ("variant", functools.partial(training_loop, name, None))
+        for name in BACKENDS
+    },
+    **{
+        f"GradientAligner, {name}, max_norm": (
+            "variant",
+            functools.partial(training_loop, name, 1e9),
+        )
+        for name in BACKENDS
+    },
 }
 
 
@@ -160,14 +210,20 @@ def writes_over_gradient(name):
 def error_of(name, numel, layout):
     """Relative to the decomposition, or to PCGrad, in float64, in the norm."""
     setting, exact = Setting(numel, layout), Setting(numel, layout)
-    exact.p, exact.g, exact.out = ([tensor.double() for tensor in tensors] for tensors in (exact.p, exact.g, exact.out))
+    exact.p, exact.g, exact.out = (
+        [tensor.double() for tensor in tensors] for tensors in (exact.p, exact.g, exact.out)
+    )
     if name.startswith("pcgrad"):
         expected, results = published_pcgrad(exact), PROVIDERS[name][1](setting)
     else:
         decomposition(exact)
         PROVIDERS[name][1](setting)
         expected, results = exact.out, setting.p if writes_over_gradient(name) else setting.out
-    error = sum((a.double() - b).square().sum() for a, b in zip(results, expected, strict=True)).sqrt().item()
+    error = (
+        sum((a.double() - b).square().sum() for a, b in zip(results, expected, strict=True))
+        .sqrt()
+        .item()
+    )
     error /= sum(b.square().sum() for b in expected).sqrt().item()
     # In float32 `torch.dot` loses 3e-5 at N = 1e7, and a matrix product 2.4e-3 at N = 1e8.
     if not error < (1e-6 if PROVIDERS[name][0] in ("ours", "variant") else 5e-3):
@@ -179,12 +235,18 @@ def case(numel, layout):
     # Those that write over a gradient have gradients of their own, which soon conflict no more.
     settings = {in_place: Setting(numel, layout) for in_place in (False, True)}
     providers = {
-        name: Provider(functools.partial(run, settings[writes_over_gradient(name)]), functools.partial(error_of, name, numel, layout), role)
+        name: Provider(
+            functools.partial(run, settings[writes_over_gradient(name)]),
+            functools.partial(error_of, name, numel, layout),
+            role,
+        )
         for name, (role, run) in PROVIDERS.items()
         if layout == "flat" or not name.startswith("compiled")
     }
     numel = settings[False].numel
-    return Case(providers, numel, 5 * 4 * numel, 9 * numel, **copy_of(torch.empty(numel, device=DEVICE)))
+    return Case(
+        providers, numel, 5 * 4 * numel, 9 * numel, **copy_of(torch.empty(numel, device=DEVICE))
+    )
 
 
 CASES = {

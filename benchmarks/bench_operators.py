@@ -1,7 +1,9 @@
-"""Every operator by itself and in three sizes, on each backend that can run: what decides between Triton and CUDA C++ on a GPU.
+"""Every operator by itself and in three sizes, on each backend that can run: what decides between
+Triton and CUDA C++ on a GPU.
 
-The same arguments go to ``torch.ops.genrep_fast.<operator>`` under every backend. Each must first agree with the reference in float64, in
-the norm. Memory moves at least what is read and written, each tensor once.
+The same arguments go to ``torch.ops.genrep_fast.<operator>`` under every backend. Each must first
+agree with the reference in float64, in the norm. Memory moves at least what is read and written,
+each tensor once.
 
     python -m genrep_fast.benchmarks.bench_operators BACKEND    # the large cases between marks of the CUDA profiler, for ncu
 """
@@ -35,7 +37,13 @@ class Random:
 def tables(steps):
     """data, noisy, output, inv_var, log_norm [S] of the residual x - o."""
     one = torch.ones(steps, device=DEVICE)
-    return one, 0 * one, -one, STEP_SCALE**2 * torch.linspace(0.9, 1.1, steps, device=DEVICE), 0 * one
+    return (
+        one,
+        0 * one,
+        -one,
+        STEP_SCALE**2 * torch.linspace(0.9, 1.1, steps, device=DEVICE),
+        0 * one,
+    )
 
 
 def gradients(numel, lists):
@@ -77,12 +85,25 @@ def adamw_step(numel):
     coefficients = torch.tensor([[0.7, 0.3]], dtype=torch.float64, device=DEVICE)
     steps = [torch.tensor(3.0) for _ in range(count)]
     rest = [[0] * count, [0.7, 0.3], steps, torch.tensor(1e-3), 0.9, 0.999, 1e-8, 0.01, 0.999, None]
-    return [params, exp_avgs, [square.square() for square in squares], emas, tensors[4 * count :], coefficients, *rest]
+    return [
+        params,
+        exp_avgs,
+        [square.square() for square in squares],
+        emas,
+        tensors[4 * count :],
+        coefficients,
+        *rest,
+    ]
 
 
 def chunk(batch, classes, steps, shared=False):
     random = Random()
-    return [random(batch, *CHANNELS), random(1 if shared else batch, classes, steps, *CHANNELS), None, *tables(steps)]
+    return [
+        random(batch, *CHANNELS),
+        random(1 if shared else batch, classes, steps, *CHANNELS),
+        None,
+        *tables(steps),
+    ]
 
 
 def log_likelihood(*sizes):
@@ -97,12 +118,27 @@ def log_likelihood_backward(*sizes):
     arguments = chunk(*sizes)
     with gf.use_backend("reference"):
         likelihood, remainder = operators.log_likelihood(*arguments, "mixture", False)
-    return [torch.ones_like(likelihood), likelihood, remainder, *arguments, "mixture", False, [False, True, False]]
+    return [
+        torch.ones_like(likelihood),
+        likelihood,
+        remainder,
+        *arguments,
+        "mixture",
+        False,
+        [False, True, False],
+    ]
 
 
 def score_update(batch, classes, steps):
     count = torch.zeros(classes, dtype=torch.int64, device=DEVICE)
-    return [*chunk(batch, classes, steps), None, "mixture", False, count, empty_state((batch, classes), "mixture", torch.device(DEVICE))]
+    return [
+        *chunk(batch, classes, steps),
+        None,
+        "mixture",
+        False,
+        count,
+        empty_state((batch, classes), "mixture", torch.device(DEVICE)),
+    ]
 
 
 def posterior(*shape):
@@ -130,18 +166,38 @@ CHUNKS = [(1, 5, 5), (4, 10, 25), (8, 10, 200)]
 SCORES = [(8, 10), (64, 1000), (8, 150, 16384)]
 ARGUMENTS = {  # case -> operator, what makes its arguments, FLOPs an element of the largest one, sizes
     "gram": ("gram", gram, 6, PARAMETERS),
-    "alignment_coefficients": ("alignment_coefficients", alignment_coefficients, 20, [(1,), (100,), (10_000,)]),
+    "alignment_coefficients": (
+        "alignment_coefficients",
+        alignment_coefficients,
+        20,
+        [(1,), (100,), (10_000,)],
+    ),
     "group_gram": ("group_gram", group_gram, 2, [(1,), (100,), (10_000,)]),
-    "tensor_coefficients": ("tensor_coefficients", tensor_coefficients, 1, [(1,), (100,), (10_000,)]),
+    "tensor_coefficients": (
+        "tensor_coefficients",
+        tensor_coefficients,
+        1,
+        [(1,), (100,), (10_000,)],
+    ),
     "combine": ("combine", combine, 3, PARAMETERS),
     "adamw_step": ("adamw_step", adamw_step, 20, PARAMETERS),
     "log_likelihood": ("log_likelihood", log_likelihood, 6, CHUNKS),
-    "log_likelihood, shared centres": ("log_likelihood", shared_centres, 6, [(8, 10, 5), (64, 10, 100), (64, 10, 600)]),
+    "log_likelihood, shared centres": (
+        "log_likelihood",
+        shared_centres,
+        6,
+        [(8, 10, 5), (64, 10, 100), (64, 10, 600)],
+    ),
     "log_likelihood_backward": ("log_likelihood_backward", log_likelihood_backward, 14, CHUNKS),
     "score_update": ("score_update", score_update, 6, [(1, 5, 1), (4, 10, 1), (8, 1000, 1)]),
     "posterior": ("posterior", posterior, 5, SCORES),
     "distillation_loss": ("distillation_loss", distillation_loss, 12, SCORES),
-    "distillation_loss_backward": ("distillation_loss_backward", distillation_loss_backward, 16, SCORES),
+    "distillation_loss_backward": (
+        "distillation_loss_backward",
+        distillation_loss_backward,
+        16,
+        SCORES,
+    ),
     "reverse_step": ("reverse_step", reverse_step, 30, [(2,), (256,), (8192,)]),
 }
 
@@ -150,7 +206,11 @@ def flatten(values):
     """All floating-point tensors in nested lists and tuples."""
     if isinstance(values, torch.Tensor):
         return [values] if values.is_floating_point() else []
-    return [tensor for value in values for tensor in flatten(value)] if isinstance(values, list | tuple) else []
+    return (
+        [tensor for value in values for tensor in flatten(value)]
+        if isinstance(values, list | tuple)
+        else []
+    )
 
 
 def double(values):
@@ -169,7 +229,10 @@ def error_of(operator, backend, make):
     """Of results and of what was changed in place, relative in the norm."""
     arguments = make()
     exact = double(arguments)
-    results, expected = (list(flatten([run(operator, *call), call[1]])) for call in ((backend, arguments), ("reference", exact)))
+    results, expected = (
+        list(flatten([run(operator, *call), call[1]]))
+        for call in ((backend, arguments), ("reference", exact))
+    )
     if operator == "log_likelihood":
         del results[1], expected[1]  # what rounding took from the likelihood
     worst = 0.0
@@ -186,7 +249,11 @@ def case(operator, builder, flops, sizes):
     arguments = make()
     backends = {"reference": "eager"} | dict.fromkeys(compiled_backends(operator), "ours")
     providers = {
-        backend: Provider(functools.partial(run, operator, backend, arguments), functools.partial(error_of, operator, backend, make), role)
+        backend: Provider(
+            functools.partial(run, operator, backend, arguments),
+            functools.partial(error_of, operator, backend, make),
+            role,
+        )
         for backend, role in backends.items()
     }
     results = run(operator, "reference", make())
@@ -195,8 +262,18 @@ def case(operator, builder, flops, sizes):
     if operator == "adamw_step":  # parameters, moments and averages are written too
         moved += sum(tensor.nbytes for tensor in flatten(arguments[:4]))
     work = elements * (sizes[0] if builder is shared_centres else 1)
-    arithmetic = builder is shared_centres or operator in ("group_gram", "alignment_coefficients", "tensor_coefficients")
-    return Case(providers, elements, None if arithmetic else moved, flops * work, **copy_of(torch.empty(max(elements, 1), device=DEVICE)))
+    arithmetic = builder is shared_centres or operator in (
+        "group_gram",
+        "alignment_coefficients",
+        "tensor_coefficients",
+    )
+    return Case(
+        providers,
+        elements,
+        None if arithmetic else moved,
+        flops * work,
+        **copy_of(torch.empty(max(elements, 1), device=DEVICE)),
+    )
 
 
 CASES = {

@@ -1,12 +1,14 @@
 """One optimizer step on two gradients: alignment, AdamW and the moving average of the parameters.
 
-The fused step reads p and g for the Gram matrix (2 N elements), then reads p, g, the parameters, both moments and the average, and writes
-those four: 12 N. The same step on one gradient, without alignment, moves 10 N. Every provider must first agree with the separate operations
-in float64, over three steps.
+The fused step reads p and g for the Gram matrix (2 N elements), then reads p, g, the parameters,
+both moments and the average, and writes those four: 12 N. The same step on one gradient, without
+alignment, moves 10 N. Every provider must first agree with the separate operations in float64, over
+three steps.
 
-Providers: `decomposition`, `foreach` and `compiled` (alignment as in bench_alignment.py, then `AdamW(fused=True)` and
-`torch._foreach_lerp_`), `unaligned` (the latter two alone, on one gradient as it is: what a step costs without alignment),
-`align_gradients` (as the first three), and `AlignedAdamW` on each backend that can run, handing the gradients over included.
+Providers: `decomposition`, `foreach` and `compiled` (alignment as in bench_alignment.py, then
+`AdamW(fused=True)` and `torch._foreach_lerp_`), `unaligned` (the latter two alone, on one gradient
+as it is: what a step costs without alignment), `align_gradients` (as the first three), and
+`AlignedAdamW` on each backend that can run, handing the gradients over included.
 """
 
 import functools
@@ -19,7 +21,9 @@ from genrep_fast.benchmarks.bench_alignment import POWER, WEIGHTS
 from genrep_fast.benchmarks.measurement import DEVICE, Case, Provider, compiled_backends, copy_of
 
 EMA_DECAY = 0.999
-BACKENDS = compiled_backends("gram", "group_gram", "alignment_coefficients", "tensor_coefficients", "combine", "adamw_step")
+BACKENDS = compiled_backends(
+    "gram", "group_gram", "alignment_coefficients", "tensor_coefficients", "combine", "adamw_step"
+)
 
 
 class Setting(bench_alignment.Setting):
@@ -27,9 +31,14 @@ class Setting(bench_alignment.Setting):
 
     def __init__(self, numel, layout, dtype=torch.float32):
         super().__init__(numel, layout)
-        self.p, self.g, self.out = ([tensor.to(dtype) for tensor in tensors] for tensors in (self.p, self.g, self.out))
+        self.p, self.g, self.out = (
+            [tensor.to(dtype) for tensor in tensors] for tensors in (self.p, self.g, self.out)
+        )
         generator = torch.Generator(DEVICE).manual_seed(1)
-        self.weights = [torch.nn.Parameter(torch.randn(shape, generator=generator, device=DEVICE).to(dtype)) for shape in self.shapes]
+        self.weights = [
+            torch.nn.Parameter(torch.randn(shape, generator=generator, device=DEVICE).to(dtype))
+            for shape in self.shapes
+        ]
         self.averages = [weight.detach().clone() for weight in self.weights]
 
     @functools.cached_property
@@ -39,14 +48,18 @@ class Setting(bench_alignment.Setting):
     @functools.cached_property
     def aligned_adamw(self):
         aligner = gf.GradientAligner(self.weights, weights=WEIGHTS, power=POWER)
-        return gf.AlignedAdamW(self.weights, aligner=aligner, ema=self.averages, ema_decay=EMA_DECAY)
+        return gf.AlignedAdamW(
+            self.weights, aligner=aligner, ema=self.averages, ema_decay=EMA_DECAY
+        )
 
 
 def step_with(setting, gradients):
     for weight, gradient in zip(setting.weights, gradients, strict=True):
         weight.grad = gradient
     setting.adamw.step()
-    torch._foreach_lerp_(setting.averages, [weight.detach() for weight in setting.weights], 1 - EMA_DECAY)
+    torch._foreach_lerp_(
+        setting.averages, [weight.detach() for weight in setting.weights], 1 - EMA_DECAY
+    )
 
 
 def unaligned(setting):
@@ -67,10 +80,16 @@ def fused(backend, setting):
 PROVIDERS = {  # name -> role and function
     "decomposition": ("eager", functools.partial(separate, bench_alignment.decomposition)),
     "foreach": ("peer", functools.partial(separate, bench_alignment.foreach)),
-    "compiled": ("compiled", functools.partial(separate, functools.partial(bench_alignment.compiled, False))),
+    "compiled": (
+        "compiled",
+        functools.partial(separate, functools.partial(bench_alignment.compiled, False)),
+    ),
     "unaligned": ("bound", unaligned),
     **{
-        f"align_gradients, {name}": ("variant", functools.partial(separate, functools.partial(bench_alignment.ours, name, False)))
+        f"align_gradients, {name}": (
+            "variant",
+            functools.partial(separate, functools.partial(bench_alignment.ours, name, False)),
+        )
         for name in BACKENDS
     },
     **{f"AlignedAdamW, {name}": ("ours", functools.partial(fused, name)) for name in BACKENDS},
@@ -78,15 +97,24 @@ PROVIDERS = {  # name -> role and function
 
 
 def error_of(name, numel, layout):
-    """Relative, of parameters and averages; in the norm, as Adam divides by gradients of any size, small wrong ones too."""
+    """Relative, of parameters and averages; in the norm, as Adam divides by gradients of any size,
+    small wrong ones too.
+    """
     setting, exact = Setting(numel, layout), Setting(numel, layout, torch.float64)
     for _ in range(3):
         PROVIDERS[name][1](setting)
         PROVIDERS["unaligned" if name == "unaligned" else "decomposition"][1](exact)
     errors = []
     for results, expected in ((setting.weights, exact.weights), (setting.averages, exact.averages)):
-        difference = torch.cat([(result.double() - value).flatten() for result, value in zip(results, expected, strict=True)]).norm()
-        errors.append((difference / torch.cat([value.flatten() for value in expected]).norm()).item())
+        difference = torch.cat(
+            [
+                (result.double() - value).flatten()
+                for result, value in zip(results, expected, strict=True)
+            ]
+        ).norm()
+        errors.append(
+            (difference / torch.cat([value.flatten() for value in expected]).norm()).item()
+        )
     if not max(errors) < 1e-4:  # in float32 `torch.dot` costs 6e-6 at N = 1e7
         raise RuntimeError(f"relative error {max(errors):.1e}")
     return max(errors)
@@ -94,12 +122,18 @@ def error_of(name, numel, layout):
 
 def case(numel, layout):
     providers = {
-        name: Provider(functools.partial(run, Setting(numel, layout)), functools.partial(error_of, name, numel, layout), role)
+        name: Provider(
+            functools.partial(run, Setting(numel, layout)),
+            functools.partial(error_of, name, numel, layout),
+            role,
+        )
         for name, (role, run) in PROVIDERS.items()
         if layout == "flat" or role != "compiled"
     }
     numel = Setting(numel, layout).numel
-    return Case(providers, numel, 12 * 4 * numel, 26 * numel, **copy_of(torch.empty(numel, device=DEVICE)))
+    return Case(
+        providers, numel, 12 * 4 * numel, 26 * numel, **copy_of(torch.empty(numel, device=DEVICE))
+    )
 
 
 CASES = {

@@ -1,20 +1,26 @@
-"""A whole joint training step of GenRep on scikit-learn's digits, in its parts: what the method costs beside its network.
+"""A whole joint training step of GenRep on scikit-learn's digits, in its parts: what the method
+costs beside its network.
 
-A UNet of 11 million parameters, with batches, losses, groups and bank as `genrep train` has them by default: 128 images, and 128 chains a
-class of 25 steps, every fourth kept after a fifth, for which an analytic denoiser stands in (scoring costs the same whatever the centres).
+A UNet of 11 million parameters, with batches, losses, groups and bank as `genrep train` has them by
+default: 128 images, and 128 chains a class of 25 steps, every fourth kept after a fifth, for which
+an analytic denoiser stands in (scoring costs the same whatever the centres).
 Cases:
 
-- "denoiser": forward and backward passes of both losses and the momentum network's features, as they are without the method.
+- "denoiser": forward and backward passes of both losses and the momentum network's features, as
+  they are without the method.
 - "teacher evaluations": what the bank's refreshes add to a step, 16 images through the network.
-- "scoring": images against the bank, posterior and distillation loss, and the gradient of the logits.
-- "alignment", "optimizer", "average": `align_gradients` of the reference, `torch.optim.AdamW` as it comes, `torch._foreach_lerp_`; "Gram
-  pass": what ours needs before it can combine, update and average in one more pass. Parts of the next one, for the picture.
+- "scoring": images against the bank, posterior and distillation loss, and the gradient of the
+  logits.
+- "alignment", "optimizer", "average": `align_gradients` of the reference, `torch.optim.AdamW` as it
+  comes, `torch._foreach_lerp_`; "Gram pass": what ours needs before it can combine, update and
+  average in one more pass. Parts of the next one, for the picture.
 - "update": alignment, optimizer and average together.
 - "method": scoring and update, all but the denoiser.
-- "step": the whole of it; also "unaligned": two backward passes into .grad, without distillation and alignment, AdamW(fused=True) and
-  average.
+- "step": the whole of it; also "unaligned": two backward passes into .grad, without distillation
+  and alignment, AdamW(fused=True) and average.
 
-Every provider must first agree with float64: the loss, parameters and averages after an update; for the whole step, with the eager one.
+Every provider must first agree with float64: the loss, parameters and averages after an update; for
+    the whole step, with the eager one.
 """
 
 import functools
@@ -38,7 +44,8 @@ BACKENDS = compiled_backends("gram", "adamw_step", "log_likelihood", "distillati
 
 
 class Update:
-    """What one step changes: parameters, averages and the state of both optimizers; and the gradients of both losses.
+    """What one step changes: parameters, averages and the state of both optimizers; and the
+    gradients of both losses.
 
     A gradient is None where a loss does not reach the parameter.
     """
@@ -50,12 +57,18 @@ class Update:
         self.adamw = torch.optim.AdamW(parameters, **options, fused=fused)
         group_of = dict(zip(map(str, range(len(groups))), groups, strict=True)).get
         named = {str(i): parameter for i, parameter in enumerate(parameters)}
-        self.aligner = gf.GradientAligner(named.items(), weights=WEIGHTS, power=POWER, groups=group_of)
-        self.aligned_adamw = gf.AlignedAdamW(parameters, **options, aligner=self.aligner, ema=self.averages, ema_decay=EMA_DECAY)
+        self.aligner = gf.GradientAligner(
+            named.items(), weights=WEIGHTS, power=POWER, groups=group_of
+        )
+        self.aligned_adamw = gf.AlignedAdamW(
+            parameters, **options, aligner=self.aligner, ema=self.averages, ema_decay=EMA_DECAY
+        )
 
     def align(self):
         with gf.use_backend("reference"):
-            aligned, _ = gf.align_gradients(*self.gradients, weights=WEIGHTS, power=POWER, groups=self.groups)
+            aligned, _ = gf.align_gradients(
+                *self.gradients, weights=WEIGHTS, power=POWER, groups=self.groups
+            )
         for parameter, gradient in zip(self.parameters, aligned, strict=True):
             parameter.grad = gradient
 
@@ -88,48 +101,99 @@ class Setting:
 
     def __init__(self, batch):
         torch.manual_seed(0)
-        options = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "layers_per_block": 1, "block_out_channels": (128, 256)}
-        blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+        options = {
+            "sample_size": 8,
+            "in_channels": 1,
+            "out_channels": 1,
+            "layers_per_block": 1,
+            "block_out_channels": (128, 256),
+        }
+        blocks = {
+            "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+            "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        }
         backbone = UNet2DModel(**options, **blocks, norm_num_groups=8, attention_head_dim=16)
         self.model = GenRep.from_backbone(backbone, CLASSES).to(DEVICE)
-        for layer in (self.model.mean_modulation, self.model.log_std_modulation[-1]):  # zero at first, which would stop gradients
+        for layer in (
+            self.model.mean_modulation,
+            self.model.log_std_modulation[-1],
+        ):  # zero at first, which would stop gradients
             torch.nn.init.normal_(layer.weight, std=0.05)
         self.momentum = self.model.frozen_copy()
         self.scheduler = build_scheduler(CONFIG)
-        options = {"alignment_weight": CONFIG.alignment_weight, "variance_weight": CONFIG.variance_weight}
+        options = {
+            "alignment_weight": CONFIG.alignment_weight,
+            "variance_weight": CONFIG.variance_weight,
+        }
         self.generation_loss = GenerationLoss(self.scheduler, **options).to(DEVICE)
         images, labels = as_tensors(load_data("digits").train)
-        self.class_means = torch.stack([images[labels == label].mean(0) for label in range(CLASSES)]).to(DEVICE)
+        self.class_means = torch.stack(
+            [images[labels == label].mean(0) for label in range(CLASSES)]
+        ).to(DEVICE)
         self.x, self.labels = images[:batch].to(DEVICE), labels[:batch].to(DEVICE)
         self.labelled = torch.ones(batch, dtype=torch.bool, device=DEVICE)
         self.logits = torch.randn(batch, CLASSES, device=DEVICE)
-        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.parameters = [
+            parameter for parameter in self.model.parameters() if parameter.requires_grad
+        ]
         self.groups = self.model.alignment_groups()
         self.bank = self._bank()
-        self.gradients = [torch.autograd.grad(loss(), self.parameters, allow_unused=True) for loss in (self.perception, self.generation)]
+        self.gradients = [
+            torch.autograd.grad(loss(), self.parameters, allow_unused=True)
+            for loss in (self.perception, self.generation)
+        ]
 
     def update(self, dtype=torch.float32):
         """Of copies of the parameters."""
-        parameters = [torch.nn.Parameter(parameter.detach().to(dtype, copy=True)) for parameter in self.parameters]
-        gradients = [[None if grad is None else grad.to(dtype) for grad in of_loss] for of_loss in self.gradients]
+        parameters = [
+            torch.nn.Parameter(parameter.detach().to(dtype, copy=True))
+            for parameter in self.parameters
+        ]
+        gradients = [
+            [None if grad is None else grad.to(dtype) for grad in of_loss]
+            for of_loss in self.gradients
+        ]
         return Update(parameters, self.groups, gradients)
 
     def _bank(self):
         steps = CONFIG.teacher_steps
-        options = {"num_inference_steps": steps, "burn_in": steps // 5, "thin": 4, "center": "sample", "sigma_floor": 0.2, "seed": 0}
+        options = {
+            "num_inference_steps": steps,
+            "burn_in": steps // 5,
+            "thin": 4,
+            "center": "sample",
+            "sigma_floor": 0.2,
+            "seed": 0,
+        }
         return gf.ChainBank.build(
-            self._denoise_classes, self.scheduler, CLASSES, self.x.shape[1:], chains=CONFIG.teacher_chains, device=DEVICE, **options
+            self._denoise_classes,
+            self.scheduler,
+            CLASSES,
+            self.x.shape[1:],
+            chains=CONFIG.teacher_chains,
+            device=DEVICE,
+            **options,
         )
 
     def _denoise_classes(self, x_t, timesteps, labels):
         """The exact noise prediction for classes N(mean of the class's digits, 0.25 I)."""
         level = self.scheduler.alphas_cumprod.to(x_t)[timesteps].view(-1, 1, 1, 1)
-        return (1 - level).sqrt() * (x_t - level.sqrt() * self.class_means[labels]) / (0.25 * level + 1 - level)
+        return (
+            (1 - level).sqrt()
+            * (x_t - level.sqrt() * self.class_means[labels])
+            / (0.25 * level + 1 - level)
+        )
 
     def perception(self, distillation=None):
         logits = self.model.perceive(self.x)
         value = None if distillation is None else distillation(logits)
-        return perception_loss(logits, self.labels, self.labelled, value, distillation_weight=CONFIG.distillation_weight)[0]
+        return perception_loss(
+            logits,
+            self.labels,
+            self.labelled,
+            value,
+            distillation_weight=CONFIG.distillation_weight,
+        )[0]
 
     def generation(self):
         torch.manual_seed(1)
@@ -153,7 +217,9 @@ class Setting:
 
     @torch.no_grad()
     def evaluate_teacher(self):
-        self.momentum(self.x[:TEACHER_EVALUATIONS], 500, self.labels[:TEACHER_EVALUATIONS], modulate=False)
+        self.momentum(
+            self.x[:TEACHER_EVALUATIONS], 500, self.labels[:TEACHER_EVALUATIONS], modulate=False
+        )
 
 
 def unaligned_step(setting, update):
@@ -167,7 +233,10 @@ def unaligned_step(setting, update):
 def eager_step(setting, update):
     with gf.use_backend("reference"):
         perception = setting.perception(setting.distillation)
-    update.gradients = [torch.autograd.grad(loss, setting.parameters, allow_unused=True) for loss in (perception, setting.generation())]
+    update.gradients = [
+        torch.autograd.grad(loss, setting.parameters, allow_unused=True)
+        for loss in (perception, setting.generation())
+    ]
     update.eager()
 
 
@@ -188,7 +257,10 @@ def setting_of(batch):
 
 def norm_error(results, expected):
     """Of lists of tensors, relative, in the norm."""
-    difference = sum((result.double() - value.double()).square().sum() for result, value in zip(results, expected, strict=True))
+    difference = sum(
+        (result.double() - value.double()).square().sum()
+        for result, value in zip(results, expected, strict=True)
+    )
     return (difference / sum(value.double().square().sum() for value in expected)).sqrt().item()
 
 
@@ -203,7 +275,13 @@ def scoring_error(backend):
     logits, x = setting.logits.detach().double().requires_grad_(), setting.x.double()
     loss = gf.distillation_loss(logits, setting.bank.log_likelihood(x))
     expected = loss.detach(), torch.autograd.grad(loss, logits)[0]
-    return require(max(norm_error([result], [value]) for result, value in zip(setting.score(backend), expected, strict=True)), 1e-4)
+    return require(
+        max(
+            norm_error([result], [value])
+            for result, value in zip(setting.score(backend), expected, strict=True)
+        ),
+        1e-4,
+    )
 
 
 def update_error(step):
@@ -218,7 +296,8 @@ def update_error(step):
 def step_error(step):
     """Of what a whole step of a small batch adds to the parameters, against the eager one.
 
-    With eps = 1: as it is, Adam's first step is the gradients' sign, which on a GPU follows the rounding of sums in any order.
+    With eps = 1: as it is, Adam's first step is the gradients' sign, which on a GPU follows the
+    rounding of sums in any order.
     """
     added = []
     for take in (step, eager_step):
@@ -228,7 +307,12 @@ def step_error(step):
         for optimizer in (update.adamw, update.aligned_adamw):
             optimizer.param_groups[0]["eps"] = 1.0
         take(setting, update)
-        added.append([parameter.detach() - start for parameter, start in zip(setting.parameters, before, strict=True)])
+        added.append(
+            [
+                parameter.detach() - start
+                for parameter, start in zip(setting.parameters, before, strict=True)
+            ]
+        )
     return require(norm_error(*added), 1e-3)
 
 
@@ -251,7 +335,9 @@ def whole_step(backend, setting, update):
         our_step(backend, setting, update)
 
 
-METHODS = {"eager reference": ("eager", "reference")} | {f"genrep_fast, {name}": ("ours", name) for name in BACKENDS}
+METHODS = {"eager reference": ("eager", "reference")} | {
+    f"genrep_fast, {name}": ("ours", name) for name in BACKENDS
+}
 
 
 def case(name):
@@ -267,25 +353,43 @@ def case(name):
             "optimizer": (update.adamw.step, "eager reference", "eager"),
             "average": (update.average, "eager reference", "eager"),
         }[name]
-        providers = {provider: Provider(run, float, role)}  # torch's own operations, and parts of what "update" checks
+        providers = {
+            provider: Provider(run, float, role)
+        }  # torch's own operations, and parts of what "update" checks
     elif name == "Gram pass":
-        providers = {f"genrep_fast, {backend}": Provider(functools.partial(update.gram, backend), float, "variant") for backend in BACKENDS}
+        providers = {
+            f"genrep_fast, {backend}": Provider(
+                functools.partial(update.gram, backend), float, "variant"
+            )
+            for backend in BACKENDS
+        }
     elif name == "scoring":
         providers = {
-            provider: Provider(functools.partial(setting.score, backend), functools.partial(scoring_error, backend), role)
+            provider: Provider(
+                functools.partial(setting.score, backend),
+                functools.partial(scoring_error, backend),
+                role,
+            )
             for provider, (role, backend) in METHODS.items()
         }
     elif name == "step":
         whole = Update(setting.parameters, setting.groups, setting.gradients, fused=True)
-        providers = {"unaligned": Provider(functools.partial(unaligned_step, setting, whole), float, "bound")}
+        providers = {
+            "unaligned": Provider(functools.partial(unaligned_step, setting, whole), float, "bound")
+        }
         for provider, (role, backend) in METHODS.items():
             step = functools.partial(whole_step, backend)
             state = Update(setting.parameters, setting.groups, setting.gradients)
-            providers[provider] = Provider(functools.partial(step, setting, state), functools.partial(step_error, step), role)
+            providers[provider] = Provider(
+                functools.partial(step, setting, state), functools.partial(step_error, step), role
+            )
     else:
         providers = {}
         for provider, (role, backend) in METHODS.items():
-            run = {"update": functools.partial(take_update, backend), "method": functools.partial(method, backend, setting)}[name]
+            run = {
+                "update": functools.partial(take_update, backend),
+                "method": functools.partial(method, backend, setting),
+            }[name]
             error = functools.partial(update_error, functools.partial(take_update, backend))
             providers[provider] = Provider(functools.partial(run, setting.update()), error, role)
         moved = moved_by_update(update) if name == "update" else None
@@ -294,15 +398,30 @@ def case(name):
 
 
 def moved_by_update(update):
-    """Bytes: gradients read once, those that are aligned twice; parameters, moments and averages read and written."""
+    """Bytes: gradients read once, those that are aligned twice; parameters, moments and averages
+    read and written.
+    """
     elements = 0
-    for parameter, group, *gradients in zip(update.parameters, update.groups, *update.gradients, strict=True):
+    for parameter, group, *gradients in zip(
+        update.parameters, update.groups, *update.gradients, strict=True
+    ):
         present = sum(gradient is not None for gradient in gradients)
         elements += parameter.numel() * (8 + present * (1 if group is None else 2))
     return 4 * elements
 
 
-NAMES = ["denoiser", "teacher evaluations", "scoring", "alignment", "optimizer", "average", "Gram pass", "update", "method", "step"]
+NAMES = [
+    "denoiser",
+    "teacher evaluations",
+    "scoring",
+    "alignment",
+    "optimizer",
+    "average",
+    "Gram pass",
+    "update",
+    "method",
+    "step",
+]
 CASES = {name: functools.partial(case, name) for name in NAMES}
 QUICK = list(CASES)
 SMALLEST = "update"

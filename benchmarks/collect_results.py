@@ -4,14 +4,16 @@
     python benchmarks/collect_results.py results FOLDER OUTPUT   # results.json and table.txt; exit status 1 unless everything succeeded
     python benchmarks/collect_results.py backends RESULTS FILE   # the faster backend of each operator, into genrep_fast/gpu_backends.json
 
-results.json holds `date` (UTC), `commit`, `finished`, `succeeded` (every step passed, or was skipped for want of a tool), `environment`
-(see above), `steps` (verdict and seconds of each, in the order in which they ended), `tests` (counts by file, and the names of failures),
-`sanitizers` (verdicts), `rows` (of `genrep bench`, see `measure`), `triton_over_cuda` (of every case that both ran, with the time that a
-loop of calls would take: the GPU's, or the host's where that is longer), and `ncu` (kernels of the operators' large cases: share of the
-memory's peak throughput, and time). It is made from what there is of a folder of intermediate files:
+results.json holds `date` (UTC), `commit`, `finished`, `succeeded` (every step passed, or was
+skipped for want of a tool), `environment` (see above), `steps` (verdict and seconds of each, in the
+order in which they ended), `tests` (counts by file, and the names of failures), `sanitizers`
+(verdicts), `rows` (of `genrep bench`, see `measure`), `triton_over_cuda` (of every case that both
+ran, with the time that a loop of calls would take: the GPU's, or the host's where that is longer),
+and `ncu` (kernels of the operators' large cases: share of the memory's peak throughput, and time).
+It is made from what there is of a folder of intermediate files:
 
-    environment.json, status/<group>:<name> ("<exit status> <seconds>" or "skipped: <reason>"), logs/<group>/<name>, junit/<name>.xml,
-    benchmarks/<name>/bench.json and *.png, finished (empty)
+    environment.json, status/<group>:<name> ("<exit status> <seconds>" or "skipped: <reason>"),
+    logs/<group>/<name>, junit/<name>.xml, benchmarks/<name>/bench.json and *.png, finished (empty)
 """
 
 import argparse
@@ -42,14 +44,21 @@ def environment() -> dict:
     found = environment() | {"info": gf.info()}
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        found |= {"capability": f"{properties.major}.{properties.minor}", "memory_bytes": properties.total_memory}
+        found |= {
+            "capability": f"{properties.major}.{properties.minor}",
+            "memory_bytes": properties.total_memory,
+        }
         found |= {"multiprocessors": properties.multi_processor_count}
         query = ["nvidia-smi", "--id=0", "--query-gpu=driver_version", "--format=csv,noheader"]
-        found["driver"] = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+        found["driver"] = subprocess.run(
+            query, capture_output=True, text=True, check=True
+        ).stdout.strip()
         library = Path(gf.__file__).parent / "_C_cuda.so"
         try:
             describe = import_module("genrep_fast._introspection").describe
-            found["kernel_attributes"] = json.loads(describe(str(library), "genrep_fast_cuda_kernel_attributes"))
+            found["kernel_attributes"] = json.loads(
+                describe(str(library), "genrep_fast_cuda_kernel_attributes")
+            )
         except (ImportError, RuntimeError) as error:  # a wheel of another Python, or no library
             found["kernel_attributes"] = str(error)
     return found
@@ -60,7 +69,11 @@ def results(folder: Path) -> dict:
     statuses = sorted(folder.glob("status/*"), key=lambda path: path.stat().st_mtime_ns)
     steps = {path.name: verdict_of(path, folder) for path in statuses}
     finished = (folder / "finished").exists()
-    failed = [name for name, step in steps.items() if step["verdict"] == NO_TIME or not step["verdict"].startswith(("passed", "skipped"))]
+    failed = [
+        name
+        for name, step in steps.items()
+        if step["verdict"] == NO_TIME or not step["verdict"].startswith(("passed", "skipped"))
+    ]
     found = folder / "environment.json"
     runs = [json.loads(path.read_text()) for path in sorted(folder.glob("benchmarks/*/bench.json"))]
     rows = [row | {"command": run["environment"]["command"]} for run in runs for row in run["rows"]]
@@ -72,11 +85,18 @@ def results(folder: Path) -> dict:
         "environment": json.loads(found.read_text()) if found.exists() else None,
         "steps": steps,
         "tests": {path.stem: count_tests(path) for path in sorted(folder.glob("junit/*.xml"))},
-        "sanitizers": {name.partition(":")[2]: step["verdict"] for name, step in steps.items() if name.startswith("sanitizers:")},
+        "sanitizers": {
+            name.partition(":")[2]: step["verdict"]
+            for name, step in steps.items()
+            if name.startswith("sanitizers:")
+        },
         "peak_gflops": max((run["environment"]["peak_gflops"] for run in runs), default=None),
         "rows": rows,
         "triton_over_cuda": compare_backends(rows),
-        "ncu": {path.stem.removeprefix("ncu_"): kernels_of(path) for path in sorted(folder.glob("logs/benchmarks/ncu_*"))},
+        "ncu": {
+            path.stem.removeprefix("ncu_"): kernels_of(path)
+            for path in sorted(folder.glob("logs/benchmarks/ncu_*"))
+        },
     }
 
 
@@ -86,17 +106,29 @@ def verdict_of(path: Path, folder: Path) -> dict:
         return {"verdict": text, "seconds": 0}
     status, seconds = (int(part) for part in text.split())
     log = folder / "logs" / path.name.replace(":", "/")
-    if status and path.name.startswith("sanitizers:") and UNSUPPORTED in log.read_text(errors="replace"):
-        return {"verdict": "skipped: compute-sanitizer does not support this device", "seconds": seconds}
+    if (
+        status
+        and path.name.startswith("sanitizers:")
+        and UNSUPPORTED in log.read_text(errors="replace")
+    ):
+        return {
+            "verdict": "skipped: compute-sanitizer does not support this device",
+            "seconds": seconds,
+        }
     if status == NO_TESTS and path.name.startswith("tests:"):
         return {"verdict": "skipped: no test was left to run", "seconds": seconds}
-    verdict = {0: "passed", 124: "timed out", 137: "timed out"}.get(status, f"failed: exit status {status}")
+    verdict = {0: "passed", 124: "timed out", 137: "timed out"}.get(
+        status, f"failed: exit status {status}"
+    )
     return {"verdict": verdict, "seconds": seconds}
 
 
 def count_tests(path: Path) -> dict:
     cases = list(ElementTree.parse(path).iter("testcase"))
-    by_outcome = {kind: [case for case in cases if case.find(kind) is not None] for kind in ("failure", "error", "skipped")}
+    by_outcome = {
+        kind: [case for case in cases if case.find(kind) is not None]
+        for kind in ("failure", "error", "skipped")
+    }
     failures = by_outcome["failure"] + by_outcome["error"]
     passed = len(cases) - len(failures) - len(by_outcome["skipped"])
     counts = {"passed": passed, "failed": len(failures), "skipped": len(by_outcome["skipped"])}
@@ -105,19 +137,30 @@ def count_tests(path: Path) -> dict:
 
 def compare_backends(rows: list[dict]) -> list[dict]:
     """A row for each case and way that both backends were timed in."""
-    times = {(row["suite"], row["case"], row["provider"]): max(row["ms"], row.get("host_ms", 0.0)) for row in rows if "ms" in row}
+    times = {
+        (row["suite"], row["case"], row["provider"]): max(row["ms"], row.get("host_ms", 0.0))
+        for row in rows
+        if "ms" in row
+    }
     sizes = {(row["suite"], row["case"]): row["elements"] for row in rows}
     comparison = []
     for (suite, case, provider), cuda in times.items():
         triton = times.get((suite, case, provider.replace("cuda", "triton")))
         if "cuda" in provider and triton is not None:
-            row = {"suite": suite, "case": case, "provider": provider.replace("cuda", "…"), "elements": sizes[suite, case]}
+            row = {
+                "suite": suite,
+                "case": case,
+                "provider": provider.replace("cuda", "…"),
+                "elements": sizes[suite, case],
+            }
             comparison.append(row | {"cuda_ms": cuda, "triton_ms": triton, "ratio": triton / cuda})
     return comparison
 
 
 def kernels_of(log: Path) -> list[dict]:
-    """Kernels in ncu's CSV, among whatever else was printed: name, percent of the memory's peak throughput, and microseconds."""
+    """Kernels in ncu's CSV, among whatever else was printed: name, percent of the memory's peak
+    throughput, and microseconds.
+    """
     lines = log.read_text(errors="replace").splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
     kernels: dict[str, dict] = {}
@@ -134,13 +177,17 @@ def kernels_of(log: Path) -> list[dict]:
 
 
 def faster_backends(comparison: list[dict]) -> dict[str, list[list]]:
-    """Operator -> [number of elements, backend that is the faster one up to it], the last number None.
+    """Operator -> [number of elements, backend that is the faster one up to it], the last number
+    None.
 
-    Between two sizes that were measured the border is their geometric mean. A gradient finds its steps' likelihoods again only where it
-    runs on forward's backend, whose entry it takes therefore.
+    Between two sizes that were measured the border is their geometric mean. A gradient finds its
+    steps' likelihoods again only where it runs on forward's backend, whose entry it takes
+    therefore.
     """
     found: dict[str, list[list]] = {}
-    for row in sorted((row for row in comparison if row["suite"] == "operators"), key=lambda row: row["elements"]):
+    for row in sorted(
+        (row for row in comparison if row["suite"] == "operators"), key=lambda row: row["elements"]
+    ):
         name = row["case"].rpartition(" ")[0]
         if "," in name:  # another kind of arguments of an operator that has a row of its own
             continue
@@ -163,21 +210,46 @@ def table(found: dict) -> str:
     """The results as text."""
     device = found["environment"]["device"] if found["environment"] else "unknown device"
     lines = [f"{device}, commit {found['commit']}, {found['date']}", ""]
-    lines += [f"{name:36}{step['seconds']:5} s  {step['verdict']}" for name, step in found["steps"].items()]
+    lines += [
+        f"{name:36}{step['seconds']:5} s  {step['verdict']}"
+        for name, step in found["steps"].items()
+    ]
     lines += ["", f"{'tests':36}{'passed':>8}{'failed':>8}{'skipped':>9}"]
-    lines += [f"{name:36}{counts['passed']:8}{counts['failed']:8}{counts['skipped']:9}" for name, counts in found["tests"].items()]
-    lines += ["", f"{'case':54}{'provider':32}{'ms':>10}{'host ms':>10}{'% of copy':>11}{'eager':>8}{'compiled':>10}"]
+    lines += [
+        f"{name:36}{counts['passed']:8}{counts['failed']:8}{counts['skipped']:9}"
+        for name, counts in found["tests"].items()
+    ]
+    lines += [
+        "",
+        f"{'case':54}{'provider':32}{'ms':>10}{'host ms':>10}{'% of copy':>11}{'eager':>8}{'compiled':>10}",
+    ]
     for row in found["rows"]:
-        figures = [(row.get(key), spec) for key, spec in (("ms", "10.4f"), ("host_ms", "10.3f"), ("bandwidth_percent", "11.0f"))]
-        figures += [(row.get(key), spec) for key, spec in (("over_eager", "8.2f"), ("over_compiled", "10.2f"))]
-        text = "".join(" " * int(spec.partition(".")[0]) if value is None else format(value, spec) for value, spec in figures)
-        lines.append(f"{row['suite'] + ': ' + row['case']:54}{row['provider']:32}{text}{row.get('failure', '')}")
+        figures = [
+            (row.get(key), spec)
+            for key, spec in (("ms", "10.4f"), ("host_ms", "10.3f"), ("bandwidth_percent", "11.0f"))
+        ]
+        figures += [
+            (row.get(key), spec)
+            for key, spec in (("over_eager", "8.2f"), ("over_compiled", "10.2f"))
+        ]
+        text = "".join(
+            " " * int(spec.partition(".")[0]) if value is None else format(value, spec)
+            for value, spec in figures
+        )
+        lines.append(
+            f"{row['suite'] + ': ' + row['case']:54}{row['provider']:32}{text}{row.get('failure', '')}"
+        )
     lines += ["", f"{'Triton over CUDA':54}{'provider':32}{'elements':>12}{'ratio':>8}"]
     for row in found["triton_over_cuda"]:
-        lines.append(f"{row['suite'] + ': ' + row['case']:54}{row['provider']:32}{row['elements']:12}{row['ratio']:8.2f}")
+        lines.append(
+            f"{row['suite'] + ': ' + row['case']:54}{row['provider']:32}{row['elements']:12}{row['ratio']:8.2f}"
+        )
     for backend, kernels in found["ncu"].items():
         lines += ["", f"{'ncu, ' + backend:100}{'us':>10}{'% of peak':>11}"]
-        lines += [f"{row['kernel'][:98]:100}{row.get('us', 0):10.1f}{row.get('memory_percent', 0):11.0f}" for row in kernels]
+        lines += [
+            f"{row['kernel'][:98]:100}{row.get('us', 0):10.1f}{row.get('memory_percent', 0):11.0f}"
+            for row in kernels
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -207,7 +279,9 @@ def main() -> int:
         known = json.loads(options.file.read_text()) if options.file.exists() else {}
         known[found["environment"]["capability"]] = faster_backends(found["triton_over_cuda"])
         lines = [
-            f' "{capability}": {{\n' + ",\n".join(f'  "{name}": {json.dumps(steps)}' for name, steps in of_device.items()) + "\n }"
+            f' "{capability}": {{\n'
+            + ",\n".join(f'  "{name}": {json.dumps(steps)}' for name, steps in of_device.items())
+            + "\n }"
             for capability, of_device in sorted(known.items())
         ]
         replace(options.file, "{\n" + ",\n".join(lines) + "\n}\n")

@@ -1,4 +1,6 @@
-"""How the benchmarks measure: cases and their providers, the correctness gate, interleaved times with empty caches, memory, and ratios."""
+"""How the benchmarks measure: cases and their providers, the correctness gate, interleaved times
+with empty caches, memory, and ratios.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ _CACHE_BYTES = 512 << 20  # more than the caches hold
 _CYCLES_PER_SECOND = 2e9  # of a GPU, about
 _LEAST_CALLS = 7
 
-torch._dynamo.config.recompile_limit = 64  # every size, dtype and number of threads is compiled for itself
+torch._dynamo.config.recompile_limit = (
+    64  # every size, dtype and number of threads is compiled for itself
+)
 
 
 @dataclass(frozen=True)
@@ -32,8 +36,10 @@ class Provider:
 
     Attributes:
         run: does it once.
-        error: does it once and returns its error against float64, as the suite defines it; raises RuntimeError where it is too large.
-        role: what a ratio to it means; a "bound" does less than the work, for comparison, and a "variant" is another way of ours.
+        error: does it once and returns its error against float64, as the suite defines it; raises
+            RuntimeError where it is too large.
+        role: what a ratio to it means; a "bound" does less than the work, for comparison, and a
+            "variant" is another way of ours.
     """
 
     run: Callable[[], object]
@@ -48,7 +54,8 @@ class Case:
     Attributes:
         providers: by name.
         elements: size of the work.
-        moved_bytes: that memory must move at least, whoever does it; None where memory is not what bounds it.
+        moved_bytes: that memory must move at least, whoever does it; None where memory is not what
+            bounds it.
         flops: floating-point operations that it takes at least.
         copy: `Tensor.copy_` on as much memory as the case's data, for the bandwidth.
         copied_bytes: read and written by `copy`.
@@ -63,7 +70,9 @@ class Case:
 
 
 class Quantiles(NamedTuple):
-    """20 %, 50 % and 80 % quantiles of a time in milliseconds; on a GPU also the median time after which the host goes on."""
+    """20 %, 50 % and 80 % quantiles of a time in milliseconds; on a GPU also the median time after
+    which the host goes on.
+    """
 
     low: float
     median: float
@@ -80,27 +89,40 @@ def copy_of(tensor: torch.Tensor) -> dict:
 def compiled_backends(*operators: str) -> list[str]:
     """Backends besides the reference that run all of `operators` on `DEVICE`."""
     backends = gf.info()["backends"]
-    return [name for name in (["cpu"] if DEVICE == "cpu" else ["triton", "cuda"]) if set(operators) <= set(backends[name]["operators"])]
+    return [
+        name
+        for name in (["cpu"] if DEVICE == "cpu" else ["triton", "cuda"])
+        if set(operators) <= set(backends[name]["operators"])
+    ]
 
 
 def measure(
-    builders: dict[tuple[str, str], Callable[[], Case]], *, seconds: float, cold: bool, chosen: Callable[[str, str], bool]
+    builders: dict[tuple[str, str], Callable[[], Case]],
+    *,
+    seconds: float,
+    cold: bool,
+    chosen: Callable[[str, str], bool],
 ) -> Iterator[list[dict]]:
     """Check, weigh and time the `chosen` providers of every case.
 
-    All are weighed before the first is timed where the allocator changes its temper in between, since it does not go back.
+    All are weighed before the first is timed where the allocator changes its temper in between,
+    since it does not go back.
 
     Args:
-        builders: (suite, case) -> the case, made anew for either pass, so that they fit into memory one after the other.
+        builders: (suite, case) -> the case, made anew for either pass, so that they fit into memory
+            one after the other.
         seconds: for the times of a case.
-        cold: large temporaries are new memory each time, as the C library would have it; else it keeps what was freed, as on a GPU.
+        cold: large temporaries are new memory each time, as the C library would have it; else it
+            keeps what was freed, as on a GPU.
         chosen: of a provider's name and role, whether it is wanted.
 
     Yields:
-        Of one case after the other, a row a provider: suite, case, provider, role, threads, elements, moved_bytes, flops, then `failure` (a
-        sentence) or error, extra_bytes, ms (the median), low_ms and high_ms (20 % and 80 % quantiles), host_ms (on a GPU), copy_gb_per_s,
-        floor_ms and bandwidth_percent (moved_bytes at the bandwidth of the same run's copy), and over_eager, over_compiled, over_peer: time
-        of the eager and the compiled provider and of the fastest peer (`peer`) as multiples of this one's.
+        Of one case after the other, a row a provider: suite, case, provider, role, threads,
+        elements, moved_bytes, flops, then `failure` (a sentence) or error, extra_bytes, ms (the
+        median), low_ms and high_ms (20 % and 80 % quantiles), host_ms (on a GPU), copy_gb_per_s,
+        floor_ms and bandwidth_percent (moved_bytes at the bandwidth of the same run's copy), and
+        over_eager, over_compiled, over_peer: time of the eager and the compiled provider and of the
+        fastest peer (`peer`) as multiples of this one's.
     """
     if cold or DEVICE == "cuda":
         for key, build in builders.items():
@@ -121,12 +143,20 @@ def _examine(suite: str, name: str, case: Case, chosen: Callable[[str, str], boo
     for provider_name, provider in case.providers.items():
         if not chosen(provider_name, provider.role):
             continue
-        row = {"suite": suite, "case": name, "provider": provider_name, "role": provider.role, "threads": torch.get_num_threads()}
+        row = {
+            "suite": suite,
+            "case": name,
+            "provider": provider_name,
+            "role": provider.role,
+            "threads": torch.get_num_threads(),
+        }
         row |= {"elements": case.elements, "moved_bytes": case.moved_bytes, "flops": case.flops}
         try:
             row["error"] = provider.error()
             row["extra_bytes"] = peak_extra_bytes(provider.run)
-        except Exception as error:  # a peer that cannot run here, or runs wrong, takes no other one's row away
+        except (
+            Exception
+        ) as error:  # a peer that cannot run here, or runs wrong, takes no other one's row away
             row["failure"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         rows.append(row)
     return rows
@@ -141,7 +171,8 @@ def _time(case: Case, all_rows: list[dict], seconds: float) -> None:
     times = measure_together(runs, seconds)
     bandwidth = case.copied_bytes / times[""].median  # bytes a millisecond
     medians = {
-        role: {name: times[name].median for name, row in rows.items() if row["role"] == role} for role in ("eager", "compiled", "peer")
+        role: {name: times[name].median for name, row in rows.items() if row["role"] == role}
+        for role in ("eager", "compiled", "peer")
     }
     for name, row in rows.items():
         low, median, high, host = times[name]
@@ -160,11 +191,13 @@ def _time(case: Case, all_rows: list[dict], seconds: float) -> None:
 
 
 def measure_together(runs: dict[str, Callable[[], object]], seconds: float) -> dict[str, Quantiles]:
-    """Call every one of `runs` in turn, after two calls that do not count, for about `seconds` and seven times at least.
+    """Call every one of `runs` in turn, after two calls that do not count, for about `seconds` and
+    seven times at least.
 
-    What disturbs the machine for a while disturbs all of them, so that their ratios hold although their times wander. Before each call the
-    caches are emptied, lest it profit, or suffer, from what the one before it left there. A GPU is kept busy until the whole call is
-    queued, so that its time is that of its kernels; what Python, dispatch and launches take is the host's.
+    What disturbs the machine for a while disturbs all of them, so that their ratios hold although
+    their times wander. Before each call the caches are emptied, lest it profit, or suffer, from
+    what the one before it left there. A GPU is kept busy until the whole call is queued, so that
+    its time is that of its kernels; what Python, dispatch and launches take is the host's.
     """
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     filler = torch.zeros(_CACHE_BYTES // 4, device=DEVICE)
@@ -183,14 +216,18 @@ def measure_together(runs: dict[str, Callable[[], object]], seconds: float) -> d
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep freed memory, as a GPU's caching allocator does: a large temporary then costs no page faults ("warm")."""
+    """Have the C library keep freed memory, as a GPU's caching allocator does: a large temporary
+    then costs no page faults ("warm").
+    """
     library = ctypes.CDLL(None)
     library.mallopt(_M_MMAP_MAX, 0)
     library.mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def peak_extra_bytes(run: Callable[[], object]) -> int:
-    """Most memory that one call of `run` holds on top of what is held before: of the GPU, or resident in this process (Linux)."""
+    """Most memory that one call of `run` holds on top of what is held before: of the GPU, or
+    resident in this process (Linux).
+    """
     run()
     if DEVICE == "cuda":
         torch.cuda.synchronize()
@@ -233,7 +270,9 @@ def _time_on_host(run: Callable[[], object]) -> float:
 
 
 def _time_on_gpu(run: Callable[[], object], host_seconds: float) -> tuple[float, float]:
-    """Seconds that the GPU takes once it has the whole of `run`, which takes the host about `host_seconds`, and those of the host."""
+    """Seconds that the GPU takes once it has the whole of `run`, which takes the host about
+    `host_seconds`, and those of the host.
+    """
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda._sleep(int((1.5 * host_seconds + 2e-4) * _CYCLES_PER_SECOND))
     begin.record()
@@ -246,4 +285,9 @@ def _time_on_gpu(run: Callable[[], object], host_seconds: float) -> tuple[float,
 def _quantiles(times: list[tuple[float, float]]) -> Quantiles:
     seconds, hosts = zip(*times, strict=True)
     fifths = statistics.quantiles([1e3 * value for value in seconds], n=5)
-    return Quantiles(fifths[0], 1e3 * statistics.median(seconds), fifths[3], 1e3 * statistics.median(hosts) if DEVICE == "cuda" else None)
+    return Quantiles(
+        fifths[0],
+        1e3 * statistics.median(seconds),
+        fifths[3],
+        1e3 * statistics.median(hosts) if DEVICE == "cuda" else None,
+    )

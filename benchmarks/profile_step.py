@@ -11,14 +11,22 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from genrep_fast.benchmarks.bench_training_step import BATCH, METHODS, Update, setting_of, whole_step
+from genrep_fast.benchmarks.bench_training_step import (
+    BATCH,
+    METHODS,
+    Update,
+    setting_of,
+    whole_step,
+)
 from genrep_fast.benchmarks.measurement import DEVICE
 
 
 def main():
     backends = {backend for _, backend in METHODS.values()}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--backend", choices=sorted(backends), default="cpu" if DEVICE == "cpu" else "cuda")
+    parser.add_argument(
+        "--backend", choices=sorted(backends), default="cpu" if DEVICE == "cpu" else "cuda"
+    )
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("runs/profile"))
     options = parser.parse_args()
@@ -32,7 +40,11 @@ def main():
                 whole_step(options.backend, setting, update)
         if DEVICE == "cuda":
             torch.cuda.synchronize()
-    print(profiler.key_averages().table(sort_by=f"self_{DEVICE}_time_total", row_limit=25, max_name_column_width=60))
+    print(
+        profiler.key_averages().table(
+            sort_by=f"self_{DEVICE}_time_total", row_limit=25, max_name_column_width=60
+        )
+    )
     options.output.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(options.output / "trace.json"))
     print(f"wrote {options.output / 'trace.json'}")

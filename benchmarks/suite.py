@@ -19,12 +19,23 @@ import genrep_fast as gf
 
 from .measurement import DEVICE, Case, measure, peak_gflops
 
-SUITES = ("alignment", "optimizer", "scoring", "chain_bank", "reverse_step", "training_step", "operators")
+SUITES = (
+    "alignment",
+    "optimizer",
+    "scoring",
+    "chain_bank",
+    "reverse_step",
+    "training_step",
+    "operators",
+)
 QUICK_SECONDS, SECONDS = 0.5, 3.0
 
 
-def find_cases(suites: Sequence[str], pattern: str | None, quick: bool) -> dict[tuple[str, str], Callable[[], Case]]:
-    """(suite, case) -> what builds it; of all cases those that match `pattern`, else those of a quick or a full run.
+def find_cases(
+    suites: Sequence[str], pattern: str | None, quick: bool
+) -> dict[tuple[str, str], Callable[[], Case]]:
+    """(suite, case) -> what builds it; of all cases those that match `pattern`, else those of a
+    quick or a full run.
 
     Raises:
         ValueError: for a suite that does not exist and where no case is left.
@@ -35,7 +46,11 @@ def find_cases(suites: Sequence[str], pattern: str | None, quick: bool) -> dict[
             raise ValueError(f"suite must be one of {', '.join(SUITES)}, got {suite!r}")
         module = import_module(f"genrep_fast.benchmarks.bench_{suite}")
         for name, build in module.CASES.items():
-            if fnmatch.fnmatch(name, pattern) if pattern is not None else not quick or name in module.QUICK:
+            if (
+                fnmatch.fnmatch(name, pattern)
+                if pattern is not None
+                else not quick or name in module.QUICK
+            ):
                 found[suite, name] = build
     if not found:
         raise ValueError(f"case: no case of {', '.join(suites)} matches {pattern!r}")
@@ -78,32 +93,54 @@ def run(
         torch.set_num_threads(threads)
     seconds = (QUICK_SECONDS if quick else SECONDS) if seconds is None else seconds
     results = {"environment": environment(cold) | {"peak_gflops": peak_gflops()}, "rows": []}
-    for rows in measure(cases, seconds=seconds, cold=cold, chosen=lambda name, role: roles is None or role in roles):
+    for rows in measure(
+        cases, seconds=seconds, cold=cold, chosen=lambda name, role: roles is None or role in roles
+    ):
         results["rows"] += rows
         progress(results)
     return results
 
 
 def environment(cold: bool = False) -> dict:
-    """What figures depend on: date, command, commit, device, versions, threads and the allocator's temper."""
-    installed = {distribution.metadata["Name"]: distribution.version for distribution in metadata.distributions()}
+    """What figures depend on: date, command, commit, device, versions, threads and the allocator's
+    temper.
+    """
+    installed = {
+        distribution.metadata["Name"]: distribution.version
+        for distribution in metadata.distributions()
+    }
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": re.sub(r" --output[= ]\S+", "", " ".join(["genrep", *map(shlex.quote, sys.argv[1:])])),
+        "command": re.sub(
+            r" --output[= ]\S+", "", " ".join(["genrep", *map(shlex.quote, sys.argv[1:])])
+        ),
         "commit": commit(),
         "device": device_name(),
         "cuda": torch.version.cuda,
         "python": ".".join(map(str, sys.version_info[:3])),
         "genrep_fast": gf.__version__,
-        "packages": {name: installed.get(name) for name in ("torch", "triton", "numpy", "diffusers", "torchjd")},
+        "packages": {
+            name: installed.get(name)
+            for name in ("torch", "triton", "numpy", "diffusers", "torchjd")
+        },
         "threads": torch.get_num_threads(),
         "allocator": "cold" if cold else "warm",
     }
 
 
 def commit() -> str:
-    """Of the sources where they are a git checkout, with ``-dirty`` behind it where they differ from it; $COMMIT; or unknown."""
-    command = ["git", "-C", str(Path(gf.__file__).parent), "describe", "--always", "--abbrev=40", "--dirty"]
+    """Of the sources where they are a git checkout, with ``-dirty`` behind it where they differ
+    from it; $COMMIT; or unknown.
+    """
+    command = [
+        "git",
+        "-C",
+        str(Path(gf.__file__).parent),
+        "describe",
+        "--always",
+        "--abbrev=40",
+        "--dirty",
+    ]
     try:
         found = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     except OSError:
@@ -112,7 +149,9 @@ def commit() -> str:
 
 
 def device_name() -> str:
-    """The GPU's name, or the processor's with its number of cores and the instruction set that the kernels run in."""
+    """The GPU's name, or the processor's with its number of cores and the instruction set that the
+    kernels run in.
+    """
     if DEVICE == "cuda":
         return torch.cuda.get_device_name()
     try:
@@ -120,5 +159,9 @@ def device_name() -> str:
     except OSError:
         names = []
     build = gf.info()["backends"]["cpu"]["build"] or {}
-    parts = [names[0] if names else "CPU", f"{len(os.sched_getaffinity(0))} cores", build.get("capability", "")]
+    parts = [
+        names[0] if names else "CPU",
+        f"{len(os.sched_getaffinity(0))} cores",
+        build.get("capability", ""),
+    ]
     return ", ".join(filter(None, parts))

@@ -15,7 +15,10 @@ def smallest_case(suite):
     return MODULES[suite].CASES[MODULES[suite].SMALLEST]()
 
 
-@pytest.mark.parametrize(("suite", "provider"), [(suite, name) for suite in SUITES for name in smallest_case(suite).providers])
+@pytest.mark.parametrize(
+    ("suite", "provider"),
+    [(suite, name) for suite in SUITES for name in smallest_case(suite).providers],
+)
 def test_provider(benchmark, suite, provider):
     provider = smallest_case(suite).providers[provider]
     provider.error()  # raises where it is too large

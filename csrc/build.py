@@ -1,11 +1,13 @@
 """The native build, described once for setup.py and the tests.
 
-`build` compiles the sources beside this file with ninja into `_C_cpu.so`, `_C_cuda.so` (where there is an nvcc) and the module
-`_introspection`, and records in `build.json` what it used. The two libraries use torch's stable ABI alone, so that they outlive the torch
-they were built with. The build needs torch's headers, and no GPU.
+`build` compiles the sources beside this file with ninja into `_C_cpu.so`, `_C_cuda.so` (where there
+is an nvcc) and the module `_introspection`, and records in `build.json` what it used. The two
+libraries use torch's stable ABI alone, so that they outlive the torch they were built with. The
+build needs torch's headers, and no GPU.
 
-Environment: ``GENREP_FAST_CUDA`` (0: without CUDA; 1: an nvcc must be there), ``TORCH_CUDA_ARCH_LIST`` (default ``8.0;9.0+PTX``),
-``GENREP_FAST_SANITIZE`` (1: the CPU library with AddressSanitizer and UndefinedBehaviorSanitizer), ``CXX``, ``CUDACXX``.
+Environment: ``GENREP_FAST_CUDA`` (0: without CUDA; 1: an nvcc must be there),
+``TORCH_CUDA_ARCH_LIST`` (default ``8.0;9.0+PTX``), ``GENREP_FAST_SANITIZE`` (1: the CPU library
+with AddressSanitizer and UndefinedBehaviorSanitizer), ``CXX``, ``CUDACXX``.
 """
 
 from __future__ import annotations
@@ -25,20 +27,39 @@ SOURCES = Path(__file__).parent
 TORCH_TARGET = "2.11"  # the oldest torch that the libraries work with
 _TORCH_TARGET_VERSION = "0x020b000000000000"
 
-# The oldest NVIDIA driver that runs programs of a CUDA release, by its major number (table 2 of the CUDA Compatibility guide).
+# The oldest NVIDIA driver that runs programs of a CUDA release, by its major number (table 2 of the
+# CUDA Compatibility guide).
 _MINIMUM_DRIVERS = {12: 525, 13: 580}
 _DEFAULT_ARCHITECTURES = "8.0;9.0+PTX"
 
 _STABLE_ABI = ["-DTORCH_STABLE_ONLY", f"-DTORCH_TARGET_VERSION={_TORCH_TARGET_VERSION}"]
 _COMPILE = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-# Neither errno nor floating-point exceptions are read; vectors are never passed to functions that are not inlined.
+# Neither errno nor floating-point exceptions are read; vectors are never passed to functions that
+# are not inlined.
 _KERNEL = ["-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
-_SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g", "-O1"]
-_NVCC = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-DUSE_CUDA", "-Xptxas", "-v", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+_SANITIZE = [
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=undefined",
+    "-fno-omit-frame-pointer",
+    "-g",
+    "-O1",
+]
+_NVCC = [
+    "-std=c++20",
+    "-O3",
+    "--expt-relaxed-constexpr",
+    "-DUSE_CUDA",
+    "-Xptxas",
+    "-v",
+    "-Xcompiler",
+    "-fPIC,-fvisibility=hidden",
+]
 
 
 class BuildError(Exception):
-    """The native build cannot start; the message is one sentence that says what is missing and what to do."""
+    """The native build cannot start; the message is one sentence that says what is missing and what
+    to do.
+    """
 
 
 def libraries() -> list[str]:
@@ -48,10 +69,12 @@ def libraries() -> list[str]:
 
 
 def build(output: Path, build_dir: Path) -> None:
-    """Compile into the folder `output`; objects, logs of the compilers and ninja's file stay in `build_dir`.
+    """Compile into the folder `output`; objects, logs of the compilers and ninja's file stay in
+    `build_dir`.
 
     Raises:
-        BuildError: where torch's headers, a compiler, ninja or pybind11 are missing, or the compilation fails.
+        BuildError: where torch's headers, a compiler, ninja or pybind11 are missing, or the
+            compilation fails.
     """
     build_dir.mkdir(parents=True, exist_ok=True)
     output.mkdir(parents=True, exist_ok=True)
@@ -59,32 +82,57 @@ def build(output: Path, build_dir: Path) -> None:
     # Compilers take about 1 GB each.
     result = subprocess.run([_executable("ninja"), "-C", str(build_dir)])
     if result.returncode:
-        raise BuildError("genrep_fast's native code did not compile (the messages are above); GENREP_FAST_PURE=1 installs without it.")
+        raise BuildError(
+            "genrep_fast's native code did not compile (the messages are above); GENREP_FAST_PURE=1 installs without it."
+        )
     (output / "build.json").write_text(json.dumps(_record(), indent=1) + "\n")
 
 
 def nvcc() -> str | None:
-    """Path of the CUDA compiler, None where there is none or ``GENREP_FAST_CUDA=0`` does without it."""
+    """Path of the CUDA compiler, None where there is none or ``GENREP_FAST_CUDA=0`` does without
+    it.
+    """
     wanted = os.environ.get("GENREP_FAST_CUDA")
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    found = None if wanted == "0" else os.environ.get("CUDACXX") or shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+    found = (
+        None
+        if wanted == "0"
+        else os.environ.get("CUDACXX")
+        or shutil.which("nvcc")
+        or shutil.which("nvcc", path=f"{home}/bin")
+    )
     if wanted == "1" and found is None:
-        raise BuildError("GENREP_FAST_CUDA=1 asks for the CUDA library, but no nvcc was found on PATH or in CUDA_HOME.")
+        raise BuildError(
+            "GENREP_FAST_CUDA=1 asks for the CUDA library, but no nvcc was found on PATH or in CUDA_HOME."
+        )
     return found
 
 
 def nvcc_command(source: Path, architectures: str | None = None) -> list[str]:
-    """The command that compiles one CUDA source, up to ``-o``; `architectures` as in ``TORCH_CUDA_ARCH_LIST``."""
+    """The command that compiles one CUDA source, up to ``-o``; `architectures` as in
+    ``TORCH_CUDA_ARCH_LIST``.
+    """
     architectures = architectures or _architectures()
-    flags = [*_NVCC, *_STABLE_ABI, f"-I{torch_headers()}", f'-DGENREP_FAST_CUDA_ARCHITECTURES="{architectures}"']
+    flags = [
+        *_NVCC,
+        *_STABLE_ABI,
+        f"-I{torch_headers()}",
+        f'-DGENREP_FAST_CUDA_ARCHITECTURES="{architectures}"',
+    ]
     return [nvcc() or "nvcc", *flags, *_gencode(architectures), "-c", str(source)]
 
 
 def torch_headers() -> Path:
-    """The folder of torch's headers, also from a build in isolation: the interpreter's own site-packages are looked at as well."""
+    """The folder of torch's headers, also from a build in isolation: the interpreter's own
+    site-packages are looked at as well.
+    """
     spec = importlib.util.find_spec("torch")
     roots = list(spec.submodule_search_locations) if spec else []
-    for root in (*roots, Path(sysconfig.get_paths()["purelib"]) / "torch", Path(sysconfig.get_paths()["platlib"]) / "torch"):
+    for root in (
+        *roots,
+        Path(sysconfig.get_paths()["purelib"]) / "torch",
+        Path(sysconfig.get_paths()["platlib"]) / "torch",
+    ):
         if (Path(root) / "include/torch/csrc/stable/library.h").is_file():
             return Path(root) / "include"
     raise BuildError(_advice("torch is not installed"))
@@ -93,10 +141,21 @@ def torch_headers() -> Path:
 def _record() -> dict:
     """What the libraries were built with."""
     headers = (torch_headers() / "torch/headeronly/version.h").read_text()
-    torch = ".".join(re.search(rf"#define TORCH_VERSION_{part} (\d+)", headers)[1] for part in ("MAJOR", "MINOR", "PATCH"))
-    record = {"libraries": libraries(), "torch": torch, "torch_target": TORCH_TARGET, "compiler": _first_line(*_compiler(), "--version")}
+    torch = ".".join(
+        re.search(rf"#define TORCH_VERSION_{part} (\d+)", headers)[1]
+        for part in ("MAJOR", "MINOR", "PATCH")
+    )
+    record = {
+        "libraries": libraries(),
+        "torch": torch,
+        "torch_target": TORCH_TARGET,
+        "compiler": _first_line(*_compiler(), "--version"),
+    }
     if nvcc():
-        release = re.search(r"release (\d+)\.(\d+)", subprocess.run([nvcc(), "--version"], capture_output=True, text=True).stdout)
+        release = re.search(
+            r"release (\d+)\.(\d+)",
+            subprocess.run([nvcc(), "--version"], capture_output=True, text=True).stdout,
+        )
         record |= {"nvcc": ".".join(release.groups()), "architectures": _architectures()}
         record["minimum_driver"] = _MINIMUM_DRIVERS.get(int(release[1]))
     return record
@@ -111,7 +170,10 @@ def _architectures() -> str:
 
 
 def _compiler() -> list[str]:
-    compiler = shlex.split(os.environ.get("CXX", "")) or [path for path in map(shutil.which, ("g++", "c++", "clang++")) if path][:1]
+    compiler = (
+        shlex.split(os.environ.get("CXX", ""))
+        or [path for path in map(shutil.which, ("g++", "c++", "clang++")) if path][:1]
+    )
     if not compiler:
         raise BuildError(_advice("no C++ compiler was found"))
     return compiler
@@ -122,7 +184,9 @@ def _gencode(architectures: str) -> list[str]:
     for name in re.split(r"[;, ]+", architectures):
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name)
         if not match:
-            raise BuildError(f"TORCH_CUDA_ARCH_LIST must hold architectures like 9.0 or 9.0+PTX, separated by semicolons, got {name!r}.")
+            raise BuildError(
+                f"TORCH_CUDA_ARCH_LIST must hold architectures like 9.0 or 9.0+PTX, separated by semicolons, got {name!r}."
+            )
         number = "".join(match.groups("")[:3])
         flags += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
         if match[4]:
@@ -138,10 +202,28 @@ def _ninja_file(output: Path) -> str:
 
     sanitize = _SANITIZE if os.environ.get("GENREP_FAST_SANITIZE") == "1" else []
     depfile = ["-MMD", "-MF", "$out.d"]
-    cxx = [*compiler, *_COMPILE, *_KERNEL, *_STABLE_ABI, *sanitize, "-isystem", str(torch_headers()), *depfile]
-    python = [*compiler, *_COMPILE, "-isystem", pybind11.get_include(), "-isystem", sysconfig.get_paths()["include"], *depfile]
+    cxx = [
+        *compiler,
+        *_COMPILE,
+        *_KERNEL,
+        *_STABLE_ABI,
+        *sanitize,
+        "-isystem",
+        str(torch_headers()),
+        *depfile,
+    ]
+    python = [
+        *compiler,
+        *_COMPILE,
+        "-isystem",
+        pybind11.get_include(),
+        "-isystem",
+        sysconfig.get_paths()["include"],
+        *depfile,
+    ]
     link = [*compiler, "-shared", *sanitize, "-Wl,--no-as-needed"]
-    # A library without symbols stands for torch's own while linking: only its name is kept, and the one that Python loaded is used.
+    # A library without symbols stands for torch's own while linking: only its name is kept, and the
+    # one that Python loaded is used.
     stub = [*compiler, "-shared", "-x", "c", "/dev/null", "-Wl,-soname,$out"]
     lines = [
         *_rule("cxx", [*cxx, "-c", "$in", "-o", "$out"], depfile=True),
@@ -156,15 +238,25 @@ def _ninja_file(output: Path) -> str:
     lines += [f"build {_path(output / libraries()[1])}: link {' '.join(objects)}"]
     if nvcc():
         log = "> $out.log 2>&1 || (cat $out.log; false)"  # of -Xptxas -v, which nobody wants to see where all is well
-        lines += _rule("nvcc", [*nvcc_command(Path("$in")), "-MD", "-MF", "$out.d", "-o", "$out"], depfile=True, suffix=log)
+        lines += _rule(
+            "nvcc",
+            [*nvcc_command(Path("$in")), "-MD", "-MF", "$out.d", "-o", "$out"],
+            depfile=True,
+            suffix=log,
+        )
         objects = _compile(lines, "nvcc", sorted((SOURCES / "cuda").glob("*.cu")))
-        # No device code is left to link, of which nvcc would add an empty piece for an architecture of its own choice. It hands the
-        # linker's own options over behind all of its inputs.
+        # No device code is left to link, of which nvcc would add an empty piece for an architecture
+        # of its own choice. It hands the linker's own options over behind all of its inputs.
         stubs = ["libtorch_cpu.so", "libtorch_cuda.so"]
         options = ["-Xlinker", ",".join(["--no-as-needed", *stubs, "--as-needed"])]
-        lines += _rule("link_cuda", [nvcc(), "-shared", "-nodlink", "-cudart", "static", "-o", "$out", "$in", *options])
+        lines += _rule(
+            "link_cuda",
+            [nvcc(), "-shared", "-nodlink", "-cudart", "static", "-o", "$out", "$in", *options],
+        )
         lines += ["build libtorch_cuda.so: stub"]
-        lines += [f"build {_path(output / '_C_cuda.so')}: link_cuda {' '.join(objects)} | {' '.join(stubs)}"]
+        lines += [
+            f"build {_path(output / '_C_cuda.so')}: link_cuda {' '.join(objects)} | {' '.join(stubs)}"
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -172,13 +264,18 @@ def _rule(name: str, command: list[str], depfile: bool = False, suffix: str = ""
     """A rule of ninja's; $in and $out stand for its files, `suffix` is the shell's."""
     dependencies = ["  depfile = $out.d", "  deps = gcc"] if depfile else []
     variables = {"$in", "$out", "$out.d", "-Wl,-soname,$out"}
-    quoted = " ".join(part if part in variables else shlex.quote(part).replace("$", "$$") for part in command)
+    quoted = " ".join(
+        part if part in variables else shlex.quote(part).replace("$", "$$") for part in command
+    )
     return [f"rule {name}", f"  command = {quoted} {suffix}".rstrip(), *dependencies]
 
 
 def _compile(lines: list[str], rule: str, sources: list[Path]) -> list[str]:
     objects = [f"{rule}-{source.stem}.o" for source in sources]
-    lines += [f"build {target}: {rule} {_path(source)}" for target, source in zip(objects, sources, strict=True)]
+    lines += [
+        f"build {target}: {rule} {_path(source)}"
+        for target, source in zip(objects, sources, strict=True)
+    ]
     return objects
 
 
@@ -189,7 +286,8 @@ def _path(path: Path) -> str:
 def _executable(name: str) -> str:
     """A command, also where the interpreter's folder of scripts is not on PATH."""
     found = shutil.which(name) or shutil.which(
-        name, path=os.pathsep.join([sysconfig.get_path("scripts"), str(Path(sys.executable).parent)])
+        name,
+        path=os.pathsep.join([sysconfig.get_path("scripts"), str(Path(sys.executable).parent)]),
     )
     if found is None:
         raise BuildError(_advice(f"{name} is not installed"))

@@ -1,7 +1,8 @@
-"""One network that classifies and denoises scikit-learn's digits, with Accelerate: gradient accumulation, mixed precision, checkpoints.
+"""One network that classifies and denoises scikit-learn's digits, with Accelerate: gradient
+accumulation, mixed precision, checkpoints.
 
-The lines marked NEW are what gradient alignment changes. Needs accelerate, diffusers and scikit-learn, and runs in one process; for several
-see docs/alignment.md.
+The lines marked NEW are what gradient alignment changes. Needs accelerate, diffusers and
+scikit-learn, and runs in one process; for several see docs/alignment.md.
 """
 
 import argparse
@@ -20,27 +21,42 @@ import genrep_fast as gf
 
 
 class Network(nn.Module):
-    """Class logits of clean images [N, 1, 8, 8], or, where timesteps [N] and labels [N] are given, what noisy ones were without noise."""
+    """Class logits of clean images [N, 1, 8, 8], or, where timesteps [N] and labels [N] are given,
+    what noisy ones were without noise.
+    """
 
     def __init__(self, width: int = 32):
         super().__init__()
-        self.embed_time, self.embed_label = nn.Linear(1, width), nn.Embedding(11, width)  # label 10: no class
+        self.embed_time, self.embed_label = (
+            nn.Linear(1, width),
+            nn.Embedding(11, width),
+        )  # label 10: no class
         self.stem = nn.Conv2d(1, width, 3, padding=1)
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1)) for _ in range(4)
+            nn.Sequential(nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1))
+            for _ in range(4)
         )
         self.classify, self.denoise = nn.Linear(width * 16, 10), nn.Conv2d(width, 1, 3, padding=1)
 
     def forward(self, x, timesteps=None, labels=None):
         zeros = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         time, label = (zeros, zeros + 10) if timesteps is None else (timesteps, labels)
-        hidden = self.stem(x) + (self.embed_time(time[:, None] / 1000) + self.embed_label(label))[:, :, None, None]
+        hidden = (
+            self.stem(x)
+            + (self.embed_time(time[:, None] / 1000) + self.embed_label(label))[:, :, None, None]
+        )
         for block in self.blocks:
             hidden = hidden + block(hidden)
-        return self.classify(F.avg_pool2d(hidden, 2).flatten(1)) if timesteps is None else self.denoise(hidden)
+        return (
+            self.classify(F.avg_pool2d(hidden, 2).flatten(1))
+            if timesteps is None
+            else self.denoise(hidden)
+        )
 
 
-def main(epochs: int, mixed_precision: str, output_dir: str | None, resume_from_checkpoint: str | None) -> None:
+def main(
+    epochs: int, mixed_precision: str, output_dir: str | None, resume_from_checkpoint: str | None
+) -> None:
     set_seed(0)
     accelerator = Accelerator(gradient_accumulation_steps=2, mixed_precision=mixed_precision)
     images, labels = (torch.as_tensor(array) for array in load_digits(return_X_y=True))
@@ -51,10 +67,13 @@ def main(epochs: int, mixed_precision: str, output_dir: str | None, resume_from_
 
     model = Network()
     aligner = gf.GradientAligner(model)  # NEW
-    # NEW, was: torch.optim.AdamW(model.parameters(), lr=3e-3), and accelerator.clip_grad_norm_(model.parameters(), 1.0) before its step
+    # NEW, was: torch.optim.AdamW(model.parameters(), lr=3e-3), and
+    # accelerator.clip_grad_norm_(model.parameters(), 1.0) before its step
     optimizer = gf.AlignedAdamW(model.parameters(), lr=3e-3, aligner=aligner, max_norm=1.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs * len(train) // 2)
-    model, optimizer, train, test, schedule = accelerator.prepare(model, optimizer, train, test, schedule)
+    model, optimizer, train, test, schedule = accelerator.prepare(
+        model, optimizer, train, test, schedule
+    )
     first = 0
     if resume_from_checkpoint:
         accelerator.load_state(resume_from_checkpoint)
@@ -65,7 +84,9 @@ def main(epochs: int, mixed_precision: str, output_dir: str | None, resume_from_
             with accelerator.accumulate(model):
                 t = torch.randint(1000, y.shape, device=y.device)
                 perception = F.cross_entropy(model(x), y)
-                generation = F.mse_loss(model(scheduler.add_noise(x, torch.randn_like(x), t), t, y), x)
+                generation = F.mse_loss(
+                    model(scheduler.add_noise(x, torch.randn_like(x), t), t, y), x
+                )
                 # NEW, was: accelerator.backward(0.7 * perception + 0.3 * generation)
                 aligner.backward(perception, generation, backward=accelerator.backward)
                 optimizer.step()
@@ -79,7 +100,9 @@ def main(epochs: int, mixed_precision: str, output_dir: str | None, resume_from_
         if output_dir:
             accelerator.save_state(Path(output_dir) / f"epoch-{epoch + 1}")
     with torch.no_grad():
-        correct = torch.cat([accelerator.gather_for_metrics(model(x).argmax(1) == y) for x, y in test])
+        correct = torch.cat(
+            [accelerator.gather_for_metrics(model(x).argmax(1) == y) for x, y in test]
+        )
     accelerator.print(f"test accuracy {correct.float().mean():.3f}")
 
 
@@ -87,6 +110,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no")
-    parser.add_argument("--output_dir", help="where to keep a checkpoint of every epoch, epoch-1, epoch-2, …")
+    parser.add_argument(
+        "--output_dir", help="where to keep a checkpoint of every epoch, epoch-1, epoch-2, …"
+    )
     parser.add_argument("--resume_from_checkpoint", help="one of them")
     main(**vars(parser.parse_args()))

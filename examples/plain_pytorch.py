@@ -1,7 +1,9 @@
-"""One network that classifies and denoises scikit-learn's digits, in a plain PyTorch loop. Needs diffusers and scikit-learn.
+"""One network that classifies and denoises scikit-learn's digits, in a plain PyTorch loop. Needs
+diffusers and scikit-learn.
 
-The lines marked NEW are what gradient alignment changes. The perception loss shows posterior scoring besides: the classifier learns from
-labels and from the denoiser, whose error under each class is a Monte Carlo estimate of log p(x|y).
+The lines marked NEW are what gradient alignment changes. The perception loss shows posterior
+scoring besides: the classifier learns from labels and from the denoiser, whose error under each
+class is a Monte Carlo estimate of log p(x|y).
 """
 
 import argparse
@@ -17,13 +19,22 @@ import genrep_fast as gf
 
 
 class Network(nn.Module):
-    """A trunk with two heads over images [N, 64], their timesteps [N] and labels [N]; label 10 stands for no class."""
+    """A trunk with two heads over images [N, 64], their timesteps [N] and labels [N]; label 10
+    stands for no class.
+    """
 
     def __init__(self, width: int = 256):
         super().__init__()
-        self.pixels, self.time, self.label = nn.Linear(64, width), nn.Linear(1, width), nn.Embedding(11, width)
+        self.pixels, self.time, self.label = (
+            nn.Linear(64, width),
+            nn.Linear(1, width),
+            nn.Embedding(11, width),
+        )
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width)) for _ in range(3)
+            nn.Sequential(
+                nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width)
+            )
+            for _ in range(3)
         )
         self.to_logits, self.to_pixels = nn.Linear(width, 10), nn.Linear(width, 64)
 
@@ -49,7 +60,9 @@ def log_likelihood(network, scheduler, x, timesteps):
     for timestep in timesteps:
         x_t = scheduler.add_noise(x, torch.randn_like(x), timestep.expand(len(x)))
         x_t = x_t.repeat_interleave(10, 0)  # the same noise for all classes
-        output = network.denoise(x_t, timestep.expand(len(x_t)), labels).unflatten(0, (len(x), 10, 1))  # [N, K, 1 step, 64]
+        output = network.denoise(x_t, timestep.expand(len(x_t)), labels).unflatten(
+            0, (len(x), 10, 1)
+        )  # [N, K, 1 step, 64]
         scorer.update(x, output, gf.StepCoefficients.elbo(scheduler, timestep[None]))
     return scorer.log_likelihood()
 
@@ -57,27 +70,40 @@ def log_likelihood(network, scheduler, x, timesteps):
 def main(epochs: int) -> None:
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    images, labels = (torch.as_tensor(array, device=device) for array in load_digits(return_X_y=True))
+    images, labels = (
+        torch.as_tensor(array, device=device) for array in load_digits(return_X_y=True)
+    )
     images = images.float() / 8 - 1
     train, calibration, test = torch.randperm(len(images), device=device).split([1200, 200, 397])
-    scheduler, timesteps = DDPMScheduler(prediction_type="sample"), torch.arange(100, 900, 200, device=device)
+    scheduler, timesteps = (
+        DDPMScheduler(prediction_type="sample"),
+        torch.arange(100, 900, 200, device=device),
+    )
 
     network = Network().to(device)
     teacher = copy.deepcopy(network)  # becomes a moving average of the network
     aligner = gf.GradientAligner(network)  # NEW
     # NEW, was: torch.optim.AdamW(network.parameters(), lr=2e-3)
-    optimizer = gf.AlignedAdamW(network.parameters(), lr=2e-3, aligner=aligner, ema=teacher, ema_decay=0.99)
+    optimizer = gf.AlignedAdamW(
+        network.parameters(), lr=2e-3, aligner=aligner, ema=teacher, ema_decay=0.99
+    )
 
     temperature = 1e6  # a teacher that has learned nothing calls all classes equally likely
     for epoch in range(epochs):
         for batch in train[torch.randperm(len(train), device=device)].split(100):
             x, y, t = images[batch], labels[batch], torch.randint(1000, batch.shape, device=device)
             logits = network.classify(x)
-            distillation = gf.distillation_loss(logits, log_likelihood(teacher, scheduler, x, timesteps), temperature=temperature)
+            distillation = gf.distillation_loss(
+                logits, log_likelihood(teacher, scheduler, x, timesteps), temperature=temperature
+            )
             perception = F.cross_entropy(logits, y) + 0.3 * distillation
-            generation = F.mse_loss(network.denoise(scheduler.add_noise(x, torch.randn_like(x), t), t, y), x)
+            generation = F.mse_loss(
+                network.denoise(scheduler.add_noise(x, torch.randn_like(x), t), t, y), x
+            )
 
-            aligner.backward(perception, generation)  # NEW, was: (0.7 * perception + 0.3 * generation).backward()
+            aligner.backward(
+                perception, generation
+            )  # NEW, was: (0.7 * perception + 0.3 * generation).backward()
             optimizer.step()
             optimizer.zero_grad()
         scores = log_likelihood(teacher, scheduler, images[calibration], timesteps)
@@ -88,7 +114,9 @@ def main(epochs: int) -> None:
             f"cosine of the gradients {aligner.stats.cosine.item():+.3f}, teacher's accuracy {accuracy:.3f}"
         )
     with torch.no_grad():
-        print(f"test accuracy {(network.classify(images[test]).argmax(1) == labels[test]).float().mean():.3f}")
+        print(
+            f"test accuracy {(network.classify(images[test]).argmax(1) == labels[test]).float().mean():.3f}"
+        )
 
 
 if __name__ == "__main__":

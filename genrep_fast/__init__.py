@@ -1,7 +1,8 @@
-"""Monte Carlo posterior scoring and gradient alignment for diffusion models that perceive and generate.
+"""Monte Carlo posterior scoring and gradient alignment for diffusion models that perceive and
+generate.
 
-Importing it compiles nothing and probes no device; `GenRep` and `GenRepPipeline` import diffusers when they are first used, and
-`GenRepWeighting` imports torchjd.
+Importing it compiles nothing and probes no device; `GenRep` and `GenRepPipeline` import diffusers
+when they are first used, and `GenRepWeighting` imports torchjd.
 """
 
 from __future__ import annotations

@@ -25,7 +25,15 @@ def main(arguments: list[str] | None = None) -> None:
         COMMANDS[command](**options)
     except ModuleNotFoundError as error:
         _end(name, advice(_asked_for(arguments), error) or error)
-    except (ValueError, TypeError, OSError, ImportError, ArithmeticError, RuntimeError, argparse.ArgumentError) as error:
+    except (
+        ValueError,
+        TypeError,
+        OSError,
+        ImportError,
+        ArithmeticError,
+        RuntimeError,
+        argparse.ArgumentError,
+    ) as error:
         _end(name, error)
 
 
@@ -48,7 +56,9 @@ class _InfoParser(argparse.ArgumentParser):
 
 def _parse_info(arguments: list[str]) -> tuple[str, dict[str, Any]]:
     """The command `info` and its options, by the standard library alone."""
-    parser = _InfoParser(prog="genrep info", description=info.__doc__.splitlines()[0], allow_abbrev=False)
+    parser = _InfoParser(
+        prog="genrep info", description=info.__doc__.splitlines()[0], allow_abbrev=False
+    )
     for argument, keywords in _EXPLICIT_ARGUMENTS["info"].items():
         parser.add_argument(f"--{argument}", **keywords)
     return "info", vars(parser.parse_args(arguments[1:]))
@@ -58,13 +68,19 @@ def _parse(arguments: list[str]) -> tuple[str, dict[str, Any]]:
     """A command and its options."""
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(prog="genrep", description="Diffusion models that perceive and generate.", exit_on_error=False)
+    parser = ArgumentParser(
+        prog="genrep",
+        description="Diffusion models that perceive and generate.",
+        exit_on_error=False,
+    )
     subcommands = parser.add_subcommands()
     for name, command in COMMANDS.items():
         summary = command.__doc__.splitlines()[0]
         subparser = ArgumentParser(description=summary)
         explicit = _EXPLICIT_ARGUMENTS.get(name, {})
-        subparser.add_function_arguments(command, skip=set(explicit))  # of `train`, those of TrainingConfig too
+        subparser.add_function_arguments(
+            command, skip=set(explicit)
+        )  # of `train`, those of TrainingConfig too
         for argument, keywords in explicit.items():
             subparser.add_argument(f"--{argument}", **keywords)
         subcommands.add_subcommand(name, subparser, help=summary)
@@ -90,7 +106,12 @@ def train(ablation: bool = False, seeds: int = 3, **options) -> None:
 
 
 def evaluate(
-    checkpoint: str, data: str | None = None, output: str | None = None, elbo_steps: int = 32, samples_per_class: int = 50, seed: int = 0
+    checkpoint: str,
+    data: str | None = None,
+    output: str | None = None,
+    elbo_steps: int = 32,
+    samples_per_class: int = 50,
+    seed: int = 0,
 ) -> None:
     """Evaluate a trained pipeline: metrics.json, figures and report.html.
 
@@ -114,12 +135,23 @@ def evaluate(
     config = Path(checkpoint) / "config.json"
     trained_on = saved_data(config) if config.is_file() else "digits"
     splits = load_data(data or trained_on, image_size=pipeline.model.image_shape[1])
-    settings = EvaluationSettings(elbo_steps=elbo_steps, samples_per_class=samples_per_class, seed=seed)
+    settings = EvaluationSettings(
+        elbo_steps=elbo_steps, samples_per_class=samples_per_class, seed=seed
+    )
     log = Path(checkpoint) / "history.jsonl"
     history = read_history(log) if log.is_file() else None
     folder = Path(output or Path(checkpoint) / "evaluation")
     with only_writer(folder), evaluation_progress() as progress:
-        metrics = run_evaluation(pipeline.model, pipeline.scheduler, splits, folder, settings=settings, history=history, stages=STAGES, progress=progress)
+        metrics = run_evaluation(
+            pipeline.model,
+            pipeline.scheduler,
+            splits,
+            folder,
+            settings=settings,
+            history=history,
+            stages=STAGES,
+            progress=progress,
+        )
     console.print(result_table(metrics))
     console.print(f"wrote {folder}: metrics.json, report.html, figures/")
 
@@ -141,13 +173,20 @@ def classify(checkpoint: str, images: list[str]) -> None:
         except (UnidentifiedImageError, OSError) as error:
             raise ValueError(f"images: {path} cannot be read as an image ({error})") from error
     probabilities = pipeline(opened).probabilities
-    names = pipeline.model.config.class_names or [str(label) for label in range(probabilities.shape[1])]
+    names = pipeline.model.config.class_names or [
+        str(label) for label in range(probabilities.shape[1])
+    ]
     for path, row in zip(images, probabilities, strict=True):
         print(f"{path}\t{names[row.argmax()]}\t{row.max():.4f}")
 
 
 def generate(
-    checkpoint: str, labels: list[int], output: str = "generated", num_inference_steps: int = 50, seed: int = 0, size: int | None = None
+    checkpoint: str,
+    labels: list[int],
+    output: str = "generated",
+    num_inference_steps: int = 50,
+    seed: int = 0,
+    size: int | None = None,
 ) -> None:
     """Generate one PNG a label.
 
@@ -179,20 +218,30 @@ def bench(
     against: str | None = None,
     rounds: int = 5,
 ) -> None:
-    """Measure the operators and a whole training step beside eager, compiled and other implementations.
+    """Measure the operators and a whole training step beside eager, compiled and other
+    implementations.
 
     Args:
-        case: pattern of the cases' names, e.g. 'latent*'; those of a quick or a full run where not given.
+        case: pattern of the cases' names, e.g. 'latent*'; those of a quick or a full run where not
+            given.
         seconds: for the times of a case; 3, or 0.5 with --quick, where not given.
         threads: of torch; its own choice where not given.
         output: folder for report.html, table.md, bench.json, bench.csv and the pictures.
-        against: commit with which the sources as they are get compared; with exit status 1 where something got slower.
+        against: commit with which the sources as they are get compared; with exit status 1 where
+            something got slower.
         rounds: of the comparison, a process a commit each.
     """
     from .benchmarks import suite as benchmarks
     from .reporting.terminal import console
 
-    options = {"suites": suite or benchmarks.SUITES, "pattern": case, "quick": quick, "seconds": seconds, "threads": threads, "cold": cold}
+    options = {
+        "suites": suite or benchmarks.SUITES,
+        "pattern": case,
+        "quick": quick,
+        "seconds": seconds,
+        "threads": threads,
+        "cold": cold,
+    }
     benchmarks.find_cases(options["suites"], case, quick)
     if against is not None:
         from .benchmarks.against import compare
@@ -227,9 +276,15 @@ def info(json: bool = False) -> None:
     for name in ("genrep_fast", "torch", "cuda", "triton", "python", "platform"):
         print(f"{name:12} {found[name] or 'none'}")
     built = found["built"]
-    print(f"{'built':12} {'; '.join(f'{key} {value}' for key, value in built.items() if key != 'libraries') if built else 'nothing'}")
+    print(
+        f"{'built':12} {'; '.join(f'{key} {value}' for key, value in built.items() if key != 'libraries') if built else 'nothing'}"
+    )
     for name, backend in found["backends"].items():
-        state = f"{len(backend['operators'])} operators" if backend["available"] else f"not available: {backend['reason']}"
+        state = (
+            f"{len(backend['operators'])} operators"
+            if backend["available"]
+            else f"not available: {backend['reason']}"
+        )
         print(f"{name:12} {state}")
     print(f"{'reproduce':12} {found['reproduce']}")
 
@@ -262,7 +317,14 @@ _EXPLICIT_ARGUMENTS = {
     "info": {"json": {"action": "store_true", "help": "print JSON"}},
 }
 
-COMMANDS = {"train": train, "evaluate": evaluate, "classify": classify, "generate": generate, "bench": bench, "info": info}
+COMMANDS = {
+    "train": train,
+    "evaluate": evaluate,
+    "classify": classify,
+    "generate": generate,
+    "bench": bench,
+    "info": info,
+}
 
 
 def _load_pipeline(checkpoint: str):
@@ -275,5 +337,7 @@ def _load_pipeline(checkpoint: str):
     if (folder / "model" / "model_index.json").is_file():  # the output folder of a run
         folder = folder / "model"
     if not (folder / "model_index.json").is_file():
-        raise FileNotFoundError(f"checkpoint: {checkpoint} holds no trained pipeline (no model_index.json)")
+        raise FileNotFoundError(
+            f"checkpoint: {checkpoint} holds no trained pipeline (no model_index.json)"
+        )
     return GenRepPipeline.from_pretrained(folder)

@@ -1,6 +1,7 @@
 """Labelled images by name, in three splits: training, calibration, test.
 
-Images are float32 [C, H, W] in [-1, 1], labels are Python ints; a data set is read, checked and kept in memory when it is loaded.
+Images are float32 [C, H, W] in [-1, 1], labels are Python ints; a data set is read, checked and
+kept in memory when it is loaded.
 """
 
 from __future__ import annotations
@@ -24,13 +25,17 @@ _GREY_MODES = ("1", "L", "LA", "I;16", "I;16B")
 
 
 class ImageDataset(Dataset):
-    """Images [N, C, H, W] float32 in [-1, 1] with labels [N] int64; an item is an image [C, H, W] and its label, a Python int."""
+    """Images [N, C, H, W] float32 in [-1, 1] with labels [N] int64; an item is an image [C, H, W]
+    and its label, a Python int.
+    """
 
     def __init__(self, images: Tensor, labels: Tensor):
         if len(images) == 0:
             raise ValueError("images must hold at least one image, got none")
         if len(images) != len(labels):
-            raise ValueError(f"labels must hold one label an image, got {len(labels)} for {len(images)} images")
+            raise ValueError(
+                f"labels must hold one label an image, got {len(labels)} for {len(images)} images"
+            )
         self.images = images
         self.labels = labels
 
@@ -43,7 +48,8 @@ class ImageDataset(Dataset):
 
 @dataclass(frozen=True)
 class DataSplits:
-    """Three disjoint splits of one data set; items are (image float32 [C, H, W] in [-1, 1], label int).
+    """Three disjoint splits of one data set; items are (image float32 [C, H, W] in [-1, 1], label
+    int).
 
     Attributes:
         train: what networks are fitted on.
@@ -70,15 +76,19 @@ def load_data(name: str, *, image_size: int | None = None, seed: int = 0) -> Dat
     """Load a data set by name.
 
     Args:
-        name: ``digits``, the 1797 images 8x8 that scikit-learn ships (1097 training, 200 calibration, 500 test; stratified and fixed);
-            ``folder:PATH``, a folder with a sub-folder of images for each class (70/10/20 per cent of every class; grey where all are,
-            else RGB); ``torchvision:NAME``, a class of `torchvision.datasets`, downloaded where missing (10 per cent of its training split
-            become calibration).
-        image_size: height and width to which images are resized and centre-cropped; None: 8 for digits, 32 for the others.
-        seed: of the random split of ``folder:`` and ``torchvision:`` data. Not the training seed: another split trains on test images.
+        name: ``digits``, the 1797 images 8x8 that scikit-learn ships (1097 training, 200
+            calibration, 500 test; stratified and fixed); ``folder:PATH``, a folder with a
+            sub-folder of images for each class (70/10/20 per cent of every class; grey where all
+            are, else RGB); ``torchvision:NAME``, a class of `torchvision.datasets`, downloaded
+            where missing (10 per cent of its training split become calibration).
+        image_size: height and width to which images are resized and centre-cropped; None: 8 for
+            digits, 32 for the others.
+        seed: of the random split of ``folder:`` and ``torchvision:`` data. Not the training seed:
+            another split trains on test images.
 
     Raises:
-        ValueError: for an unknown name, an empty folder or class, or an unreadable image, which is named.
+        ValueError: for an unknown name, an empty folder or class, or an unreadable image, which is
+            named.
         FileNotFoundError: where the folder does not exist.
         ImportError: where torchvision is asked for and not installed.
     """
@@ -92,12 +102,16 @@ def load_data(name: str, *, image_size: int | None = None, seed: int = 0) -> Dat
     elif kind == "torchvision" and argument:
         splits = _load_torchvision(argument, image_size or DEFAULT_IMAGE_SIZE, seed)
     else:
-        raise ValueError(f"data must be 'digits', 'folder:PATH' or 'torchvision:NAME', got {name!r}")
+        raise ValueError(
+            f"data must be 'digits', 'folder:PATH' or 'torchvision:NAME', got {name!r}"
+        )
     return dataclasses.replace(splits, name=name)
 
 
 def as_tensors(dataset: Dataset) -> tuple[Tensor, Tensor]:
-    """All of a map-style dataset of (image, label): images [N, C, H, W] float32, labels [N] int64. Raises ValueError where it is empty."""
+    """All of a map-style dataset of (image, label): images [N, C, H, W] float32, labels [N] int64.
+    Raises ValueError where it is empty.
+    """
     if len(dataset) == 0:
         raise ValueError("dataset must hold at least one image, got none")
     images, labels = zip(*(dataset[index] for index in range(len(dataset))), strict=True)
@@ -105,7 +119,9 @@ def as_tensors(dataset: Dataset) -> tuple[Tensor, Tensor]:
 
 
 def few_labels(labels: Tensor, per_class: int, seed: int) -> Tensor:
-    """Choose `per_class` images of every class at random (all of a class that has no more): a bool mask shaped as `labels`, [N]."""
+    """Choose `per_class` images of every class at random (all of a class that has no more): a bool
+    mask shaped as `labels`, [N].
+    """
     if per_class < 1:
         raise ValueError(f"per_class must be positive, got {per_class}")
     generator = torch.Generator().manual_seed(seed)
@@ -122,12 +138,21 @@ def _load_digits(image_size: int | None) -> DataSplits:
     digits = load_digits()
     images = torch.from_numpy(digits.images).float().unsqueeze(1) / 8 - 1
     if image_size is not None:
-        images = torch.nn.functional.interpolate(images, size=(image_size, image_size), mode="bilinear", antialias=True)
+        images = torch.nn.functional.interpolate(
+            images, size=(image_size, image_size), mode="bilinear", antialias=True
+        )
     labels = torch.from_numpy(digits.target).long()
-    rest, test = train_test_split(np.arange(len(labels)), test_size=DIGITS_TEST, stratify=labels, random_state=0)
-    train, calibration = train_test_split(rest, test_size=DIGITS_CALIBRATION, stratify=labels[rest], random_state=0)
+    rest, test = train_test_split(
+        np.arange(len(labels)), test_size=DIGITS_TEST, stratify=labels, random_state=0
+    )
+    train, calibration = train_test_split(
+        rest, test_size=DIGITS_CALIBRATION, stratify=labels[rest], random_state=0
+    )
     whole = ImageDataset(images, labels)
-    return _splits(*(_subset(whole, indices) for indices in (train, calibration, test)), [str(digit) for digit in digits.target_names])
+    return _splits(
+        *(_subset(whole, indices) for indices in (train, calibration, test)),
+        [str(digit) for digit in digits.target_names],
+    )
 
 
 def _load_folder(root: Path, image_size: int, seed: int) -> DataSplits:
@@ -135,15 +160,25 @@ def _load_folder(root: Path, image_size: int, seed: int) -> DataSplits:
 
     if not root.is_dir():
         raise FileNotFoundError(f"data folder {root} does not exist or is not a folder")
-    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    folders = sorted(
+        path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")
+    )
     if len(folders) < 2:
-        raise ValueError(f"data folder {root} must hold a sub-folder of images for each of at least two classes, got {len(folders)}")
+        raise ValueError(
+            f"data folder {root} must hold a sub-folder of images for each of at least two classes, got {len(folders)}"
+        )
     extensions = Image.registered_extensions()
     files, labels = [], []
     for label, folder in enumerate(folders):
-        members = sorted(path for path in folder.rglob("*") if path.suffix.lower() in extensions and not path.name.startswith("."))
+        members = sorted(
+            path
+            for path in folder.rglob("*")
+            if path.suffix.lower() in extensions and not path.name.startswith(".")
+        )
         if len(members) < 3:
-            raise ValueError(f"class folder {folder} must hold at least three images, one a split, got {len(members)}")
+            raise ValueError(
+                f"class folder {folder} must hold at least three images, one a split, got {len(members)}"
+            )
         files += members
         labels += [label] * len(members)
     # The mode is in the header; pixels are decoded only once the mode of all is known.
@@ -158,7 +193,9 @@ def _load_torchvision(name: str, image_size: int, seed: int) -> DataSplits:
     try:
         import torchvision
     except ImportError as error:
-        raise ImportError(f"data 'torchvision:{name}' needs torchvision, which is not installed") from error
+        raise ImportError(
+            f"data 'torchvision:{name}' needs torchvision, which is not installed"
+        ) from error
     factory = getattr(torchvision.datasets, name, None)
     if factory is None:
         raise ValueError(f"torchvision.datasets has no {name!r}")
@@ -168,17 +205,26 @@ def _load_torchvision(name: str, image_size: int, seed: int) -> DataSplits:
     elif "split" in parameters:
         choices = {"split": "train"}, {"split": "test"}
     else:
-        raise ValueError(f"torchvision.datasets.{name} must take a train or a split argument, so that its test images are known")
+        raise ValueError(
+            f"torchvision.datasets.{name} must take a train or a split argument, so that its test images are known"
+        )
     root = str(Path(torch.hub.get_dir()).parent / "datasets")
     sources = [factory(root, **choice, download=True) for choice in choices]
     mode = _common_mode([sources[0][0][0].mode])
     training, test = (_pairs_to_dataset(source, image_size, mode) for source in sources)
     train, calibration = _split_by_class(training.labels, (CALIBRATION_FRACTION,), seed)
     class_names = getattr(sources[0], "classes", None) or range(int(training.labels.max()) + 1)
-    return _splits(_subset(training, train), _subset(training, calibration), test, [str(class_name) for class_name in class_names])
+    return _splits(
+        _subset(training, train),
+        _subset(training, calibration),
+        test,
+        [str(class_name) for class_name in class_names],
+    )
 
 
-def _splits(train: ImageDataset, calibration: ImageDataset, test: ImageDataset, class_names: Sequence[str]) -> DataSplits:
+def _splits(
+    train: ImageDataset, calibration: ImageDataset, test: ImageDataset, class_names: Sequence[str]
+) -> DataSplits:
     return DataSplits(train, calibration, test, tuple(class_names), tuple(train.images.shape[1:]))
 
 
@@ -194,11 +240,15 @@ def _members_of_classes(labels: Tensor, generator: torch.Generator) -> Iterable[
 
 
 def _split_by_class(labels: Tensor, fractions: Sequence[float], seed: int) -> list[Tensor]:
-    """Indices of the rest, then of one part for each fraction; a part takes at least one image of every class."""
+    """Indices of the rest, then of one part for each fraction; a part takes at least one image of
+    every class.
+    """
     parts = [[] for _ in range(len(fractions) + 1)]
     for members in _members_of_classes(labels, torch.Generator().manual_seed(seed)):
         sizes = [max(1, round(fraction * len(members))) for fraction in fractions]
-        for part, indices in zip(parts, members.split([len(members) - sum(sizes), *sizes]), strict=True):
+        for part, indices in zip(
+            parts, members.split([len(members) - sum(sizes), *sizes]), strict=True
+        ):
             part.append(indices)
     return [torch.cat(part).sort().values for part in parts]
 
@@ -225,7 +275,8 @@ def _file_to_tensor(file: Path, image_size: int, mode: str) -> Tensor:
 
 
 def image_to_tensor(image, size: tuple[int, int], mode: str) -> Tensor:
-    """A PIL image, turned upright, resized and centre-cropped, as float32 [C, height, width] in [-1, 1].
+    """A PIL image, turned upright, resized and centre-cropped, as float32 [C, height, width] in
+    [-1, 1].
 
     Args:
         image: PIL image of any mode with 8 or 16 bits a channel.
@@ -238,16 +289,24 @@ def image_to_tensor(image, size: tuple[int, int], mode: str) -> Tensor:
     from PIL import Image, ImageOps
 
     if image.mode in ("I", "F"):
-        raise ValueError(f"mode {image.mode!r} has no fixed range of values; save it with 8 or 16 bits a channel")
+        raise ValueError(
+            f"mode {image.mode!r} has no fixed range of values; save it with 8 or 16 bits a channel"
+        )
     upright = ImageOps.exif_transpose(image)
     if upright.mode.startswith("I;16"):
         # convert("L") would clip at 255 instead of scaling.
         upright = Image.fromarray((np.asarray(upright) / 257).round().astype(np.uint8))
     height, width = size
     pixels = np.asarray(ImageOps.fit(upright.convert(mode), (width, height)), dtype=np.float32)
-    return torch.from_numpy(pixels.reshape(height, width, -1)).permute(2, 0, 1).contiguous() / 127.5 - 1
+    return (
+        torch.from_numpy(pixels.reshape(height, width, -1)).permute(2, 0, 1).contiguous() / 127.5
+        - 1
+    )
 
 
 def _pairs_to_dataset(pairs: Sequence, image_size: int, mode: str) -> ImageDataset:
     images, labels = zip(*(pairs[index] for index in range(len(pairs))), strict=True)
-    return ImageDataset(torch.stack([image_to_tensor(image, (image_size, image_size), mode) for image in images]), torch.tensor(labels))
+    return ImageDataset(
+        torch.stack([image_to_tensor(image, (image_size, image_size), mode) for image in images]),
+        torch.tensor(labels),
+    )

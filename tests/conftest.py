@@ -1,6 +1,8 @@
-"""Where kernels run, and tiny, randomly initialised models of diffusers' real classes, shared by many tests.
+"""Where kernels run, and tiny, randomly initialised models of diffusers' real classes, shared by
+many tests.
 
-Diffusers is imported where a model is built, so that the operators' tests need torch and pytest alone.
+Diffusers is imported where a model is built, so that the operators' tests need torch and pytest
+alone.
 """
 
 import os
@@ -25,7 +27,9 @@ def backend(request, monkeypatch):
 
 
 def convert_bfloat16_as_a_gpu(monkeypatch):
-    """Triton's interpreter cuts float32 off to bfloat16, where a GPU rounds, and takes bfloat16's subnormal numbers for zeros."""
+    """Triton's interpreter cuts float32 off to bfloat16, where a GPU rounds, and takes bfloat16's
+    subnormal numbers for zeros.
+    """
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -106,12 +110,18 @@ def tiny_vae():
 
 @pytest.fixture(scope="session")
 def tiny_model():
-    """A function that builds a GenRep of three classes; `active` gives its zero-initialised modulations random weights."""
+    """A function that builds a GenRep of three classes; `active` gives its zero-initialised
+    modulations random weights.
+    """
 
     def build(kind, *, active=False, vae=None, num_classes=3, **options):
         from genrep_fast.models import GenRep
 
-        model = GenRep.from_backbone(build_backbone(kind, num_classes, channels=1 if vae is None else 4, **options), num_classes, vae=vae)
+        model = GenRep.from_backbone(
+            build_backbone(kind, num_classes, channels=1 if vae is None else 4, **options),
+            num_classes,
+            vae=vae,
+        )
         if active:
             for layer in (model.mean_modulation, model.log_std_modulation[-1]):
                 torch.nn.init.normal_(layer.weight, std=0.05)

@@ -13,7 +13,12 @@ import torch
 from torch import Tensor
 
 from ..ops.alignment import check_tensor
-from ..ops.optimizer import adamw_step_operator, check_ema_decay, check_hyperparameters, check_learning_rate
+from ..ops.optimizer import (
+    adamw_step_operator,
+    check_ema_decay,
+    check_hyperparameters,
+    check_learning_rate,
+)
 from .aligner import Collected, GradientAligner, check_max_norm
 from .averages import Averages
 
@@ -109,7 +114,9 @@ class AlignedAdamW(torch.optim.Optimizer):
             "fused": fused,
             "decoupled_weight_decay": True,
         }
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **flags})
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **flags}
+        )
         self.ema = ema
         aligner.attach(self)
 
@@ -163,7 +170,9 @@ class AlignedAdamW(torch.optim.Optimizer):
             handle.remove()
 
     def __reduce_ex__(self, protocol: int) -> NoReturn:
-        raise TypeError("an AlignedAdamW, which belongs to its aligner, cannot be copied or pickled: load its state_dict() into a new one")
+        raise TypeError(
+            "an AlignedAdamW, which belongs to its aligner, cannot be copied or pickled: load its state_dict() into a new one"
+        )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -174,7 +183,9 @@ class AlignedAdamW(torch.optim.Optimizer):
             for parameter in group["params"]:
                 values = self.state.get(parameter)
                 if values:
-                    values["step"] = torch.as_tensor(values["step"], dtype=torch.float32, device=parameter.device).reshape(())
+                    values["step"] = torch.as_tensor(
+                        values["step"], dtype=torch.float32, device=parameter.device
+                    ).reshape(())
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop everything that the aligner collected, and every ``.grad``."""
@@ -230,7 +241,9 @@ class AlignedAdamW(torch.optim.Optimizer):
             if members.indices:
                 self._update(group, members, collected, moved, decay, found_inf)
         if self._averages is not None:
-            self._averages.follow(averages, reached if moved else set(), self._trained(), decay, found_inf)
+            self._averages.follow(
+                averages, reached if moved else set(), self._trained(), decay, found_inf
+            )
             self._averages.advance(decay, found_inf)
         self.aligner.finish(scaler_used=found_inf is not None)
         return result
@@ -246,7 +259,9 @@ class AlignedAdamW(torch.optim.Optimizer):
     ) -> None:
         states = [self._state(parameter) for parameter in members.params]
         steps = [state["step"] for state in states]
-        torch._foreach_add_(steps, 1.0 if found_inf is None else [(found_inf == 0).to(steps[0])] * len(steps))
+        torch._foreach_add_(
+            steps, 1.0 if found_inf is None else [(found_inf == 0).to(steps[0])] * len(steps)
+        )
         lr = group["lr"]
         adamw_step_operator(
             members.params,
@@ -268,7 +283,9 @@ class AlignedAdamW(torch.optim.Optimizer):
 
     def _trained(self) -> set[int]:
         """Indices of the parameters with a state; hooks may keep others' state there."""
-        indices = (self._index.get(id(parameter)) for parameter, state in self.state.items() if state)
+        indices = (
+            self._index.get(id(parameter)) for parameter, state in self.state.items() if state
+        )
         return {index for index in indices if index is not None}
 
     def _state(self, parameter: Tensor) -> dict[str, Tensor]:
@@ -292,9 +309,13 @@ class AlignedAdamW(torch.optim.Optimizer):
 
     def _check_step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         if not self.aligner.attached(self):
-            raise RuntimeError("another AlignedAdamW has been attached to the aligner since, which keeps gradients for that one")
+            raise RuntimeError(
+                "another AlignedAdamW has been attached to the aligner since, which keeps gradients for that one"
+            )
         if found_inf is not None and grad_scale is None:
-            raise RuntimeError("scaler.unscale_ does not reach the gradients that the aligner holds: leave it out, and clip with max_norm")
+            raise RuntimeError(
+                "scaler.unscale_ does not reach the gradients that the aligner holds: leave it out, and clip with max_norm"
+            )
         _check_decay(self.ema_decay)
         for group in self.param_groups:
             self._check_hyperparameters(group)
@@ -310,7 +331,11 @@ class AlignedAdamW(torch.optim.Optimizer):
     def _members_of_groups(self, collected: Collected) -> list[_Members]:
         """For each parameter group what was collected for it; kept as long as it is the same."""
         groups = [list(group["params"]) for group in self.param_groups]
-        if self._members is None or self._members[0] is not collected.rows or not _are_same(self._members[1], groups):
+        if (
+            self._members is None
+            or self._members[0] is not collected.rows
+            or not _are_same(self._members[1], groups)
+        ):
             rows = dict(zip(collected.indices, collected.rows, strict=True))
             members = []
             for group in self.param_groups:
@@ -320,7 +345,9 @@ class AlignedAdamW(torch.optim.Optimizer):
                 members.append(_Members(indices, params, [rows.pop(index) for index in indices]))
             if rows:
                 name = self.aligner.describe(min(rows))
-                raise RuntimeError(f"{name} was reached by a loss, but is in no parameter group of this optimizer")
+                raise RuntimeError(
+                    f"{name} was reached by a loss, but is in no parameter group of this optimizer"
+                )
             self._members = (collected.rows, groups, members)
         return self._members[2]
 
@@ -330,12 +357,18 @@ class AlignedAdamW(torch.optim.Optimizer):
         for position, parameter in enumerate(group["params"]):
             name = group.get("param_names", {position: f"params[{position}]"})[position]
             if id(parameter) not in self._index:
-                raise ValueError(f"{name} must be one of the aligner's parameters, got another tensor of shape {tuple(parameter.shape)}")
+                raise ValueError(
+                    f"{name} must be one of the aligner's parameters, got another tensor of shape {tuple(parameter.shape)}"
+                )
             if id(parameter) in seen:
-                raise ValueError(f"{name} must be another parameter than those before it, got one of them twice")
+                raise ValueError(
+                    f"{name} must be another parameter than those before it, got one of them twice"
+                )
             seen.add(id(parameter))
         if self._averages is not None and self._averages.fixed:
-            raise ValueError("parameter groups cannot be added to an AlignedAdamW whose averages are tensors: set its ema to None first")
+            raise ValueError(
+                "parameter groups cannot be added to an AlignedAdamW whose averages are tensors: set its ema to None first"
+            )
 
 
 class _Members(NamedTuple):
@@ -389,7 +422,9 @@ def _checked_copy(optimizer: AlignedAdamW, state_dict: dict[str, Any]) -> dict[s
             state = copies.get(number)
             if not state:
                 continue
-            _check_state(state, parameter, optimizer.aligner.describe(optimizer._index[id(parameter)]))
+            _check_state(
+                state, parameter, optimizer.aligner.describe(optimizer._index[id(parameter)])
+            )
             copies[number] = {key: _copy_for(value, parameter) for key, value in state.items()}
     except TypeError as error:
         # The checks are the constructor's: here a wrong type is a wrong value of the state dict.
@@ -401,7 +436,9 @@ def _checked_groups(optimizer: AlignedAdamW, state_dict: dict[str, Any]) -> list
     """The parameter groups of `state_dict`, once they fit those of `optimizer`."""
     for key in ("state", "param_groups"):
         if key not in state_dict:
-            raise ValueError(f"state_dict must have {key}, got {', '.join(map(str, state_dict)) or 'nothing'}")
+            raise ValueError(
+                f"state_dict must have {key}, got {', '.join(map(str, state_dict)) or 'nothing'}"
+            )
     saved = state_dict["param_groups"]
     if len(saved) != len(optimizer.param_groups):
         raise ValueError(
@@ -411,7 +448,9 @@ def _checked_groups(optimizer: AlignedAdamW, state_dict: dict[str, Any]) -> list
     for position, (group, own) in enumerate(zip(saved, optimizer.param_groups, strict=True)):
         for name in ("params", "lr", "betas", "eps", "weight_decay"):
             if name not in group:
-                raise ValueError(f"state_dict must have {name} in every parameter group, got {', '.join(sorted(group))}")
+                raise ValueError(
+                    f"state_dict must have {name} in every parameter group, got {', '.join(sorted(group))}"
+                )
         if len(group["params"]) != len(own["params"]):
             raise ValueError(
                 f"loaded state dict contains a parameter group that doesn't match the size of "
@@ -433,7 +472,9 @@ def _copy_for(value: Any, parameter: Tensor) -> Any:
 def _check_state(state: Mapping[str, Any], parameter: Tensor, name: str) -> None:
     for key in ("step", "exp_avg", "exp_avg_sq"):
         if key not in state:
-            raise ValueError(f"state_dict must have {key} for {name}, got {', '.join(map(str, state)) or 'nothing'}")
+            raise ValueError(
+                f"state_dict must have {key} for {name}, got {', '.join(map(str, state)) or 'nothing'}"
+            )
     if "max_exp_avg_sq" in state:
         raise ValueError(f"AlignedAdamW does not implement amsgrad, got max_exp_avg_sq for {name}")
     for key in ("step", "exp_avg", "exp_avg_sq"):
@@ -442,11 +483,18 @@ def _check_state(state: Mapping[str, Any], parameter: Tensor, name: str) -> None
     for key in ("exp_avg", "exp_avg_sq"):
         check_tensor(state[key], f"{key} of {name}", parameter.shape, None)
     if (state["exp_avg_sq"] < 0).any():
-        raise ValueError(f"exp_avg_sq of {name} must not be negative, got {state['exp_avg_sq'].min().item()}")
+        raise ValueError(
+            f"exp_avg_sq of {name} must not be negative, got {state['exp_avg_sq'].min().item()}"
+        )
     step = state["step"]
     if isinstance(step, Tensor):
         if step.numel() != 1:
             raise ValueError(f"step of {name} must have one element, got shape {tuple(step.shape)}")
         step = step.item()
-    if not isinstance(step, numbers.Real) or not math.isfinite(step) or step < 0 or step != int(step):
+    if (
+        not isinstance(step, numbers.Real)
+        or not math.isfinite(step)
+        or step < 0
+        or step != int(step)
+    ):
         raise ValueError(f"step of {name} must be a whole number, not negative, got {step}")

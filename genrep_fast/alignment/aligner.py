@@ -1,12 +1,16 @@
-"""Gradients of several losses for the same parameters: taken over from autograd, aligned group by group, written to ``.grad``.
+"""Gradients of several losses for the same parameters: taken over from autograd, aligned group by
+group, written to ``.grad``.
 
-Alignment needs the gradient of every loss by itself. Autograd makes a tensor for each of them anyway, and hands it over where a parameter's
-``.grad`` is None; a preset ``.grad`` would be added to, which costs up to two more passes over memory. So `GradientAligner.collect` takes
-``.grad`` away before each block and keeps the tensors that the block leaves there: nothing is copied or concatenated. Each gradient is then
-read once for the Gram matrices and once for the combination, which is written over the first loss's gradient.
+Alignment needs the gradient of every loss by itself. Autograd makes a tensor for each of them
+anyway, and hands it over where a parameter's ``.grad`` is None; a preset ``.grad`` would be added
+to, which costs up to two more passes over memory. So `GradientAligner.collect` takes ``.grad`` away
+before each block and keeps the tensors that the block leaves there: nothing is copied or
+concatenated. Each gradient is then read once for the Gram matrices and once for the combination,
+which is written over the first loss's gradient.
 
-Every tensor has a Gram matrix of its own. Where its diagonal holds a zero, some loss does not reach the tensor, though autograd made zeros
-of a missing gradient; the matrix of a group is the sum over the tensors that every loss reaches.
+Every tensor has a Gram matrix of its own. Where its diagonal holds a zero, some loss does not reach
+the tensor, though autograd made zeros of a missing gradient; the matrix of a group is the sum over
+the tensors that every loss reaches.
 """
 
 from __future__ import annotations
@@ -41,15 +45,18 @@ from .wrappers import is_data_parallel, parameters_inside, plain_name, unwrapped
 
 @dataclass(frozen=True)
 class AlignerStats(AlignmentStats):
-    """What an alignment of n losses did, group by group as in `GradientAligner.group_keys`: float64 tensors on the gradients' device.
+    """What an alignment of n losses did, group by group as in `GradientAligner.group_keys`: float64
+    tensors on the gradients' device.
 
     Attributes:
-        cosine: [groups] between two gradients, [groups, n, n] between n > 2; 0 where one of them is zero.
+        cosine: [groups] between two gradients, [groups, n, n] between n > 2; 0 where one of them is
+            zero.
         alpha: [groups], the damping rho of the rule "genrep"; None for other rules.
         norms: [groups, n], Euclidean norms of the gradients.
         coefficients: [groups, n], factors of the gradients in the result before clipping.
-        total_norm: [], Euclidean norm of the result before clipping, over all parameters; None without `max_norm`. Its error is relative to
-            sum_i |c_i| norm_i: where gradients cancel, it is an upper bound.
+        total_norm: [], Euclidean norm of the result before clipping, over all parameters; None
+            without `max_norm`. Its error is relative to sum_i |c_i| norm_i: where gradients cancel,
+            it is an upper bound.
     """
 
     alpha: Tensor | None
@@ -57,7 +64,9 @@ class AlignerStats(AlignmentStats):
 
 
 class Collected(NamedTuple):
-    """What an aligner hands over: the gradient of parameter ``indices[t]`` is the sum of its losses' gradients times row ``rows[t]``."""
+    """What an aligner hands over: the gradient of parameter ``indices[t]`` is the sum of its
+    losses' gradients times row ``rows[t]``.
+    """
 
     gradients: list[list[Tensor | None]]  # for each loss, of every parameter
     indices: list[int]
@@ -66,32 +75,40 @@ class Collected(NamedTuple):
 
 
 class GradientAligner:
-    """Collects the gradients of n losses and writes their aligned sum to ``.grad``, or keeps them for `AlignedAdamW.step`.
+    """Collects the gradients of n losses and writes their aligned sum to ``.grad``, or keeps them
+    for `AlignedAdamW.step`.
 
-    The parameters of a group share one Gram matrix, from which the rule makes one coefficient a loss. A parameter that has no group or that
-    some loss does not reach takes the sum of its gradients times `weights`; one that no loss reaches keeps ``.grad`` None. A loss does not
-    reach a parameter whose gradient is None or exactly zero everywhere, as autograd makes it of None in compiled, checkpointed and sliced
-    models. Parameters count while they require gradients, now or later. Nothing here waits for the device, except TorchJD's weightings and
-    what asks whether gradients were zeroed. The rule "genrep" is that of `align_gradients` (GenRep, Li, Yang and Wang, ICLR 2026);
-    `genrep_fast.rules` has the others and their papers.
+    The parameters of a group share one Gram matrix, from which the rule makes one coefficient a
+    loss. A parameter that has no group or that some loss does not reach takes the sum of its
+    gradients times `weights`; one that no loss reaches keeps ``.grad`` None. A loss does not reach
+    a parameter whose gradient is None or exactly zero everywhere, as autograd makes it of None in
+    compiled, checkpointed and sliced models. Parameters count while they require gradients, now or
+    later. Nothing here waits for the device, except TorchJD's weightings and what asks whether
+    gradients were zeroed. The rule "genrep" is that of `align_gradients` (GenRep, Li, Yang and
+    Wang, ICLR 2026); `genrep_fast.rules` has the others and their papers.
 
     Args:
-        params: parameters, pairs of a name and a parameter, or a module; float32, bfloat16, float16 or float64, on one device. Names come
-            without what torch.compile, DistributedDataParallel, DataParallel, AveragedModel and Lightning Fabric put before them.
+        params: parameters, pairs of a name and a parameter, or a module; float32, bfloat16, float16
+            or float64, on one device. Names come without what torch.compile,
+            DistributedDataParallel, DataParallel, AveragedModel and Lightning Fabric put before
+            them.
         names: of the n losses, 2 to 8.
-        weights: n numbers, one a loss; None: (0.7, 0.3) for the rule "genrep" and ones for every other. Of all rules, "genrep" alone uses
-            them for parameters that are aligned.
+        weights: n numbers, one a loss; None: (0.7, 0.3) for the rule "genrep" and ones for every
+            other. Of all rules, "genrep" alone uses them for parameters that are aligned.
         power: damping exponent of the rule "genrep", >= 0; 0 gives the plain weighted sum.
-        groups: "all" (one group), "tensor" (each parameter is one), "block" (a name up to its first number, "blocks.3" for
-            "blocks.3.norm.weight", or its module where it has no number), or a function from a parameter's name to a key (None: no group).
-        rule: a name in `genrep_fast.rules.RULES`, a function from Gram matrices [groups, n, n] to coefficients [groups, n], both of
-            float64, or a Weighting of TorchJD.
-        flat: copy the gradients of a loss into one contiguous buffer, group by group, as communication wants them. It costs the copies,
-            and buffers that stay allocated.
+        groups: "all" (one group), "tensor" (each parameter is one), "block" (a name up to its first
+            number, "blocks.3" for "blocks.3.norm.weight", or its module where it has no number), or
+            a function from a parameter's name to a key (None: no group).
+        rule: a name in `genrep_fast.rules.RULES`, a function from Gram matrices [groups, n, n] to
+            coefficients [groups, n], both of float64, or a Weighting of TorchJD.
+        flat: copy the gradients of a loss into one contiguous buffer, group by group, as
+            communication wants them. It costs the copies, and buffers that stay allocated.
 
     Attributes:
-        stats: AlignerStats of the last alignment, by `align`, `backward` or an `AlignedAdamW`'s ``step``; None before the first.
-        parameters, parameter_names: lists of the parameters, and of their names (None where they have none).
+        stats: AlignerStats of the last alignment, by `align`, `backward` or an `AlignedAdamW`'s
+            ``step``; None before the first.
+        parameters, parameter_names: lists of the parameters, and of their names (None where they
+            have none).
         module: the module that `params` is, without its wrappers; None where it is none.
 
     Raises:
@@ -115,7 +132,9 @@ class GradientAligner:
         is_genrep = isinstance(rule, str) and rule == "genrep"
         self.weights = _default_weights(is_genrep, len(self.names)) if weights is None else weights
         self.module = unwrapped(params) if isinstance(params, torch.nn.Module) else None
-        self.parameters, self.parameter_names = named_parameters(params if self.module is None else self.module)
+        self.parameters, self.parameter_names = named_parameters(
+            params if self.module is None else self.module
+        )
         self._known = {id(parameter) for parameter in self.parameters}
         self.stats: AlignerStats | None = None
         self._power = power
@@ -154,34 +173,47 @@ class GradientAligner:
 
     @property
     def group_keys(self) -> list[Hashable]:
-        """What the rows of the statistics stand for, in order of first appearance: "all", parameters' names or indices, or blocks."""
+        """What the rows of the statistics stand for, in order of first appearance: "all",
+        parameters' names or indices, or blocks.
+        """
         return list(self._group_rows)
 
-    def backward(self, *losses: Tensor, backward: Callable[..., Any] | None = None) -> AlignerStats | None:
-        """Run one backward pass a loss over their shared graph, which the last one frees, and align the gradients.
+    def backward(
+        self, *losses: Tensor, backward: Callable[..., Any] | None = None
+    ) -> AlignerStats | None:
+        """Run one backward pass a loss over their shared graph, which the last one frees, and align
+        the gradients.
 
-        With an `AlignedAdamW` attached the gradients are kept for its `step`, and those of further calls are added.
+        With an `AlignedAdamW` attached the gradients are kept for its `step`, and those of further
+        calls are added.
 
         Args:
             losses: n tensors of one element, in the order of `names`.
-            backward: called as ``backward(loss, retain_graph=...)``, e.g. ``accelerator.backward``; None: ``loss.backward``.
+            backward: called as ``backward(loss, retain_graph=...)``, e.g. ``accelerator.backward``;
+                None: ``loss.backward``.
 
         Returns:
-            The statistics; None with an `AlignedAdamW`, whose `step` puts them into `GradientAligner.stats`.
+            The statistics; None with an `AlignedAdamW`, whose `step` puts them into
+            `GradientAligner.stats`.
 
         Raises:
             TypeError: for a loss that is not a tensor.
             ValueError: for a wrong number of losses, and for a loss of more than one element.
-            RuntimeError: under DistributedDataParallel and in a process group of more than one process, where the gradient of one backward
-                pass alone is reduced; and as `collect` and `align`.
+            RuntimeError: under DistributedDataParallel and in a process group of more than one
+                process, where the gradient of one backward pass alone is reduced; and as `collect`
+                and `align`.
         """
         if len(losses) != len(self.names):
-            raise ValueError(f"losses must be one for each of {', '.join(self.names)}, got {len(losses)}")
+            raise ValueError(
+                f"losses must be one for each of {', '.join(self.names)}, got {len(losses)}"
+            )
         for name, loss in zip(self.names, losses, strict=True):
             if not isinstance(loss, Tensor):
                 raise TypeError(f"the loss {name} must be a tensor, got {type(loss).__name__}")
             if loss.numel() != 1:
-                raise ValueError(f"the loss {name} must have one element, got shape {tuple(loss.shape)}")
+                raise ValueError(
+                    f"the loss {name} must have one element, got shape {tuple(loss.shape)}"
+                )
         self._check_outside("backward")
         self._check_one_reducer()
         self._check_free()
@@ -211,14 +243,18 @@ class GradientAligner:
     def collect(self, name: str) -> Iterator[None]:
         """Take over the gradients that the block leaves in ``.grad`` as those of the loss `name`.
 
-        What the block does to ``.grad``, such as clipping it, counts. Several blocks of the same name in one step, as for micro-batches,
-        each find ``.grad`` empty, and add their gradients up. Until the next block the gradients can be read in ``.grad``; to write to
-        them is an error, and to drop them, as ``zero_grad`` does, drops everything that was collected. If the block raises, its gradients
-        are dropped. Gradients are taken over as they are and written to: what else still holds their memory, as the caller of
-        ``parameter.view(-1).backward(gradient)`` holds ``gradient``, sees that. Only where they overlap each other they are copied.
+        What the block does to ``.grad``, such as clipping it, counts. Several blocks of the same
+        name in one step, as for micro-batches, each find ``.grad`` empty, and add their gradients
+        up. Until the next block the gradients can be read in ``.grad``; to write to them is an
+        error, and to drop them, as ``zero_grad`` does, drops everything that was collected. If the
+        block raises, its gradients are dropped. Gradients are taken over as they are and written
+        to: what else still holds their memory, as the caller of
+        ``parameter.view(-1).backward(gradient)`` holds ``gradient``, sees that. Only where they
+        overlap each other they are copied.
 
-        In several processes the last block of each name must be one whose gradients the data-parallel wrapper averages: a forward pass for
-        each loss, through the wrapper. There ``.grad`` holds what was collected in the blocks before.
+        In several processes the last block of each name must be one whose gradients the
+        data-parallel wrapper averages: a forward pass for each loss, through the wrapper. There
+        ``.grad`` holds what was collected in the blocks before.
 
         Args:
             name: one of `names`.
@@ -242,23 +278,28 @@ class GradientAligner:
 
     @torch.no_grad()
     def align(self, max_norm: float | None = None) -> AlignerStats:
-        """Write the aligned sum of the collected gradients to ``.grad``, over the memory of the first loss's gradients.
+        """Write the aligned sum of the collected gradients to ``.grad``, over the memory of the
+        first loss's gradients.
 
         Args:
-            max_norm: shorten the result to this Euclidean norm over all parameters where it is longer, as
-                `torch.nn.utils.clip_grad_norm_` does; infinity only measures. Under a GradScaler ``.grad`` is still scaled: clip after
-                ``unscale_`` instead.
+            max_norm: shorten the result to this Euclidean norm over all parameters where it is
+                longer, as `torch.nn.utils.clip_grad_norm_` does; infinity only measures. Under a
+                GradScaler ``.grad`` is still scaled: clip after ``unscale_`` instead.
 
         Returns:
             The statistics; they stay in `GradientAligner.stats`.
 
         Raises:
-            RuntimeError: where a loss has not been collected, no loss reached a parameter, what was collected was dropped or written to
-                since, or a loss reached parameters of the module that the aligner does not know.
+            RuntimeError: where a loss has not been collected, no loss reached a parameter, what was
+                collected was dropped or written to since, or a loss reached parameters of the
+                module that the aligner does not know.
             TypeError, ValueError: for a `max_norm` that is not a number, or not positive.
         """
         collected = self.hand_over(max_norm)
-        results = [self._result(loss, index) for loss, index in zip(self._layout.first, collected.indices, strict=True)]
+        results = [
+            self._result(loss, index)
+            for loss, index in zip(self._layout.first, collected.indices, strict=True)
+        ]
         gradients = self._gradients_of(collected.indices)
         combine_operator(gradients, collected.coefficients, collected.rows, [], results)
         self._left.clear()
@@ -270,7 +311,8 @@ class GradientAligner:
     def zero_grad(self) -> None:
         """Drop everything that was collected, and set every parameter's ``.grad`` to None.
 
-        Inside a block of `collect` that includes what the block has done; what it does afterwards counts.
+        Inside a block of `collect` that includes what the block has done; what it does afterwards
+        counts.
         """
         self._reset()
         self._emptied = self._collecting is not None
@@ -302,7 +344,8 @@ class GradientAligner:
         return not any(self._passes) and not self._broken
 
     def hand_over(self, max_norm: float | None, grad_scale: Tensor | None = None) -> Collected:
-        """The collected gradients and their coefficients, divided by `grad_scale`; `max_norm` and the statistics are free of it.
+        """The collected gradients and their coefficients, divided by `grad_scale`; `max_norm` and
+        the statistics are free of it.
 
         The gradients stay here until `finish`.
         """
@@ -340,7 +383,9 @@ class GradientAligner:
 
     @property
     def marker_checked(self) -> bool:
-        """Whether the ``.grad`` that was left for a GradScaler says if all that was collected is finite."""
+        """Whether the ``.grad`` that was left for a GradScaler says if all that was collected is
+        finite.
+        """
         return self._marker_checked
 
     def finish(self, *, scaler_used: bool = False) -> None:
@@ -355,7 +400,11 @@ class GradientAligner:
         self._grams.clear()
         self._assign_groups()
         if self._buckets is not None and not any(self._passes):
-            requiring = {index: parameter for index, parameter in enumerate(self.parameters) if parameter.requires_grad}
+            requiring = {
+                index: parameter
+                for index, parameter in enumerate(self.parameters)
+                if parameter.requires_grad
+            }
             self._buckets.arrange(requiring, self._groups)
         self._collecting = self.names.index(name)
         self._emptied = False
@@ -381,7 +430,9 @@ class GradientAligner:
             raise RuntimeError(f"{why}: call it behind the block")
 
     def _check_free(self) -> None:
-        """Raise RuntimeError where the next block cannot begin, as ``.grad`` is not empty but for what was left there."""
+        """Raise RuntimeError where the next block cannot begin, as ``.grad`` is not empty but for
+        what was left there.
+        """
         self._check_whole()
         self._check_left()
         stranger = self._left.stranger(self.parameters)
@@ -420,14 +471,18 @@ class GradientAligner:
         if gradient.requires_grad:
             gradient = gradient.detach()
         if gradient.layout != torch.strided:
-            raise ValueError(f"the gradient of {self.describe(index)} must be dense, got layout {gradient.layout}: use sparse=False")
+            raise ValueError(
+                f"the gradient of {self.describe(index)} must be dense, got layout {gradient.layout}: use sparse=False"
+            )
         # Set by hand: it may be an expanded tensor.
         if not gradient.is_contiguous() and gradient.stride() != parameter.stride():
             gradient = torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
         return gradient
 
     def _own(self, index: int, gradient: Tensor) -> Tensor:
-        """`gradient`, or a copy: in the flat buffers, and where its memory is another gradient's too."""
+        """`gradient`, or a copy: in the flat buffers, and where its memory is another gradient's
+        too.
+        """
         if self._buckets is not None:
             return self._bucket(index, gradient.dtype).copy_(gradient)
         if self._memory.claim(gradient):
@@ -438,7 +493,8 @@ class GradientAligner:
     def _put_back(self) -> None:
         """Let the next pass add to ``.grad``, as without an aligner.
 
-        A data-parallel wrapper averages what ``.grad`` holds, which includes micro-batches that it did not average (``no_sync``).
+        A data-parallel wrapper averages what ``.grad`` holds, which includes micro-batches that it
+        did not average (``no_sync``).
         """
         collected = self._gradients[self._collecting]
         self._gradients[self._collecting] = [None] * len(self.parameters)
@@ -454,7 +510,10 @@ class GradientAligner:
                 self._memory.claim(gradient)
 
     def _check_new(self, index: int, gradient: Tensor) -> None:
-        if any(gradients[index] is not None and gradients[index].is_set_to(gradient) for gradients in self._gradients):
+        if any(
+            gradients[index] is not None and gradients[index].is_set_to(gradient)
+            for gradients in self._gradients
+        ):
             raise ValueError(
                 f"the gradient of {self.describe(index)} lies where one that was collected before does: clone it, or use flat=True"
             )
@@ -462,9 +521,13 @@ class GradientAligner:
     def _bucket(self, index: int, dtype: torch.dtype) -> Tensor:
         bucket = self._buckets.views[self._collecting].get(index)
         if bucket is None:
-            raise RuntimeError(f"{self.describe(index)} began to require a gradient within a step, which flat=True does not allow")
+            raise RuntimeError(
+                f"{self.describe(index)} began to require a gradient within a step, which flat=True does not allow"
+            )
         if bucket.dtype != dtype:
-            raise ValueError(f"the gradient of {self.describe(index)} must be {bucket.dtype} like its flat buffer, got {dtype}")
+            raise ValueError(
+                f"the gradient of {self.describe(index)} must be {bucket.dtype} like its flat buffer, got {dtype}"
+            )
         return bucket
 
     def _abandon(self) -> None:
@@ -485,9 +548,10 @@ class GradientAligner:
     def _leave(self, latest: int = 0) -> None:
         """Leave in ``.grad`` what shows whether somebody drops or changes what was collected.
 
-        That is a gradient of each parameter, of the loss `latest` where it has one. Once an optimizer has all that it needs it is one of
-        them alone, with a NaN where any gradient is not finite: GradScaler looks for such values in ``.grad`` alone, insists on finding
-        one there, and writes to it.
+        That is a gradient of each parameter, of the loss `latest` where it has one. Once an
+        optimizer has all that it needs it is one of them alone, with a NaN where any gradient is
+        not finite: GradScaler looks for such values in ``.grad`` alone, insists on finding one
+        there, and writes to it.
         """
         if self._broken:
             return
@@ -498,18 +562,27 @@ class GradientAligner:
             return
         shown = self._gradients[latest]
         for gradients in self._gradients:
-            shown = [gradient if before is None else before for gradient, before in zip(gradients, shown, strict=True)]
+            shown = [
+                gradient if before is None else before
+                for gradient, before in zip(gradients, shown, strict=True)
+            ]
         indices = [index for index, gradient in enumerate(shown) if gradient is not None]
         smallest = self._current_layout().smallest if complete else None
         watched = None if smallest is None else shown[smallest]
-        self._left.leave([self.parameters[index] for index in indices], [shown[index] for index in indices], watched)
+        self._left.leave(
+            [self.parameters[index] for index in indices],
+            [shown[index] for index in indices],
+            watched,
+        )
 
     def _leave_marker(self) -> None:
         index = self._current_layout().smallest
         self._marker_checked = self._scaler_expected
         if index is None:
             return
-        marker = next(gradients[index] for gradients in self._gradients if gradients[index] is not None)
+        marker = next(
+            gradients[index] for gradients in self._gradients if gradients[index] is not None
+        )
         if self._scaler_expected or marker.numel() <= WATCHED_ELEMENTS:
             # A copy, with ones in place of zeros, on which scaling would not show.
             marker = torch.where(marker == 0, 1.0, marker)
@@ -518,7 +591,9 @@ class GradientAligner:
         self._left.leave([self.parameters[index]], [marker], marker)
 
     def _check_left(self, *, written_by_scaler: bool = False) -> None:
-        """Drop what was collected where ``zero_grad`` dropped what was left of it; raise RuntimeError where that was changed."""
+        """Drop what was collected where ``zero_grad`` dropped what was left of it; raise
+        RuntimeError where that was changed.
+        """
         message = (
             "a .grad was written to, replaced or set to None after its gradient had been collected, which does not change what the aligner "
             "holds: write to .grad inside the block of collect, clip with max_norm, or start the step over with zero_grad()"
@@ -542,18 +617,24 @@ class GradientAligner:
 
     def _check_whole(self) -> None:
         if self._broken:
-            raise RuntimeError("a pass raised after others of this step: start the step over with zero_grad()")
+            raise RuntimeError(
+                "a pass raised after others of this step: start the step over with zero_grad()"
+            )
 
     def _check_collected(self) -> None:
         self._check_whole()
-        missing = [name for name, passes in zip(self.names, self._passes, strict=True) if not passes]
+        missing = [
+            name for name, passes in zip(self.names, self._passes, strict=True) if not passes
+        ]
         if missing and self._dropped:
             raise RuntimeError(
                 f"no gradients of {', '.join(missing)} to align: they were dropped after they had been collected, by zero_grad or whatever "
                 f"else emptied .grad"
             )
         if missing:
-            raise RuntimeError(f"no gradients of {', '.join(missing)} to align: run its backward pass inside `with aligner.collect(name):`")
+            raise RuntimeError(
+                f"no gradients of {', '.join(missing)} to align: run its backward pass inside `with aligner.collect(name):`"
+            )
 
     def _check_reached(self, layout: _Layout) -> None:
         if self.module is not None and any(map(self._is_unknown, parameters_inside(self.module))):
@@ -575,7 +656,9 @@ class GradientAligner:
         return parameter.grad is not None and id(parameter) not in self._known
 
     def _check_one_reducer(self) -> None:
-        """Raise RuntimeError where a data-parallel wrapper would reduce one of several backward passes."""
+        """Raise RuntimeError where a data-parallel wrapper would reduce one of several backward
+        passes.
+        """
         processes = world_size()
         if processes is None:
             return
@@ -595,10 +678,14 @@ class GradientAligner:
 
     def _result(self, loss: int, index: int) -> Tensor:
         """Where the aligned gradient of a parameter is written, `loss` being the first to reach it."""
-        return self._gradients[loss][index] if self._buckets is None else self._buckets.views[0][index]
+        return (
+            self._gradients[loss][index] if self._buckets is None else self._buckets.views[0][index]
+        )
 
     def _current_layout(self) -> _Layout:
-        present = [[gradient is not None for gradient in gradients] for gradients in self._gradients]
+        present = [
+            [gradient is not None for gradient in gradients] for gradients in self._gradients
+        ]
         key = (present, len(self._group_rows))
         if self._layout is None or self._layout.key != key:
             self._layout = self._new_layout(key)
@@ -615,7 +702,8 @@ class GradientAligner:
             layout.indices.append(index)
             layout.groups.append(group)
             layout.first.append(reached.index(True))
-            # What is not aligned has the row behind those of what is: -1 until their number is known.
+            # What is not aligned has the row behind those of what is: -1 until their number is
+            # known.
             layout.rows.append(len(layout.aligned) if group >= 0 else -1)
             if group >= 0:
                 layout.aligned.append(index)
@@ -630,8 +718,11 @@ class GradientAligner:
         """Gradients of parameters, flattened loss by loss."""
         return [gradients[index] for gradients in self._gradients for index in indices]
 
-    def _tensor_grams(self, layout: _Layout, everything: bool) -> tuple[Tensor, list[int], list[int]]:
-        """Gram matrices [T, n, n] of what is aligned or of `everything`, the groups of these T tensors, and the row of every parameter.
+    def _tensor_grams(
+        self, layout: _Layout, everything: bool
+    ) -> tuple[Tensor, list[int], list[int]]:
+        """Gram matrices [T, n, n] of what is aligned or of `everything`, the groups of these T
+        tensors, and the row of every parameter.
 
         Without `everything` the row T is that of what is not aligned.
         """
@@ -640,7 +731,11 @@ class GradientAligner:
             indices, groups, rows = layout.indices, layout.groups, layout.places
         if not indices:
             n = len(self.names)
-            return torch.zeros(0, n, n, dtype=torch.float64, device=self.parameters[0].device), groups, rows
+            return (
+                torch.zeros(0, n, n, dtype=torch.float64, device=self.parameters[0].device),
+                groups,
+                rows,
+            )
         return self._grams.matrices(indices, self._gradients_of), groups, rows
 
     def _row_of_weights(self, device: torch.device) -> Tensor:
@@ -654,12 +749,23 @@ class GradientAligner:
         if self._rule is None:
             return *alignment_coefficients_operator(gram, self._weights, self._power), norms
         products = norms[:, :, None] * norms[:, None, :]
-        cosine = torch.where(products == 0, 0.0, gram / norms[:, :, None] / norms[:, None, :]).clamp(-1, 1)
-        dtype = least_accurate_dtype(gradient for gradients in self._gradients for gradient in gradients)
-        return self._rule(gram, dtype), cosine if len(self.names) > 2 else cosine[:, 0, 1], None, norms
+        cosine = torch.where(
+            products == 0, 0.0, gram / norms[:, :, None] / norms[:, None, :]
+        ).clamp(-1, 1)
+        dtype = least_accurate_dtype(
+            gradient for gradients in self._gradients for gradient in gradients
+        )
+        return (
+            self._rule(gram, dtype),
+            cosine if len(self.names) > 2 else cosine[:, 0, 1],
+            None,
+            norms,
+        )
 
     def _reset(self) -> None:
-        self._gradients: list[list[Tensor | None]] = [[None] * len(self.parameters) for _ in self.names]
+        self._gradients: list[list[Tensor | None]] = [
+            [None] * len(self.parameters) for _ in self.names
+        ]
         self._passes = [0] * len(self.names)
         # Whether gradients of a pass that raised have been added to others.
         self._broken = False
@@ -675,15 +781,23 @@ class GradientAligner:
         for index, parameter in enumerate(self.parameters):
             if self._groups[index] is None and parameter.requires_grad:
                 if parameter.dtype not in DTYPES:
-                    raise TypeError(f"{self.describe(index)} must be float32, bfloat16, float16 or float64, got {parameter.dtype}")
+                    raise TypeError(
+                        f"{self.describe(index)} must be float32, bfloat16, float16 or float64, got {parameter.dtype}"
+                    )
                 key = self._group_key(index)
                 if not isinstance(key, Hashable):
-                    raise TypeError(f"groups must return a hashable key or None, got {type(key).__name__} for {self.describe(index)}")
-                self._groups[index] = -1 if key is None else self._group_rows.setdefault(key, len(self._group_rows))
+                    raise TypeError(
+                        f"groups must return a hashable key or None, got {type(key).__name__} for {self.describe(index)}"
+                    )
+                self._groups[index] = (
+                    -1 if key is None else self._group_rows.setdefault(key, len(self._group_rows))
+                )
 
 
 class _Layout(NamedTuple):
-    """Which gradients belong where, as long as `key` holds: which there are, and the number of groups."""
+    """Which gradients belong where, as long as `key` holds: which there are, and the number of
+    groups.
+    """
 
     key: tuple[list[list[bool]], int]
     indices: list[int]  # parameters that some loss reaches

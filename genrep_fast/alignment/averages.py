@@ -88,7 +88,9 @@ class Averages:
             if not self._source.is_shared(index):
                 raise ValueError(f"ema must hold an average of {name}, got none")
             if parameter.requires_grad:
-                raise ValueError(f"ema must hold a copy of {name}, which is trained, got the parameter")
+                raise ValueError(
+                    f"ema must hold a copy of {name}, which is trained, got the parameter"
+                )
 
     def tensors(self) -> dict[int, Tensor]:
         """The averages by the aligner's index of their parameters, checked where they are new."""
@@ -161,7 +163,9 @@ class _Checked(NamedTuple):
 
     @classmethod
     def of(cls, tensors: list[Tensor]) -> _Checked:
-        return cls(tensors, [tensor.dtype for tensor in tensors], [tensor.device for tensor in tensors])
+        return cls(
+            tensors, [tensor.dtype for tensor in tensors], [tensor.device for tensor in tensors]
+        )
 
     def describes(self, tensors: list[Tensor]) -> bool:
         """Whether `tensors` are the same, and unchanged but for their values."""
@@ -221,7 +225,9 @@ class _Module:
         slots = _slots(inner, "_parameters")
         self._slots: dict[int, Slot] = {}
         self._shared: set[int] = set()
-        for index, (name, parameter) in enumerate(zip(self._names, aligner.parameters, strict=True)):
+        for index, (name, parameter) in enumerate(
+            zip(self._names, aligner.parameters, strict=True)
+        ):
             if name not in slots:
                 continue
             # A frozen part that both networks share is its own average.
@@ -230,7 +236,9 @@ class _Module:
             else:
                 self._slots[index] = slots[name]
         if not self._slots:
-            raise ValueError(f"ema must be a module with the parameter names of the aligner, got none called {aligner.describe(0)}")
+            raise ValueError(
+                f"ema must be a module with the parameter names of the aligner, got none called {aligner.describe(0)}"
+            )
         _check_ties(slots, aligner)
         self._buffers = _paired_buffers(inner, aligner)
 
@@ -258,7 +266,9 @@ class _Module:
             if average is None or current is None or average is current:
                 continue
             if average.shape != current.shape:
-                average = torch.empty_like(current, dtype=average.dtype, device=average.device).copy_(current)
+                average = torch.empty_like(
+                    current, dtype=average.dtype, device=average.device
+                ).copy_(current)
                 pair.average[0][pair.average[1]] = average
             pairs.append((average, current))
         return pairs
@@ -306,7 +316,11 @@ class _AveragedModel(_Module):
 
     def _updates(self) -> int:
         counter = self._model.n_averaged
-        if self._count is None or self._count[0] is not counter or self._count[1] != counter._version:
+        if (
+            self._count is None
+            or self._count[0] is not counter
+            or self._count[1] != counter._version
+        ):
             self._count = (counter, counter._version, int(counter))
         return self._count[2]
 
@@ -325,7 +339,9 @@ class _EMAModel:
     def tensors(self) -> dict[int, Tensor]:
         tensors = self._model.shadow_params
         if len(tensors) != len(self._indices):
-            raise ValueError(f"ema.shadow_params must have {len(self._indices)} entries, got {len(tensors)}")
+            raise ValueError(
+                f"ema.shadow_params must have {len(self._indices)} entries, got {len(tensors)}"
+            )
         return dict(zip(self._indices, tensors, strict=True))
 
     def describe(self, index: int) -> str:
@@ -350,11 +366,17 @@ def _source_of(source: Any, params: Sequence[Tensor], aligner: GradientAligner) 
     indices = [numbers[id(parameter)] for parameter in params]
     if isinstance(source, nn.Module):
         inner = uncompiled(source)
-        return _AveragedModel(inner, aligner) if isinstance(inner, AveragedModel) else _Module(inner, aligner)
+        return (
+            _AveragedModel(inner, aligner)
+            if isinstance(inner, AveragedModel)
+            else _Module(inner, aligner)
+        )
     if all(hasattr(source, name) for name in ("shadow_params", "get_decay", "optimization_step")):
         return _EMAModel(source, indices, aligner)
     if not isinstance(source, Sequence) or isinstance(source, str):
-        raise TypeError(f"ema must be tensors, a module, an AveragedModel or diffusers' EMAModel, got {type(source).__name__}")
+        raise TypeError(
+            f"ema must be tensors, a module, an AveragedModel or diffusers' EMAModel, got {type(source).__name__}"
+        )
     return _Tensors(source, indices)
 
 
@@ -386,7 +408,9 @@ def _check_ties(slots: dict[str, Slot], aligner: GradientAligner) -> None:
             continue
         first = aligner.parameter_names[index]
         if _held(slots[name]) is not _held(slots[first]):
-            raise ValueError(f"ema must tie {name} to {first}, which are one parameter of the model")
+            raise ValueError(
+                f"ema must tie {name} to {first}, which are one parameter of the model"
+            )
 
 
 def _slots(module: nn.Module, kind: str) -> dict[str, Slot]:
@@ -435,7 +459,11 @@ def _order_of(tensors: Sequence[Tensor], indices: list[int], aligner: GradientAl
     if len(orders) == 1:
         return orders[0]
     # Both fit: values decide, which an average has from its parameter.
-    equal = [order for order in orders if all(map(_is_equal, tensors, [aligner.parameters[index] for index in order]))]
+    equal = [
+        order
+        for order in orders
+        if all(map(_is_equal, tensors, [aligner.parameters[index] for index in order]))
+    ]
     if len(equal) != 1:
         raise ValueError(
             "ema.shadow_params may follow the aligner's parameters or the optimizer's, which "
@@ -448,7 +476,10 @@ def _order_of(tensors: Sequence[Tensor], indices: list[int], aligner: GradientAl
 def _fits(tensors: Sequence[Tensor], order: list[int], aligner: GradientAligner) -> bool:
     if len(tensors) != len(order):
         return False
-    return all(tensor.shape == aligner.parameters[index].shape for tensor, index in zip(tensors, order, strict=True))
+    return all(
+        tensor.shape == aligner.parameters[index].shape
+        for tensor, index in zip(tensors, order, strict=True)
+    )
 
 
 def _is_equal(average: Tensor, parameter: Tensor) -> bool:
@@ -492,5 +523,7 @@ def _decay_of(rule: Callable[[Tensor, Tensor, Tensor], Tensor], count: int) -> f
     expected = decay * averages + (1 - decay) * parameters
     if not torch.allclose(found, expected, rtol=1e-9, atol=1e-9):
         name = getattr(inspect.unwrap(rule), "__name__", type(rule).__name__)
-        raise ValueError(f"ema averages with {name}, which is no weighted mean of average and parameter: pass ema_decay")
+        raise ValueError(
+            f"ema averages with {name}, which is no weighted mean of average and parameter: pass ema_decay"
+        )
     return check_ema_decay(decay)

@@ -9,15 +9,21 @@ from torch import Tensor
 
 
 class HeldMemory:
-    """The memory that gradients occupy, to find those that share some: autograd may give several parameters views of one tensor."""
+    """The memory that gradients occupy, to find those that share some: autograd may give several
+    parameters views of one tensor.
+    """
 
     def __init__(self):
         self.clear()
 
     def clear(self) -> None:
         """Hold nothing."""
-        self._first: dict[int, Tensor] = {}  # of each storage, which it keeps alive: no other one gets its address
-        self._ranges: dict[int, list[tuple[int, int]]] = {}  # of storages that hold several tensors: first byte and end, in order
+        self._first: dict[
+            int, Tensor
+        ] = {}  # of each storage, which it keeps alive: no other one gets its address
+        self._ranges: dict[
+            int, list[tuple[int, int]]
+        ] = {}  # of storages that hold several tensors: first byte and end, in order
 
     def claim(self, tensor: Tensor) -> bool:
         """Hold the memory of `tensor` if none of it is held; whether that is so."""
@@ -30,7 +36,9 @@ class HeldMemory:
             ranges.append(_byte_range(self._first[storage]))
         start, end = _byte_range(tensor)
         place = bisect.bisect(ranges, (start, end))
-        if (place > 0 and ranges[place - 1][1] > start) or (place < len(ranges) and ranges[place][0] < end):
+        if (place > 0 and ranges[place - 1][1] > start) or (
+            place < len(ranges) and ranges[place][0] < end
+        ):
             return False
         ranges.insert(place, (start, end))
         return True
@@ -38,7 +46,12 @@ class HeldMemory:
 
 def _byte_range(tensor: Tensor) -> tuple[int, int]:
     """First byte and end of `tensor` in its storage."""
-    span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1 if tensor.numel() else 0
+    span = (
+        sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        + 1
+        if tensor.numel()
+        else 0
+    )
     start = tensor.storage_offset()
     return start * tensor.element_size(), (start + span) * tensor.element_size()
 
@@ -47,12 +60,19 @@ class Buckets:
     """For each loss (and dtype) one flat buffer, in which parameters lie group by group."""
 
     def __init__(self, n: int):
-        self.views: list[dict[int, Tensor]] = [{} for _ in range(n)]  # for each loss, parameter -> its part of the buffer
+        self.views: list[dict[int, Tensor]] = [
+            {} for _ in range(n)
+        ]  # for each loss, parameter -> its part of the buffer
         self._key: list[tuple] | None = None
 
     def arrange(self, parameters: dict[int, Tensor], groups: list[int | None]) -> None:
-        """Allocate buffers for `parameters`, the ones without a group (-1) last, unless they are there."""
-        key = [(index, groups[index], _gradient_dtype(parameter), parameter.device) for index, parameter in parameters.items()]
+        """Allocate buffers for `parameters`, the ones without a group (-1) last, unless they are
+        there.
+        """
+        key = [
+            (index, groups[index], _gradient_dtype(parameter), parameter.device)
+            for index, parameter in parameters.items()
+        ]
         if self._key == key:
             return
         self._key = key
@@ -68,11 +88,16 @@ class Buckets:
             sizes[dtypes[index]] = starts[index] + parameters[index].numel()
         device = next(iter(parameters.values())).device if parameters else None
         for views in self.views:
-            buffers = {dtype: torch.empty(size, dtype=dtype, device=device) for dtype, size in sizes.items()}
+            buffers = {
+                dtype: torch.empty(size, dtype=dtype, device=device)
+                for dtype, size in sizes.items()
+            }
             views.clear()
             for index, parameter in parameters.items():
                 strides = torch.empty_like(parameter, device="meta").stride()
-                views[index] = buffers[dtypes[index]].as_strided(parameter.shape, strides, starts[index])
+                views[index] = buffers[dtypes[index]].as_strided(
+                    parameter.shape, strides, starts[index]
+                )
 
 
 def _gradient_dtype(parameter: Tensor) -> torch.dtype:

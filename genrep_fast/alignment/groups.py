@@ -18,11 +18,17 @@ def check_not_sharded(parameter: Tensor) -> None:
             "DistributedDataParallel, or one process"
         )
     if is_sharded(parameter):
-        raise RuntimeError("params are sharded tensors (DTensor, as FSDP2 makes them), which it cannot align yet: use one process, or DDP")
+        raise RuntimeError(
+            "params are sharded tensors (DTensor, as FSDP2 makes them), which it cannot align yet: use one process, or DDP"
+        )
 
 
 def check_names(names: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+    if (
+        isinstance(names, str)
+        or not isinstance(names, Sequence)
+        or not all(isinstance(name, str) for name in names)
+    ):
         raise TypeError(f"names must be a sequence of strings, got {names!r}")
     if not 2 <= len(names) <= MAX_LOSSES or len(set(names)) < len(names):
         raise ValueError(f"names must be 2 to {MAX_LOSSES} different ones, got {names!r}")
@@ -31,11 +37,17 @@ def check_names(names: Sequence[str]) -> tuple[str, ...]:
 
 def named_parameters(params: torch.nn.Module | Iterable) -> tuple[list[Tensor], list[str | None]]:
     if isinstance(params, Tensor) or not isinstance(params, (torch.nn.Module, Iterable)):
-        raise TypeError(f"params must be parameters, named parameters or a module, got {type(params).__name__}")
+        raise TypeError(
+            f"params must be parameters, named parameters or a module, got {type(params).__name__}"
+        )
     items = list(params.named_parameters() if isinstance(params, torch.nn.Module) else params)
     named = [item if isinstance(item, (tuple, list)) else (None, item) for item in items]
     if all(isinstance(name, str) for name, _ in named):
-        names = [plain_name(name) for name, _ in named] if isinstance(params, torch.nn.Module) else plain_names([name for name, _ in named])
+        names = (
+            [plain_name(name) for name, _ in named]
+            if isinstance(params, torch.nn.Module)
+            else plain_names([name for name, _ in named])
+        )
         named = list(zip(names, [parameter for _, parameter in named], strict=True))
     for position, (name, parameter) in enumerate(named):
         called = name or f"params[{position}]"
@@ -45,7 +57,9 @@ def named_parameters(params: torch.nn.Module | Iterable) -> tuple[list[Tensor], 
         if not parameter.is_leaf:
             raise ValueError(f"{called} must be a leaf tensor, got the result of an operation")
         if parameter.device != named[0][1].device:
-            raise ValueError(f"{called} must be on {named[0][1].device} like the first parameter, got {parameter.device}")
+            raise ValueError(
+                f"{called} must be on {named[0][1].device} like the first parameter, got {parameter.device}"
+            )
     parameters = [parameter for _, parameter in named]
     if not parameters:
         raise ValueError("params must hold at least one parameter, got none")
@@ -54,16 +68,22 @@ def named_parameters(params: torch.nn.Module | Iterable) -> tuple[list[Tensor], 
     return parameters, [name for name, _ in named]
 
 
-def key_function(groups: str | Callable[[str], Hashable | None], names: list[str | None]) -> Callable[[int], Hashable | None]:
+def key_function(
+    groups: str | Callable[[str], Hashable | None], names: list[str | None]
+) -> Callable[[int], Hashable | None]:
     """The function from a parameter's index to the key of its group."""
     if groups == "all":
         return lambda index: "all"
     if groups == "tensor":
         return lambda index: index if names[index] is None else names[index]
     if groups != "block" and not callable(groups):
-        raise ValueError(f'groups must be "all", "tensor", "block" or a function of a parameter\'s name, got {groups!r}')
+        raise ValueError(
+            f'groups must be "all", "tensor", "block" or a function of a parameter\'s name, got {groups!r}'
+        )
     if None in names:
-        raise ValueError(f"params must be named for groups={groups!r}: pass a module or its named_parameters()")
+        raise ValueError(
+            f"params must be named for groups={groups!r}: pass a module or its named_parameters()"
+        )
     key = _block if groups == "block" else groups
     return lambda index: key(names[index])
 

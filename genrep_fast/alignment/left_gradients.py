@@ -20,10 +20,11 @@ class Fate(enum.Enum):
 
 
 class LeftGradients:
-    """Gradients that stay in ``.grad`` between two blocks, so that what anybody does to them meanwhile is noticed.
+    """Gradients that stay in ``.grad`` between two blocks, so that what anybody does to them
+    meanwhile is noticed.
 
-    They are the collected tensors themselves, or one of them alone. The values of a watched one, or a part of them, are compared, since a
-    write through ``.data`` counts no version.
+    They are the collected tensors themselves, or one of them alone. The values of a watched one, or
+    a part of them, are compared, since a write through ``.data`` counts no version.
     """
 
     def __init__(self):
@@ -39,7 +40,9 @@ class LeftGradients:
         # A part of what was left, and a copy.
         self._watched: tuple[Tensor, Tensor] | None = None
 
-    def leave(self, parameters: list[Tensor], gradients: list[Tensor], watched: Tensor | None = None) -> None:
+    def leave(
+        self, parameters: list[Tensor], gradients: list[Tensor], watched: Tensor | None = None
+    ) -> None:
         """Put `gradients` into the ``.grad`` of `parameters`; `watched` is one of them, or None."""
         self.clear()
         for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -76,13 +79,17 @@ class LeftGradients:
         if any(gradient is not left for gradient, left in zip(now, self._gradients, strict=True)):
             gone = all(gradient is None for gradient in now)
             return Fate.DROPPED if gone else Fate.CHANGED
-        if written_by_scaler or self._versions == [gradient._version for gradient in self._gradients]:
+        if written_by_scaler or self._versions == [
+            gradient._version for gradient in self._gradients
+        ]:
             return Fate.KEPT
         zeroed = not any(gradient.any() for gradient in self._gradients)
         return Fate.DROPPED if zeroed else Fate.CHANGED
 
     def assert_values(self, message: str) -> None:
-        """Raise RuntimeError with `message`, on a GPU when it gets there, where the watched gradient has other values than it had."""
+        """Raise RuntimeError with `message`, on a GPU when it gets there, where the watched
+        gradient has other values than it had.
+        """
         if self._watched is not None:
             gradient, copy = self._watched
             same = (gradient == copy) | (gradient.isnan() & copy.isnan())

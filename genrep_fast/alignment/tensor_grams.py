@@ -23,15 +23,23 @@ class TensorGrams:
         self._batches: list[Tensor] = []
         self._places: dict[int, int] = {}  # tensor -> its place among all batches' matrices
 
-    def compute(self, tensors: list[int], gradients_of: Callable[[list[int]], list[Tensor | None]]) -> None:
-        """Compute the matrices of `tensors`; ``gradients_of(tensors)`` returns their gradients, flattened loss by loss."""
+    def compute(
+        self, tensors: list[int], gradients_of: Callable[[list[int]], list[Tensor | None]]
+    ) -> None:
+        """Compute the matrices of `tensors`; ``gradients_of(tensors)`` returns their gradients,
+        flattened loss by loss.
+        """
         if not tensors:
             return
         first = sum(map(len, self._batches))
-        self._batches.append(gram_operator(gradients_of(tensors), self._n, list(range(len(tensors))), len(tensors)))
+        self._batches.append(
+            gram_operator(gradients_of(tensors), self._n, list(range(len(tensors))), len(tensors))
+        )
         self._places.update(zip(tensors, range(first, first + len(tensors)), strict=True))
 
-    def matrices(self, tensors: list[int], gradients_of: Callable[[list[int]], list[Tensor | None]]) -> Tensor:
+    def matrices(
+        self, tensors: list[int], gradients_of: Callable[[list[int]], list[Tensor | None]]
+    ) -> Tensor:
         """Matrices [T, n, n] float64 of `tensors`, at least one, in their order; see `compute`."""
         self.compute([tensor for tensor in tensors if tensor not in self._places], gradients_of)
         places = [self._places[tensor] for tensor in tensors]

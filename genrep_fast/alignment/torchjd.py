@@ -13,14 +13,18 @@ from .rules import genrep
 try:
     from torchjd.aggregation import Weighting
 except ImportError as error:
-    raise ImportError("GenRepWeighting is a TorchJD Weighting: install it with pip install 'torchjd>=0.18'") from error
+    raise ImportError(
+        "GenRepWeighting is a TorchJD Weighting: install it with pip install 'torchjd>=0.18'"
+    ) from error
 
 
 class GenRepWeighting(Weighting):
-    """Weights of two gradients whose parallel parts GenRep damps, e.g. for TorchJD's ``GramianWeightedAggregator(GenRepWeighting())``.
+    """Weights of two gradients whose parallel parts GenRep damps, e.g. for TorchJD's
+    ``GramianWeightedAggregator(GenRepWeighting())``.
 
-    Called with a Gramian [2, 2] of any floating dtype, it returns weights [2] of that dtype and device that carry no gradient; the
-    aggregate is that of `align_gradients` (GenRep, Li, Yang and Wang, ICLR 2026).
+    Called with a Gramian [2, 2] of any floating dtype, it returns weights [2] of that dtype and
+    device that carry no gradient; the aggregate is that of `align_gradients` (GenRep, Li, Yang and
+    Wang, ICLR 2026).
 
     Args:
         weights: of the first and the second objective.
@@ -28,7 +32,8 @@ class GenRepWeighting(Weighting):
 
     Raises:
         TypeError: for weights or a power of a wrong type.
-        ValueError: for other than 2 finite weights, a negative or infinite power, or, when called, for a Gramian of another shape.
+        ValueError: for other than 2 finite weights, a negative or infinite power, or, when called,
+            for a Gramian of another shape.
     """
 
     def __init__(self, weights: Sequence[float] = (0.7, 0.3), power: float = 2.0) -> None:
@@ -41,7 +46,9 @@ class GenRepWeighting(Weighting):
         """Weights [2] of the gradients whose inner products are `gramian` [2, 2]."""
         if gramian.shape != (2, 2):
             raise ValueError(f"gramian must have shape (2, 2), got {tuple(gramian.shape)}")
-        return genrep(gramian.double()[None], gramian.dtype, weights=self.weights, power=self.power)[0].to(gramian.dtype)
+        return genrep(
+            gramian.double()[None], gramian.dtype, weights=self.weights, power=self.power
+        )[0].to(gramian.dtype)
 
     def extra_repr(self) -> str:
         return f"weights={self.weights}, power={self.power}"

@@ -1,4 +1,6 @@
-"""What stands between a user's module and its parameters: torch.compile, data parallelism, averages, sharding."""
+"""What stands between a user's module and its parameters: torch.compile, data parallelism,
+averages, sharding.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ _HOLDERS = (DistributedDataParallel, DataParallel, AveragedModel)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside of torch.compile, DistributedDataParallel, DataParallel, AveragedModel and Fabric's wrapper."""
+    """The module inside of torch.compile, DistributedDataParallel, DataParallel, AveragedModel and
+    Fabric's wrapper.
+    """
     while True:
         inner = _inside(module)
         if inner is None:
@@ -51,7 +55,9 @@ def plain_name(name: str) -> str:
 
 
 def plain_names(names: Sequence[str]) -> list[str]:
-    """`plain_name` of all, and without the ``module.`` that data-parallel wrappers put before every one of them."""
+    """`plain_name` of all, and without the ``module.`` that data-parallel wrappers put before every
+    one of them.
+    """
     names = [plain_name(name) for name in names]
     while names and all(name.startswith("module.") for name in names):
         names = [name.removeprefix("module.") for name in names]
@@ -69,7 +75,9 @@ def is_sharded(parameter: Tensor) -> bool:
 
 
 def is_data_parallel(parameters: Iterable[Tensor]) -> bool:
-    """Whether a DistributedDataParallel holds one of `parameters`; looks at every object that Python knows."""
+    """Whether a DistributedDataParallel holds one of `parameters`; looks at every object that
+    Python knows.
+    """
     wanted = {id(parameter) for parameter in parameters}
     for candidate in gc.get_objects():
         # The type, since isinstance may run the code of an object that pretends to be another one.

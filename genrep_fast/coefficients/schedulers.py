@@ -1,4 +1,5 @@
-"""What is read from diffusers' schedulers: noise levels, pairs of timesteps, and options that no table can express.
+"""What is read from diffusers' schedulers: noise levels, pairs of timesteps, and options that no
+table can express.
 
 Schedulers are recognised by class name, so that importing this module never imports diffusers.
 """
@@ -11,7 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_FAMILIES = {"DDPMScheduler": "ddpm", "DDIMScheduler": "ddim", "FlowMatchEulerDiscreteScheduler": "flow"}
+_FAMILIES = {
+    "DDPMScheduler": "ddpm",
+    "DDIMScheduler": "ddim",
+    "FlowMatchEulerDiscreteScheduler": "flow",
+}
 
 _PARAMETERIZATIONS = {
     "ddpm": ("epsilon", "v_prediction", "sample"),
@@ -24,24 +29,41 @@ def scheduler_family(scheduler: Any) -> str:
     for ancestor in type(scheduler).__mro__:
         if ancestor.__name__ in _FAMILIES:
             return _FAMILIES[ancestor.__name__]
-    raise TypeError(f"scheduler must be one of diffusers' {', '.join(_FAMILIES)}, got {type(scheduler).__name__}")
+    raise TypeError(
+        f"scheduler must be one of diffusers' {', '.join(_FAMILIES)}, got {type(scheduler).__name__}"
+    )
 
 
-def noise_levels(scheduler: Any, name: str, timesteps: list[float], final: float | None = None) -> Tensor:
-    """ᾱ, or the flow's s, of each timestep, float64; `final` stands for negative ones, which raise without it."""
+def noise_levels(
+    scheduler: Any, name: str, timesteps: list[float], final: float | None = None
+) -> Tensor:
+    """ᾱ, or the flow's s, of each timestep, float64; `final` stands for negative ones, which raise
+    without it.
+    """
     if scheduler_family(scheduler) == "flow":
         if scheduler.config.get("invert_sigmas", False):
-            raise ValueError("scheduler has invert_sigmas=True, which is not supported: set invert_sigmas=False")
-        # Read, never recomputed: set_timesteps shifts the levels that the constructor has shifted already.
+            raise ValueError(
+                "scheduler has invert_sigmas=True, which is not supported: set invert_sigmas=False"
+            )
+        # Read, never recomputed: set_timesteps shifts the levels that the constructor has shifted
+        # already.
         levels = dict(zip(scheduler.timesteps.tolist(), scheduler.sigmas.tolist(), strict=False))
     else:
         levels = dict(enumerate(_alphas_cumprod(scheduler).tolist()))
         if not all(isinstance(timestep, int) for timestep in timesteps):
-            raise TypeError(f"{name} must be integers for {type(scheduler).__name__}, got {timesteps}")
-    unknown = [timestep for timestep in timesteps if timestep not in levels and (timestep >= 0 or final is None)]
+            raise TypeError(
+                f"{name} must be integers for {type(scheduler).__name__}, got {timesteps}"
+            )
+    unknown = [
+        timestep
+        for timestep in timesteps
+        if timestep not in levels and (timestep >= 0 or final is None)
+    ]
     if unknown:
         raise ValueError(f"{name}: the scheduler does not have {unknown}")
-    return torch.tensor([final if timestep < 0 else levels[timestep] for timestep in timesteps], dtype=torch.float64)
+    return torch.tensor(
+        [final if timestep < 0 else levels[timestep] for timestep in timesteps], dtype=torch.float64
+    )
 
 
 def final_level(scheduler: Any) -> float:
@@ -62,7 +84,9 @@ def _alphas_cumprod(scheduler: Any) -> Tensor:
     betas = scheduler.betas.detach().cpu()
     rebuilt = (1 - betas.double()).cumprod(0)
     rounding = torch.finfo(held.dtype)
-    same = torch.allclose(rebuilt, held.double(), rtol=rounding.eps, atol=rounding.tiny * rounding.eps)
+    same = torch.allclose(
+        rebuilt, held.double(), rtol=rounding.eps, atol=rounding.tiny * rounding.eps
+    )
     if betas.dtype not in (torch.float32, torch.float64) or not same:
         raise ValueError(
             f"scheduler.alphas_cumprod is {held.dtype}, too coarse for coefficients, and scheduler.betas does not give it in float32: "
@@ -73,14 +97,20 @@ def _alphas_cumprod(scheduler: Any) -> Tensor:
 
 def alpha_sigma(scheduler: Any, level: Tensor) -> tuple[Tensor, Tensor]:
     """α and σ of x_s = α·x + σ·ε."""
-    alpha, sigma = (1 - level, level) if scheduler_family(scheduler) == "flow" else (level.sqrt(), (1 - level).sqrt())
+    alpha, sigma = (
+        (1 - level, level)
+        if scheduler_family(scheduler) == "flow"
+        else (level.sqrt(), (1 - level).sqrt())
+    )
     if (sigma == 0).any():
         raise ValueError("timesteps: a step without noise (sigma = 0) has no coefficients")
     return alpha, sigma
 
 
 def step_pairs(
-    scheduler: Any, timesteps: Tensor | Sequence[float], previous_timesteps: Tensor | Sequence[float] | None
+    scheduler: Any,
+    timesteps: Tensor | Sequence[float],
+    previous_timesteps: Tensor | Sequence[float] | None,
 ) -> tuple[list[float], list[float]]:
     timesteps = as_list("timesteps", timesteps)
     if previous_timesteps is None:
@@ -88,29 +118,43 @@ def step_pairs(
         successors = dict(zip(run, [*run[1:], -1], strict=True))
         unknown = [timestep for timestep in timesteps if timestep not in successors]
         if unknown:
-            raise ValueError(f"timesteps {unknown} are not in scheduler.timesteps: pass previous_timesteps, or call set_timesteps first")
+            raise ValueError(
+                f"timesteps {unknown} are not in scheduler.timesteps: pass previous_timesteps, or call set_timesteps first"
+            )
         return timesteps, [successors[timestep] for timestep in timesteps]
     previous = as_list("previous_timesteps", previous_timesteps)
     if len(previous) != len(timesteps):
-        raise ValueError(f"previous_timesteps must have as many entries as timesteps, got {len(previous)} and {len(timesteps)}")
+        raise ValueError(
+            f"previous_timesteps must have as many entries as timesteps, got {len(previous)} and {len(timesteps)}"
+        )
     backwards = [pair for pair in zip(timesteps, previous, strict=True) if pair[1] >= pair[0]]
     if backwards:
-        raise ValueError(f"previous_timesteps must lie below timesteps, got (timestep, previous) {backwards}")
+        raise ValueError(
+            f"previous_timesteps must lie below timesteps, got (timestep, previous) {backwards}"
+        )
     return timesteps, previous
 
 
 def as_list(name: str, values: Tensor | Sequence[float]) -> list[float]:
     values = torch.as_tensor(values)
     if values.ndim != 1 or values.dtype == torch.bool or values.is_complex():
-        raise TypeError(f"{name} must be a one-dimensional sequence of numbers, got {values.dtype} of shape {tuple(values.shape)}")
+        raise TypeError(
+            f"{name} must be a one-dimensional sequence of numbers, got {values.dtype} of shape {tuple(values.shape)}"
+        )
     return values.tolist()
 
 
 def require_parameterization(scheduler: Any, parameterization: str | None) -> str:
     supported = _PARAMETERIZATIONS[scheduler_family(scheduler)]
-    given = parameterization if parameterization is not None else scheduler.config.get("prediction_type", "flow")
+    given = (
+        parameterization
+        if parameterization is not None
+        else scheduler.config.get("prediction_type", "flow")
+    )
     if given not in supported:
-        raise ValueError(f"parameterization of {type(scheduler).__name__} must be one of {', '.join(supported)}, got {given!r}")
+        raise ValueError(
+            f"parameterization of {type(scheduler).__name__} must be one of {', '.join(supported)}, got {given!r}"
+        )
     return given
 
 

@@ -1,7 +1,8 @@
-"""Step coefficients: the five tables that turn a denoiser's raw output into a log-likelihood, read once from a diffusers scheduler.
+"""Step coefficients: the five tables that turn a denoiser's raw output into a log-likelihood, read
+once from a diffusers scheduler.
 
-For a scored step s the residual is r = data·x + noisy·x_s + output·o and its log-likelihood Σ(−½·inv_var·r² + log_norm). Everything is
-computed in float64 and rounded once.
+For a scored step s the residual is r = data·x + noisy·x_s + output·o and its log-likelihood
+Σ(−½·inv_var·r² + log_norm). Everything is computed in float64 and rounded once.
 """
 
 from __future__ import annotations
@@ -14,7 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .schedulers import alpha_sigma, as_list, noise_levels, refuse_clipping, require_parameterization
+from .schedulers import (
+    alpha_sigma,
+    as_list,
+    noise_levels,
+    refuse_clipping,
+    require_parameterization,
+)
 from .transitions import SMALLEST_STD, check_sigma_floor, normal_tables, reverse_kernel
 
 _TABLES = ("data", "noisy", "output", "inv_var", "log_norm")
@@ -29,8 +36,10 @@ class StepCoefficients:
     Args:
         data, noisy, output: the residual r = data·x + noisy·x_s + output·o; finite.
         inv_var: v ≥ 0 of −½·v·r². Infinity marks a step that can be run but not scored.
-        log_norm: the normalisation per element, −½ log 2πσ² for a chain, 0 for an evidence lower bound.
-        mean_noisy, mean_output, std: a chain's own step x′ = mean_noisy·x_s + mean_output·o + std·z; all three or none. std may be 0.
+        log_norm: the normalisation per element, −½ log 2πσ² for a chain, 0 for an evidence lower
+            bound.
+        mean_noisy, mean_output, std: a chain's own step x′ = mean_noisy·x_s + mean_output·o +
+            std·z; all three or none. std may be 0.
 
     Attributes:
         unscorable: rows whose standard deviation is too small to score.
@@ -38,7 +47,8 @@ class StepCoefficients:
 
     Raises:
         TypeError: for anything but floating-point tensors of one dtype.
-        ValueError: for tables that differ in length or device, or hold values outside their range; the message names the table.
+        ValueError: for tables that differ in length or device, or hold values outside their range;
+            the message names the table.
     """
 
     data: Tensor
@@ -55,7 +65,9 @@ class StepCoefficients:
     def __post_init__(self) -> None:
         given = [name for name in _MEAN_TABLES if getattr(self, name) is not None]
         if given and len(given) < len(_MEAN_TABLES):
-            raise ValueError(f"{', '.join(_MEAN_TABLES)} must be given together, got only {', '.join(given)}")
+            raise ValueError(
+                f"{', '.join(_MEAN_TABLES)} must be given together, got only {', '.join(given)}"
+            )
         for name in (*_TABLES, *given):
             _check_table(name, getattr(self, name), like=self.data)
         for name in ("data", "noisy", "output", *given):
@@ -75,26 +87,38 @@ class StepCoefficients:
     def __len__(self) -> int:
         return self.data.shape[0]
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> StepCoefficients:
-        """The same tables on another device or in another dtype (float32 or float64); itself where nothing changes."""
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> StepCoefficients:
+        """The same tables on another device or in another dtype (float32 or float64); itself where
+        nothing changes.
+        """
         if self.data.to(device, dtype) is self.data:
             return self
         tables = {name: getattr(self, name) for name in (*_TABLES, *_MEAN_TABLES)}
-        tables = {name: table if table is None else table.to(device, dtype) for name, table in tables.items()}
+        tables = {
+            name: table if table is None else table.to(device, dtype)
+            for name, table in tables.items()
+        }
         if dtype not in (None, self.data.dtype):
             return StepCoefficients(**tables)
-        # Values that were checked once are not read again: on a device that would wait for it a dozen times.
+        # Values that were checked once are not read again: on a device that would wait for it a
+        # dozen times.
         moved = copy.copy(self)
         vars(moved).update(tables)
         return moved
 
     def scoring_tables(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The five tables that score, in the order of the operators' arguments; themselves where they have that dtype already."""
+        """The five tables that score, in the order of the operators' arguments; themselves where
+        they have that dtype already.
+        """
         tables = (self.data, self.noisy, self.output, self.inv_var, self.log_norm)
         return tables if self.data.dtype == dtype else tuple(table.to(dtype) for table in tables)
 
     def require_scorable(self, step: int | None = None) -> None:
-        """Raise ValueError where the row `step` (None: any row) has too small a standard deviation; reads nothing from the device."""
+        """Raise ValueError where the row `step` (None: any row) has too small a standard deviation;
+        reads nothing from the device.
+        """
         refused = [row for row in self.unscorable if step is None or row == step]
         if refused:
             raise ValueError(
@@ -116,24 +140,32 @@ class StepCoefficients:
         sigma_floor: float = 0.0,
         dtype: torch.dtype = torch.float32,
     ) -> StepCoefficients:
-        """Tables that run a reverse chain and score an image under its Gaussian kernels N(mean, σ² I), as a "mixture" (`log_likelihood`).
+        """Tables that run a reverse chain and score an image under its Gaussian kernels N(mean, σ²
+        I), as a "mixture" (`log_likelihood`).
 
         Args:
-            scheduler: diffusers' DDPMScheduler, DDIMScheduler or FlowMatchEulerDiscreteScheduler; it is only read.
-            timesteps: [S] scored timesteps; the tables lie on their device where this is a tensor, else on the CPU.
-            previous_timesteps: [S] where each step leads; negative is the scheduler's final noise level. None: the successors in
-                ``scheduler.timesteps``.
-            parameterization: what the denoiser's output is; None reads the scheduler's prediction type. "mean": it already is the mean.
-            variance: "fixed_small" or "fixed_large" (DDPM alone); None reads the scheduler's variance type. Needed where that is learned.
+            scheduler: diffusers' DDPMScheduler, DDIMScheduler or FlowMatchEulerDiscreteScheduler;
+                it is only read.
+            timesteps: [S] scored timesteps; the tables lie on their device where this is a tensor,
+                else on the CPU.
+            previous_timesteps: [S] where each step leads; negative is the scheduler's final noise
+                level. None: the successors in ``scheduler.timesteps``.
+            parameterization: what the denoiser's output is; None reads the scheduler's prediction
+                type. "mean": it already is the mean.
+            variance: "fixed_small" or "fixed_large" (DDPM alone); None reads the scheduler's
+                variance type. Needed where that is learned.
             eta: DDIM's noise, 0 to 1.
-            center: what an image is compared with: the kernel's "mean", or the predicted clean "sample". Never changes how the chain moves.
-            sigma_floor: smallest standard deviation that scores, 0 for none. Never changes how the chain moves.
+            center: what an image is compared with: the kernel's "mean", or the predicted clean
+                "sample". Never changes how the chain moves.
+            sigma_floor: smallest standard deviation that scores, 0 for none. Never changes how the
+                chain moves.
             dtype: float32 or float64.
 
         Raises:
             TypeError: for another scheduler, or timesteps that are not numbers of the right kind.
-            ValueError: for a combination that the scheduler does not support, for clipping schedulers unless `parameterization` is "mean",
-                and for timesteps that the scheduler does not have.
+            ValueError: for a combination that the scheduler does not support, for clipping
+                schedulers unless `parameterization` is "mean", and for timesteps that the scheduler
+                does not have.
 
         Ho et al. 2020 (DDPM), Song et al. 2021 (DDIM), Lipman et al. 2023 (flow matching).
         """
@@ -143,11 +175,24 @@ class StepCoefficients:
         if parameterization != "mean":
             refuse_clipping(scheduler)
         elif center != "mean":
-            raise ValueError('center must be "mean" where parameterization is "mean": the clean sample is not known')
-        step = reverse_kernel(scheduler, timesteps, previous_timesteps, parameterization=parameterization, variance=variance, eta=eta)
+            raise ValueError(
+                'center must be "mean" where parameterization is "mean": the clean sample is not known'
+            )
+        step = reverse_kernel(
+            scheduler,
+            timesteps,
+            previous_timesteps,
+            parameterization=parameterization,
+            variance=variance,
+            eta=eta,
+        )
         mean_noisy = step.mean_noisy + step.mean_sample * step.sample_noisy
         mean_output = step.mean_output + step.mean_sample * step.sample_output
-        scored = (mean_noisy, mean_output) if center == "mean" else (step.sample_noisy, step.sample_output)
+        scored = (
+            (mean_noisy, mean_output)
+            if center == "mean"
+            else (step.sample_noisy, step.sample_output)
+        )
         inv_var, log_norm = normal_tables(step.score_std.clamp(min=sigma_floor))
         tables = {
             "data": torch.ones_like(step.std),
@@ -175,14 +220,17 @@ class StepCoefficients:
     ) -> StepCoefficients:
         """Tables of the evidence lower bound −(1/S) Σ_s w_s‖target − o‖² of a diffusion classifier.
 
-        It holds up to a constant that all classes share. Score it with ``reduction="mean"`` (`log_likelihood`, `PosteriorScorer`), which is
-        not the default.
+        It holds up to a constant that all classes share. Score it with ``reduction="mean"``
+        (`log_likelihood`, `PosteriorScorer`), which is not the default.
 
         Args:
             scheduler, timesteps, dtype: as in `chain`; ``clip_sample`` does not matter here.
-            parameterization: what the denoiser predicts, hence what the target is; None reads the scheduler's prediction type.
-            input: "target" where the training target (noise, velocity, flow) takes the place of x_s; "noisy" where x_s itself is given.
-            space: "native" measures the error of what the denoiser predicts, "epsilon" that of the noise it implies.
+            parameterization: what the denoiser predicts, hence what the target is; None reads the
+                scheduler's prediction type.
+            input: "target" where the training target (noise, velocity, flow) takes the place of
+                x_s; "noisy" where x_s itself is given.
+            space: "native" measures the error of what the denoiser predicts, "epsilon" that of the
+                noise it implies.
             weight: "uniform" (w ≡ 1), or [S] weights w_s ≥ 0.
 
         Raises:
@@ -195,9 +243,16 @@ class StepCoefficients:
         if space not in ("native", "epsilon"):
             raise ValueError(f'space must be "native" or "epsilon", got {space!r}')
         parameterization = require_parameterization(scheduler, parameterization)
-        alpha, sigma = alpha_sigma(scheduler, noise_levels(scheduler, "timesteps", as_list("timesteps", timesteps)))
+        alpha, sigma = alpha_sigma(
+            scheduler, noise_levels(scheduler, "timesteps", as_list("timesteps", timesteps))
+        )
         zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
-        to_epsilon = {"epsilon": one, "sample": -alpha / sigma, "v_prediction": alpha, "flow": alpha}[parameterization]
+        to_epsilon = {
+            "epsilon": one,
+            "sample": -alpha / sigma,
+            "v_prediction": alpha,
+            "flow": alpha,
+        }[parameterization]
         factor = to_epsilon if space == "epsilon" else one
         inv_var = 2 * _require_weights(weight, len(alpha))
         if parameterization == "sample":
@@ -212,7 +267,13 @@ class StepCoefficients:
             inv_var = inv_var * factor**2
         else:
             data, noisy, output = factor * data, factor * noisy, factor * output
-        tables = {"data": data, "noisy": noisy, "output": output, "inv_var": inv_var, "log_norm": zero}
+        tables = {
+            "data": data,
+            "noisy": noisy,
+            "output": output,
+            "inv_var": inv_var,
+            "log_norm": zero,
+        }
         return cls(**_rounded(tables, timesteps, dtype))
 
 
@@ -223,7 +284,9 @@ def _require_weights(weight: str | Tensor | Sequence[float], length: int) -> Ten
         return torch.ones(length, dtype=torch.float64)
     weight = torch.as_tensor(weight, dtype=torch.float64, device="cpu")
     if weight.shape != (length,) or not ((weight >= 0) & weight.isfinite()).all():
-        raise ValueError(f"weight must hold {length} finite numbers that are not negative, got {weight.tolist()}")
+        raise ValueError(
+            f"weight must hold {length} finite numbers that are not negative, got {weight.tolist()}"
+        )
     return weight
 
 
@@ -240,6 +303,8 @@ def _check_table(name: str, table: Any, like: Tensor) -> None:
     if table.dtype != like.dtype:
         raise TypeError(f"{name} must have the dtype of data, {like.dtype}, got {table.dtype}")
     if table.ndim != 1 or table.shape != like.shape:
-        raise ValueError(f"{name} must have one dimension and the length of data, {tuple(like.shape)}, got shape {tuple(table.shape)}")
+        raise ValueError(
+            f"{name} must have one dimension and the length of data, {tuple(like.shape)}, got shape {tuple(table.shape)}"
+        )
     if table.device != like.device:
         raise ValueError(f"{name} must lie where data does, on {like.device}, got {table.device}")

@@ -20,15 +20,17 @@ from .schedulers import (
     step_pairs,
 )
 
-# A smaller standard deviation cannot be scored: 1/σ² leaves float32's useful range and one component outweighs all others.
+# A smaller standard deviation cannot be scored: 1/σ² leaves float32's useful range and one
+# component outweighs all others.
 SMALLEST_STD = 1e-6
 
 
 class ReverseKernel(NamedTuple):
     """One reverse step, each table [S] float64 on the CPU, before any clipping.
 
-    The clean sample is x̂0 = sample_noisy·x_s + sample_output·o (0 where parameterization is "mean"), the mean is
-    mean_sample·x̂0 + mean_noisy·x_s + mean_output·o. std moves the chain, score_std scores it.
+    The clean sample is x̂0 = sample_noisy·x_s + sample_output·o (0 where parameterization is
+    "mean"), the mean is mean_sample·x̂0 + mean_noisy·x_s + mean_output·o. std moves the chain,
+    score_std scores it.
     """
 
     sample_noisy: Tensor
@@ -53,18 +55,26 @@ def reverse_kernel(
     family = scheduler_family(scheduler)
     timesteps, previous = step_pairs(scheduler, timesteps, previous_timesteps)
     level = noise_levels(scheduler, "timesteps", timesteps)
-    previous_level = noise_levels(scheduler, "previous_timesteps", previous, final=final_level(scheduler))
-    mean_sample, mean_noisy, mean_epsilon, std, score_std = {"ddpm": _ddpm_step, "ddim": _ddim_step, "flow": _flow_step}[family](
-        scheduler, level, previous_level, variance, eta
+    previous_level = noise_levels(
+        scheduler, "previous_timesteps", previous, final=final_level(scheduler)
     )
+    mean_sample, mean_noisy, mean_epsilon, std, score_std = {
+        "ddpm": _ddpm_step,
+        "ddim": _ddim_step,
+        "flow": _flow_step,
+    }[family](scheduler, level, previous_level, variance, eta)
     if parameterization == "mean":
         zero = torch.zeros_like(level)
         return ReverseKernel(zero, zero, zero, zero, torch.ones_like(level), std, score_std)
     parameterization = require_parameterization(scheduler, parameterization)
     alpha, sigma = alpha_sigma(scheduler, level)
     if parameterization == "epsilon" and (alpha == 0).any():
-        raise ValueError("timesteps: at zero terminal SNR an epsilon prediction implies no clean sample; use v_prediction or sample")
-    (sample_noisy, sample_output), (epsilon_noisy, epsilon_output) = _predictions(parameterization, alpha, sigma)
+        raise ValueError(
+            "timesteps: at zero terminal SNR an epsilon prediction implies no clean sample; use v_prediction or sample"
+        )
+    (sample_noisy, sample_output), (epsilon_noisy, epsilon_output) = _predictions(
+        parameterization, alpha, sigma
+    )
     return ReverseKernel(
         sample_noisy,
         sample_output,
@@ -77,31 +87,45 @@ def reverse_kernel(
 
 
 def check_sigma_floor(sigma_floor: float) -> None:
-    """Raise where it is no smallest standard deviation: TypeError for no number, ValueError for one out of range."""
+    """Raise where it is no smallest standard deviation: TypeError for no number, ValueError for one
+    out of range.
+    """
     if isinstance(sigma_floor, (bool, str)) or not hasattr(sigma_floor, "__float__"):
         raise TypeError(f"sigma_floor must be a number, got {sigma_floor!r}")
     if sigma_floor != 0 and not SMALLEST_STD < sigma_floor <= torch.finfo(torch.float32).max:
-        raise ValueError(f"sigma_floor must be 0 or a number above {SMALLEST_STD}, got {sigma_floor!r}")
+        raise ValueError(
+            f"sigma_floor must be 0 or a number above {SMALLEST_STD}, got {sigma_floor!r}"
+        )
 
 
 def normal_tables(std: Tensor) -> tuple[Tensor, Tensor]:
-    """inv_var 1/σ² and log_norm −½ log 2πσ² of standard deviations of any shape; both infinite where σ is too small to score."""
+    """inv_var 1/σ² and log_norm −½ log 2πσ² of standard deviations of any shape; both infinite
+    where σ is too small to score.
+    """
     inv_var = torch.where(std > SMALLEST_STD, std**-2, torch.inf)
     return inv_var, 0.5 * (inv_var / (2 * math.pi)).log()
 
 
-def _ddpm_step(scheduler: Any, level: Tensor, previous: Tensor, variance: str | None, eta: float) -> tuple[Tensor, ...]:
+def _ddpm_step(
+    scheduler: Any, level: Tensor, previous: Tensor, variance: str | None, eta: float
+) -> tuple[Tensor, ...]:
     require_unset(scheduler, eta=eta)
     beta = 1 - level / previous
     mean_sample = previous.sqrt() * beta / (1 - level)
     mean_noisy = (level / previous).sqrt() * (1 - previous) / (1 - level)
-    score_std = beta.sqrt() if require_variance(scheduler, variance) == "fixed_large" else _posterior_std(level, previous)
+    score_std = (
+        beta.sqrt()
+        if require_variance(scheduler, variance) == "fixed_large"
+        else _posterior_std(level, previous)
+    )
     # The step that ends at the clean image adds no noise, whatever the variance type.
     std = torch.where(previous == 1, 0.0, score_std)
     return mean_sample, mean_noisy, torch.zeros_like(level), std, score_std
 
 
-def _ddim_step(scheduler: Any, level: Tensor, previous: Tensor, variance: str | None, eta: float) -> tuple[Tensor, ...]:
+def _ddim_step(
+    scheduler: Any, level: Tensor, previous: Tensor, variance: str | None, eta: float
+) -> tuple[Tensor, ...]:
     require_unset(scheduler, variance=variance)
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be from 0 to 1, got {eta!r}")
@@ -110,10 +134,14 @@ def _ddim_step(scheduler: Any, level: Tensor, previous: Tensor, variance: str | 
     return previous.sqrt(), torch.zeros_like(level), mean_epsilon, std, std
 
 
-def _flow_step(scheduler: Any, level: Tensor, previous: Tensor, variance: str | None, eta: float) -> tuple[Tensor, ...]:
+def _flow_step(
+    scheduler: Any, level: Tensor, previous: Tensor, variance: str | None, eta: float
+) -> tuple[Tensor, ...]:
     require_unset(scheduler, variance=variance, eta=eta)
     if scheduler.config.get("stochastic_sampling", False):
-        raise ValueError("scheduler has stochastic_sampling=True: only the Euler step is supported, set stochastic_sampling=False")
+        raise ValueError(
+            "scheduler has stochastic_sampling=True: only the Euler step is supported, set stochastic_sampling=False"
+        )
     step = previous - level  # the velocity is ε̂ − x̂0
     zero = torch.zeros_like(level)
     return -step, torch.ones_like(level), step, zero, zero
@@ -123,8 +151,12 @@ def _posterior_std(level: Tensor, previous: Tensor) -> Tensor:
     return ((1 - level / previous) * (1 - previous) / (1 - level)).sqrt()
 
 
-def _predictions(parameterization: str, alpha: Tensor, sigma: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Weights of (x_s, o) in the clean sample, and in the noise, that the denoiser's output implies."""
+def _predictions(
+    parameterization: str, alpha: Tensor, sigma: Tensor
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Weights of (x_s, o) in the clean sample, and in the noise, that the denoiser's output
+    implies.
+    """
     zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
     if parameterization == "epsilon":
         return (1 / alpha, -sigma / alpha), (zero, one)
@@ -136,24 +168,31 @@ def _predictions(parameterization: str, alpha: Tensor, sigma: Tensor) -> tuple[t
 
 
 def learned_log_variance_ratio(scheduler: Any, timesteps: Tensor) -> Tensor | None:
-    """log β̃/β of each step [S] float64, with diffusers' lower limit of 1e-20 on β̃; None where the variance is not learned.
+    """log β̃/β of each step [S] float64, with diffusers' lower limit of 1e-20 on β̃; None where the
+    variance is not learned.
 
     Raises:
         ValueError: for variance_type "learned", the predecessor of "learned_range".
     """
     variance_type = scheduler.config.get("variance_type")
     if variance_type == "learned":
-        raise ValueError('scheduler has variance_type="learned", which is not supported: "learned_range" is')
+        raise ValueError(
+            'scheduler has variance_type="learned", which is not supported: "learned_range" is'
+        )
     if variance_type != "learned_range":
         return None
-    small, large = (reverse_kernel(scheduler, timesteps, variance=variance).score_std for variance in ("fixed_small", "fixed_large"))
+    small, large = (
+        reverse_kernel(scheduler, timesteps, variance=variance).score_std
+        for variance in ("fixed_small", "fixed_large")
+    )
     return 2 * (small.clamp(min=1e-10) / large).log()
 
 
 def learned_std_scale(model_output: Tensor, channels: int, log_variance_ratio: Tensor) -> Tensor:
     """The standard deviation that a "learned_range" network predicts, over √β.
 
-    log σ² = f·log β + (1 − f)·log β̃ with f = (v + 1)/2, v the second `channels` channels of the output (Nichol & Dhariwal 2021, eq. 15).
+    log σ² = f·log β + (1 − f)·log β̃ with f = (v + 1)/2, v the second `channels` channels of the
+    output (Nichol & Dhariwal 2021, eq. 15).
 
     Args:
         model_output: [N, C', *spatial] with C' ≥ 2·channels.

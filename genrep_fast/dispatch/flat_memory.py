@@ -1,7 +1,8 @@
 """Flat memory for kernels.
 
-Kernels see flat memory. The tensors that belong together (gradients of one parameter, its output, its optimizer state) are therefore
-handed on as they are where they share one dense memory layout, and through contiguous copies where they do not.
+Kernels see flat memory. The tensors that belong together (gradients of one parameter, its output,
+its optimizer state) are therefore handed on as they are where they share one dense memory layout,
+and through contiguous copies where they do not.
 """
 
 from __future__ import annotations
@@ -37,12 +38,18 @@ def on_flat_memory(name: str, kernel: Callable) -> Callable:
         positions = (*lists.inputs, *lists.outputs)
         written = [tensor for position in lists.outputs for tensor in arguments[position]]
         copies: list[tuple[Tensor, Tensor]] = []
-        if not all(tensor is None or tensor.is_contiguous() for position in positions for tensor in arguments[position]):
+        if not all(
+            tensor is None or tensor.is_contiguous()
+            for position in positions
+            for tensor in arguments[position]
+        ):
             arguments, copies = _flatten(list(arguments), lists)
         result = kernel(*arguments)
         for tensor, copy in copies:
             tensor.copy_(copy)
-        if written:  # autograd is to see changes of tensors that it saved, as after any operation in place
+        if (
+            written
+        ):  # autograd is to see changes of tensors that it saved, as after any operation in place
             torch.autograd.graph.increment_version(written)
         return result
 
@@ -50,13 +57,20 @@ def on_flat_memory(name: str, kernel: Callable) -> Callable:
 
 
 def _flatten(arguments: list, lists: _TensorLists) -> tuple[list, list[tuple[Tensor, Tensor]]]:
-    """Arguments in which tensors that belong together have one dense layout, and the outputs that are copies, behind their originals."""
+    """Arguments in which tensors that belong together have one dense layout, and the outputs that
+    are copies, behind their originals.
+    """
     positions, num_tensors = (*lists.inputs, *lists.outputs), len(arguments[lists.groups])
     for position in positions:
         arguments[position] = list(arguments[position])
     copies = []
     for t in range(num_tensors):
-        places = [(p, i) for p in positions for i in range(t, len(arguments[p]), num_tensors) if arguments[p][i] is not None]
+        places = [
+            (p, i)
+            for p in positions
+            for i in range(t, len(arguments[p]), num_tensors)
+            if arguments[p][i] is not None
+        ]
         if _share_dense_layout([arguments[p][i] for p, i in places]):
             continue
         for p, i in places:
@@ -72,4 +86,7 @@ def _share_dense_layout(tensors: list[Tensor]) -> bool:
         return True
     strides = tensors[0].stride()
     # empty_like keeps the strides of dense tensors, and no others.
-    return all(tensor.stride() == strides for tensor in tensors) and torch.empty_like(tensors[0], device="meta").stride() == strides
+    return (
+        all(tensor.stride() == strides for tensor in tensors)
+        and torch.empty_like(tensors[0], device="meta").stride() == strides
+    )

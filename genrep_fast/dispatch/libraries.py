@@ -31,7 +31,9 @@ _TRITON_MODULES = {  # file of kernels -> operators
 
 
 def register_backends() -> None:
-    """Register every implementation that can run with this torch; the reason of each one that cannot goes to `genrep_fast.info`."""
+    """Register every implementation that can run with this torch; the reason of each one that
+    cannot goes to `genrep_fast.info`.
+    """
     for backend in ("cpu", "cuda"):
         reason = _load(backend)
         if reason is not None:
@@ -42,22 +44,32 @@ def register_backends() -> None:
 
 
 def build_information(backend: str) -> dict[str, Any] | None:
-    """What the library of "cpu" or "cuda" was built with and runs as; None where it is not loaded or this Python cannot ask it."""
+    """What the library of "cpu" or "cuda" was built with and runs as; None where it is not loaded
+    or this Python cannot ask it.
+    """
     try:
         introspection = import_module("genrep_fast._introspection")
-        return json.loads(introspection.describe(str(_library(backend)), f"genrep_fast_{backend}_build_information"))
+        return json.loads(
+            introspection.describe(
+                str(_library(backend)), f"genrep_fast_{backend}_build_information"
+            )
+        )
     except (ImportError, RuntimeError):
         return None
 
 
 def build_record() -> dict[str, Any] | None:
-    """What the build (csrc/build.py) noted down: libraries, torch of the headers and oldest torch, compilers, architectures, driver."""
+    """What the build (csrc/build.py) noted down: libraries, torch of the headers and oldest torch,
+    compilers, architectures, driver.
+    """
     path = _FOLDER / "build.json"
     return json.loads(path.read_text()) if path.is_file() else None
 
 
 def _load(backend: str) -> str | None:
-    """Load the library of `backend` and register its operators; the reason why not, where that fails."""
+    """Load the library of `backend` and register its operators; the reason why not, where that
+    fails.
+    """
     record = build_record() or {}
     if not _library(backend).is_file():
         return f"it was not built: {_library(backend).name} is not in {_FOLDER}"
@@ -80,11 +92,17 @@ def _load(backend: str) -> str | None:
     _definitions.append(definitions)
     for name in schemas:
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{name}", backend.upper()):
-            register_implementation(name, backend, on_flat_memory(name, getattr(getattr(torch.ops, namespace), name).default))
+            register_implementation(
+                name,
+                backend,
+                on_flat_memory(name, getattr(getattr(torch.ops, namespace), name).default),
+            )
     return None
 
 
-_definitions: list[torch.library.Library] = []  # a library that is collected takes its definitions with it
+_definitions: list[
+    torch.library.Library
+] = []  # a library that is collected takes its definitions with it
 
 
 def _driver() -> int | None:
@@ -107,7 +125,9 @@ def _register_triton() -> str | None:
         return "this torch is built without CUDA"
     for module, names in _TRITON_MODULES.items():
         for name in names:
-            register_implementation(name, "triton", on_flat_memory(name, _imported_at_first_call(module, name)))
+            register_implementation(
+                name, "triton", on_flat_memory(name, _imported_at_first_call(module, name))
+            )
     return None
 
 

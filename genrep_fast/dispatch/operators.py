@@ -1,7 +1,9 @@
-"""The definition of operators: schema, fake, autograd and reference in one place, and the way around PyTorch's dispatcher.
+"""The definition of operators: schema, fake, autograd and reference in one place, and the way
+around PyTorch's dispatcher.
 
-Every operator is defined once, as ``torch.ops.genrep_fast.<name>`` (`define_operator`), with its plain-PyTorch reference. Other backends
-add themselves with `register_implementation`; callers never name one: `genrep_fast.dispatch.selection` picks it at each call.
+Every operator is defined once, as ``torch.ops.genrep_fast.<name>`` (`define_operator`), with its
+plain-PyTorch reference. Other backends add themselves with `register_implementation`; callers never
+name one: `genrep_fast.dispatch.selection` picks it at each call.
 """
 
 from __future__ import annotations
@@ -14,8 +16,12 @@ import torch
 from .selection import fastest_measured, register_implementation, select_implementation
 
 _OLDEST_TORCH = "2.11"
-if [int(part) for part in torch.__version__.split(".")[:2]] < [int(part) for part in _OLDEST_TORCH.split(".")]:
-    raise ImportError(f"genrep_fast needs torch {_OLDEST_TORCH} or newer, this is torch {torch.__version__}")
+if [int(part) for part in torch.__version__.split(".")[:2]] < [
+    int(part) for part in _OLDEST_TORCH.split(".")
+]:
+    raise ImportError(
+        f"genrep_fast needs torch {_OLDEST_TORCH} or newer, this is torch {torch.__version__}"
+    )
 
 _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 
@@ -34,19 +40,25 @@ def define_operator(
     setup_context: Callable | None = None,
     data: tuple[int, ...] = (0,),
 ) -> Callable:
-    """Define ``genrep_fast::<schema>`` once: schema, fake, autograd, and `reference` as its first implementation.
+    """Define ``genrep_fast::<schema>`` once: schema, fake, autograd, and `reference` as its first
+    implementation.
 
     Args:
-        schema: the operator's schema without the namespace, e.g. ``"gram(Tensor[] gradients, int n) -> Tensor"``.
+        schema: the operator's schema without the namespace, e.g. ``"gram(Tensor[] gradients, int n)
+            -> Tensor"``.
         reference: plain-PyTorch function with the schema's arguments; the operator's definition.
-        fake: function of the same arguments that returns empty outputs of the right shape, dtype and device.
-        backward: ``backward(ctx, *grads)`` as `torch.library.register_autograd` wants it; None where no gradient flows.
+        fake: function of the same arguments that returns empty outputs of the right shape, dtype
+            and device.
+        backward: ``backward(ctx, *grads)`` as `torch.library.register_autograd` wants it; None
+            where no gradient flows.
         setup_context: ``setup_context(ctx, inputs, output)``, required with `backward`.
-        data: positions of the tensor arguments that hold the user's data: where one of their tensors is float64, the reference runs.
+        data: positions of the tensor arguments that hold the user's data: where one of their
+            tensors is float64, the reference runs.
 
     Returns:
-        The operator: a function of the overload's positional arguments that calls ``torch.ops.genrep_fast.<name>.default``, or goes around
-        the dispatcher where neither autograd nor tracing needs it.
+        The operator: a function of the overload's positional arguments that calls
+        ``torch.ops.genrep_fast.<name>.default``, or goes around the dispatcher where neither
+        autograd nor tracing needs it.
     """
     name = schema.partition("(")[0]
     schemas[name] = schema
@@ -56,24 +68,36 @@ def define_operator(
     def run(*args: Any, **kwargs: Any) -> Any:
         arguments = (*args, *kwargs.values())
         device = _first_tensor(arguments).device
-        device_type, float64 = device.type, any(_holds_float64(arguments[position]) for position in data)
+        device_type, float64 = (
+            device.type,
+            any(_holds_float64(arguments[position]) for position in data),
+        )
         fastest = fastest_measured(name, device, arguments) if device_type == "cuda" else None
         implementation = select_implementation(name, device_type, float64, fastest)
         if not torch.is_autocast_enabled(device_type):
             return implementation(*args, **kwargs)
-        # Autocast would run the inner matrix products of an operator in bfloat16, whatever its inputs.
+        # Autocast would run the inner matrix products of an operator in bfloat16, whatever its
+        # inputs.
         with torch.autocast(device_type, enabled=False):
             return implementation(*args, **kwargs)
 
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"genrep_fast::{name}", fake, lib=_library)
     if backward is not None:
-        torch.library.register_autograd(f"genrep_fast::{name}", backward, setup_context=setup_context, lib=_library)
+        torch.library.register_autograd(
+            f"genrep_fast::{name}", backward, setup_context=setup_context, lib=_library
+        )
     overload = getattr(torch.ops.genrep_fast, name).default
 
     def call(*args: Any) -> Any:
-        # The dispatcher, and autograd's part in Python, take longer than a small operator: only tracing and gradients need them.
-        if _is_traced(args) or backward is not None and torch.is_grad_enabled() and any(map(_requires_grad, args)):
+        # The dispatcher, and autograd's part in Python, take longer than a small operator: only
+        # tracing and gradients need them.
+        if (
+            _is_traced(args)
+            or backward is not None
+            and torch.is_grad_enabled()
+            and any(map(_requires_grad, args))
+        ):
             return overload(*args)
         return run(*args)
 

@@ -20,12 +20,15 @@ def info() -> dict[str, Any]:
     """Versions, and what is built, what loaded, and why the rest did not.
 
     Returns:
-        A dictionary with the keys ``genrep_fast``, ``torch``, ``cuda`` (of torch, or None), ``triton`` (or None), ``python``, ``platform``
-        (strings), ``built`` (what the build noted down: libraries, torch of the headers and oldest torch, compilers, architectures, oldest
-        NVIDIA driver; None for an installation without native code), ``backends`` and ``reproduce`` (the command that prints the same in
-        this environment). For each backend: ``available`` (bool), ``operators`` (their names), ``reason`` (a string where it is not
-        available, else None) and ``build`` (what the loaded library says of itself, for "cpu" the instruction set that it runs in too;
-        None where there is none, or where the wheel's optional module is of another Python).
+        A dictionary with the keys ``genrep_fast``, ``torch``, ``cuda`` (of torch, or None),
+        ``triton`` (or None), ``python``, ``platform`` (strings), ``built`` (what the build noted
+        down: libraries, torch of the headers and oldest torch, compilers, architectures, oldest
+        NVIDIA driver; None for an installation without native code), ``backends`` and ``reproduce``
+        (the command that prints the same in this environment). For each backend: ``available``
+        (bool), ``operators`` (their names), ``reason`` (a string where it is not available, else
+        None) and ``build`` (what the loaded library says of itself, for "cpu" the instruction set
+        that it runs in too; None where there is none, or where the wheel's optional module is of
+        another Python).
     """
     backends = {}
     for backend in BACKENDS:
@@ -46,7 +49,9 @@ def info() -> dict[str, Any]:
         "platform": platform.platform(),
         "built": build_record(),
         "backends": backends,
-        "reproduce": " ".join([*_settings(), shlex.quote(sys.executable), "-m", "genrep_fast", "info", "--json"]),
+        "reproduce": " ".join(
+            [*_settings(), shlex.quote(sys.executable), "-m", "genrep_fast", "info", "--json"]
+        ),
     }
 
 

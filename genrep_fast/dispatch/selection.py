@@ -1,8 +1,9 @@
 """The choice of the implementation that an operator runs.
 
-At each call the tensors' device picks the fastest backend that holds the operator, unless `use_backend` or the environment variable
-``GENREP_FAST_BACKEND`` insists on one. Which one is the fastest on a GPU was measured: gpu_backends.json holds, by compute capability and
-operator, up to how many elements of the largest argument which one is.
+At each call the tensors' device picks the fastest backend that holds the operator, unless
+`use_backend` or the environment variable ``GENREP_FAST_BACKEND`` insists on one. Which one is the
+fastest on a GPU was measured: gpu_backends.json holds, by compute capability and operator, up to
+how many elements of the largest argument which one is.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import torch
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
-# Fastest first, where nothing was measured; "reference" runs on every device and stands behind all of them.
+# Fastest first, where nothing was measured; "reference" runs on every device and stands behind all
+# of them.
 _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 # Why a backend holds no operator at all; a backend that registers one leaves this table.
@@ -27,7 +29,9 @@ _unavailable: dict[str, str] = {}
 
 _implementations: dict[str, dict[str, Callable]] = {}  # operator -> backend -> function
 
-_insisted: contextvars.ContextVar[str | None] = contextvars.ContextVar("genrep_fast_backend", default=None)
+_insisted: contextvars.ContextVar[str | None] = contextvars.ContextVar(
+    "genrep_fast_backend", default=None
+)
 
 
 class BackendUnavailableError(RuntimeError):
@@ -43,7 +47,9 @@ def register_implementation(name: str, backend: str, implementation: Callable) -
 
 
 def set_unavailable(backend: str, reason: str) -> None:
-    """Say why `backend`, which has registered nothing, cannot run; the reason continues "backend 'cuda' was asked for, but"."""
+    """Say why `backend`, which has registered nothing, cannot run; the reason continues "backend
+    'cuda' was asked for, but".
+    """
     _unavailable[backend] = reason
 
 
@@ -56,7 +62,8 @@ def use_backend(backend: str) -> Iterator[None]:
 
     Raises:
         ValueError: for any other name.
-        BackendUnavailableError: where the backend is not built or did not load; operators raise it where the backend lacks just them.
+        BackendUnavailableError: where the backend is not built or did not load; operators raise it
+            where the backend lacks just them.
     """
     _require_backend(backend, "backend")
     token = _insisted.set(backend)
@@ -71,8 +78,11 @@ def insisted_backend() -> str | None:
     return _insisted.get()
 
 
-def select_implementation(name: str, device_type: str, float64: bool, fastest: str | None = None) -> Callable:
-    """The function that the operator `name` runs now, for tensors on `device_type`, with user's data in float64 or not.
+def select_implementation(
+    name: str, device_type: str, float64: bool, fastest: str | None = None
+) -> Callable:
+    """The function that the operator `name` runs now, for tensors on `device_type`, with user's
+    data in float64 or not.
 
     `fastest`: the backend to take where it is there and none is insisted on.
 
@@ -84,11 +94,17 @@ def select_implementation(name: str, device_type: str, float64: bool, fastest: s
     if insisted:
         _require_backend(insisted, "GENREP_FAST_BACKEND")
         if insisted not in by_backend:
-            raise BackendUnavailableError(f"backend {insisted!r} was asked for, but it does not implement {name}")
+            raise BackendUnavailableError(
+                f"backend {insisted!r} was asked for, but it does not implement {name}"
+            )
         if not _runs_on(insisted, device_type):
-            raise BackendUnavailableError(f"backend {insisted!r} was asked for, but {name} got tensors on {device_type}")
+            raise BackendUnavailableError(
+                f"backend {insisted!r} was asked for, but {name} got tensors on {device_type}"
+            )
         if insisted != "reference" and float64:
-            raise BackendUnavailableError(f"backend {insisted!r} was asked for, but {name} in float64 runs on the reference alone")
+            raise BackendUnavailableError(
+                f"backend {insisted!r} was asked for, but {name} in float64 runs on the reference alone"
+            )
         return by_backend[insisted]
     if not float64:
         for backend in (fastest, *_PREFERENCE.get(device_type, ())):
@@ -99,7 +115,9 @@ def select_implementation(name: str, device_type: str, float64: bool, fastest: s
 
 @functools.cache
 def _measured_on(device_index: int) -> dict[str, list[tuple[int | None, str]]]:
-    """Operator -> [(number of elements, backend that is the fastest up to it)], the last one for any number."""
+    """Operator -> [(number of elements, backend that is the fastest up to it)], the last one for
+    any number.
+    """
     measured = json.loads(Path(__file__).parent.parent.joinpath("gpu_backends.json").read_text())
     return measured.get("{}.{}".format(*torch.cuda.get_device_capability(device_index)), {})
 
@@ -110,21 +128,33 @@ def fastest_measured(name: str, device: torch.device, arguments: tuple) -> str |
         return None
     if len(steps) == 1:
         return steps[0][1]
-    lists = [argument if isinstance(argument, (list, tuple)) else (argument,) for argument in arguments]
-    elements = max(sum(value.numel() for value in values if isinstance(value, torch.Tensor)) for values in lists)
+    lists = [
+        argument if isinstance(argument, (list, tuple)) else (argument,) for argument in arguments
+    ]
+    elements = max(
+        sum(value.numel() for value in values if isinstance(value, torch.Tensor))
+        for values in lists
+    )
     return next(backend for most, backend in steps if most is None or elements <= most)
 
 
 def _runs_on(backend: str, device_type: str) -> bool:
     interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    return backend == "reference" or backend in _PREFERENCE.get(device_type, ()) or interpreted and device_type == "cpu"
+    return (
+        backend == "reference"
+        or backend in _PREFERENCE.get(device_type, ())
+        or interpreted
+        and device_type == "cpu"
+    )
 
 
 def _require_backend(backend: str, argument: str) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"{argument} must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend in _unavailable:
-        raise BackendUnavailableError(f"backend {backend!r} was asked for, but {_unavailable[backend]}")
+        raise BackendUnavailableError(
+            f"backend {backend!r} was asked for, but {_unavailable[backend]}"
+        )
 
 
 def operators_of(backend: str) -> list[str]:

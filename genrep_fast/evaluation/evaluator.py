@@ -38,7 +38,8 @@ from .metrics import (
     shuffle_pixels,
 )
 
-# One training subset as large as the samples is a noisy floor; the mean over a few is steady and costs nothing beside the samples.
+# One training subset as large as the samples is a noisy floor; the mean over a few is steady and
+# costs nothing beside the samples.
 FLOOR_SUBSETS = 10
 
 Progress = Callable[[str, float], None]
@@ -52,8 +53,10 @@ class EvaluationSettings:
         elbo_steps: timesteps of the generative posterior.
         num_inference_steps: length of the reverse chain that draws samples.
         samples_per_class: generated images of every class.
-        test_images: evaluate on that many test images (and at most as many calibration images), drawn at random; None: all.
-        random_images: at most as many images of uniform noise, and as many pixel-shuffled test images, for the evidence.
+        test_images: evaluate on that many test images (and at most as many calibration images),
+            drawn at random; None: all.
+        random_images: at most as many images of uniform noise, and as many pixel-shuffled test
+            images, for the evidence.
         batch_size: images that pass through a network at once.
         seed: of the noise, the samples, the classifier and the random choices.
     """
@@ -85,34 +88,42 @@ def evaluate(
     teacher: dict[str, float] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Measure a GenRep model; write ``metrics.json``, ``figures/*.png`` and a self-contained ``report.html`` to `output_dir`.
+    """Measure a GenRep model; write ``metrics.json``, ``figures/*.png`` and a self-contained
+    ``report.html`` to `output_dir`.
 
     Args:
         model: GenRep; it is left in eval mode.
         scheduler: the noise scheduler that it was trained with.
-        splits: training images fit the independent classifier, and samples are compared with them; calibration images fit the posterior's
-            temperature; test images give the numbers.
-        output_dir: created where missing; files in it are replaced one by one, never left half-written.
+        splits: training images fit the independent classifier, and samples are compared with them;
+            calibration images fit the posterior's temperature; test images give the numbers.
+        output_dir: created where missing; files in it are replaced one by one, never left
+            half-written.
         settings: sizes; None takes the defaults.
-        history: logged steps of the training: dictionaries with ``stage``, ``step`` and any of the losses, ``cosine`` and ``alpha``.
+        history: logged steps of the training: dictionaries with ``stage``, ``step`` and any of the
+            losses, ``cosine`` and ``alpha``.
         stages: names of the training's stages, by number; None for the numbers alone.
         timings: wall times of the training in seconds, by name; repeated in the metrics.
         teacher: what is known of the distillation teacher, by name; repeated in the metrics.
         progress: called as ``progress(what, fraction)`` while it runs, fraction in [0, 1].
 
     Returns:
-        What metrics.json holds: nested dictionaries with the keys sizes, head, posterior, generation, classifier, out_of_distribution,
-        training, seconds, teacher and undefined. A number that could not be measured is None, and its name is listed under undefined.
+        What metrics.json holds: nested dictionaries with the keys sizes, head, posterior,
+        generation, classifier, out_of_distribution, training, seconds, teacher and undefined. A
+        number that could not be measured is None, and its name is listed under undefined.
 
     Raises:
         ValueError: where the splits have another number of classes than the model.
     """
     if splits.num_classes != model.config.num_classes:
-        raise ValueError(f"splits must have the model's {model.config.num_classes} classes, got {splits.num_classes}")
+        raise ValueError(
+            f"splits must have the model's {model.config.num_classes} classes, got {splits.num_classes}"
+        )
     output_dir = Path(output_dir)
     # Before the work, not after it: a folder that cannot be made is told at once.
     output_dir.mkdir(parents=True, exist_ok=True)
-    evaluation = _Evaluation(model.eval(), scheduler, splits, settings or EvaluationSettings(), progress)
+    evaluation = _Evaluation(
+        model.eval(), scheduler, splits, settings or EvaluationSettings(), progress
+    )
     metrics, illustrations = evaluation.run(history or [], stages)
     metrics["seconds"]["training"] = timings or {}
     metrics["teacher"] = teacher or {}
@@ -125,26 +136,53 @@ def evaluate(
 class _Evaluation:
     """The state that the measurements of one evaluation share."""
 
-    def __init__(self, model, scheduler, splits: DataSplits, settings: EvaluationSettings, progress: Progress | None):
-        self.model, self.scheduler, self.splits, self.settings, self.progress = model, scheduler, splits, settings, progress
+    def __init__(
+        self,
+        model,
+        scheduler,
+        splits: DataSplits,
+        settings: EvaluationSettings,
+        progress: Progress | None,
+    ):
+        self.model, self.scheduler, self.splits, self.settings, self.progress = (
+            model,
+            scheduler,
+            splits,
+            settings,
+            progress,
+        )
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.train = as_tensors(splits.train)
         self.calibration = self._at_most(as_tensors(splits.calibration), settings.test_images)
         self.test = self._at_most(as_tensors(splits.test), settings.test_images)
-        self.estimator = ElboEstimator(model.denoise, scheduler, splits.num_classes, num_steps=settings.elbo_steps, seed=settings.seed)
+        self.estimator = ElboEstimator(
+            model.denoise,
+            scheduler,
+            splits.num_classes,
+            num_steps=settings.elbo_steps,
+            seed=settings.seed,
+        )
         self.others = min(settings.random_images, len(self.test[0]))
         scored_images = len(self.calibration[0]) + len(self.test[0]) + 2 * self.others
         samples = settings.samples_per_class * splits.num_classes
-        self.work_done, self.work = 0, scored_images * splits.num_classes * settings.elbo_steps + samples * settings.num_inference_steps
+        self.work_done, self.work = (
+            0,
+            scored_images * splits.num_classes * settings.elbo_steps
+            + samples * settings.num_inference_steps,
+        )
         self.seconds: dict[str, Any] = {}
 
-    def run(self, history: Sequence[dict[str, Any]], stages: Sequence[str] | None) -> tuple[dict[str, Any], list[Illustration]]:
+    def run(
+        self, history: Sequence[dict[str, Any]], stages: Sequence[str] | None
+    ) -> tuple[dict[str, Any], list[Illustration]]:
         with self._timed("head"):
             head = self._head_log_probabilities()
         with self._timed("posterior"):
             posterior_metrics, log_posteriors, test_evidence = self._posterior()
         with self._timed("classifier"):
-            classifier = fit_classifier(self.train, self.splits.num_classes, seed=self.settings.seed)
+            classifier = fit_classifier(
+                self.train, self.splits.num_classes, seed=self.settings.seed
+            )
         with self._timed("generation"):
             generation_metrics, generation_figures = self._generation(classifier)
         with self._timed("out_of_distribution"):
@@ -161,7 +199,10 @@ class _Evaluation:
             "training": {f"stage_{row['stage']}": row for row in history},
             "seconds": self.seconds,
         }
-        bins = {name: reliability_bins(values, labels) for name, values in {"head": head, **log_posteriors}.items()}
+        bins = {
+            name: reliability_bins(values, labels)
+            for name, values in {"head": head, **log_posteriors}.items()
+        }
         illustrations = [draw_reliability(bins), *generation_figures, ood_figure]
         if history:
             illustrations.append(draw_training(history, stages))
@@ -172,16 +213,26 @@ class _Evaluation:
     @torch.no_grad()
     def _head_log_probabilities(self) -> Tensor:
         batches = self.test[0].split(self.settings.batch_size)
-        return torch.cat([self.model.perceive(self._encode(batch)).float().cpu() for batch in batches]).log_softmax(1)
+        return torch.cat(
+            [self.model.perceive(self._encode(batch)).float().cpu() for batch in batches]
+        ).log_softmax(1)
 
     def _posterior(self) -> tuple[dict[str, Any], dict[str, Tensor], Tensor]:
         calibration = self._log_likelihood(self.calibration[0], "calibrating the posterior")
         evaluations = self.estimator.evaluations
         test = self._log_likelihood(self.test[0], "posterior of the test images")
         evaluations = self.estimator.evaluations - evaluations
-        temperature = fit_temperature(calibration, self.calibration[1]) if calibration.isfinite().all() else math.nan
+        temperature = (
+            fit_temperature(calibration, self.calibration[1])
+            if calibration.isfinite().all()
+            else math.nan
+        )
         uncalibrated = posterior(test)
-        calibrated = posterior(test, temperature=temperature) if math.isfinite(temperature) else torch.full_like(test, math.nan)
+        calibrated = (
+            posterior(test, temperature=temperature)
+            if math.isfinite(temperature)
+            else torch.full_like(test, math.nan)
+        )
         before = classification_metrics(uncalibrated, self.test[1])
         metrics = {
             **classification_metrics(calibrated, self.test[1]),
@@ -191,23 +242,37 @@ class _Evaluation:
             "network_evaluations": evaluations,
             "network_evaluations_per_image": evaluations / len(test),
         }
-        return metrics, {"posterior": calibrated, "posterior, uncalibrated": uncalibrated}, log_evidence(test)
+        return (
+            metrics,
+            {"posterior": calibrated, "posterior, uncalibrated": uncalibrated},
+            log_evidence(test),
+        )
 
     def _generation(self, classifier: ImageClassifier) -> tuple[dict[str, Any], list[Illustration]]:
         samples, labels = self._samples()
-        (train_images, _), (test_images, test_labels), batch_size = self.train, self.test, self.settings.batch_size
+        (train_images, _), (test_images, test_labels), batch_size = (
+            self.train,
+            self.test,
+            self.settings.batch_size,
+        )
         features, predicted = classifier.judge(samples, batch_size)
-        train_features, test_features = (classifier.judge(images, batch_size)[0] for images in (train_images, test_images))
+        train_features, test_features = (
+            classifier.judge(images, batch_size)[0] for images in (train_images, test_images)
+        )
         distance = frechet_distance(features, test_features)
         subsets = [self._subset(train_features, len(samples)) for _ in range(FLOOR_SUBSETS)]
         floor = sum(frechet_distance(subset, test_features) for subset in subsets) / FLOOR_SUBSETS
-        nearest, nearest_test = (nearest_distances(images, train_images, batch_size) for images in (samples, test_images))
+        nearest, nearest_test = (
+            nearest_distances(images, train_images, batch_size) for images in (samples, test_images)
+        )
         median, test_median = nearest.median().item(), nearest_test.median().item()
         finite = bool(samples.isfinite().all())
         metrics = {
             "recognition_rate": accuracy(predicted, labels) if finite else math.nan,
             "recognition_rate_per_class": {
-                name: accuracy(predicted[labels == label], labels[labels == label]) if finite else math.nan
+                name: accuracy(predicted[labels == label], labels[labels == label])
+                if finite
+                else math.nan
                 for label, name in enumerate(self.splits.class_names)
             },
             "frechet_distance": distance,
@@ -218,7 +283,9 @@ class _Evaluation:
             "nearest_training_ratio": _ratio(median, test_median),
         }
         return metrics, [
-            draw_samples(samples, labels, predicted, test_images, test_labels, self.splits.class_names),
+            draw_samples(
+                samples, labels, predicted, test_images, test_labels, self.splits.class_names
+            ),
             draw_nearest_distances(nearest, nearest_test),
         ]
 
@@ -239,7 +306,10 @@ class _Evaluation:
     def _classifier_metrics(self, classifier: ImageClassifier) -> dict[str, Any]:
         accuracies = {
             f"{name}_top1": accuracy(classifier.judge(images, self.settings.batch_size)[1], labels)
-            for name, (images, labels) in {"test": self.test, "calibration": self.calibration}.items()
+            for name, (images, labels) in {
+                "test": self.test,
+                "calibration": self.calibration,
+            }.items()
         }
         return {**accuracies, "features": NUM_FEATURES}
 
@@ -277,12 +347,22 @@ class _Evaluation:
         pipeline = GenRepPipeline(model=self.model, scheduler=self.scheduler)
         pipeline.set_progress_bar_config(disable=True)
         steps = self.settings.num_inference_steps
-        labels = torch.arange(self.splits.num_classes).repeat_interleave(self.settings.samples_per_class)
+        labels = torch.arange(self.splits.num_classes).repeat_interleave(
+            self.settings.samples_per_class
+        )
         images = []
         for batch, ids in zip(
-            labels.split(self.settings.batch_size), torch.arange(len(labels)).split(self.settings.batch_size), strict=True
+            labels.split(self.settings.batch_size),
+            torch.arange(len(labels)).split(self.settings.batch_size),
+            strict=True,
         ):
-            drawn = pipeline.generate(batch, num_inference_steps=steps, seed=self.settings.seed, chain_ids=ids, output_type="pt")
+            drawn = pipeline.generate(
+                batch,
+                num_inference_steps=steps,
+                seed=self.settings.seed,
+                chain_ids=ids,
+                output_type="pt",
+            )
             images.append(drawn.images.float().cpu())
             self._advance("generating samples", len(batch) * steps)
         return torch.cat(images), labels
@@ -316,9 +396,14 @@ def _ratio(value: float, reference: float) -> float:
 
 
 def _without_nan(value: Any, undefined: list[str], name: str = "") -> Any:
-    """`value` with None for every non-finite number in it, the dotted names of which are added to `undefined`."""
+    """`value` with None for every non-finite number in it, the dotted names of which are added to
+    `undefined`.
+    """
     if isinstance(value, dict):
-        return {key: _without_nan(item, undefined, f"{name}.{key}" if name else key) for key, item in value.items()}
+        return {
+            key: _without_nan(item, undefined, f"{name}.{key}" if name else key)
+            for key, item in value.items()
+        }
     if isinstance(value, float) and not math.isfinite(value):
         undefined.append(name)
         return None

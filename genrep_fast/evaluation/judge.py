@@ -12,7 +12,9 @@ STEPS, BATCH_SIZE, LEARNING_RATE = 300, 128, 5e-3
 
 
 class ImageClassifier(nn.Module):
-    """A small convolutional network over images [B, C, H, W] of any size; its last hidden layer has `NUM_FEATURES` units."""
+    """A small convolutional network over images [B, C, H, W] of any size; its last hidden layer has
+    `NUM_FEATURES` units.
+    """
 
     def __init__(self, image_shape: tuple[int, int, int], num_classes: int):
         super().__init__()
@@ -25,7 +27,12 @@ class ImageClassifier(nn.Module):
             size = (size + 1) // 2
             layers += [nn.MaxPool2d(2, ceil_mode=True), *_convolution(32, 32)]
         layers += [*_convolution(32, 32), nn.MaxPool2d(2, ceil_mode=True), *_convolution(32, 64)]
-        layers += [nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(64 * 16, NUM_FEATURES), nn.ReLU()]
+        layers += [
+            nn.AdaptiveAvgPool2d(4),
+            nn.Flatten(),
+            nn.Linear(64 * 16, NUM_FEATURES),
+            nn.ReLU(),
+        ]
         self.body = nn.Sequential(*layers)
         self.head = nn.Linear(NUM_FEATURES, num_classes)
 

@@ -1,4 +1,6 @@
-"""What GenRep needs to know of each diffusers backbone: how to add a null class, which blocks it has, what their outputs look like."""
+"""What GenRep needs to know of each diffusers backbone: how to add a null class, which blocks it
+has, what their outputs look like.
+"""
 
 from __future__ import annotations
 
@@ -37,10 +39,14 @@ def load_backbone(path: str | Path) -> nn.Module:
 
 
 def require_saved(argument: str, path: str | Path, file: str) -> Path:
-    """Path of `file` in the directory `path`; raises FileNotFoundError where diffusers would ask the hub for a name like `path`."""
+    """Path of `file` in the directory `path`; raises FileNotFoundError where diffusers would ask
+    the hub for a name like `path`.
+    """
     found = Path(path) / file
     if not found.is_file():
-        raise FileNotFoundError(f"{argument}: {found} does not exist; a directory written by diffusers' save_pretrained is wanted")
+        raise FileNotFoundError(
+            f"{argument}: {found} does not exist; a directory written by diffusers' save_pretrained is wanted"
+        )
     return found
 
 
@@ -53,18 +59,25 @@ def backbone_class(class_name: str) -> type[nn.Module]:
 
 def build_backbone(config: dict[str, Any]) -> nn.Module:
     """Build a randomly initialised backbone from ``{"_class_name": ..., **config}``."""
-    backbone = backbone_class(config["_class_name"]).from_config({k: v for k, v in config.items() if not k.startswith("_")})
+    backbone = backbone_class(config["_class_name"]).from_config(
+        {k: v for k, v in config.items() if not k.startswith("_")}
+    )
     if isinstance(backbone, DiTTransformer2DModel):
         for block in backbone.transformer_blocks:
-            # In train mode DiT replaces labels by the null class at random. GenRep alone decides which label a network sees.
+            # In train mode DiT replaces labels by the null class at random. GenRep alone decides
+            # which label a network sees.
             block.norm1.emb.class_embedder.dropout_prob = 0.0
     return backbone
 
 
-def with_null_class(backbone: nn.Module, num_classes: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Give `backbone` `num_classes` classes and, as the last row of its class embedding, the null class.
+def with_null_class(
+    backbone: nn.Module, num_classes: int
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Give `backbone` `num_classes` classes and, as the last row of its class embedding, the null
+    class.
 
-    A missing null row is initialised to the mean of the others. A UNet without a class embedding receives a zero one.
+    A missing null row is initialised to the mean of the others. A UNet without a class embedding
+    receives a zero one.
 
     Returns:
         The config and the state dict of the extended backbone; `backbone` itself is left as it is.
@@ -73,24 +86,35 @@ def with_null_class(backbone: nn.Module, num_classes: int) -> tuple[dict[str, An
         ValueError: where the backbone was trained for another number of classes.
     """
     cls = backbone_class(type(backbone).__name__)
-    config = {"_class_name": cls.__name__, **{k: v for k, v in backbone.config.items() if not k.startswith("_")}}
+    config = {
+        "_class_name": cls.__name__,
+        **{k: v for k, v in backbone.config.items() if not k.startswith("_")},
+    }
     state = dict(backbone.state_dict())
     count_key = _CLASS_COUNT[cls]
     found = config[count_key]
     if cls is DiTTransformer2DModel:
         if found != num_classes:
-            raise ValueError(f"num_classes must be the backbone's {count_key} = {found}, got {num_classes}")
+            raise ValueError(
+                f"num_classes must be the backbone's {count_key} = {found}, got {num_classes}"
+            )
         return config, state  # DiT's table already ends with the null class
     config[count_key] = num_classes + 1
     if found is None:
         if config["class_embed_type"] is not None:
-            raise ValueError(f"backbone: class_embed_type must be None, got {config['class_embed_type']!r}")
-        state["class_embedding.weight"] = torch.zeros(num_classes + 1, backbone.time_embedding.linear_2.out_features)
+            raise ValueError(
+                f"backbone: class_embed_type must be None, got {config['class_embed_type']!r}"
+            )
+        state["class_embedding.weight"] = torch.zeros(
+            num_classes + 1, backbone.time_embedding.linear_2.out_features
+        )
     elif found == num_classes:
         weight = state["class_embedding.weight"]
         state["class_embedding.weight"] = torch.cat([weight, weight.mean(0, keepdim=True)])
     elif found != num_classes + 1:
-        raise ValueError(f"num_classes must be the backbone's {count_key} = {found} (or one less, with a null class), got {num_classes}")
+        raise ValueError(
+            f"num_classes must be the backbone's {count_key} = {found} (or one less, with a null class), got {num_classes}"
+        )
     return config, state
 
 
@@ -100,11 +124,18 @@ def class_embeddings(backbone: nn.Module) -> list[nn.Parameter]:
     return [parameter for name, parameter in backbone.named_parameters() if name.endswith(names)]
 
 
-def run_backbone(backbone: nn.Module, x: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor, blocks: list[str]):
+def run_backbone(
+    backbone: nn.Module,
+    x: torch.Tensor,
+    timesteps: torch.Tensor,
+    labels: torch.Tensor,
+    blocks: list[str],
+):
     """Run `backbone` and capture the outputs of `blocks`.
 
     Args:
-        x: [B, C, H, W]; timesteps: [B]; labels: [B] int64; blocks: module paths inside the backbone.
+        x: [B, C, H, W]; timesteps: [B]; labels: [B] int64; blocks: module paths inside the
+            backbone.
 
     Returns:
         The raw output [B, C', H, W] and, in the order of `blocks`, feature maps [B, F, h, w].
@@ -147,11 +178,17 @@ def block_channels(backbone: nn.Module, name: str) -> int:
 
 def output_channels(backbone: nn.Module) -> int:
     """Number of channels C' of the model output, learned-variance channels included."""
-    return backbone.out_channels if isinstance(backbone, DiTTransformer2DModel) else backbone.config.out_channels
+    return (
+        backbone.out_channels
+        if isinstance(backbone, DiTTransformer2DModel)
+        else backbone.config.out_channels
+    )
 
 
 def attention_blocks(backbone: nn.Module) -> list[nn.Module]:
-    """The modules whose two gradients are aligned: a UNet's attention layers, a DiT's transformer blocks."""
+    """The modules whose two gradients are aligned: a UNet's attention layers, a DiT's transformer
+    blocks.
+    """
     if isinstance(backbone, DiTTransformer2DModel):
         return list(backbone.transformer_blocks)
     return [module for module in backbone.modules() if isinstance(module, Attention)]

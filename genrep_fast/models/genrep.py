@@ -1,4 +1,6 @@
-"""GenRep: one denoising network that perceives and generates (Li, Yang, Wang, ICLR 2026), over a diffusers backbone."""
+"""GenRep: one denoising network that perceives and generates (Li, Yang, Wang, ICLR 2026), over a
+diffusers backbone.
+"""
 
 from __future__ import annotations
 
@@ -38,12 +40,14 @@ class GenRepOutput(BaseOutput):
 
     Attributes:
         sample: model output [B, C', H, W], the semantic-driven modulation of the mean included.
-        log_std_shift: [B], within ±1, to be added to the logarithm of the reverse step's standard deviation.
+        log_std_shift: [B], within ±1, to be added to the logarithm of the reverse step's standard
+            deviation.
         features: [B, F, h, w], the network's own features at the semantic block.
     """
 
     sample: torch.Tensor
-    # Accelerate's mixed precision rebuilds an output from one dictionary, which diffusers takes only where the other fields have defaults.
+    # Accelerate's mixed precision rebuilds an output from one dictionary, which diffusers takes
+    # only where the other fields have defaults.
     log_std_shift: torch.Tensor | None = None
     features: torch.Tensor | None = None
 
@@ -51,11 +55,13 @@ class GenRepOutput(BaseOutput):
 class GenRep(ModelMixin, ConfigMixin):
     """A denoiser over a diffusers backbone with a perception branch and semantic-driven generation.
 
-    Build it with `from_backbone` or `from_pretrained`. All inputs named `x` are clean or noisy latents [B, C, H, W] in the backbone's own
-    space: images in [-1, 1] where there is no VAE, `encode(images)` where there is one.
+    Build it with `from_backbone` or `from_pretrained`. All inputs named `x` are clean or noisy
+    latents [B, C, H, W] in the backbone's own space: images in [-1, 1] where there is no VAE,
+    `encode(images)` where there is one.
 
     Args:
-        backbone_config: config of the backbone with its ``_class_name``; its class embedding ends with the null class.
+        backbone_config: config of the backbone with its ``_class_name``; its class embedding ends
+            with the null class.
         num_classes: number of classes K, the null class not counted.
         vae_config: config of the AutoencoderKL of a latent model, or None.
         perception_blocks: paths of the backbone's blocks whose outputs the head reads.
@@ -80,34 +86,52 @@ class GenRep(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         self.backbone = build_backbone(backbone_config)
-        self.vae = None if vae_config is None else AutoencoderKL.from_config(vae_config).requires_grad_(False)
+        self.vae = (
+            None
+            if vae_config is None
+            else AutoencoderKL.from_config(vae_config).requires_grad_(False)
+        )
         names = block_names(self.backbone)
         perception_blocks = list(perception_blocks or names)
         semantic_block = semantic_block or names[len(names) // 2]
         for name in (*perception_blocks, semantic_block):
             if name not in names:
-                raise ValueError(f"perception_blocks and semantic_block must be among {', '.join(names)}, got {name!r}")
+                raise ValueError(
+                    f"perception_blocks and semantic_block must be among {', '.join(names)}, got {name!r}"
+                )
         self.register_to_config(perception_blocks=perception_blocks, semantic_block=semantic_block)
 
         in_channels, out_channels = self.backbone.config.in_channels, output_channels(self.backbone)
         semantic_channels = block_channels(self.backbone, semantic_block)
         widths = [block_channels(self.backbone, name) * pool_size**2 for name in perception_blocks]
         self.head = nn.Sequential(nn.LayerNorm(sum(widths)), nn.Linear(sum(widths), num_classes))
-        # W(t) of o = o_base + W(t)·concat(x_t, x_sem), zero at the start: a 1×1 convolution, its weights linear in the time embedding.
-        self.mean_modulation = nn.Linear(_TIME_EMBEDDING, out_channels * (in_channels + semantic_channels))
-        self.log_std_modulation = nn.Sequential(nn.Linear(semantic_channels, semantic_channels), nn.SiLU(), nn.Linear(semantic_channels, 1))
+        # W(t) of o = o_base + W(t)·concat(x_t, x_sem), zero at the start: a 1×1 convolution, its
+        # weights linear in the time embedding.
+        self.mean_modulation = nn.Linear(
+            _TIME_EMBEDDING, out_channels * (in_channels + semantic_channels)
+        )
+        self.log_std_modulation = nn.Sequential(
+            nn.Linear(semantic_channels, semantic_channels),
+            nn.SiLU(),
+            nn.Linear(semantic_channels, 1),
+        )
         for layer in (self.mean_modulation, self.log_std_modulation[-1]):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
     @classmethod
     def from_backbone(
-        cls, backbone: nn.Module | str | Path, num_classes: int, vae: nn.Module | str | Path | None = None, **kwargs
+        cls,
+        backbone: nn.Module | str | Path,
+        num_classes: int,
+        vae: nn.Module | str | Path | None = None,
+        **kwargs,
     ) -> GenRep:
         """Build a GenRep over a UNet2DModel or DiTTransformer2DModel.
 
         Args:
-            backbone: the model (its weights are copied), or a directory that diffusers' `save_pretrained` wrote.
+            backbone: the model (its weights are copied), or a directory that diffusers'
+                `save_pretrained` wrote.
             num_classes: number of classes; a null class is appended where the backbone has none.
             vae: AutoencoderKL of a latent model, or its directory.
             kwargs: perception_blocks, semantic_block, pool_size, class_names.
@@ -138,7 +162,8 @@ class GenRep(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **kwargs) -> GenRep:
-        """Load a model from a directory that `save_pretrained` wrote, or from the hub; weights are read through safetensors only.
+        """Load a model from a directory that `save_pretrained` wrote, or from the hub; weights are
+        read through safetensors only.
 
         Arguments are those of diffusers' `ModelMixin.from_pretrained`.
 
@@ -151,9 +176,13 @@ class GenRep(ModelMixin, ConfigMixin):
 
     # The variant by its name, which is how diffusers' pipelines find out that there may be one.
     def save_pretrained(self, path: str | Path, *, variant: str | None = None, **kwargs) -> None:
-        """Write config.json and the weights, as safetensors; arguments are those of diffusers' `ModelMixin.save_pretrained`."""
+        """Write config.json and the weights, as safetensors; arguments are those of diffusers'
+        `ModelMixin.save_pretrained`.
+        """
         if not kwargs.get("safe_serialization", True):
-            raise ValueError("safe_serialization must be True: weights are written as safetensors only")
+            raise ValueError(
+                "safe_serialization must be True: weights are written as safetensors only"
+            )
         super().save_pretrained(path, variant=variant, **kwargs)
 
     @property
@@ -165,7 +194,11 @@ class GenRep(ModelMixin, ConfigMixin):
     def sample_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one latent."""
         config = self.backbone.config
-        height, width = (config.sample_size, config.sample_size) if isinstance(config.sample_size, int) else config.sample_size
+        height, width = (
+            (config.sample_size, config.sample_size)
+            if isinstance(config.sample_size, int)
+            else config.sample_size
+        )
         return config.in_channels, height, width
 
     @property
@@ -184,45 +217,67 @@ class GenRep(ModelMixin, ConfigMixin):
         semantic: torch.Tensor | None = None,
         modulate: bool = True,
     ) -> GenRepOutput:
-        """Denoise x_t under the given classes: o = o_base + W(t)·concat(x_t, x_sem) (GenRep, semantic-driven generation).
+        """Denoise x_t under the given classes: o = o_base + W(t)·concat(x_t, x_sem) (GenRep,
+        semantic-driven generation).
 
         Args:
             x_t: noisy latents [B, C, H, W].
             timestep: a number or [B].
             class_labels: int64 [B] in [0, num_classes]; num_classes is the null class.
             semantic: x_sem [B, F, h, w]; None takes the network's own features, as at inference.
-            modulate: False gives the plain denoiser o_base (the paper's rows without semantic-driven generation).
+            modulate: False gives the plain denoiser o_base (the paper's rows without
+                semantic-driven generation).
 
         Returns:
             GenRepOutput.
         """
         timesteps = self._timesteps(x_t, timestep)
-        output, (features,) = run_backbone(self.backbone, x_t, timesteps, class_labels, [self.config.semantic_block])
+        output, (features,) = run_backbone(
+            self.backbone, x_t, timesteps, class_labels, [self.config.semantic_block]
+        )
         if not modulate:
-            return GenRepOutput(sample=output, log_std_shift=output.new_zeros(len(output)), features=features)
+            return GenRepOutput(
+                sample=output, log_std_shift=output.new_zeros(len(output)), features=features
+            )
         semantic = _normalise(features if semantic is None else semantic)
-        inputs = torch.cat([x_t, F.interpolate(semantic, x_t.shape[-2:])], dim=1)  # [B, C + F, H, W]
+        inputs = torch.cat(
+            [x_t, F.interpolate(semantic, x_t.shape[-2:])], dim=1
+        )  # [B, C + F, H, W]
         time = get_timestep_embedding(timesteps, _TIME_EMBEDDING).to(inputs.dtype)
-        weight = self.mean_modulation(time).unflatten(1, (output.shape[1], inputs.shape[1]))  # [B, C', C + F]
+        weight = self.mean_modulation(time).unflatten(
+            1, (output.shape[1], inputs.shape[1])
+        )  # [B, C', C + F]
         # Detached: the variational bound trains this network alone, not the features that it reads.
         shift = self.log_std_modulation(semantic.detach().mean((2, 3))).squeeze(1).clamp(-1, 1)
-        return GenRepOutput(sample=output + torch.einsum("boc,bchw->bohw", weight, inputs), log_std_shift=shift, features=features)
+        return GenRepOutput(
+            sample=output + torch.einsum("boc,bchw->bohw", weight, inputs),
+            log_std_shift=shift,
+            features=features,
+        )
 
-    def denoise(self, x_t: torch.Tensor, timestep: torch.Tensor | int | float, class_labels: torch.Tensor) -> torch.Tensor:
+    def denoise(
+        self, x_t: torch.Tensor, timestep: torch.Tensor | int | float, class_labels: torch.Tensor
+    ) -> torch.Tensor:
         """Model output [B, C', H, W] as at inference; the `denoiser` that the estimators call."""
         return self(x_t, timestep, class_labels).sample
 
     def perceive(self, x: torch.Tensor) -> torch.Tensor:
-        """Class logits [B, K] of clean latents x [B, C, H, W]: one pass at t = 0 under the null class."""
+        """Class logits [B, K] of clean latents x [B, C, H, W]: one pass at t = 0 under the null
+        class.
+        """
         return self.head(self._pooled(self._clean_features(x, self.config.perception_blocks)))
 
     def semantic_features(self, x: torch.Tensor) -> torch.Tensor:
-        """x_sem [B, F, h, w] of clean latents x [B, C, H, W]: the semantic block's output at t = 0 under the null class."""
+        """x_sem [B, F, h, w] of clean latents x [B, C, H, W]: the semantic block's output at t = 0
+        under the null class.
+        """
         return self._clean_features(x, [self.config.semantic_block])[0]
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Latents of images [B, C, H, W] in [-1, 1]: the mode of the VAE's posterior, scaled; the images themselves without a VAE."""
+        """Latents of images [B, C, H, W] in [-1, 1]: the mode of the VAE's posterior, scaled; the
+        images themselves without a VAE.
+        """
         if self.vae is None:
             return images
         return self.vae.encode(images).latent_dist.mode() * self.vae.config.scaling_factor
@@ -246,11 +301,21 @@ class GenRep(ModelMixin, ConfigMixin):
 
     def trained_state(self) -> dict[str, torch.Tensor]:
         """The state dict without the frozen VAE."""
-        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("vae.")}
+        return {
+            name: tensor
+            for name, tensor in self.state_dict().items()
+            if not name.startswith("vae.")
+        }
 
     def alignment_groups(self) -> list[int | None]:
-        """For each parameter that is trained, the index of its attention block, or None outside of them."""
-        groups = {id(p): i for i, block in enumerate(attention_blocks(self.backbone)) for p in block.parameters()}
+        """For each parameter that is trained, the index of its attention block, or None outside of
+        them.
+        """
+        groups = {
+            id(p): i
+            for i, block in enumerate(attention_blocks(self.backbone))
+            for p in block.parameters()
+        }
         return [groups.get(id(p)) for p in self.parameters() if p.requires_grad]
 
     def _clean_features(self, x: torch.Tensor, blocks: list[str]) -> list[torch.Tensor]:
@@ -258,12 +323,15 @@ class GenRep(ModelMixin, ConfigMixin):
         return run_backbone(self.backbone, x, self._timesteps(x, 0), labels, blocks)[1]
 
     def _pooled(self, features: list[torch.Tensor]) -> torch.Tensor:
-        return torch.cat([F.adaptive_avg_pool2d(f, self.config.pool_size).flatten(1) for f in features], dim=1)
+        return torch.cat(
+            [F.adaptive_avg_pool2d(f, self.config.pool_size).flatten(1) for f in features], dim=1
+        )
 
     def _timesteps(self, x: torch.Tensor, timestep: torch.Tensor | int | float) -> torch.Tensor:
         return torch.as_tensor(timestep, device=x.device).expand(len(x))
 
 
 def _normalise(features: torch.Tensor) -> torch.Tensor:
-    # L_rep_align makes directions agree, not lengths: only the direction of a location's features may enter the modulation.
+    # L_rep_align makes directions agree, not lengths: only the direction of a location's features
+    # may enter the modulation.
     return F.normalize(features, dim=1) * features.shape[1] ** 0.5

@@ -1,4 +1,6 @@
-"""GenRepPipeline: a trained GenRep with its noise scheduler, for classifying and for generating images."""
+"""GenRepPipeline: a trained GenRep with its noise scheduler, for classifying and for generating
+images.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,8 @@ class GenRepPipeline(DiffusionPipeline):
 
     Args:
         model: GenRep.
-        scheduler: DDPMScheduler, DDIMScheduler or FlowMatchEulerDiscreteScheduler that the model was trained with.
+        scheduler: DDPMScheduler, DDIMScheduler or FlowMatchEulerDiscreteScheduler that the model
+            was trained with.
     """
 
     model_cpu_offload_seq = "model"
@@ -51,7 +54,8 @@ class GenRepPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike, **kwargs) -> GenRepPipeline:
-        """Load a pipeline from a directory that `save_pretrained` wrote; weights are read through safetensors only.
+        """Load a pipeline from a directory that `save_pretrained` wrote; weights are read through
+        safetensors only.
 
         Raises:
             FileNotFoundError: where the directory holds no pipeline.
@@ -68,8 +72,8 @@ class GenRepPipeline(DiffusionPipeline):
         """Classify images.
 
         Args:
-            images: a PIL image or a list of them, prepared as in training (turned upright, resized, centre-cropped), or a float tensor
-                [B, C, H, W] in [-1, 1].
+            images: a PIL image or a list of them, prepared as in training (turned upright, resized,
+                centre-cropped), or a float tensor [B, C, H, W] in [-1, 1].
 
         Returns:
             PerceptionOutput with probabilities [B, K].
@@ -84,16 +88,25 @@ class GenRepPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def generate(
-        self, labels, *, num_inference_steps: int = 50, seed: int = 0, chain_ids=None, eta: float = 0.0, output_type: str = "pil"
+        self,
+        labels,
+        *,
+        num_inference_steps: int = 50,
+        seed: int = 0,
+        chain_ids=None,
+        eta: float = 0.0,
+        output_type: str = "pil",
     ) -> ImagePipelineOutput:
-        """Generate one image a label by the scheduler's own reverse chain, its mean and variance modulated by the network's own features.
+        """Generate one image a label by the scheduler's own reverse chain, its mean and variance
+        modulated by the network's own features.
 
         Args:
             labels: ints or int64 tensor [N] in [0, K).
             num_inference_steps: length of the reverse chain.
             seed: of the counter-based noise.
-            chain_ids: ints or int64 tensor [N] in [0, 2³²) that tell the images' noise apart, 0 … N − 1 where not given: an image follows
-                from its label, its id and the seed, whatever the batch.
+            chain_ids: ints or int64 tensor [N] in [0, 2³²) that tell the images' noise apart, 0 … N
+                − 1 where not given: an image follows from its label, its id and the seed, whatever
+                the batch.
             eta: η of DDIM, 0 to 1; for DDIM schedulers alone.
             output_type: "pil", or "pt" for a tensor [N, C, H, W] in [-1, 1].
 
@@ -102,8 +115,9 @@ class GenRepPipeline(DiffusionPipeline):
 
         Raises:
             TypeError: for labels that are not integers.
-            ValueError: for labels out of range, no label, another number of ids than labels, fewer steps than one, another output_type,
-                and a scheduler with clip_sample=True (diffusers' default: set it to False).
+            ValueError: for labels out of range, no label, another number of ids than labels, fewer
+                steps than one, another output_type, and a scheduler with clip_sample=True
+                (diffusers' default: set it to False).
         """
         if output_type not in ("pil", "pt"):
             raise ValueError(f"output_type must be 'pil' or 'pt', got {output_type!r}")
@@ -115,18 +129,32 @@ class GenRepPipeline(DiffusionPipeline):
         scheduler.set_timesteps(num_inference_steps)
         log_variance_ratio = learned_log_variance_ratio(scheduler, scheduler.timesteps)
         variance = None if log_variance_ratio is None else "fixed_large"
-        coefficients = StepCoefficients.chain(scheduler, scheduler.timesteps, variance=variance, eta=eta).to(self.device)
+        coefficients = StepCoefficients.chain(
+            scheduler, scheduler.timesteps, variance=variance, eta=eta
+        ).to(self.device)
         chain_ids = torch.arange(len(labels)) if chain_ids is None else torch.as_tensor(chain_ids)
         if chain_ids.shape != labels.shape:
-            raise ValueError(f"chain_ids must be one id a label, got shape {tuple(chain_ids.shape)} for {len(labels)} labels")
+            raise ValueError(
+                f"chain_ids must be one id a label, got shape {tuple(chain_ids.shape)} for {len(labels)} labels"
+            )
         chain_ids = chain_ids.to(self.device)
         x = chain_noise(seed, chain_ids, INITIAL_ROW, self.model.sample_shape).to(self.model.dtype)
         for row, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
             output = self.model(x, timestep, labels)
             std_scale = output.log_std_shift.exp()[:, None, None, None]
             if log_variance_ratio is not None:
-                std_scale = std_scale * learned_std_scale(output.sample, x.shape[1], log_variance_ratio[row])
-            x, _ = reverse_step(x, output.sample, coefficients, row, seed=seed, chain_ids=chain_ids, std_scale=std_scale)
+                std_scale = std_scale * learned_std_scale(
+                    output.sample, x.shape[1], log_variance_ratio[row]
+                )
+            x, _ = reverse_step(
+                x,
+                output.sample,
+                coefficients,
+                row,
+                seed=seed,
+                chain_ids=chain_ids,
+                std_scale=std_scale,
+            )
         images = self.model.decode(x)
         return ImagePipelineOutput(images=images if output_type == "pt" else to_pil(images))
 
@@ -134,7 +162,9 @@ class GenRepPipeline(DiffusionPipeline):
         labels = torch.as_tensor(labels)
         num_classes = self.model.config.num_classes
         if labels.ndim != 1 or len(labels) == 0:
-            raise ValueError(f"labels must be a non-empty list of class indices, got shape {tuple(labels.shape)}")
+            raise ValueError(
+                f"labels must be a non-empty list of class indices, got shape {tuple(labels.shape)}"
+            )
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
             raise TypeError(f"labels must be integers, got {labels.dtype}")
         if labels.min() < 0 or labels.max() >= num_classes:
@@ -148,12 +178,23 @@ class GenRepPipeline(DiffusionPipeline):
             if not images:
                 raise ValueError("images must hold at least one image, got none")
             if not all(isinstance(image, Image.Image) for image in images):
-                raise TypeError(f"images must be PIL images or one tensor, got {', '.join(sorted({type(i).__name__ for i in images}))}")
-            images = torch.stack([image_to_tensor(image, (height, width), "L" if channels == 1 else "RGB") for image in images])
+                raise TypeError(
+                    f"images must be PIL images or one tensor, got {', '.join(sorted({type(i).__name__ for i in images}))}"
+                )
+            images = torch.stack(
+                [
+                    image_to_tensor(image, (height, width), "L" if channels == 1 else "RGB")
+                    for image in images
+                ]
+            )
         if not images.is_floating_point():
-            raise TypeError(f"images must be a floating-point tensor in [-1, 1], got {images.dtype}")
+            raise TypeError(
+                f"images must be a floating-point tensor in [-1, 1], got {images.dtype}"
+            )
         if images.ndim != 4 or images.shape[1:] != (channels, height, width):
-            raise ValueError(f"images must be [B, {channels}, {height}, {width}], got {list(images.shape)}")
+            raise ValueError(
+                f"images must be [B, {channels}, {height}, {width}], got {list(images.shape)}"
+            )
         return images.to(self.device, self.model.dtype)
 
 

@@ -1,4 +1,6 @@
-"""Gradient alignment operators: Gram matrices, GenRep's coefficients, and the combination of the gradients."""
+"""Gradient alignment operators: Gram matrices, GenRep's coefficients, and the combination of the
+gradients.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from ..dispatch.operators import define_operator
 from ..memory_overlap import check_no_overlap, overlaps_itself
 from ..reference import alignment as reference
 
-Gradients = Sequence[Tensor | None]  # of one loss: a tensor for each parameter, None where the loss does not reach it
+Gradients = Sequence[
+    Tensor | None
+]  # of one loss: a tensor for each parameter, None where the loss does not reach it
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_LOSSES = 8
@@ -30,13 +34,19 @@ def _first(gradients: Gradients) -> Tensor:
 gram_operator = define_operator(
     "gram(Tensor?[] gradients, int n, int[] groups, int num_groups) -> Tensor",
     reference=reference.gram,
-    fake=lambda gradients, n, groups, num_groups: _first(gradients).new_empty(num_groups, n, n, dtype=torch.float64),
+    fake=lambda gradients, n, groups, num_groups: _first(gradients).new_empty(
+        num_groups, n, n, dtype=torch.float64
+    ),
 )
 
 alignment_coefficients_operator = define_operator(
     "alignment_coefficients(Tensor gram, float[] weights, float power) -> (Tensor coefficients, Tensor cosine, Tensor alpha)",
     reference=reference.alignment_coefficients,
-    fake=lambda gram, weights, power: (gram.new_empty(len(gram), 2), gram.new_empty(len(gram)), gram.new_empty(len(gram))),
+    fake=lambda gram, weights, power: (
+        gram.new_empty(len(gram), 2),
+        gram.new_empty(len(gram)),
+        gram.new_empty(len(gram)),
+    ),
     data=(),
 )
 
@@ -96,33 +106,38 @@ def align_gradients(
 ) -> tuple[list[Tensor | None], AlignmentStats]:
     """Damp the parts of two gradients that are parallel to each other, and add the gradients up.
 
-    Inside a group, each gradient is split into a part parallel to the other gradient and an orthogonal one; the parallel part is scaled by
-    rho = ((cosine + 1) / 2) ** power and the two results are added with `weights` (GenRep, Li, Yang and Wang, ICLR 2026).
+    Inside a group, each gradient is split into a part parallel to the other gradient and an
+    orthogonal one; the parallel part is scaled by rho = ((cosine + 1) / 2) ** power and the two
+    results are added with `weights` (GenRep, Li, Yang and Wang, ICLR 2026).
 
-    A loss does not reach a tensor whose gradient of it is None or zero everywhere: autograd hands out
-    either, depending on the model. A tensor that one loss alone reaches gets its gradient times that
-    loss's weight. One that none reaches gets zeros, or None where both gradients are None. The
+    A loss does not reach a tensor whose gradient of it is None or zero everywhere: autograd hands
+    out either, depending on the model. A tensor that one loss alone reaches gets its gradient times
+    that loss's weight. One that none reaches gets zeros, or None where both gradients are None. The
     statistics cover the tensors that have a group and that both losses reach.
 
     Args:
-        perception: gradients of the perception loss, one dense tensor for each parameter (float32, bfloat16, float16 or float64, any shape
-            and strides), None or zeros where the loss does not reach the parameter.
-        generation: gradients of the generation loss, as many; shapes as in `perception`, dtypes may differ.
+        perception: gradients of the perception loss, one dense tensor for each parameter (float32,
+            bfloat16, float16 or float64, any shape and strides), None or zeros where the loss does
+            not reach the parameter.
+        generation: gradients of the generation loss, as many; shapes as in `perception`, dtypes may
+            differ.
         weights: of the perception and the generation loss.
         power: damping exponent, >= 0; 0 gives the plain weighted sum.
-        groups: for each tensor the index of its group, or None for a plain weighted sum; None puts every tensor into group 0.
-        out: tensors to write the results to, of the gradients' shapes and any of the dtypes above; may be `perception` or `generation`.
-            out[t] may be perception[t] or generation[t], in the same place with the same strides and dtype; it must share no memory with
-            any other gradient or output. None, also as an entry, allocates.
+        groups: for each tensor the index of its group, or None for a plain weighted sum; None puts
+            every tensor into group 0.
+        out: tensors to write the results to, of the gradients' shapes and any of the dtypes above;
+            may be `perception` or `generation`. out[t] may be perception[t] or generation[t], in
+            the same place with the same strides and dtype; it must share no memory with any other
+            gradient or output. None, also as an entry, allocates.
 
     Returns:
-        The aligned gradients (None where both gradients are), in the promoted dtype of the two gradients unless `out` says otherwise, and
-        the statistics.
+        The aligned gradients (None where both gradients are), in the promoted dtype of the two
+        gradients unless `out` says otherwise, and the statistics.
 
     Raises:
         TypeError: for an argument of a wrong type, or a gradient of a wrong dtype.
-        ValueError: for a wrong length, shape, device, layout, group index, weight or power, and for an output that overlaps itself, a
-            gradient or another output; nothing is written then.
+        ValueError: for a wrong length, shape, device, layout, group index, weight or power, and for
+            an output that overlaps itself, a gradient or another output; nothing is written then.
     """
     gradients = (perception, generation)
     layout = check_gradients(gradients, ("perception", "generation"), groups)
@@ -144,12 +159,14 @@ def align_gradients(
 
 @torch.no_grad()
 def gram(*gradients: Gradients, groups: Sequence[int | None] | None = None) -> Tensor:
-    """Gram matrices of the gradients of n losses: entry [k, i, j] is the inner product of gradients i and j over the tensors of group k.
+    """Gram matrices of the gradients of n losses: entry [k, i, j] is the inner product of gradients
+    i and j over the tensors of group k.
 
     Args:
-        gradients: 2 to 8 sequences of equal length, one for each loss, as in `align_gradients`. Tensors of which some gradient is None
-            are left out; zeros are taken as they are.
-        groups: for each tensor the index of its group, or None to leave it out; None puts every tensor into group 0.
+        gradients: 2 to 8 sequences of equal length, one for each loss, as in `align_gradients`.
+            Tensors of which some gradient is None are left out; zeros are taken as they are.
+        groups: for each tensor the index of its group, or None to leave it out; None puts every
+            tensor into group 0.
 
     Returns:
         [groups, n, n] float64 on the gradients' device, with groups the highest index plus 1.
@@ -160,7 +177,9 @@ def gram(*gradients: Gradients, groups: Sequence[int | None] | None = None) -> T
     """
     layout = check_gradients(gradients, _numbered(gradients), groups)
     grouped = layout.grouped
-    return _gram_matrices(gradients, grouped, [layout.groups[t] for t in grouped], layout.num_groups, layout.device)
+    return _gram_matrices(
+        gradients, grouped, [layout.groups[t] for t in grouped], layout.num_groups, layout.device
+    )
 
 
 @torch.no_grad()
@@ -172,37 +191,52 @@ def combine(
     weights: Sequence[float] | None = None,
     out: Gradients | None = None,
 ) -> list[Tensor | None]:
-    """Weighted sum of the gradients of n losses, with weights of their own for every group of tensors.
+    """Weighted sum of the gradients of n losses, with weights of their own for every group of
+    tensors.
 
     Args:
         gradients: 2 to 8 sequences of equal length, one for each loss, as in `align_gradients`.
-        coefficients: [groups, n] floating point on the gradients' device, e.g. ``AlignmentStats.coefficients``.
-        groups: for each tensor the row of `coefficients`, or None to use `weights`; None uses row 0 for every tensor.
-        weights: n numbers for tensors that have no group or of which some gradient is None; None where there are no such tensors.
-        out: as in `align_gradients`; may be one of `gradients`, out[t] the same tensor as gradients[i][t] of one i. It must share no
-            memory with any other gradient, output or the coefficients.
+        coefficients: [groups, n] floating point on the gradients' device, e.g.
+            ``AlignmentStats.coefficients``.
+        groups: for each tensor the row of `coefficients`, or None to use `weights`; None uses row 0
+            for every tensor.
+        weights: n numbers for tensors that have no group or of which some gradient is None; None
+            where there are no such tensors.
+        out: as in `align_gradients`; may be one of `gradients`, out[t] the same tensor as
+            gradients[i][t] of one i. It must share no memory with any other gradient, output or the
+            coefficients.
 
     Returns:
-        The sums (None where every gradient is None), in the promoted dtype of the tensor's gradients unless `out` says otherwise. Sums
-        are formed in float32, or in float64 where a gradient is float64.
+        The sums (None where every gradient is None), in the promoted dtype of the tensor's
+        gradients unless `out` says otherwise. Sums are formed in float32, or in float64 where a
+        gradient is float64.
 
     Raises:
         TypeError: for an argument of a wrong type, or a tensor of a wrong dtype.
-        ValueError: for a wrong number of gradients, length, shape, device, layout or group index, for `weights` that are missing, and for
-            an output that overlaps itself, another argument or another output; nothing is written then.
+        ValueError: for a wrong number of gradients, length, shape, device, layout or group index,
+            for `weights` that are missing, and for an output that overlaps itself, another argument
+            or another output; nothing is written then.
     """
     layout = check_gradients(gradients, _numbered(gradients), groups)
     rows, weights = check_coefficients(coefficients, weights, len(gradients), layout)
     _check_out(out, layout, dict(zip(_numbered(gradients), gradients, strict=True)), coefficients)
-    return _combined(gradients, rows, [layout.groups[t] for t in layout.reached], layout, weights, out)
+    return _combined(
+        gradients, rows, [layout.groups[t] for t in layout.reached], layout, weights, out
+    )
 
 
 class GradientLayout(NamedTuple):
-    """Where the tensors of checked gradients belong; a loss reaches a tensor here whose gradient of it is not None."""
+    """Where the tensors of checked gradients belong; a loss reaches a tensor here whose gradient of
+    it is not None.
+    """
 
-    groups: list[int]  # for each tensor; -1: plain weighted sum, because it has no group or because a loss does not reach it
+    groups: list[
+        int
+    ]  # for each tensor; -1: plain weighted sum, because it has no group or because a loss does not reach it
     num_groups: int
-    samples: list[Tensor | None]  # for each tensor one of its gradients; None where no loss reaches it
+    samples: list[
+        Tensor | None
+    ]  # for each tensor one of its gradients; None where no loss reaches it
     device: torch.device
 
     @property
@@ -216,8 +250,12 @@ class GradientLayout(NamedTuple):
         return [t for t, group in enumerate(self.groups) if group >= 0]
 
 
-def check_gradients(gradients: Sequence[Gradients], names: Sequence[str], groups: Sequence[int | None] | None) -> GradientLayout:
-    """Check gradients of 2 to 8 losses, called `names` in messages, and their groups; what raises: see `align_gradients`."""
+def check_gradients(
+    gradients: Sequence[Gradients], names: Sequence[str], groups: Sequence[int | None] | None
+) -> GradientLayout:
+    """Check gradients of 2 to 8 losses, called `names` in messages, and their groups; what raises:
+    see `align_gradients`.
+    """
     if not 2 <= len(gradients) <= MAX_LOSSES:
         raise ValueError(f"gradients of 2 to {MAX_LOSSES} losses are needed, got {len(gradients)}")
     for name, tensors in zip(names, gradients, strict=True):
@@ -226,21 +264,31 @@ def check_gradients(gradients: Sequence[Gradients], names: Sequence[str], groups
     samples: list[Tensor | None] = [None] * len(indices)
     device = None
     for name, tensors in zip(names, gradients, strict=True):
-        # Asking every tensor of a long list for one property after the other takes half as long as one tensor for all of them.
+        # Asking every tensor of a long list for one property after the other takes half as long as
+        # one tensor for all of them.
         alike = _are_alike(tensors, samples, device)
         for t, gradient in enumerate(tensors):
             if gradient is None:
                 indices[t] = -1
                 continue
             if not alike:
-                check_tensor(gradient, f"{name}[{t}]", samples[t].shape if samples[t] is not None else None, device)
+                check_tensor(
+                    gradient,
+                    f"{name}[{t}]",
+                    samples[t].shape if samples[t] is not None else None,
+                    device,
+                )
             samples[t] = gradient
             device = device or gradient.device
     return GradientLayout(indices, num_groups, samples, device or torch.device("cpu"))
 
 
-def _are_alike(tensors: Gradients, samples: list[Tensor | None], device: torch.device | None) -> bool:
-    """Whether `check_tensor` would pass all tensors, in the shapes of `samples` and on `device` or one of their own."""
+def _are_alike(
+    tensors: Gradients, samples: list[Tensor | None], device: torch.device | None
+) -> bool:
+    """Whether `check_tensor` would pass all tensors, in the shapes of `samples` and on `device` or
+    one of their own.
+    """
     present = [tensor for tensor in tensors if tensor is not None]
     if not all([isinstance(tensor, Tensor) for tensor in present]):
         return False
@@ -262,12 +310,18 @@ def check_length(tensors: Sequence, name: str, length: int) -> None:
         raise ValueError(f"{name} must have {length} entries, got {len(tensors)}")
 
 
-def check_tensor(tensor: Tensor, name: str, shape: torch.Size | None, device: torch.device | None) -> None:
-    """Check that `tensor` is a dense tensor of one of `DTYPES`, of this shape and on this device (None: any)."""
+def check_tensor(
+    tensor: Tensor, name: str, shape: torch.Size | None, device: torch.device | None
+) -> None:
+    """Check that `tensor` is a dense tensor of one of `DTYPES`, of this shape and on this device
+    (None: any).
+    """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.layout != torch.strided:
-        raise ValueError(f"{name} must be dense, got layout {tensor.layout}; densify sparse gradients with .to_dense()")
+        raise ValueError(
+            f"{name} must be dense, got layout {tensor.layout}; densify sparse gradients with .to_dense()"
+        )
     if tensor.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
     if shape is not None and tensor.shape != shape:
@@ -277,33 +331,55 @@ def check_tensor(tensor: Tensor, name: str, shape: torch.Size | None, device: to
 
 
 def check_writable(tensor: Tensor, name: str, shape: torch.Size, device: torch.device) -> None:
-    """`check_tensor`, and that no two elements of `tensor` share memory, as those of an expanded tensor or of windows do."""
+    """`check_tensor`, and that no two elements of `tensor` share memory, as those of an expanded
+    tensor or of windows do.
+    """
     check_tensor(tensor, name, shape, device)
-    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
-        raise ValueError(f"{name} is written to and must not be an expanded tensor, got strides {tensor.stride()}")
+    if any(
+        stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+    ):
+        raise ValueError(
+            f"{name} is written to and must not be an expanded tensor, got strides {tensor.stride()}"
+        )
     # A traced program's strides may be symbols.
     if torch.compiler.is_compiling() or tensor.is_contiguous():
         return
     if overlaps_itself(tensor):
-        raise ValueError(f"{name} is written to and must not overlap itself, got shape {tuple(shape)} with strides {tensor.stride()}")
+        raise ValueError(
+            f"{name} is written to and must not overlap itself, got shape {tuple(shape)} with strides {tensor.stride()}"
+        )
 
 
-def check_coefficients(coefficients: Tensor, weights: Sequence[float] | None, n: int, layout: GradientLayout) -> tuple[Tensor, list[float]]:
-    """Check `coefficients` and `weights` of `combine`; return them as the operators take them, weights empty where none are needed."""
+def check_coefficients(
+    coefficients: Tensor, weights: Sequence[float] | None, n: int, layout: GradientLayout
+) -> tuple[Tensor, list[float]]:
+    """Check `coefficients` and `weights` of `combine`; return them as the operators take them,
+    weights empty where none are needed.
+    """
     check_tensor(coefficients, "coefficients", None, layout.device)
-    if coefficients.ndim != 2 or coefficients.shape[1] != n or len(coefficients) < layout.num_groups:
-        raise ValueError(f"coefficients must have shape [{layout.num_groups} groups or more, {n}], got {tuple(coefficients.shape)}")
+    if (
+        coefficients.ndim != 2
+        or coefficients.shape[1] != n
+        or len(coefficients) < layout.num_groups
+    ):
+        raise ValueError(
+            f"coefficients must have shape [{layout.num_groups} groups or more, {n}], got {tuple(coefficients.shape)}"
+        )
     coefficients = coefficients.double().contiguous()
     if weights is not None:
         return coefficients, check_weights(weights, n)
     if any(layout.groups[t] < 0 for t in layout.reached):
-        raise ValueError("weights must be given where a tensor has no group or a loss does not reach it, got None")
+        raise ValueError(
+            "weights must be given where a tensor has no group or a loss does not reach it, got None"
+        )
     return coefficients, []
 
 
 def check_weights(weights: Sequence[float], n: int) -> list[float]:
     """Check that `weights` are `n` finite numbers; return them as floats."""
-    if not isinstance(weights, Sequence) or not all(isinstance(weight, (int, float)) for weight in weights):
+    if not isinstance(weights, Sequence) or not all(
+        isinstance(weight, (int, float)) for weight in weights
+    ):
         raise TypeError(f"weights must be a sequence of numbers, got {weights!r}")
     if len(weights) != n or not all(abs(weight) < math.inf for weight in weights):
         note = "" if n == 2 else "; give one for each loss, the default is for two"
@@ -348,19 +424,29 @@ def _check_groups(groups: Sequence[int | None] | None, num_tensors: int) -> tupl
 
 
 def _check_out(
-    out: Gradients | None, layout: GradientLayout, gradients: Mapping[str, Gradients], coefficients: Tensor | None = None
+    out: Gradients | None,
+    layout: GradientLayout,
+    gradients: Mapping[str, Gradients],
+    coefficients: Tensor | None = None,
 ) -> None:
-    """Check `out`, of which tensor t may be tensor t of one of `gradients`, by name, and overlaps no other argument."""
+    """Check `out`, of which tensor t may be tensor t of one of `gradients`, by name, and overlaps
+    no other argument.
+    """
     if out is None:
         return
     check_length(out, "out", len(layout.samples))
-    contiguous = _are_alike(out, layout.samples, layout.device) and all([tensor.is_contiguous() for tensor in out if tensor is not None])
+    contiguous = _are_alike(out, layout.samples, layout.device) and all(
+        [tensor.is_contiguous() for tensor in out if tensor is not None]
+    )
     if not contiguous:
         for t in layout.reached:
             if out[t] is not None:
                 check_writable(out[t], f"out[{t}]", layout.samples[t].shape, layout.device)
     # What no loss reaches is not written.
-    written = [None if sample is None else tensor for tensor, sample in zip(out, layout.samples, strict=True)]
+    written = [
+        None if sample is None else tensor
+        for tensor, sample in zip(out, layout.samples, strict=True)
+    ]
     read = dict(gradients) if coefficients is None else {**gradients, "coefficients": coefficients}
     check_no_overlap({"out": written}, read, in_place=gradients)
 
@@ -392,13 +478,19 @@ def _combined(
     weights: list[float],
     out: Gradients | None,
 ) -> list[Tensor | None]:
-    """Weighted sums of the gradients; `rows` of `coefficients` (-1: `weights`), one for each tensor of ``layout.reached``."""
+    """Weighted sums of the gradients; `rows` of `coefficients` (-1: `weights`), one for each tensor
+    of ``layout.reached``.
+    """
     results = list(out) if out is not None else [None] * len(layout.samples)
     for t, sample in enumerate(layout.samples):
         if sample is None:
             results[t] = None
         elif results[t] is None:
-            dtypes = (loss_gradients[t].dtype for loss_gradients in gradients if loss_gradients[t] is not None)
+            dtypes = (
+                loss_gradients[t].dtype
+                for loss_gradients in gradients
+                if loss_gradients[t] is not None
+            )
             results[t] = torch.empty_like(sample, dtype=reduce(torch.promote_types, dtypes))
     reached = layout.reached
     if reached:

@@ -1,4 +1,6 @@
-"""Fused optimizer step: combination of the gradients, AdamW, and the moving average of the parameters in one operator."""
+"""Fused optimizer step: combination of the gradients, AdamW, and the moving average of the
+parameters in one operator.
+"""
 
 from __future__ import annotations
 
@@ -51,27 +53,35 @@ def adamw_step(
     ema_decay: float = 0.999,
     found_inf: Tensor | None = None,
 ) -> None:
-    """Combine the gradients of n losses, take one AdamW step with the sum, and move an exponential average of the parameters, all in place.
+    """Combine the gradients of n losses, take one AdamW step with the sum, and move an exponential
+    average of the parameters, all in place.
 
-    Equals `genrep_fast.combine`, `torch.optim.AdamW` (Loshchilov and Hutter, ICLR 2019) and ``ema.lerp_(param, 1 - ema_decay)`` one after
-    the other, without writing the combined gradient. A parameter that no loss reaches is left as it is, with its state and its average.
+    Equals `genrep_fast.combine`, `torch.optim.AdamW` (Loshchilov and Hutter, ICLR 2019) and
+    ``ema.lerp_(param, 1 - ema_decay)`` one after the other, without writing the combined gradient.
+    A parameter that no loss reaches is left as it is, with its state and its average.
 
     Args:
         params: T dense tensors (float32, bfloat16, float16 or float64), updated.
-        gradients, coefficients, groups, weights: as in `genrep_fast.combine`; gradients have the shapes of `params`.
-        exp_avgs, exp_avg_sqs: T tensors each, running means of the gradient and of its square, shapes as `params`, updated.
-        steps: T tensors without axes on the CPU or the parameters' device: the number of this update, 1 for the first; not updated.
+        gradients, coefficients, groups, weights: as in `genrep_fast.combine`; gradients have the
+            shapes of `params`.
+        exp_avgs, exp_avg_sqs: T tensors each, running means of the gradient and of its square,
+            shapes as `params`, updated.
+        steps: T tensors without axes on the CPU or the parameters' device: the number of this
+            update, 1 for the first; not updated.
         lr: learning rate, a number or a tensor without axes on the CPU or the parameters' device.
         betas, eps, weight_decay: as in `torch.optim.AdamW`.
-        emas: T tensors that follow the parameters, shapes as `params`, updated; None for no average.
+        emas: T tensors that follow the parameters, shapes as `params`, updated; None for no
+            average.
         ema_decay: share of the old average that is kept, 0 to 1.
-        found_inf: floating-point tensor of one element on the parameters' device; where it is not 0, nothing is changed (decided on the
-            device, as in `torch.amp.GradScaler`). None: always update.
+        found_inf: floating-point tensor of one element on the parameters' device; where it is not
+            0, nothing is changed (decided on the device, as in `torch.amp.GradScaler`). None:
+            always update.
 
     Raises:
         TypeError: for an argument of a wrong type, or a tensor of a wrong dtype.
-        ValueError: for a wrong length, shape, device, layout, group index or hyperparameter, and for a tensor that is updated and overlaps
-            itself or any other tensor of the arguments; nothing is changed then.
+        ValueError: for a wrong length, shape, device, layout, group index or hyperparameter, and
+            for a tensor that is updated and overlaps itself or any other tensor of the arguments;
+            nothing is changed then.
     """
     names = [f"gradients[{i}]" for i in range(len(gradients))]
     layout = check_gradients(gradients, names, groups)
@@ -117,14 +127,20 @@ def adamw_step(
         )
 
 
-def _only(lists: Mapping[str, Sequence[Tensor | None]], indices: Sequence[int]) -> dict[str, list[Tensor | None]]:
+def _only(
+    lists: Mapping[str, Sequence[Tensor | None]], indices: Sequence[int]
+) -> dict[str, list[Tensor | None]]:
     """`lists` with None at all but `indices`."""
     kept = set(indices)
-    return {name: [tensor if t in kept else None for t, tensor in enumerate(tensors)] for name, tensors in lists.items()}
+    return {
+        name: [tensor if t in kept else None for t, tensor in enumerate(tensors)]
+        for name, tensors in lists.items()
+    }
 
 
 def check_learning_rate(lr: float | Tensor, device: torch.device) -> None:
-    """Check that `lr` is a finite number, not negative, or a tensor of one element on `device` or the CPU.
+    """Check that `lr` is a finite number, not negative, or a tensor of one element on `device` or
+    the CPU.
 
     The value of a tensor is checked on the CPU alone, where nobody waits for it.
     """
@@ -149,7 +165,9 @@ def check_hyperparameters(betas: tuple[float, float], eps: float, weight_decay: 
 
 
 def _is_number(value: object) -> bool:
-    """Whether `value` is a number, or a tensor of one element on the CPU, whose value nobody waits for."""
+    """Whether `value` is a number, or a tensor of one element on the CPU, whose value nobody waits
+    for.
+    """
     if isinstance(value, Tensor):
         return value.numel() == 1 and value.device.type == "cpu"
     return isinstance(value, numbers.Real)

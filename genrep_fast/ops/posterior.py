@@ -15,29 +15,39 @@ from ..reference.scoring import accumulation_dtype
 from .scoring import check_device, check_floating
 
 
-def posterior(log_likelihood: Tensor, *, log_prior: Tensor | None = None, temperature: float = 1.0) -> Tensor:
-    """Log-posterior log p(y|x) = log_softmax_y( L / temperature + log p(y) ), differentiable in both tensors.
+def posterior(
+    log_likelihood: Tensor, *, log_prior: Tensor | None = None, temperature: float = 1.0
+) -> Tensor:
+    """Log-posterior log p(y|x) = log_softmax_y( L / temperature + log p(y) ), differentiable in
+    both tensors.
 
     Args:
         log_likelihood: L [B, K, *spatial] or [B, K], floating point.
-        log_prior: log p(y), [K], or [B, K] with 1 allowed for B, the same at every location; -inf excludes a class; None: uniform.
+        log_prior: log p(y), [K], or [B, K] with 1 allowed for B, the same at every location; -inf
+            excludes a class; None: uniform.
         temperature: positive number.
 
     Returns:
-        Shape of `log_likelihood`; float32 (float64 for float64). NaN for an image where no class has L / temperature + log p(y) above -inf.
+        Shape of `log_likelihood`; float32 (float64 for float64). NaN for an image where no class
+        has L / temperature + log p(y) above -inf.
 
     Raises:
-        TypeError, ValueError: for wrong dtypes, shapes, devices, or a temperature that is not a positive number.
+        TypeError, ValueError: for wrong dtypes, shapes, devices, or a temperature that is not a
+            positive number.
     """
-    return _posterior(log_likelihood, _check_scores(log_likelihood, log_prior, temperature), float(temperature))
+    return _posterior(
+        log_likelihood, _check_scores(log_likelihood, log_prior, temperature), float(temperature)
+    )
 
 
 def log_evidence(log_likelihood: Tensor, *, log_prior: Tensor | None = None) -> Tensor:
-    """Log-evidence log p(x) = logsumexp_y( L + log p(y) ) in nats, the out-of-distribution score; differentiable in both tensors.
+    """Log-evidence log p(x) = logsumexp_y( L + log p(y) ) in nats, the out-of-distribution score;
+    differentiable in both tensors.
 
     Args:
         log_likelihood: L [B, K, *spatial] or [B, K], floating point.
-        log_prior: normalised log p(y), [K], or [B, K] with 1 allowed for B, the same at every location; None: uniform, -log K.
+        log_prior: normalised log p(y), [K], or [B, K] with 1 allowed for B, the same at every
+            location; None: uniform, -log K.
 
     Returns:
         [B] or [B, *spatial]; float32 (float64 for float64).
@@ -56,22 +66,24 @@ def distillation_loss(
     temperature: float = 1.0,
     reduction: str = "batchmean",
 ) -> Tensor:
-    """KL(p || softmax(student_logits)) in nats, p = softmax_y( L / temperature + log p(y) ); differentiable in both logits and L.
+    """KL(p || softmax(student_logits)) in nats, p = softmax_y( L / temperature + log p(y) );
+    differentiable in both logits and L.
 
     Args:
         student_logits: [B, K] or [B, K, *spatial], floating point.
         log_likelihood: L, the same shape; detach it for a fixed teacher.
-        log_prior: log p(y), [K], or [B, K] with 1 allowed for B, the same at every location; None: uniform. It carries no gradient.
+        log_prior: log p(y), [K], or [B, K] with 1 allowed for B, the same at every location; None:
+            uniform. It carries no gradient.
         temperature: positive number.
-        reduction: "batchmean" divides the sum by B, "mean" by B and the number of locations, "none" does not reduce. An
-            empty batch has the loss 0.
+        reduction: "batchmean" divides the sum by B, "mean" by B and the number of locations, "none"
+            does not reduce. An empty batch has the loss 0.
 
     Returns:
         A scalar, or [B, *spatial] for "none"; float32 (float64 where either input is).
 
     Raises:
-        TypeError, ValueError: for wrong dtypes, shapes or devices, a temperature that is not a positive number, or a `log_prior` that
-            requires a gradient.
+        TypeError, ValueError: for wrong dtypes, shapes or devices, a temperature that is not a
+            positive number, or a `log_prior` that requires a gradient.
     """
     log_prior = _check_scores(log_likelihood, log_prior, temperature)
     check_floating(student_logits, "student_logits")
@@ -81,40 +93,51 @@ def distillation_loss(
         )
     check_device(log_likelihood.device, student_logits=student_logits)
     if log_prior is not None and log_prior.requires_grad:
-        raise ValueError("log_prior carries no gradient in distillation_loss, but it requires one: detach it")
+        raise ValueError(
+            "log_prior carries no gradient in distillation_loss, but it requires one: detach it"
+        )
     if reduction not in ("batchmean", "mean", "none"):
         raise ValueError(f'reduction must be "batchmean", "mean" or "none", got {reduction!r}')
     if accumulation_dtype(student_logits, log_likelihood) == torch.float64:
         student_logits, log_likelihood = student_logits.double(), log_likelihood.double()
-    loss = _distillation_loss(student_logits, log_likelihood, log_prior, float(temperature))  # [B, *spatial]
+    loss = _distillation_loss(
+        student_logits, log_likelihood, log_prior, float(temperature)
+    )  # [B, *spatial]
     if reduction == "none":
         return loss
     divisor = max(loss.shape[0] if reduction == "batchmean" else loss.numel(), 1)
     return loss.mean() if divisor == loss.numel() else loss.sum() / divisor
 
 
-def fit_temperature(log_likelihood: Tensor, labels: Tensor, *, log_prior: Tensor | None = None) -> float:
-    """Temperature of `posterior` with the least negative log-likelihood of the labels (Guo et al., ICML 2017), found in float64.
+def fit_temperature(
+    log_likelihood: Tensor, labels: Tensor, *, log_prior: Tensor | None = None
+) -> float:
+    """Temperature of `posterior` with the least negative log-likelihood of the labels (Guo et al.,
+    ICML 2017), found in float64.
 
-    The negative log-likelihood is convex in 1 / temperature, so its derivative is bisected. Where every label already has the greatest
-    likelihood it only falls towards temperature 0, which would claim certainty: then the largest temperature within half a nat (over all
-    labels together) of that limit is returned. Where it only falls towards infinity, the temperature is the largest of the search, 1e8
-    times the mean gap between classes; where all classes are tied, 1.
+    The negative log-likelihood is convex in 1 / temperature, so its derivative is bisected. Where
+    every label already has the greatest likelihood it only falls towards temperature 0, which would
+    claim certainty: then the largest temperature within half a nat (over all labels together) of
+    that limit is returned. Where it only falls towards infinity, the temperature is the largest of
+    the search, 1e8 times the mean gap between classes; where all classes are tied, 1.
 
     Args:
         log_likelihood: L [B, K, *spatial] or [B, K], floating point.
         labels: true classes [B, *spatial] or [B], integers.
-        log_prior: log p(y), [K], or [B, K] with 1 allowed for B, the same at every location; None: uniform.
+        log_prior: log p(y), [K], or [B, K] with 1 allowed for B, the same at every location; None:
+            uniform.
 
     Returns:
         The temperature, a Python float (the one place here that waits for the device).
 
     Raises:
-        TypeError, ValueError: for wrong dtypes, shapes or devices, no labels, a label out of range, NaN, or a label whose class has
-            likelihood or prior 0.
+        TypeError, ValueError: for wrong dtypes, shapes or devices, no labels, a label out of range,
+            NaN, or a label whose class has likelihood or prior 0.
     """
     log_prior = _check_scores(log_likelihood, log_prior)
-    scores, prior = _calibration_rows(log_likelihood, labels, log_prior)  # [N, K] relative to the label's class
+    scores, prior = _calibration_rows(
+        log_likelihood, labels, log_prior
+    )  # [N, K] relative to the label's class
     gaps = scores[scores.isfinite()].abs().mean()
     if gaps == 0:
         return 1.0
@@ -137,12 +160,16 @@ def fit_temperature(log_likelihood: Tensor, labels: Tensor, *, log_prior: Tensor
     return (-high).exp().item()
 
 
-def _check_scores(log_likelihood: Tensor, log_prior: Tensor | None, temperature: float = 1.0) -> Tensor | None:
+def _check_scores(
+    log_likelihood: Tensor, log_prior: Tensor | None, temperature: float = 1.0
+) -> Tensor | None:
     """Check the arguments that Bayes' rule has; return log_prior as [1|B, K, *1]."""
     check_floating(log_likelihood, "log_likelihood")
     shape = log_likelihood.shape
     if len(shape) < 2 or shape[1] == 0:
-        raise ValueError(f"log_likelihood must be [B, K, *spatial] with at least one class, got {tuple(shape)}")
+        raise ValueError(
+            f"log_likelihood must be [B, K, *spatial] with at least one class, got {tuple(shape)}"
+        )
     if not isinstance(temperature, numbers.Real):
         raise TypeError(f"temperature must be a number, got {type(temperature).__name__}")
     if not 0 < temperature < math.inf:
@@ -150,26 +177,50 @@ def _check_scores(log_likelihood: Tensor, log_prior: Tensor | None, temperature:
     if log_prior is None:
         return None
     check_floating(log_prior, "log_prior")
-    if log_prior.ndim not in (1, 2) or log_prior.shape[-1] != shape[1] or log_prior.shape[:-1] not in ((), (1,), shape[:1]):
-        raise ValueError(f"log_prior must be [{shape[1]}] or [{shape[0]}, {shape[1]}], got {tuple(log_prior.shape)}")
+    if (
+        log_prior.ndim not in (1, 2)
+        or log_prior.shape[-1] != shape[1]
+        or log_prior.shape[:-1] not in ((), (1,), shape[:1])
+    ):
+        raise ValueError(
+            f"log_prior must be [{shape[1]}] or [{shape[0]}, {shape[1]}], got {tuple(log_prior.shape)}"
+        )
     check_device(log_likelihood.device, log_prior=log_prior)
     log_prior = log_prior.to(accumulation_dtype(log_likelihood))
     return log_prior.reshape(-1, shape[1], *[1] * (len(shape) - 2))
 
 
-def _calibration_rows(log_likelihood: Tensor, labels: Tensor, log_prior: Tensor | None) -> tuple[Tensor, Tensor]:
+def _calibration_rows(
+    log_likelihood: Tensor, labels: Tensor, log_prior: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """L and log p(y) relative to the label's class, float64 [N, K] each, N = B times locations"""
     shape = log_likelihood.shape
-    if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-        raise TypeError(f"labels must be a tensor of integers, got {getattr(labels, 'dtype', type(labels).__name__)}")
+    if not isinstance(labels, Tensor) or labels.dtype not in (
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.int8,
+        torch.uint8,
+    ):
+        raise TypeError(
+            f"labels must be a tensor of integers, got {getattr(labels, 'dtype', type(labels).__name__)}"
+        )
     if labels.shape != (shape[0], *shape[2:]):
-        raise ValueError(f"labels must be {(shape[0], *shape[2:])} for a log_likelihood of {tuple(shape)}, got {tuple(labels.shape)}")
+        raise ValueError(
+            f"labels must be {(shape[0], *shape[2:])} for a log_likelihood of {tuple(shape)}, got {tuple(labels.shape)}"
+        )
     if labels.numel() == 0:
         raise ValueError("labels must hold at least one label, got none")
     check_device(log_likelihood.device, labels=labels)
     if labels.min() < 0 or labels.max() >= shape[1]:
-        raise ValueError(f"labels must lie in 0...{shape[1] - 1}, got {labels.min().item()}...{labels.max().item()}")
-    prior = log_likelihood.new_zeros(shape[:2] + (1,) * (len(shape) - 2)) if log_prior is None else log_prior
+        raise ValueError(
+            f"labels must lie in 0...{shape[1] - 1}, got {labels.min().item()}...{labels.max().item()}"
+        )
+    prior = (
+        log_likelihood.new_zeros(shape[:2] + (1,) * (len(shape) - 2))
+        if log_prior is None
+        else log_prior
+    )
 
     def relative(values: Tensor, name: str) -> Tensor:
         rows = values.detach().double().expand(shape).movedim(1, -1).reshape(-1, shape[1])
@@ -177,7 +228,9 @@ def _calibration_rows(log_likelihood: Tensor, labels: Tensor, log_prior: Tensor 
             raise ValueError(f"{name} must not be NaN")
         own = rows.gather(1, labels.reshape(-1, 1).long())
         if not own.isfinite().all():
-            raise ValueError(f"{name} must be finite at the labels' classes, got {own[~own.isfinite()][0].item()}")
+            raise ValueError(
+                f"{name} must be finite at the labels' classes, got {own[~own.isfinite()][0].item()}"
+            )
         return rows - own
 
     return relative(log_likelihood, "log_likelihood"), relative(prior, "log_prior")
@@ -207,14 +260,26 @@ def _setup_distillation(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _differentiate_distillation(ctx: Any, grad: Tensor) -> tuple:
     mask = list(ctx.needs_input_grad[:2])
-    backward = reference.distillation_loss_backward if torch.is_grad_enabled() else _distillation_loss_backward
+    backward = (
+        reference.distillation_loss_backward
+        if torch.is_grad_enabled()
+        else _distillation_loss_backward
+    )
     gradients = backward(grad, *ctx.saved_tensors, ctx.temperature, mask)
-    return *(gradient if needed else None for gradient, needed in zip(gradients, mask, strict=True)), None, None
+    return (
+        *(gradient if needed else None for gradient, needed in zip(gradients, mask, strict=True)),
+        None,
+        None,
+    )
 
 
-def _distillation_loss_backward_fake(grad, student_logits, log_likelihood, log_prior, temperature, mask):
+def _distillation_loss_backward_fake(
+    grad, student_logits, log_likelihood, log_prior, temperature, mask
+):
     return tuple(
-        torch.empty(tensor.shape, dtype=tensor.dtype, device=grad.device) if needed else grad.new_empty(0)
+        torch.empty(tensor.shape, dtype=tensor.dtype, device=grad.device)
+        if needed
+        else grad.new_empty(0)
         for tensor, needed in zip((student_logits, log_likelihood), mask, strict=True)
     )
 
@@ -222,7 +287,9 @@ def _distillation_loss_backward_fake(grad, student_logits, log_likelihood, log_p
 _posterior = define_operator(
     "posterior(Tensor log_likelihood, Tensor? log_prior, float temperature) -> Tensor",
     reference=reference.posterior,
-    fake=lambda scores, log_prior, temperature: torch.empty(scores.shape, dtype=accumulation_dtype(scores), device=scores.device),
+    fake=lambda scores, log_prior, temperature: torch.empty(
+        scores.shape, dtype=accumulation_dtype(scores), device=scores.device
+    ),
     backward=_differentiate_posterior,
     setup_context=_setup_posterior,
 )

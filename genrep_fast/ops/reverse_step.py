@@ -1,4 +1,6 @@
-"""The reverse-step operator: one step of a chain, its counter-based noise, and the score of the same step in one read of its inputs."""
+"""The reverse-step operator: one step of a chain, its counter-based noise, and the score of the
+same step in one read of its inputs.
+"""
 
 from __future__ import annotations
 
@@ -25,38 +27,53 @@ def reverse_step(
     x: Tensor | None = None,
     std_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """One step x′ = mean + std·z of B chains, and the log-likelihood of `x` under the kernel of the same step; no gradient.
+    """One step x′ = mean + std·z of B chains, and the log-likelihood of `x` under the kernel of the
+    same step; no gradient.
 
-    The mean and std are the scheduler's own (``mean_noisy``, ``mean_output``, ``std``); the score follows the five scoring tables. z is
-    Philox 4×32-10 noise (Salmon et al., SC 2011) that depends on seed, chain id, step and element alone: any batch size and order draws the
-    same bits, any backend the same numbers to 10⁻⁶.
+    The mean and std are the scheduler's own (``mean_noisy``, ``mean_output``, ``std``); the score
+    follows the five scoring tables. z is Philox 4×32-10 noise (Salmon et al., SC 2011) that depends
+    on seed, chain id, step and element alone: any batch size and order draws the same bits, any
+    backend the same numbers to 10⁻⁶.
 
     Args:
         x_t: noisy samples [B, C, *spatial]; float32, bfloat16, float16 or float64.
-        model_output: [B, C', *spatial], C' ≥ C; channels after the first C (a learned variance) are skipped. float64 if and only if x_t is.
+        model_output: [B, C', *spatial], C' ≥ C; channels after the first C (a learned variance) are
+            skipped. float64 if and only if x_t is.
         coefficients: tables from `StepCoefficients.chain`, on x_t's device.
         step: row of the tables.
         seed: in [0, 2⁶⁴).
-        chain_ids: int64 [B] in [0, 2³²), one number for each chain of the whole run, whatever its place in the batch.
+        chain_ids: int64 [B] in [0, 2³²), one number for each chain of the whole run, whatever its
+            place in the batch.
         x: clean samples to score, of x_t's shape, or None.
-        std_scale: positive, broadcastable to x_t; multiplies the std of the step and of the score. None: 1.
+        std_scale: positive, broadcastable to x_t; multiplies the std of the step and of the score.
+            None: 1.
 
     Returns:
-        x_prev of x_t's shape and dtype, and the score [B] in nats, float32 (float64 for float64), or None without x.
+        x_prev of x_t's shape and dtype, and the score [B] in nats, float32 (float64 for float64),
+        or None without x.
 
     Raises:
         TypeError: for wrong dtypes.
-        ValueError: for shapes that do not fit, mixed devices, tables without a step of their own, an index out of range, and for `x`
-            where the row's standard deviation is too small to score.
+        ValueError: for shapes that do not fit, mixed devices, tables without a step of their own,
+            an index out of range, and for `x` where the row's standard deviation is too small to
+            score.
     """
     _check_sample("x_t", x_t, x_t)
     if x_t.ndim < 2:
         raise ValueError(f"x_t must be [B, C, *spatial], got {tuple(x_t.shape)}")
     _check_sample("model_output", model_output, x_t)
-    if model_output.ndim != x_t.ndim or model_output.shape[0] != x_t.shape[0] or model_output.shape[2:] != x_t.shape[2:]:
-        raise ValueError(f"model_output must be {tuple(x_t.shape)} up to further channels, got {tuple(model_output.shape)}")
+    if (
+        model_output.ndim != x_t.ndim
+        or model_output.shape[0] != x_t.shape[0]
+        or model_output.shape[2:] != x_t.shape[2:]
+    ):
+        raise ValueError(
+            f"model_output must be {tuple(x_t.shape)} up to further channels, got {tuple(model_output.shape)}"
+        )
     if model_output.shape[1] < x_t.shape[1]:
-        raise ValueError(f"model_output must have at least x_t's {x_t.shape[1]} channels, got {model_output.shape[1]}")
+        raise ValueError(
+            f"model_output must have at least x_t's {x_t.shape[1]} channels, got {model_output.shape[1]}"
+        )
     _check_coefficients(coefficients, step, x_t)
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise TypeError(f"seed must be an integer, got {type(seed).__name__}")
@@ -71,25 +88,40 @@ def reverse_step(
     if std_scale is not None:
         _check_sample("std_scale", std_scale, x_t)
         if std_scale.ndim > x_t.ndim or any(
-            own not in (1, full) for own, full in zip(std_scale.shape[::-1], x_t.shape[::-1], strict=False)
+            own not in (1, full)
+            for own, full in zip(std_scale.shape[::-1], x_t.shape[::-1], strict=False)
         ):
-            raise ValueError(f"std_scale must broadcast to x_t's shape {tuple(x_t.shape)}, got {tuple(std_scale.shape)}")
+            raise ValueError(
+                f"std_scale must broadcast to x_t's shape {tuple(x_t.shape)}, got {tuple(std_scale.shape)}"
+            )
         require((std_scale > 0).all(), "std_scale must be positive")
         std_scale = std_scale.expand(x_t.shape)
     # The schema's integers are signed: the upper half of the seeds is their two's complement.
     signed_seed = seed - 2**64 if seed >= 2**63 else seed
-    tables = (coefficients.data, coefficients.noisy, coefficients.output, coefficients.inv_var, coefficients.log_norm)
+    tables = (
+        coefficients.data,
+        coefficients.noisy,
+        coefficients.output,
+        coefficients.inv_var,
+        coefficients.log_norm,
+    )
     own = (coefficients.mean_noisy, coefficients.mean_output, coefficients.std)
     with torch.no_grad():
-        x_prev, score = _reverse_step(x_t, model_output, *tables, *own, step, signed_seed, chain_ids, x, std_scale)
+        x_prev, score = _reverse_step(
+            x_t, model_output, *tables, *own, step, signed_seed, chain_ids, x, std_scale
+        )
     return x_prev, None if x is None else score
 
 
 def _check_sample(name: str, tensor: Tensor, x_t: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in _DTYPES or (tensor.dtype == torch.float64) != (x_t.dtype == torch.float64):
-        raise TypeError(f"{name} must be float32, bfloat16 or float16, or float64 where x_t is, got {tensor.dtype}")
+    if tensor.dtype not in _DTYPES or (tensor.dtype == torch.float64) != (
+        x_t.dtype == torch.float64
+    ):
+        raise TypeError(
+            f"{name} must be float32, bfloat16 or float16, or float64 where x_t is, got {tensor.dtype}"
+        )
     _check_device(name, tensor, x_t)
 
 
@@ -102,7 +134,9 @@ def _check_coefficients(coefficients: StepCoefficients, step: int, x_t: Tensor) 
     if not isinstance(coefficients, StepCoefficients):
         raise TypeError(f"coefficients must be StepCoefficients, got {type(coefficients).__name__}")
     if coefficients.std is None:
-        raise ValueError("coefficients have no step of their own (mean_noisy, mean_output, std): build them with StepCoefficients.chain")
+        raise ValueError(
+            "coefficients have no step of their own (mean_noisy, mean_output, std): build them with StepCoefficients.chain"
+        )
     _check_device("coefficients", coefficients.data, x_t)
     if not isinstance(step, int) or isinstance(step, bool):
         raise TypeError(f"step must be an integer, got {type(step).__name__}")
@@ -112,9 +146,13 @@ def _check_coefficients(coefficients: StepCoefficients, step: int, x_t: Tensor) 
 
 def _check_chain_ids(chain_ids: Tensor, x_t: Tensor) -> None:
     if not isinstance(chain_ids, Tensor) or chain_ids.dtype != torch.int64:
-        raise TypeError(f"chain_ids must be an int64 tensor, got {getattr(chain_ids, 'dtype', type(chain_ids).__name__)}")
+        raise TypeError(
+            f"chain_ids must be an int64 tensor, got {getattr(chain_ids, 'dtype', type(chain_ids).__name__)}"
+        )
     if chain_ids.shape != x_t.shape[:1]:
-        raise ValueError(f"chain_ids must be [{x_t.shape[0]}], one a chain, got {tuple(chain_ids.shape)}")
+        raise ValueError(
+            f"chain_ids must be [{x_t.shape[0]}], one a chain, got {tuple(chain_ids.shape)}"
+        )
     _check_device("chain_ids", chain_ids, x_t)
     require(((chain_ids >= 0) & (chain_ids < 2**32)).all(), "chain_ids must lie in [0, 2**32)")
 

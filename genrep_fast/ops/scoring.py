@@ -26,28 +26,34 @@ def log_likelihood(
     reduction: str = "mixture",
     per_location: bool = False,
 ) -> Tensor:
-    """Log-likelihood (nats) of every image under every class, from the denoiser's outputs at S scored steps.
+    """Log-likelihood (nats) of every image under every class, from the denoiser's outputs at S
+    scored steps.
 
-    l = sum(-inv_var r^2 / 2 + log_norm) with r = data x + noisy x_t + output o; L = logsumexp_s l - log S, the mixture of a chain's kernels
-    (GenRep, ICLR 2026), or the mean of l over the steps (Diffusion Classifier, ICCV 2023). Differentiable in x, model_output and x_t, as
-    long as the result is not changed in place.
+    l = sum(-inv_var r^2 / 2 + log_norm) with r = data x + noisy x_t + output o; L = logsumexp_s l -
+    log S, the mixture of a chain's kernels (GenRep, ICLR 2026), or the mean of l over the steps
+    (Diffusion Classifier, ICCV 2023). Differentiable in x, model_output and x_t, as long as the
+    result is not changed in place.
 
     Args:
         x: clean images or latents [B, C, *spatial]; float32, bfloat16, float16 or float64.
-        model_output: [B, K, S, C', *spatial], 1 allowed for B and K, or [K, S, C', *spatial] shared by the batch; C' >= C, further channels
-            (a learned variance) are skipped. float64 if and only if `x` is.
+        model_output: [B, K, S, C', *spatial], 1 allowed for B and K, or [K, S, C', *spatial] shared
+            by the batch; C' >= C, further channels (a learned variance) are skipped. float64 if and
+            only if `x` is.
         coefficients: tables of the S steps, on x's device.
-        x_t: noisy images, or the training targets where the coefficients say so; like `model_output`, with C channels and 1 allowed on
-            every leading axis. None where `coefficients.noisy` is zero.
+        x_t: noisy images, or the training targets where the coefficients say so; like
+            `model_output`, with C channels and 1 allowed on every leading axis. None where
+            `coefficients.noisy` is zero.
         reduction: "mixture" or "mean".
         per_location: sum over C alone.
 
     Returns:
-        [B, K], or [B, K, *spatial] with `per_location`; float32 (float64 for float64 inputs). A "mixture" of no steps is -inf.
+        [B, K], or [B, K, *spatial] with `per_location`; float32 (float64 for float64 inputs). A
+        "mixture" of no steps is -inf.
 
     Raises:
         TypeError: for other dtypes, or float64 mixed with others.
-        ValueError: for shapes that do not fit, mixed devices, a missing `x_t`, a step that cannot be scored, or the "mean" of no steps.
+        ValueError: for shapes that do not fit, mixed devices, a missing `x_t`, a step that cannot
+            be scored, or the "mean" of no steps.
     """
     check_reduction(reduction)
     arguments = chunk_arguments(x, model_output, coefficients, x_t)
@@ -59,7 +65,9 @@ def log_likelihood(
 def chunk_arguments(
     x: Tensor, model_output: Tensor, coefficients: StepCoefficients, x_t: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Check the inputs of `log_likelihood` and bring model_output and x_t to x.ndim + 2 axes: the operators' leading arguments."""
+    """Check the inputs of `log_likelihood` and bring model_output and x_t to x.ndim + 2 axes: the
+    operators' leading arguments.
+    """
     if not isinstance(coefficients, StepCoefficients):
         raise TypeError(f"coefficients must be StepCoefficients, got {type(coefficients).__name__}")
     check_floating(x, "x")
@@ -71,24 +79,34 @@ def chunk_arguments(
     coefficients.require_scorable()
     steps, channels = len(coefficients), x.shape[1]
     if model_output.shape[2] != steps:
-        raise ValueError(f"model_output must have the coefficients' {steps} steps, got {model_output.shape[2]}")
+        raise ValueError(
+            f"model_output must have the coefficients' {steps} steps, got {model_output.shape[2]}"
+        )
     if model_output.shape[3] < channels:
-        raise ValueError(f"model_output must have at least x's {channels} channels, got {model_output.shape[3]}")
+        raise ValueError(
+            f"model_output must have at least x's {channels} channels, got {model_output.shape[3]}"
+        )
     if x_t is None:
         if coefficients.needs_noisy:
             raise ValueError("x_t must be given: the coefficients' noisy is not zero")
     else:
         if x_t.shape[2] not in (1, steps):
-            raise ValueError(f"x_t must have 1 step or the coefficients' {steps}, got {x_t.shape[2]}")
+            raise ValueError(
+                f"x_t must have 1 step or the coefficients' {steps}, got {x_t.shape[2]}"
+            )
         if x_t.shape[3] != channels:
             raise ValueError(f"x_t must have x's {channels} channels, got {x_t.shape[3]}")
         if x_t.shape[1] != model_output.shape[1] and 1 not in (x_t.shape[1], model_output.shape[1]):
-            raise ValueError(f"x_t must have model_output's {model_output.shape[1]} classes or 1, got {x_t.shape[1]}")
+            raise ValueError(
+                f"x_t must have model_output's {model_output.shape[1]} classes or 1, got {x_t.shape[1]}"
+            )
     check_device(x.device, model_output=model_output, x_t=x_t, coefficients=coefficients.data)
     return x, model_output, x_t, *coefficients.scoring_tables(reference.accumulation_dtype(x))
 
 
-def result_shape(x: Tensor, model_output: Tensor, x_t: Tensor | None, per_location: bool) -> tuple[int, ...]:
+def result_shape(
+    x: Tensor, model_output: Tensor, x_t: Tensor | None, per_location: bool
+) -> tuple[int, ...]:
     """[B, K, *loc] of the likelihoods of `chunk_arguments`."""
     classes = model_output.shape[1]
     if x_t is not None and classes == 1:
@@ -103,7 +121,9 @@ def check_reduction(reduction: str) -> None:
 
 
 def require(condition: Tensor, message: str, got: Tensor | None = None) -> None:
-    """Raise ValueError where `condition` (a boolean scalar) on the CPU is False; elsewhere, and when compiled, assert without waiting."""
+    """Raise ValueError where `condition` (a boolean scalar) on the CPU is False; elsewhere, and
+    when compiled, assert without waiting.
+    """
     if torch.compiler.is_compiling() or condition.device.type != "cpu":
         torch._assert_async(condition, message)
     elif not condition:
@@ -122,32 +142,46 @@ def check_device(device: torch.device, **tensors: Tensor | None) -> None:
     """Raise ValueError for tensors on another device."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != device:
-            raise ValueError(f"{name} must be on {device} like the other tensors, got {tensor.device}")
+            raise ValueError(
+                f"{name} must be on {device} like the other tensors, got {tensor.device}"
+            )
 
 
 def _leading_axes(tensor: Tensor, name: str, x: Tensor) -> Tensor:
     """[K, S, ...] -> [1, K, S, ...]; the checks that model_output and x_t have in common."""
     check_floating(tensor, name)
     if (tensor.dtype == torch.float64) != (x.dtype == torch.float64):
-        raise TypeError(f"{name} must be float64 if and only if x is, got {tensor.dtype} and x of {x.dtype}")
+        raise TypeError(
+            f"{name} must be float64 if and only if x is, got {tensor.dtype} and x of {x.dtype}"
+        )
     if tensor.ndim == x.ndim + 1:
         tensor = tensor.unsqueeze(0)
     if tensor.ndim != x.ndim + 2:
-        raise ValueError(f"{name} must have x's {x.ndim} axes and 2 more, or 1 more where shared by the batch, got {tuple(tensor.shape)}")
+        raise ValueError(
+            f"{name} must have x's {x.ndim} axes and 2 more, or 1 more where shared by the batch, got {tuple(tensor.shape)}"
+        )
     if tensor.shape[0] not in (1, x.shape[0]):
-        raise ValueError(f"{name} must have x's batch size {x.shape[0]} or 1, got {tensor.shape[0]}")
+        raise ValueError(
+            f"{name} must have x's batch size {x.shape[0]} or 1, got {tensor.shape[0]}"
+        )
     if tensor.shape[4:] != x.shape[2:]:
-        raise ValueError(f"{name} must have x's spatial shape {tuple(x.shape[2:])}, got {tuple(tensor.shape[4:])}")
+        raise ValueError(
+            f"{name} must have x's spatial shape {tuple(x.shape[2:])}, got {tuple(tensor.shape[4:])}"
+        )
     return tensor
 
 
 def _log_likelihood_fake(x, model_output, x_t, *tables_and_options):
     *_, reduction, per_location = tables_and_options
-    result = x.new_empty(result_shape(x, model_output, x_t, per_location), dtype=reference.accumulation_dtype(x))
+    result = x.new_empty(
+        result_shape(x, model_output, x_t, per_location), dtype=reference.accumulation_dtype(x)
+    )
     return result, torch.empty_like(result) if reduction == "mixture" else result.new_empty(0)
 
 
-def _log_likelihood_backward_fake(grad, log_likelihood, remainder, x, model_output, x_t, *tables_and_options):
+def _log_likelihood_backward_fake(
+    grad, log_likelihood, remainder, x, model_output, x_t, *tables_and_options
+):
     mask = tables_and_options[-1]
     return tuple(
         torch.empty(tensor.shape, dtype=tensor.dtype, device=x.device) if needed else x.new_empty(0)
@@ -163,11 +197,18 @@ def _setup_log_likelihood(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]
 
 def _differentiate_log_likelihood(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
     mask = list(ctx.needs_input_grad[:3])
-    # Gradients of gradients (create_graph=True) come from the reference, whose operations autograd knows.
-    backward = reference.log_likelihood_backward if torch.is_grad_enabled() else _log_likelihood_backward
-    with use_backend(ctx.backend) if ctx.backend else contextlib.nullcontext():  # whose bits of l forward had
+    # Gradients of gradients (create_graph=True) come from the reference, whose operations autograd
+    # knows.
+    backward = (
+        reference.log_likelihood_backward if torch.is_grad_enabled() else _log_likelihood_backward
+    )
+    with (
+        use_backend(ctx.backend) if ctx.backend else contextlib.nullcontext()
+    ):  # whose bits of l forward had
         gradients = backward(grad, *ctx.saved_tensors, ctx.reduction, ctx.per_location, mask)
-    return *(gradient if needed else None for gradient, needed in zip(gradients, mask, strict=True)), *[None] * 7
+    return *(
+        gradient if needed else None for gradient, needed in zip(gradients, mask, strict=True)
+    ), *[None] * 7
 
 
 _log_likelihood_backward = define_operator(

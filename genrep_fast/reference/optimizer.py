@@ -1,7 +1,8 @@
-"""Optimizer step fused with the combination of gradients and the moving average of the parameters: the definition.
+"""Optimizer step fused with the combination of gradients and the moving average of the parameters:
+the definition.
 
-With the combined gradient h = sum_i c_i g_i (see `genrep_fast.reference.alignment`), AdamW (Loshchilov and Hutter, ICLR 2019) and an
-exponential moving average of the parameters:
+With the combined gradient h = sum_i c_i g_i (see `genrep_fast.reference.alignment`), AdamW
+(Loshchilov and Hutter, ICLR 2019) and an exponential moving average of the parameters:
 
     m <- m + (1 - beta1) (h - m),    v <- beta2 v + (1 - beta2) h^2
     param <- (1 - lr weight_decay) param - lr / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) + eps)
@@ -36,17 +37,24 @@ def adamw_step(
 ) -> None:
     """Update `params`, `exp_avgs`, `exp_avg_sqs` and `emas` (empty: none) in place.
 
-    `gradients`, `coefficients`, `groups` and `weights` are those of `combine`. `steps` (this update's number, from 1) and `lr` are 0-dim
-    tensors, and enter in float64: 1 - 0.999 has four digits in float32. The rest is computed in float32, or in float64 where a gradient or
-    the parameter is, and rounded where it is stored; the moving average follows the parameter as stored. Where `found_inf` is not 0, every
-    tensor keeps its values.
+    `gradients`, `coefficients`, `groups` and `weights` are those of `combine`. `steps` (this
+    update's number, from 1) and `lr` are 0-dim tensors, and enter in float64: 1 - 0.999 has four
+    digits in float32. The rest is computed in float32, or in float64 where a gradient or the
+    parameter is, and rounded where it is stored; the moving average follows the parameter as
+    stored. Where `found_inf` is not 0, every tensor keeps its values.
     """
 
     def store(target: Tensor, value: Tensor) -> None:
-        target.copy_(value if found_inf is None else torch.where(found_inf.reshape(()) != 0, target, value.to(target.dtype)))
+        target.copy_(
+            value
+            if found_inf is None
+            else torch.where(found_inf.reshape(()) != 0, target, value.to(target.dtype))
+        )
 
     lr = lr.double()
-    for t, (param, exp_avg, exp_avg_sq, step, group) in enumerate(zip(params, exp_avgs, exp_avg_sqs, steps, groups, strict=True)):
+    for t, (param, exp_avg, exp_avg_sq, step, group) in enumerate(
+        zip(params, exp_avgs, exp_avg_sqs, steps, groups, strict=True)
+    ):
         row = weights if group < 0 else coefficients[group]
         gradient = weighted_sum(gradients[t :: len(groups)], row)
         dtype = torch.promote_types(gradient.dtype, param.dtype)

@@ -1,7 +1,8 @@
 """Definition of Bayes' rule over log-likelihoods L and of the distillation loss.
 
-Shapes: B images, K classes; *loc is *spatial where a likelihood is kept for each location, and nothing where it is kept for each image.
-Everything is computed in float32, or in float64 where an input is float64.
+Shapes: B images, K classes; *loc is *spatial where a likelihood is kept for each location, and
+nothing where it is kept for each image. Everything is computed in float32, or in float64 where an
+input is float64.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from .scoring import accumulation_dtype
 
 
 def posterior(log_likelihood: Tensor, log_prior: Tensor | None, temperature: float) -> Tensor:
-    """log p(y|x) = log_softmax_y( L / temperature + log p(y) ). [B, K, *loc], [1|B, K, *1] -> [B, K, *loc]"""
+    """log p(y|x) = log_softmax_y( L / temperature + log p(y) ). [B, K, *loc], [1|B, K, *1] -> [B,
+    K, *loc]
+    """
     return _scores(log_likelihood, log_prior, temperature).log_softmax(1)
 
 
@@ -25,22 +28,35 @@ def log_evidence(log_likelihood: Tensor, log_prior: Tensor | None) -> Tensor:
     return evidence - math.log(log_likelihood.shape[1]) if log_prior is None else evidence
 
 
-def distillation_loss(student_logits: Tensor, log_likelihood: Tensor, log_prior: Tensor | None, temperature: float) -> Tensor:
+def distillation_loss(
+    student_logits: Tensor, log_likelihood: Tensor, log_prior: Tensor | None, temperature: float
+) -> Tensor:
     """KL(p || q) of the posterior p and q = softmax(student_logits). -> [B, *loc]"""
     return _divergence(student_logits, log_likelihood, log_prior, temperature)[3]
 
 
 def distillation_loss_backward(
-    grad: Tensor, student_logits: Tensor, log_likelihood: Tensor, log_prior: Tensor | None, temperature: float, output_mask: list[bool]
+    grad: Tensor,
+    student_logits: Tensor,
+    log_likelihood: Tensor,
+    log_prior: Tensor | None,
+    temperature: float,
+    output_mask: list[bool],
 ) -> tuple[Tensor, Tensor]:
-    """d/dlogits = q - p, d/dL = p (log p - log q - KL) / temperature, in the inputs' dtypes; empty where `output_mask` is False."""
-    p, q, log_ratio, divergence = _divergence(student_logits, log_likelihood, log_prior, temperature)
+    """d/dlogits = q - p, d/dL = p (log p - log q - KL) / temperature, in the inputs' dtypes; empty
+    where `output_mask` is False.
+    """
+    p, q, log_ratio, divergence = _divergence(
+        student_logits, log_likelihood, log_prior, temperature
+    )
     grad = grad.unsqueeze(1)
     grad_logits = grad_likelihood = grad.new_empty(0)
     if output_mask[0]:
         grad_logits = (grad * (q - p)).to(student_logits.dtype).contiguous()
     if output_mask[1]:
-        grad_likelihood = grad * torch.where(p == 0, 0, p * (log_ratio - divergence.unsqueeze(1))) / temperature
+        grad_likelihood = (
+            grad * torch.where(p == 0, 0, p * (log_ratio - divergence.unsqueeze(1))) / temperature
+        )
         grad_likelihood = grad_likelihood.to(log_likelihood.dtype).contiguous()
     return grad_logits, grad_likelihood
 

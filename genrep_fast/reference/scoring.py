@@ -1,8 +1,9 @@
 """Definition of the scoring operators: likelihood, its gradients and the streaming state.
 
-Shapes: B images, K classes, S scored steps, C channels, *spatial; *loc is *spatial where a likelihood is kept for each location, and
-nothing where it is kept for each image. `model_output` is [1|B, 1|K, S, C', *spatial] with C' >= C, `x_t` the same with exactly C channels
-(and 1 allowed for S), each table [S]. Everything is computed in float32, or in float64 where `x` is float64.
+Shapes: B images, K classes, S scored steps, C channels, *spatial; *loc is *spatial where a
+likelihood is kept for each location, and nothing where it is kept for each image. `model_output` is
+[1|B, 1|K, S, C', *spatial] with C' >= C, `x_t` the same with exactly C channels (and 1 allowed for
+S), each table [S]. Everything is computed in float32, or in float64 where `x` is float64.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from torch import Tensor
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 where any of `tensors` is float64, else float32."""
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    return (
+        torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    )
 
 
 def log_likelihood(
@@ -30,10 +33,11 @@ def log_likelihood(
     reduction: str,
     per_location: bool,
 ) -> tuple[Tensor, Tensor]:
-    """L = logsumexp_s l - log S ("mixture") or the mean of l over the steps ("mean"), and what rounding took from it. -> [B, K, *loc] each
+    """L = logsumexp_s l - log S ("mixture") or the mean of l over the steps ("mean"), and what
+    rounding took from it. -> [B, K, *loc] each
 
-    The remainder is for kernels: in backward they get softmax_s(l) = exp(l - L - remainder) / S from one step at a time. "mean", which has
-    no such weights, has an empty one.
+    The remainder is for kernels: in backward they get softmax_s(l) = exp(l - L - remainder) / S
+    from one step at a time. "mean", which has no such weights, has an empty one.
     """
     r = _residual(x, model_output, x_t, data, noisy, output)
     steps = _step_log_likelihood(r, inv_var, log_norm, per_location)  # [B, K, S, *loc]
@@ -60,10 +64,11 @@ def log_likelihood_backward(
     per_location: bool,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, model_output and x_t, each in its input's shape and dtype; an empty tensor where `output_mask` is False.
+    """Gradients of x, model_output and x_t, each in its input's shape and dtype; an empty tensor
+    where `output_mask` is False.
 
-    dl/dr = -v r, times softmax_s(l) ("mixture") or 1/S ("mean"); r's derivatives are the tables a, c and b. What `log_likelihood` returned
-    is for kernels: see there.
+    dl/dr = -v r, times softmax_s(l) ("mixture") or 1/S ("mean"); r's derivatives are the tables a,
+    c and b. What `log_likelihood` returned is for kernels: see there.
     """
     r = _residual(x, model_output, x_t, data, noisy, output)
     if reduction == "mean":
@@ -72,7 +77,9 @@ def log_likelihood_backward(
         steps = _step_log_likelihood(r, inv_var, log_norm, per_location)
         no_component = (steps == -math.inf).all(2, keepdim=True)
         weight = steps.softmax(2).masked_fill(no_component, 0)
-    scale = -_per_step(inv_var, r.dtype, grad.ndim - 1) * weight * grad.to(r.dtype).unsqueeze(2)  # [B, K, S, *loc]
+    scale = (
+        -_per_step(inv_var, r.dtype, grad.ndim - 1) * weight * grad.to(r.dtype).unsqueeze(2)
+    )  # [B, K, S, *loc]
     scale = scale.unsqueeze(3) if per_location else scale.reshape(*scale.shape, *[1] * (r.ndim - 3))
     # A step without weight passes no gradient, even where its residual is infinite.
     grad_r = torch.where(scale == 0, 0, scale * r)  # [B, K, S, C, *spatial]
@@ -81,19 +88,34 @@ def log_likelihood_backward(
         if not needed:
             return x.new_empty(0)
         shape = (*like.shape[:3], *r.shape[3:])
-        return (grad_r * _per_step(table, r.dtype, x.ndim)).sum_to_size(shape).to(like.dtype).contiguous()
+        return (
+            (grad_r * _per_step(table, r.dtype, x.ndim))
+            .sum_to_size(shape)
+            .to(like.dtype)
+            .contiguous()
+        )
 
     grad_x = gradient_of(output_mask[0], data, x[:, None, None])
     grad_output = gradient_of(output_mask[1], output, model_output)
     if output_mask[1] and model_output.shape[3] > x.shape[1]:
-        variance_channels = grad_output.new_zeros(*grad_output.shape[:3], model_output.shape[3] - x.shape[1], *x.shape[2:])
+        variance_channels = grad_output.new_zeros(
+            *grad_output.shape[:3], model_output.shape[3] - x.shape[1], *x.shape[2:]
+        )
         grad_output = torch.cat((grad_output, variance_channels), 3)
-    return grad_x.reshape(x.shape) if output_mask[0] else grad_x, grad_output, gradient_of(output_mask[2], noisy, x_t)
+    return (
+        grad_x.reshape(x.shape) if output_mask[0] else grad_x,
+        grad_output,
+        gradient_of(output_mask[2], noisy, x_t),
+    )
 
 
 def empty_state(shape: tuple[int, ...], reduction: str, device: torch.device) -> Tensor:
-    """State of `shape` = [B, K, *loc] before any step, float64: running maximum, sum w, sum w^2 with w = exp(l - maximum), or mean, M2."""
-    state = torch.zeros(3 if reduction == "mixture" else 2, *shape, dtype=torch.float64, device=device)
+    """State of `shape` = [B, K, *loc] before any step, float64: running maximum, sum w, sum w^2
+    with w = exp(l - maximum), or mean, M2.
+    """
+    state = torch.zeros(
+        3 if reduction == "mixture" else 2, *shape, dtype=torch.float64, device=device
+    )
     if reduction == "mixture":
         state[0] = -math.inf
     return state
@@ -114,9 +136,13 @@ def score_update(
     count: Tensor,
     state: Tensor,
 ) -> None:
-    """Add a chunk of S >= 1 steps of `classes` (all where None) to `count` [K] and `state`, in place."""
+    """Add a chunk of S >= 1 steps of `classes` (all where None) to `count` [K] and `state`, in
+    place.
+    """
     r = _residual(x, model_output, x_t, data, noisy, output)
-    steps = _step_log_likelihood(r, inv_var, log_norm, per_location).double()  # [B, K of the chunk, S, *loc]
+    steps = _step_log_likelihood(
+        r, inv_var, log_norm, per_location
+    ).double()  # [B, K of the chunk, S, *loc]
     if reduction == "mixture":
         maximum = steps.amax(2)
         weight = torch.exp(steps - _finite(maximum).unsqueeze(2))
@@ -134,17 +160,25 @@ def score_update(
     count.index_copy_(0, classes, old_count + chunk_count)
 
 
-def merge_states(count: Tensor, state: Tensor, other_count: Tensor, other_state: Tensor, reduction: str) -> Tensor:
+def merge_states(
+    count: Tensor, state: Tensor, other_count: Tensor, other_state: Tensor, reduction: str
+) -> Tensor:
     """State of the steps of both; counts [K], states as `empty_state`'s. Associative."""
     if reduction == "mixture":
         maximum = torch.maximum(state[0], other_state[0])
-        scale, other_scale = (torch.exp(part[0] - _finite(maximum)) for part in (state, other_state))
+        scale, other_scale = (
+            torch.exp(part[0] - _finite(maximum)) for part in (state, other_state)
+        )
         weight = scale * state[1] + other_scale * other_state[1]
-        return torch.stack((maximum, weight, scale.square() * state[2] + other_scale.square() * other_state[2]))
+        return torch.stack(
+            (maximum, weight, scale.square() * state[2] + other_scale.square() * other_state[2])
+        )
     n, m = _per_class(count, state), _per_class(other_count, state)
     total = (n + m).clamp(min=1)
     mean = (n * state[0] + m * other_state[0]) / total
-    return torch.stack((mean, state[1] + other_state[1] + (other_state[0] - state[0]).square() * n * m / total))
+    return torch.stack(
+        (mean, state[1] + other_state[1] + (other_state[0] - state[0]).square() * n * m / total)
+    )
 
 
 def state_log_likelihood(count: Tensor, state: Tensor, reduction: str) -> Tensor:
@@ -156,20 +190,30 @@ def state_log_likelihood(count: Tensor, state: Tensor, reduction: str) -> Tensor
 
 
 def state_effective_components(count: Tensor, state: Tensor, reduction: str) -> Tensor:
-    """Kish's (sum w)^2 / sum w^2, which is S for the equal weights of "mean"; 0 for a class without a component. -> [B, K, *loc] float64"""
+    """Kish's (sum w)^2 / sum w^2, which is S for the equal weights of "mean"; 0 for a class without
+    a component. -> [B, K, *loc] float64
+    """
     if reduction == "mean":
         return _per_class(count, state).expand_as(state[0]).clone()
     return torch.where(state[2] == 0, 0, state[1].square() / state[2])
 
 
 def state_standard_error(count: Tensor, state: Tensor, reduction: str) -> Tensor:
-    """sqrt(M2 / (S (S - 1))) ("mean"), sqrt(max(0, sum w^2 / (sum w)^2 - 1 / S)) ("mixture"); NaN for S < 2. -> [B, K, *loc] float64"""
+    """sqrt(M2 / (S (S - 1))) ("mean"), sqrt(max(0, sum w^2 / (sum w)^2 - 1 / S)) ("mixture"); NaN
+    for S < 2. -> [B, K, *loc] float64
+    """
     n = _per_class(count, state)
-    variance = state[1] / (n * (n - 1)) if reduction == "mean" else (state[2] / state[1].square() - 1 / n).clamp(min=0)
+    variance = (
+        state[1] / (n * (n - 1))
+        if reduction == "mean"
+        else (state[2] / state[1].square() - 1 / n).clamp(min=0)
+    )
     return torch.where(n < 2, math.nan, variance.sqrt())
 
 
-def _residual(x: Tensor, model_output: Tensor, x_t: Tensor | None, data: Tensor, noisy: Tensor, output: Tensor) -> Tensor:
+def _residual(
+    x: Tensor, model_output: Tensor, x_t: Tensor | None, data: Tensor, noisy: Tensor, output: Tensor
+) -> Tensor:
     """r = a x + b x_t + c o, over the first C channels of o. -> [B, K, S, C, *spatial]"""
     dtype = accumulation_dtype(x)
     a, b, c = (_per_step(table, dtype, x.ndim) for table in (data, noisy, output))
@@ -177,8 +221,12 @@ def _residual(x: Tensor, model_output: Tensor, x_t: Tensor | None, data: Tensor,
     return r if x_t is None else r + b * x_t.to(dtype)
 
 
-def _step_log_likelihood(r: Tensor, inv_var: Tensor, log_norm: Tensor, per_location: bool) -> Tensor:
-    """l = sum(-v r^2 / 2 + n) over C, and over the locations where they are not kept. -> [B, K, S, *loc]"""
+def _step_log_likelihood(
+    r: Tensor, inv_var: Tensor, log_norm: Tensor, per_location: bool
+) -> Tensor:
+    """l = sum(-v r^2 / 2 + n) over C, and over the locations where they are not kept. -> [B, K, S,
+    *loc]
+    """
     reduced = r.shape[3:4] if per_location else r.shape[3:]
     squares = r.square().sum(tuple(range(3, 3 + len(reduced))))
     v, n = (_per_step(table, r.dtype, squares.ndim - 2) for table in (inv_var, log_norm))

@@ -19,7 +19,15 @@ if TYPE_CHECKING:
     from ..evaluation.metrics import ReliabilityBins
 
 # Okabe and Ito's palette, told apart by colour-blind readers too.
-BLUE, SKY, ORANGE, GREEN, VERMILION, PURPLE, GREY = "#0072B2", "#56B4E9", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#777777"
+BLUE, SKY, ORANGE, GREEN, VERMILION, PURPLE, GREY = (
+    "#0072B2",
+    "#56B4E9",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#CC79A7",
+    "#777777",
+)
 STYLE = {
     "font.size": 10,
     "axes.titlesize": 11,
@@ -32,7 +40,13 @@ STYLE = {
     "savefig.dpi": 150,
 }
 MAX_CLASSES, IMAGES_PER_CLASS = 20, 10
-LOSSES = {"perception": BLUE, "discrimination": SKY, "distillation": GREEN, "generation": VERMILION, "representation_alignment": PURPLE}
+LOSSES = {
+    "perception": BLUE,
+    "discrimination": SKY,
+    "distillation": GREEN,
+    "generation": VERMILION,
+    "representation_alignment": PURPLE,
+}
 
 
 @dataclass(frozen=True)
@@ -44,8 +58,12 @@ class Illustration:
     png: bytes
 
 
-def illustration(name: str, caption: str) -> Callable[[Callable[..., Figure]], Callable[..., Illustration]]:
-    """Make a function that draws a matplotlib `Figure` return an `Illustration`, in the report's style."""
+def illustration(
+    name: str, caption: str
+) -> Callable[[Callable[..., Figure]], Callable[..., Illustration]]:
+    """Make a function that draws a matplotlib `Figure` return an `Illustration`, in the report's
+    style.
+    """
 
     def decorate(draw: Callable[..., Figure]) -> Callable[..., Illustration]:
         @functools.wraps(draw)
@@ -67,12 +85,26 @@ def illustration(name: str, caption: str) -> Callable[[Callable[..., Figure]], C
 def draw_reliability(bins: dict[str, ReliabilityBins]) -> Figure:
     """One panel for each named classifier: accuracy against confidence above, counts below."""
     figure = Figure(figsize=(3.2 * len(bins), 4.8), layout="constrained")
-    axes = figure.subplots(2, len(bins), sharex=True, sharey="row", squeeze=False, height_ratios=(3, 1))
-    for (upper, lower), (title, (confidence, accuracy, count)) in zip(axes.T, bins.items(), strict=True):
+    axes = figure.subplots(
+        2, len(bins), sharex=True, sharey="row", squeeze=False, height_ratios=(3, 1)
+    )
+    for (upper, lower), (title, (confidence, accuracy, count)) in zip(
+        axes.T, bins.items(), strict=True
+    ):
         width = 1 / len(count)
         centres = (np.arange(len(count)) + 0.5) * width
-        upper.bar(centres, accuracy, width * 0.92, color=BLUE, alpha=0.35, label="accuracy of the bin")
-        upper.plot(confidence, accuracy, "o", color=BLUE, markersize=4, clip_on=False, label="at its mean confidence")
+        upper.bar(
+            centres, accuracy, width * 0.92, color=BLUE, alpha=0.35, label="accuracy of the bin"
+        )
+        upper.plot(
+            confidence,
+            accuracy,
+            "o",
+            color=BLUE,
+            markersize=4,
+            clip_on=False,
+            label="at its mean confidence",
+        )
         upper.plot([0, 1], [0, 1], "--", color=GREY, linewidth=1, label="perfect calibration")
         upper.set(title=title, xlim=(0, 1), ylim=(0, 1))
         lower.bar(centres, count, width * 0.92, color=GREY)
@@ -89,25 +121,56 @@ def draw_reliability(bins: dict[str, ReliabilityBins]) -> Figure:
     "independent classifier takes for another class.",
 )
 def draw_samples(
-    samples: Tensor, labels: Tensor, predicted: Tensor, test_images: Tensor, test_labels: Tensor, class_names: Sequence[str]
+    samples: Tensor,
+    labels: Tensor,
+    predicted: Tensor,
+    test_images: Tensor,
+    test_labels: Tensor,
+    class_names: Sequence[str],
 ) -> Figure:
-    """Grids of samples [N, C, H, W] in [-1, 1] and of test images: the first `IMAGES_PER_CLASS` of the first `MAX_CLASSES` classes."""
+    """Grids of samples [N, C, H, W] in [-1, 1] and of test images: the first `IMAGES_PER_CLASS` of
+    the first `MAX_CLASSES` classes.
+    """
     shown = class_names[:MAX_CLASSES]
     figure = Figure(figsize=(9.6, 0.6 + 0.44 * len(shown)), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for axes, title, images, image_labels in ((left, "generated", samples, labels), (right, "test images", test_images, test_labels)):
-        rows = [(image_labels == label).nonzero().flatten()[:IMAGES_PER_CLASS] for label in range(len(shown))]
+    for axes, title, images, image_labels in (
+        (left, "generated", samples, labels),
+        (right, "test images", test_images, test_labels),
+    ):
+        rows = [
+            (image_labels == label).nonzero().flatten()[:IMAGES_PER_CLASS]
+            for label in range(len(shown))
+        ]
         height, width = images.shape[-2] + 1, images.shape[-1] + 1
-        grid = np.full((len(shown) * height + 1, IMAGES_PER_CLASS * width + 1, 3), 1.0, dtype=np.float32)
+        grid = np.full(
+            (len(shown) * height + 1, IMAGES_PER_CLASS * width + 1, 3), 1.0, dtype=np.float32
+        )
         for row, indices in enumerate(rows):
             for column, index in enumerate(indices.tolist()):
                 top, start = row * height + 1, column * width + 1
                 pixels = (images[index].clamp(-1, 1) + 1) / 2
-                grid[top : top + height - 1, start : start + width - 1] = pixels.permute(1, 2, 0).numpy()
+                grid[top : top + height - 1, start : start + width - 1] = pixels.permute(
+                    1, 2, 0
+                ).numpy()
                 if images is samples and predicted[index] != labels[index]:
-                    axes.add_patch(Rectangle((start - 1, top - 1), width, height, fill=False, color=VERMILION, linewidth=2))
+                    axes.add_patch(
+                        Rectangle(
+                            (start - 1, top - 1),
+                            width,
+                            height,
+                            fill=False,
+                            color=VERMILION,
+                            linewidth=2,
+                        )
+                    )
         axes.imshow(grid, interpolation="nearest")
-        axes.set(title=title, xticks=[], yticks=np.arange(len(shown)) * height + height / 2, yticklabels=shown)
+        axes.set(
+            title=title,
+            xticks=[],
+            yticks=np.arange(len(shown)) * height + height / 2,
+            yticklabels=shown,
+        )
         axes.grid(False)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
@@ -134,13 +197,22 @@ def draw_nearest_distances(generated: Tensor, test: Tensor) -> Figure:
 )
 def draw_evidence(test: Tensor, shuffled: Tensor, uniform: Tensor) -> Figure:
     """Histograms of the log evidence of three sets of images."""
-    series = {"test images": (test, BLUE), "shuffled pixels": (shuffled, ORANGE), "uniform noise": (uniform, GREY)}
+    series = {
+        "test images": (test, BLUE),
+        "shuffled pixels": (shuffled, ORANGE),
+        "uniform noise": (uniform, GREY),
+    }
     return _histograms(series, "log evidence, up to a constant")
 
 
-@illustration("training", "Training: losses of each stage over its optimizer steps; faint as logged, solid a running mean.")
+@illustration(
+    "training",
+    "Training: losses of each stage over its optimizer steps; faint as logged, solid a running mean.",
+)
 def draw_training(history: Sequence[dict[str, Any]], stages: Sequence[str] | None = None) -> Figure:
-    """One panel for each stage of the logged steps, with whichever of `LOSSES` were logged; `stages` are the names of all."""
+    """One panel for each stage of the logged steps, with whichever of `LOSSES` were logged;
+    `stages` are the names of all.
+    """
     logged = sorted({row["stage"] for row in history})
     figure = Figure(figsize=(1.2 + 3.4 * len(logged), 4), layout="constrained")
     for axes, stage in zip(figure.subplots(1, len(logged), squeeze=False)[0], logged, strict=True):
@@ -149,9 +221,16 @@ def draw_training(history: Sequence[dict[str, Any]], stages: Sequence[str] | Non
         title = f"stage {stage}" if stages is None else f"stage {stage}: {stages[stage]}"
         axes.set(title=title, xlabel="step", yscale="log" if positive else "linear")
     figure.axes[0].set_ylabel("loss")
-    drawn = {line.get_label(): line for axes in figure.axes for line in axes.lines if not line.get_label().startswith("_")}
+    drawn = {
+        line.get_label(): line
+        for axes in figure.axes
+        for line in axes.lines
+        if not line.get_label().startswith("_")
+    }
     if drawn:
-        figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=len(drawn), fontsize=8)
+        figure.legend(
+            drawn.values(), drawn.keys(), loc="outside lower center", ncols=len(drawn), fontsize=8
+        )
     return figure
 
 
@@ -173,9 +252,15 @@ def draw_alignment(history: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
-def _plot_series(axes, rows: Sequence[dict[str, Any]], key: str, color: str, label: str | None = None) -> bool:
+def _plot_series(
+    axes, rows: Sequence[dict[str, Any]], key: str, color: str, label: str | None = None
+) -> bool:
     """Plot what was logged under `key`; True where nothing of it forbids a logarithmic axis."""
-    logged = [(row["step"], row[key]) for row in rows if row.get(key) is not None and math.isfinite(row[key])]
+    logged = [
+        (row["step"], row[key])
+        for row in rows
+        if row.get(key) is not None and math.isfinite(row[key])
+    ]
     if not logged:
         return True
     steps, values = np.array(logged, dtype=float).T
@@ -184,15 +269,27 @@ def _plot_series(axes, rows: Sequence[dict[str, Any]], key: str, color: str, lab
     # A line of one point is invisible without a marker.
     marker = "." if len(values) < 15 else None
     axes.plot(steps, values, color=color, alpha=0.25, linewidth=1)
-    axes.plot(steps[window - 1 :], mean, color=color, linewidth=1.8, marker=marker, label=label or key.replace("_", " "))
+    axes.plot(
+        steps[window - 1 :],
+        mean,
+        color=color,
+        linewidth=1.8,
+        marker=marker,
+        label=label or key.replace("_", " "),
+    )
     return bool((values > 0).all())
 
 
 def _histograms(series: dict[str, tuple[Tensor, str]], xlabel: str) -> Figure:
     figure = Figure(figsize=(6.6, 3.4), layout="constrained")
     axes = figure.subplots()
-    finite = {label: (values[values.isfinite()].numpy(), color) for label, (values, color) in series.items()}
-    edges = np.histogram_bin_edges(np.concatenate([values for values, _ in finite.values()]), bins=50)
+    finite = {
+        label: (values[values.isfinite()].numpy(), color)
+        for label, (values, color) in series.items()
+    }
+    edges = np.histogram_bin_edges(
+        np.concatenate([values for values, _ in finite.values()]), bins=50
+    )
     for label, (values, color) in finite.items():
         axes.hist(values, edges, color=color, alpha=0.5, label=label)
         if len(values):

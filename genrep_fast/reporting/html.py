@@ -13,7 +13,9 @@ from .figures import Illustration
 
 
 class Row(NamedTuple):
-    """A line of the report's summary: where the value lies in the metrics, its name, format, meaning, and what it is held against."""
+    """A line of the report's summary: where the value lies in the metrics, its name, format,
+    meaning, and what it is held against.
+    """
 
     section: str
     key: str
@@ -24,16 +26,80 @@ class Row(NamedTuple):
 
 
 SUMMARY = (
-    Row("head", "top1", "Head: top-1 accuracy", "{:.2%}", "test images that the classification head gets right, in one pass", "≥ 98.5%"),
-    Row("head", "nll", "Head: negative log-likelihood", "{:.4f}", "nats for each test image; 0 is certain and right"),
-    Row("head", "ece", "Head: expected calibration error", "{:.4f}", "mean gap between confidence and accuracy; 0 is honest", "≤ 0.02"),
-    Row("posterior", "top1", "Posterior: top-1 accuracy", "{:.2%}", "the same by the generative posterior p(y|x)", "≥ 98.5%"),
-    Row("posterior", "nll", "Posterior: negative log-likelihood", "{:.4f}", "with the fitted temperature"),
-    Row("posterior", "ece", "Posterior: expected calibration error", "{:.4f}", "with the fitted temperature", "≤ 0.02"),
-    Row("posterior", "temperature", "Posterior: temperature", "{:.4g}", "fitted on the calibration split by negative log-likelihood"),
-    Row("posterior", "uncalibrated_nll", "Posterior: uncalibrated negative log-likelihood", "{:.4f}", "at temperature 1"),
-    Row("posterior", "uncalibrated_ece", "Posterior: uncalibrated calibration error", "{:.4f}", "at temperature 1"),
-    Row("posterior", "network_evaluations_per_image", "Posterior: network evaluations an image", "{:.0f}", "classes × steps"),
+    Row(
+        "head",
+        "top1",
+        "Head: top-1 accuracy",
+        "{:.2%}",
+        "test images that the classification head gets right, in one pass",
+        "≥ 98.5%",
+    ),
+    Row(
+        "head",
+        "nll",
+        "Head: negative log-likelihood",
+        "{:.4f}",
+        "nats for each test image; 0 is certain and right",
+    ),
+    Row(
+        "head",
+        "ece",
+        "Head: expected calibration error",
+        "{:.4f}",
+        "mean gap between confidence and accuracy; 0 is honest",
+        "≤ 0.02",
+    ),
+    Row(
+        "posterior",
+        "top1",
+        "Posterior: top-1 accuracy",
+        "{:.2%}",
+        "the same by the generative posterior p(y|x)",
+        "≥ 98.5%",
+    ),
+    Row(
+        "posterior",
+        "nll",
+        "Posterior: negative log-likelihood",
+        "{:.4f}",
+        "with the fitted temperature",
+    ),
+    Row(
+        "posterior",
+        "ece",
+        "Posterior: expected calibration error",
+        "{:.4f}",
+        "with the fitted temperature",
+        "≤ 0.02",
+    ),
+    Row(
+        "posterior",
+        "temperature",
+        "Posterior: temperature",
+        "{:.4g}",
+        "fitted on the calibration split by negative log-likelihood",
+    ),
+    Row(
+        "posterior",
+        "uncalibrated_nll",
+        "Posterior: uncalibrated negative log-likelihood",
+        "{:.4f}",
+        "at temperature 1",
+    ),
+    Row(
+        "posterior",
+        "uncalibrated_ece",
+        "Posterior: uncalibrated calibration error",
+        "{:.4f}",
+        "at temperature 1",
+    ),
+    Row(
+        "posterior",
+        "network_evaluations_per_image",
+        "Posterior: network evaluations an image",
+        "{:.0f}",
+        "classes × steps",
+    ),
     Row(
         "generation",
         "recognition_rate",
@@ -42,8 +108,20 @@ SUMMARY = (
         "generated images that an independent classifier, fitted on real training images alone, takes for the class asked for",
         "≥ 98%",
     ),
-    Row("classifier", "test_top1", "Independent classifier: top-1 accuracy", "{:.2%}", "on real test images, for comparison"),
-    Row("generation", "frechet_distance", "Samples: Fréchet distance", "{:.4g}", "to the test images, in the classifier's feature space"),
+    Row(
+        "classifier",
+        "test_top1",
+        "Independent classifier: top-1 accuracy",
+        "{:.2%}",
+        "on real test images, for comparison",
+    ),
+    Row(
+        "generation",
+        "frechet_distance",
+        "Samples: Fréchet distance",
+        "{:.4g}",
+        "to the test images, in the classifier's feature space",
+    ),
     Row(
         "generation",
         "frechet_distance_of_training_subset",
@@ -51,22 +129,68 @@ SUMMARY = (
         "{:.4g}",
         "of equally many training images to the test images, mean over random subsets",
     ),
-    Row("generation", "frechet_ratio", "Samples: Fréchet distance over the floor", "{:.2f}", "1 is as close as real images", "≤ 2"),
-    Row("generation", "nearest_training_distance", "Samples: distance to the nearest training image", "{:.4g}", "median, in pixel space"),
-    Row("generation", "nearest_training_distance_of_test", "The same of test images", "{:.4g}", "median, in pixel space"),
-    Row("generation", "nearest_training_ratio", "Samples: nearest distance over that of test images", "{:.2f}", "0 is memorised", "≥ 0.8"),
-    Row("out_of_distribution", "uniform_auroc", "Evidence: AUROC against random images", "{:.4f}", "pixels uniform in [-1, 1]", "≥ 0.99"),
-    Row("out_of_distribution", "shuffled_auroc", "Evidence: AUROC against shuffled images", "{:.4f}", "pixels permuted", "≥ 0.99"),
+    Row(
+        "generation",
+        "frechet_ratio",
+        "Samples: Fréchet distance over the floor",
+        "{:.2f}",
+        "1 is as close as real images",
+        "≤ 2",
+    ),
+    Row(
+        "generation",
+        "nearest_training_distance",
+        "Samples: distance to the nearest training image",
+        "{:.4g}",
+        "median, in pixel space",
+    ),
+    Row(
+        "generation",
+        "nearest_training_distance_of_test",
+        "The same of test images",
+        "{:.4g}",
+        "median, in pixel space",
+    ),
+    Row(
+        "generation",
+        "nearest_training_ratio",
+        "Samples: nearest distance over that of test images",
+        "{:.2f}",
+        "0 is memorised",
+        "≥ 0.8",
+    ),
+    Row(
+        "out_of_distribution",
+        "uniform_auroc",
+        "Evidence: AUROC against random images",
+        "{:.4f}",
+        "pixels uniform in [-1, 1]",
+        "≥ 0.99",
+    ),
+    Row(
+        "out_of_distribution",
+        "shuffled_auroc",
+        "Evidence: AUROC against shuffled images",
+        "{:.4f}",
+        "pixels permuted",
+        "≥ 0.99",
+    ),
 )
 
 
-def write_report(output_dir: Path, metrics: dict[str, Any], illustrations: Sequence[Illustration]) -> None:
-    """Write ``figures/*.png``, ``report.html`` and, last, ``metrics.json`` to `output_dir`, which is created where missing."""
+def write_report(
+    output_dir: Path, metrics: dict[str, Any], illustrations: Sequence[Illustration]
+) -> None:
+    """Write ``figures/*.png``, ``report.html`` and, last, ``metrics.json`` to `output_dir`, which
+    is created where missing.
+    """
     (output_dir / "figures").mkdir(parents=True, exist_ok=True)
     for illustration in illustrations:
         write_atomically(output_dir / "figures" / f"{illustration.name}.png", illustration.png)
     write_atomically(output_dir / "report.html", render_report(metrics, illustrations))
-    write_atomically(output_dir / "metrics.json", json.dumps(metrics, indent=2, allow_nan=False) + "\n")
+    write_atomically(
+        output_dir / "metrics.json", json.dumps(metrics, indent=2, allow_nan=False) + "\n"
+    )
 
 
 def render_report(metrics: dict[str, Any], illustrations: Sequence[Illustration]) -> str:
@@ -74,17 +198,26 @@ def render_report(metrics: dict[str, Any], illustrations: Sequence[Illustration]
     import jinja2
 
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined
+    )
     return environment.get_template("report.html.jinja").render(
         summary=[(row, _formatted(metrics[row.section][row.key], row.format)) for row in SUMMARY],
         metrics=metrics,
         aims=metrics["sizes"]["data"] == "digits",
         tables={
             title: _flat(metrics[key])
-            for title, key in (("Sizes", "sizes"), ("Wall time in seconds", "seconds"), ("Distillation teacher", "teacher"))
+            for title, key in (
+                ("Sizes", "sizes"),
+                ("Wall time in seconds", "seconds"),
+                ("Distillation teacher", "teacher"),
+            )
             if metrics[key]
         },
-        recognition={name: _formatted(rate, "{:.1%}") for name, rate in metrics["generation"]["recognition_rate_per_class"].items()},
+        recognition={
+            name: _formatted(rate, "{:.1%}")
+            for name, rate in metrics["generation"]["recognition_rate_per_class"].items()
+        },
         illustrations=[(item, base64.b64encode(item.png).decode()) for item in illustrations],
     )
 

@@ -1,4 +1,6 @@
-"""What a user sees while a stage trains: a live progress bar on a terminal, a line now and then elsewhere."""
+"""What a user sees while a stage trains: a live progress bar on a terminal, a line now and then
+elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,14 @@ from collections.abc import Callable, Iterator
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 console = Console()
 
@@ -24,7 +33,8 @@ def wall_clock(device: torch.device) -> float:
 
 
 class Stopwatch:
-    """Seconds spent in its ``with`` blocks; on a GPU those between events in its stream, so that nothing waits for it before they are read.
+    """Seconds spent in its ``with`` blocks; on a GPU those between events in its stream, so that
+    nothing waits for it before they are read.
 
     Args:
         device: where the timed work runs.
@@ -71,9 +81,22 @@ class StageProgress:
 
     def __init__(self, stage: str, start: int, end: int, length: int):
         self.stage, self.length, self.first, self.printed = stage, length, end - length, 0
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        self.progress = Progress(*columns, TextColumn("{task.fields[metrics]}"), console=console, disable=not console.is_terminal)
-        self.task = self.progress.add_task(f"{stage:10}", total=length, completed=start - self.first, metrics="")
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        self.progress = Progress(
+            *columns,
+            TextColumn("{task.fields[metrics]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.task = self.progress.add_task(
+            f"{stage:10}", total=length, completed=start - self.first, metrics=""
+        )
 
     def __enter__(self) -> StageProgress:
         self.progress.start()
@@ -88,14 +111,18 @@ class StageProgress:
         metrics = "  ".join(f"{name} {row[name]:.3f}" for name in _SHOWN if name in row)
         self.progress.update(self.task, completed=done, metrics=metrics)
         every = max(self.length // _LINES_PER_STAGE, 1)
-        if not console.is_terminal and (done // every != self.printed // every or done == self.length):
+        if not console.is_terminal and (
+            done // every != self.printed // every or done == self.length
+        ):
             console.print(f"{self.stage:10} {done:6d}/{self.length}  {metrics}")
         self.printed = done
 
 
 @contextlib.contextmanager
 def evaluation_progress() -> Iterator[Callable[[str, float], None]]:
-    """A progress bar for `evaluate`, as the function that it calls with what it does and how far it is."""
+    """A progress bar for `evaluate`, as the function that it calls with what it does and how far it
+    is.
+    """
     columns = (
         TextColumn("{task.description:35}"),
         BarColumn(),

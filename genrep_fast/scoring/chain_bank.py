@@ -1,4 +1,5 @@
-"""A bank of class chains: the kept steps of many reverse chains a class, run once and scored against many batches.
+"""A bank of class chains: the kept steps of many reverse chains a class, run once and scored
+against many batches.
 
 p(x|y) ≈ (1/S) Σ_s N(x; center[y, s], σ_s² I) over S = chains · kept steps (GenRep's class chains).
 """
@@ -37,7 +38,8 @@ from ..reference.reverse_step import INITIAL_ROW, chain_noise
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-# Residuals [b, k, S, D] that the reference, which writes them out, gets at once: 16 MiB in float64, and a handful of temporaries like it.
+# Residuals [b, k, S, D] that the reference, which writes them out, gets at once: 16 MiB in float64,
+# and a handful of temporaries like it.
 _REFERENCE_ELEMENTS = 2**21
 _COEFFICIENTS = tuple(field.name for field in dataclasses.fields(StepCoefficients) if field.init)
 _CENTER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -49,7 +51,9 @@ _METADATA_CHARACTERS = 2**16
 
 @dataclasses.dataclass(frozen=True)
 class ChainSettings:
-    """How a bank's chains are run: see `ChainBank.build`. `clip_range` is the scheduler's, None where it does not clip."""
+    """How a bank's chains are run: see `ChainBank.build`. `clip_range` is the scheduler's, None
+    where it does not clip.
+    """
 
     chains: int
     burn_in: int
@@ -65,7 +69,8 @@ class ChainBank:
 
     Attributes:
         centers: [K, S, *sample_shape], chain by chain.
-        std: [S] float32 (float64 for a float64 bank), the standard deviations that score, floor included.
+        std: [S] float32 (float64 for a float64 bank), the standard deviations that score, floor
+            included.
         evaluations: samples that went through the network so far, once a step.
     """
 
@@ -81,14 +86,25 @@ class ChainBank:
         evaluations: int = 0,
     ):
         self.centers, self.settings, self.evaluations = centers, settings, evaluations
-        self._timesteps, self._kernel, self._log_variance_ratio, self._drawn = timesteps, kernel, log_variance_ratio, drawn
+        self._timesteps, self._kernel, self._log_variance_ratio, self._drawn = (
+            timesteps,
+            kernel,
+            log_variance_ratio,
+            drawn,
+        )
         self._coefficients = coefficients.to(centers.device)
         self._kept = range(settings.burn_in, len(timesteps), settings.thin)
-        std = kernel.score_std[list(self._kept)].clamp(min=float(settings.sigma_floor)).repeat(settings.chains)
+        std = (
+            kernel.score_std[list(self._kept)]
+            .clamp(min=float(settings.sigma_floor))
+            .repeat(settings.chains)
+        )
         self.std = std.to(centers.device, _run_dtype(centers.dtype))
         inv_var, log_norm = normal_tables(self.std.double())
         one = torch.ones_like(inv_var)
-        scores = StepCoefficients(data=one, noisy=0 * one, output=-one, inv_var=inv_var, log_norm=log_norm)
+        scores = StepCoefficients(
+            data=one, noisy=0 * one, output=-one, inv_var=inv_var, log_norm=log_norm
+        )
         self._scores = {dtype: scores.to(dtype=dtype) for dtype in (torch.float32, torch.float64)}
 
     @classmethod
@@ -112,23 +128,27 @@ class ChainBank:
         eta: float = 0.0,
         batch_size: int = 512,
     ) -> ChainBank:
-        """Run `chains` reverse chains a class from pure noise and keep every `thin`-th step after the first `burn_in`.
+        """Run `chains` reverse chains a class from pure noise and keep every `thin`-th step after
+        the first `burn_in`.
 
-        The paper (GenRep, ICLR 2026) runs one chain of 200 or 250 DDPM steps with the other defaults. The bank holds
-        K · chains · ⌈(num_inference_steps − burn_in) / thin⌉ samples.
+        The paper (GenRep, ICLR 2026) runs one chain of 200 or 250 DDPM steps with the other
+        defaults. The bank holds K · chains · ⌈(num_inference_steps − burn_in) / thin⌉ samples.
 
         Args:
-            denoiser: ``denoiser(x_t, timesteps, labels) -> model output``: [N, C, *spatial] (float64 for a float64 bank, else float32),
-                [N] of the dtype of ``scheduler.timesteps``, int64 [N] -> [N, C', *spatial] with C' ≥ C. Called without gradients; put a
-                module in eval mode.
-            scheduler: diffusers' DDPMScheduler, DDIMScheduler or FlowMatchEulerDiscreteScheduler; a copy of it is set to
-                `num_inference_steps`. One with ``clip_sample=True`` runs clipped; one with ``variance_type="learned_range"`` runs with the
-                variances that the network gives and scores with `variance`.
+            denoiser: ``denoiser(x_t, timesteps, labels) -> model output``: [N, C, *spatial]
+                (float64 for a float64 bank, else float32), [N] of the dtype of
+                ``scheduler.timesteps``, int64 [N] -> [N, C', *spatial] with C' ≥ C. Called without
+                gradients; put a module in eval mode.
+            scheduler: diffusers' DDPMScheduler, DDIMScheduler or FlowMatchEulerDiscreteScheduler; a
+                copy of it is set to `num_inference_steps`. One with ``clip_sample=True`` runs
+                clipped; one with ``variance_type="learned_range"`` runs with the variances that the
+                network gives and scores with `variance`.
             num_classes: K.
             sample_shape: (C, *spatial) of one sample.
             num_inference_steps: of a chain.
             chains: a class, each with noise of its own.
-            burn_in, thin: steps dropped at the beginning of a chain, and the distance of those kept.
+            burn_in, thin: steps dropped at the beginning of a chain, and the distance of those
+                kept.
             center: what is kept of a step, its "mean" or the predicted clean "sample".
             sigma_floor, variance, eta: as in `StepCoefficients.chain`.
             seed: in [0, 2⁶⁴); chain c of class y draws its noise with the chain id y·chains + c.
@@ -136,12 +156,15 @@ class ChainBank:
             batch_size: chains that go through the network together.
 
         Raises:
-            TypeError, ValueError: for arguments out of range, settings that keep no step, a kept step that cannot be scored, and as
-                `StepCoefficients.chain`; before the network is called.
+            TypeError, ValueError: for arguments out of range, settings that keep no step, a kept
+                step that cannot be scored, and as `StepCoefficients.chain`; before the network is
+                called.
         """
         dtype = torch.float32 if dtype is None else dtype
         _require_at_least(1, num_inference_steps=num_inference_steps, batch_size=batch_size)
-        settings = ChainSettings(chains, burn_in, thin, center, sigma_floor, seed, _clip_range(scheduler))
+        settings = ChainSettings(
+            chains, burn_in, thin, center, sigma_floor, seed, _clip_range(scheduler)
+        )
         _check_settings(settings, num_inference_steps)
         _check_centers(dtype, num_classes, tuple(sample_shape))
         _check_drawn(chains, settings, num_classes)
@@ -150,23 +173,34 @@ class ChainBank:
         timesteps = scheduler.timesteps.cpu()
         kernel = reverse_kernel(scheduler, timesteps, variance=variance, eta=eta)
         # The mean is computed here, clipped or not, so that the step gets it ready made.
-        as_mean = {"parameterization": "mean", "eta": eta, "sigma_floor": sigma_floor, "dtype": _run_dtype(dtype)}
+        as_mean = {
+            "parameterization": "mean",
+            "eta": eta,
+            "sigma_floor": sigma_floor,
+            "dtype": _run_dtype(dtype),
+        }
         coefficients = StepCoefficients.chain(scheduler, timesteps, variance=variance, **as_mean)
         kept = range(burn_in, len(timesteps), thin)
         for row in kept:
             coefficients.require_scorable(row)
         log_variance_ratio = learned_log_variance_ratio(scheduler, timesteps)
         if log_variance_ratio is not None:
-            # The learned standard deviation is a multiple of this one, which is zero nowhere but in the step that adds no noise.
-            coefficients = StepCoefficients.chain(scheduler, timesteps, variance="fixed_large", **as_mean)
-        centers = torch.empty(num_classes, chains * len(kept), *sample_shape, dtype=dtype, device=device)
+            # The learned standard deviation is a multiple of this one, which is zero nowhere but in
+            # the step that adds no noise.
+            coefficients = StepCoefficients.chain(
+                scheduler, timesteps, variance="fixed_large", **as_mean
+            )
+        centers = torch.empty(
+            num_classes, chains * len(kept), *sample_shape, dtype=dtype, device=device
+        )
         bank = cls(centers, timesteps, kernel, coefficients, settings, log_variance_ratio)
         bank._replace(bank._draw(denoiser, chains, batch_size), chains)
         return bank
 
     @torch.no_grad()
     def refresh(self, denoiser: Denoiser, *, chains: int = 1, batch_size: int = 512) -> None:
-        """Replace the oldest `chains` chains of every class by new ones, in turn; each new chain has noise of its own.
+        """Replace the oldest `chains` chains of every class by new ones, in turn; each new chain
+        has noise of its own.
 
         A bank that was saved and loaded continues with the same noise as one that was not.
 
@@ -175,35 +209,45 @@ class ChainBank:
             chains: from 1 to the bank's number of chains.
 
         Raises:
-            TypeError, ValueError: for a number out of range, a bank whose 2³² chain ids are used up, or a denoiser whose output does not
-                fit; the bank is unchanged then.
+            TypeError, ValueError: for a number out of range, a bank whose 2³² chain ids are used
+                up, or a denoiser whose output does not fit; the bank is unchanged then.
         """
         if not 1 <= chains <= self.settings.chains:
-            raise ValueError(f"chains must be between 1 and the bank's {self.settings.chains}, got {chains}")
+            raise ValueError(
+                f"chains must be between 1 and the bank's {self.settings.chains}, got {chains}"
+            )
         _require_at_least(1, batch_size=batch_size)
         _check_drawn(self._drawn + chains, self.settings, len(self.centers))
         # All of them before the first is written: a network that fails leaves the bank as it is.
         self._replace(list(self._draw(denoiser, chains, batch_size)), chains)
 
     def log_likelihood(self, x: Tensor) -> Tensor:
-        """Log of the mixture of every class's centres, log (1/S) Σ_s N(x; center, σ_s² I), in nats; differentiable in x.
+        """Log of the mixture of every class's centres, log (1/S) Σ_s N(x; center, σ_s² I), in nats;
+        differentiable in x.
 
         Args:
             x: [B, *sample_shape], floating point, on the bank's device.
 
         Returns:
-            [B, K] float32 (float64 where x or the bank is). A kernel reads the bank as it is kept; the reference, which computes in
-            float64, gets an image and a class at a time where they are large.
+            [B, K] float32 (float64 where x or the bank is). A kernel reads the bank as it is kept;
+            the reference, which computes in float64, gets an image and a class at a time where they
+            are large.
 
         Raises:
             TypeError, ValueError: for a wrong dtype, shape or device.
         """
         if not isinstance(x, Tensor) or not x.is_floating_point():
-            raise TypeError(f"x must be a floating-point tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
+            raise TypeError(
+                f"x must be a floating-point tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}"
+            )
         if x.ndim == 0 or x.shape[1:] != self.centers.shape[2:]:
-            raise ValueError(f"x must be [B, {', '.join(map(str, self.centers.shape[2:]))}], got {tuple(x.shape)}")
+            raise ValueError(
+                f"x must be [B, {', '.join(map(str, self.centers.shape[2:]))}], got {tuple(x.shape)}"
+            )
         if x.device != self.centers.device:
-            raise ValueError(f"x must be on the bank's device {self.centers.device}, got {x.device}")
+            raise ValueError(
+                f"x must be on the bank's device {self.centers.device}, got {x.device}"
+            )
         if reference.accumulation_dtype(x, self.centers) == torch.float64:
             x = x.double()
         if _runs_on_the_reference(x):
@@ -211,28 +255,39 @@ class ChainBank:
         return log_likelihood(x, self.centers, self._scores[torch.float32])
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the bank to one safetensors file; a file that was there is replaced as a whole or not at all."""
-        # Where running and scoring have the same deviation it is one tensor, which safetensors refuses to write twice.
+        """Write the bank to one safetensors file; a file that was there is replaced as a whole or
+        not at all.
+        """
+        # Where running and scoring have the same deviation it is one tensor, which safetensors
+        # refuses to write twice.
         kernel = {name: table.clone() for name, table in self._kernel._asdict().items()}
         tensors = {"centers": self.centers, "timesteps": self._timesteps, **kernel}
         if self._log_variance_ratio is not None:
             tensors["log_variance_ratio"] = self._log_variance_ratio
-        tensors |= {f"coefficients.{name}": getattr(self._coefficients, name) for name in _COEFFICIENTS}
-        state = {"settings": dataclasses.asdict(self.settings), "drawn": self._drawn, "evaluations": self.evaluations}
+        tensors |= {
+            f"coefficients.{name}": getattr(self._coefficients, name) for name in _COEFFICIENTS
+        }
+        state = {
+            "settings": dataclasses.asdict(self.settings),
+            "drawn": self._drawn,
+            "evaluations": self.evaluations,
+        }
         with replacing(Path(path)) as unfinished:
             save_file(tensors, unfinished, metadata={"chain_bank": json.dumps(state)})
 
     @classmethod
     def load(cls, path: str | os.PathLike, device: torch.device | str = "cpu") -> ChainBank:
-        """Read a bank that `save` wrote, bit by bit, onto `device`; on the CPU its centres stay in the file, mapped into memory.
+        """Read a bank that `save` wrote, bit by bit, onto `device`; on the CPU its centres stay in
+        the file, mapped into memory.
 
-        Nothing in the file is trusted: settings and tensors are checked against each other before anything is allocated. The centres'
-        values are not, as a chain that diverged holds infinities or NaN in its own class, and the bank that was saved works with them.
+        Nothing in the file is trusted: settings and tensors are checked against each other before
+        anything is allocated. The centres' values are not, as a chain that diverged holds
+        infinities or NaN in its own class, and the bank that was saved works with them.
 
         Raises:
             FileNotFoundError: where there is no such file.
-            ValueError: where it is truncated or not a chain bank; the message names what does not fit. Also for a device that is not
-                there.
+            ValueError: where it is truncated or not a chain bank; the message names what does not
+                fit. Also for a device that is not there.
         """
         _check_device(device)
         try:
@@ -252,29 +307,51 @@ class ChainBank:
         return cls(centers.to(device), *rest)
 
     def _log_likelihood_in_parts(self, x: Tensor) -> Tensor:
-        """`log_likelihood` from parts of the images and of the classes, `_REFERENCE_ELEMENTS` residuals at once."""
+        """`log_likelihood` from parts of the images and of the classes, `_REFERENCE_ELEMENTS`
+        residuals at once.
+        """
         dtype, elements = reference.accumulation_dtype(x), max(self.centers[0].numel(), 1)
         classes = min(max(_REFERENCE_ELEMENTS // elements, 1), len(self.centers))
         images = max(_REFERENCE_ELEMENTS // (elements * classes), 1)
 
         def score(part: Tensor, centers: Tensor) -> Tensor:
-            return log_likelihood(part, centers.to(dtype) if dtype == torch.float64 else centers, self._scores[dtype])
+            return log_likelihood(
+                part, centers.to(dtype) if dtype == torch.float64 else centers, self._scores[dtype]
+            )
 
-        return torch.cat([torch.cat([score(part, group) for group in self.centers.split(classes)], 1) for part in x.split(images)])
+        return torch.cat(
+            [
+                torch.cat([score(part, group) for group in self.centers.split(classes)], 1)
+                for part in x.split(images)
+            ]
+        )
 
-    def _draw(self, denoiser: Denoiser, chains: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """The next `chains` chains of every class: their labels [N], places among the class's chains [N] and centres [N, kept, ...]."""
+    def _draw(
+        self, denoiser: Denoiser, chains: int, batch_size: int
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The next `chains` chains of every class: their labels [N], places among the class's
+        chains [N] and centres [N, kept, ...].
+        """
         device, num_classes = self.centers.device, len(self.centers)
-        number = torch.arange(self._drawn, self._drawn + chains, device=device)  # counts every chain of a class ever drawn
+        number = torch.arange(
+            self._drawn, self._drawn + chains, device=device
+        )  # counts every chain of a class ever drawn
         slots, generation = number % self.settings.chains, number // self.settings.chains
         labels = torch.arange(num_classes, device=device)[:, None]  # [K, 1]
-        chain_ids = (generation * num_classes + labels) * self.settings.chains + slots  # [K, chains], never used twice
-        rows = (tensor.expand_as(chain_ids).flatten().split(batch_size) for tensor in (labels, slots, chain_ids))
+        chain_ids = (
+            generation * num_classes + labels
+        ) * self.settings.chains + slots  # [K, chains], never used twice
+        rows = (
+            tensor.expand_as(chain_ids).flatten().split(batch_size)
+            for tensor in (labels, slots, chain_ids)
+        )
         for batch_labels, batch_slots, batch_ids in zip(*rows, strict=True):
             yield batch_labels, batch_slots, self._run(denoiser, batch_labels, batch_ids)
 
     def _replace(self, drawn: Iterable[tuple[Tensor, Tensor, Tensor]], chains: int) -> None:
-        by_chain = self.centers.unflatten(1, (self.settings.chains, -1))  # [K, chains, kept, *sample_shape], a view
+        by_chain = self.centers.unflatten(
+            1, (self.settings.chains, -1)
+        )  # [K, chains, kept, *sample_shape], a view
         for labels, slots, centers in drawn:
             by_chain[labels, slots] = centers
         self._drawn += chains
@@ -283,23 +360,39 @@ class ChainBank:
     def _run(self, denoiser: Denoiser, labels: Tensor, chain_ids: Tensor) -> Tensor:
         """Kept centres [N, kept, *sample_shape] of N whole chains from pure noise."""
         shape = self.centers.shape[2:]
-        x_t = chain_noise(self.settings.seed, chain_ids, INITIAL_ROW, shape).to(_run_dtype(self.centers.dtype))
+        x_t = chain_noise(self.settings.seed, chain_ids, INITIAL_ROW, shape).to(
+            _run_dtype(self.centers.dtype)
+        )
         kept = []
         for row, timestep in enumerate(self._timesteps):
             output = denoiser(x_t, timestep.to(x_t.device).expand(len(x_t)), labels).to(x_t.dtype)
             if output[:, : shape[0]].shape != x_t.shape:
-                raise ValueError(f"denoiser must return {tuple(x_t.shape)} up to further channels, got {tuple(output.shape)}")
+                raise ValueError(
+                    f"denoiser must return {tuple(x_t.shape)} up to further channels, got {tuple(output.shape)}"
+                )
             sample, mean = self._predict(row, x_t, output[:, : shape[0]])
             if row in self._kept:
-                kept.append((mean if self.settings.center == "mean" else sample).to(self.centers.dtype))
+                kept.append(
+                    (mean if self.settings.center == "mean" else sample).to(self.centers.dtype)
+                )
             std_scale = None
             if self._log_variance_ratio is not None:
                 std_scale = learned_std_scale(output, shape[0], self._log_variance_ratio[row])
-            x_t, _ = reverse_step(x_t, mean, self._coefficients, row, seed=self.settings.seed, chain_ids=chain_ids, std_scale=std_scale)
+            x_t, _ = reverse_step(
+                x_t,
+                mean,
+                self._coefficients,
+                row,
+                seed=self.settings.seed,
+                chain_ids=chain_ids,
+                std_scale=std_scale,
+            )
         return torch.stack(kept, 1)
 
     def _predict(self, row: int, x_t: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
-        """The clean sample, clipped where the scheduler clips, and the mean of the step that follows from it."""
+        """The clean sample, clipped where the scheduler clips, and the mean of the step that
+        follows from it.
+        """
         step = ReverseKernel(*(table[row] for table in self._kernel))
         sample = step.sample_noisy * x_t + step.sample_output * output
         if self.settings.clip_range is not None:
@@ -309,10 +402,15 @@ class ChainBank:
 
 
 def _runs_on_the_reference(x: Tensor) -> bool:
-    """Whether no kernel scores x, but the reference, which writes out the residual of every image, class and step."""
+    """Whether no kernel scores x, but the reference, which writes out the residual of every image,
+    class and step.
+    """
     if x.dtype == torch.float64 or torch.compiler.is_compiling():
         return x.dtype == torch.float64
-    return select_implementation("log_likelihood", x.device.type, float64=False) is reference.log_likelihood
+    return (
+        select_implementation("log_likelihood", x.device.type, float64=False)
+        is reference.log_likelihood
+    )
 
 
 def _check_device(device: torch.device | str) -> None:
@@ -322,13 +420,17 @@ def _check_device(device: torch.device | str) -> None:
     # torch has errors of several types for this, AssertionError among them.
     except Exception as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"device must be one that this torch can use, got {device!r}: {reason}") from error
+        raise ValueError(
+            f"device must be one that this torch can use, got {device!r}: {reason}"
+        ) from error
     if torch.device(device).type == "meta":
         raise ValueError(f"device must hold values, got {device!r}")
 
 
 def _refuse(path: str | os.PathLike, error: Exception) -> NoReturn:
-    """Raise ValueError with one line that says why `path` is no bank; what it quotes from the file is cut."""
+    """Raise ValueError with one line that says why `path` is no bank; what it quotes from the file
+    is cut.
+    """
     reason = " ".join(str(error).split()) or type(error).__name__
     if len(reason) > 300:
         reason = f"{reason[:300]} …"
@@ -339,7 +441,8 @@ def _parts_of_a_bank(metadata: dict[str, str], tensors: dict[str, Tensor]) -> tu
     """The arguments of `ChainBank` from a file's metadata and tensors.
 
     Raises:
-        TypeError, ValueError: for what `ChainBank.save` cannot have written; the message names the field.
+        TypeError, ValueError: for what `ChainBank.save` cannot have written; the message names the
+            field.
     """
     state = _read_state(metadata)
     names = ["centers", "timesteps", *ReverseKernel._fields]
@@ -358,7 +461,9 @@ def _parts_of_a_bank(metadata: dict[str, str], tensors: dict[str, Tensor]) -> tu
     try:
         _check_centers(centers.dtype, num_classes, tuple(sample_shape))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"centers {centers.dtype} of shape {tuple(centers.shape)}: {error}") from error
+        raise ValueError(
+            f"centers {centers.dtype} of shape {tuple(centers.shape)}: {error}"
+        ) from error
     kept = len(range(settings.burn_in, steps, settings.thin))
     if num_centers != settings.chains * kept:
         raise ValueError(
@@ -370,7 +475,13 @@ def _parts_of_a_bank(metadata: dict[str, str], tensors: dict[str, Tensor]) -> tu
     for name, table in kernel._asdict().items():
         _check_table(name, table, steps, torch.float64)
     for name, table in tables.items():
-        _check_table(f"coefficients.{name}", table, steps, _run_dtype(centers.dtype), name in ("inv_var", "log_norm"))
+        _check_table(
+            f"coefficients.{name}",
+            table,
+            steps,
+            _run_dtype(centers.dtype),
+            name in ("inv_var", "log_norm"),
+        )
     if ratio is not None:
         _check_table("log_variance_ratio", ratio, steps, torch.float64)
     _check_kernel(kernel, settings)
@@ -378,11 +489,24 @@ def _parts_of_a_bank(metadata: dict[str, str], tensors: dict[str, Tensor]) -> tu
     drawn, evaluations = state["drawn"], state["evaluations"]
     _require_at_least(0, drawn=drawn, evaluations=evaluations)
     if drawn < settings.chains:
-        raise ValueError(f"drawn must be at least the number of chains, {settings.chains}, got {drawn}")
+        raise ValueError(
+            f"drawn must be at least the number of chains, {settings.chains}, got {drawn}"
+        )
     _check_drawn(drawn, settings, num_classes)
     if evaluations != num_classes * drawn * steps:
-        raise ValueError(f"evaluations must be {num_classes * drawn * steps}, of {drawn} chains a class that were drawn, got {evaluations}")
-    return centers, timesteps, kernel, StepCoefficients(**tables), settings, ratio, drawn, evaluations
+        raise ValueError(
+            f"evaluations must be {num_classes * drawn * steps}, of {drawn} chains a class that were drawn, got {evaluations}"
+        )
+    return (
+        centers,
+        timesteps,
+        kernel,
+        StepCoefficients(**tables),
+        settings,
+        ratio,
+        drawn,
+        evaluations,
+    )
 
 
 def _read_state(metadata: dict[str, str]) -> dict[str, Any]:
@@ -391,7 +515,9 @@ def _read_state(metadata: dict[str, str]) -> dict[str, Any]:
         raise ValueError("the metadata must hold chain_bank, got none")
     text = metadata["chain_bank"]
     if len(text) > _METADATA_CHARACTERS:
-        raise ValueError(f"chain_bank must have at most {_METADATA_CHARACTERS} characters of metadata, got {len(text)}")
+        raise ValueError(
+            f"chain_bank must have at most {_METADATA_CHARACTERS} characters of metadata, got {len(text)}"
+        )
 
     def no_number(constant: str) -> NoReturn:
         raise ValueError(f"chain_bank must hold finite numbers, got {constant}")
@@ -417,7 +543,9 @@ def _require_keys(what: str, given: Any, names: Sequence[str]) -> None:
     if missing:
         raise ValueError(f"{what} must hold {', '.join(missing)}, got none")
     if surplus:
-        raise ValueError(f"{what} must hold nothing but a bank's, got {', '.join(map(repr, surplus))}")
+        raise ValueError(
+            f"{what} must hold nothing but a bank's, got {', '.join(map(repr, surplus))}"
+        )
 
 
 def _check_settings(settings: ChainSettings, steps: int) -> None:
@@ -425,7 +553,9 @@ def _check_settings(settings: ChainSettings, steps: int) -> None:
     _require_at_least(1, chains=settings.chains, thin=settings.thin)
     _require_at_least(0, burn_in=settings.burn_in, seed=settings.seed)
     if settings.burn_in >= steps:
-        raise ValueError(f"burn_in must be less than num_inference_steps, {steps}, got {settings.burn_in}: no step would be kept")
+        raise ValueError(
+            f"burn_in must be less than num_inference_steps, {steps}, got {settings.burn_in}: no step would be kept"
+        )
     if settings.seed >= 2**64:
         raise ValueError(f"seed must be less than 2**64, got {settings.seed}")
     if settings.center not in ("mean", "sample"):
@@ -452,7 +582,9 @@ def _check_centers(dtype: torch.dtype, num_classes: int, sample_shape: tuple[int
 
 
 def _check_drawn(drawn: int, settings: ChainSettings, num_classes: int) -> None:
-    """Raise ValueError where `drawn` chains of every class have more than the 2³² ids that chains can have."""
+    """Raise ValueError where `drawn` chains of every class have more than the 2³² ids that chains
+    can have.
+    """
     generations = -(-drawn // settings.chains)
     if generations * num_classes * settings.chains > 2**32:
         raise ValueError(
@@ -462,16 +594,22 @@ def _check_drawn(drawn: int, settings: ChainSettings, num_classes: int) -> None:
 
 def _check_timesteps(timesteps: Tensor) -> None:
     if timesteps.dtype not in _TIMESTEP_DTYPES or timesteps.ndim != 1:
-        raise ValueError(f"timesteps must be numbers [steps], got {timesteps.dtype} of shape {tuple(timesteps.shape)}")
+        raise ValueError(
+            f"timesteps must be numbers [steps], got {timesteps.dtype} of shape {tuple(timesteps.shape)}"
+        )
     if not (timesteps.isfinite() & (timesteps >= 0)).all():
         raise ValueError("timesteps must be finite and not negative")
     if (timesteps.diff() > 0).any():
         raise ValueError("timesteps must not increase")
 
 
-def _check_table(name: str, table: Tensor, steps: int, dtype: torch.dtype, may_be_infinite: bool = False) -> None:
+def _check_table(
+    name: str, table: Tensor, steps: int, dtype: torch.dtype, may_be_infinite: bool = False
+) -> None:
     if table.dtype != dtype or table.shape != (steps,):
-        raise ValueError(f"{name} must be {dtype} [{steps}], got {table.dtype} of shape {tuple(table.shape)}")
+        raise ValueError(
+            f"{name} must be {dtype} [{steps}], got {table.dtype} of shape {tuple(table.shape)}"
+        )
     valid = ~table.isnan() if may_be_infinite else table.isfinite()
     if not valid.all():
         raise ValueError(f"{name} must be finite, got {table[~valid][0].item()}")
@@ -483,43 +621,75 @@ def _check_kernel(kernel: ReverseKernel, settings: ChainSettings) -> None:
         raise ValueError(f"score_std must not be negative, got {kernel.score_std.min().item()}")
     if not ((kernel.std == 0) | (kernel.std == kernel.score_std)).all():
         raise ValueError("std must be 0 or score_std at every step")
-    kept = kernel.score_std[settings.burn_in :: settings.thin].clamp(min=float(settings.sigma_floor))
+    kept = kernel.score_std[settings.burn_in :: settings.thin].clamp(
+        min=float(settings.sigma_floor)
+    )
     if normal_tables(kept)[0].isinf().any():
-        raise ValueError(f"score_std of a kept step must be large enough to score, got {kept.min().item()} with sigma_floor included")
+        raise ValueError(
+            f"score_std of a kept step must be large enough to score, got {kept.min().item()} with sigma_floor included"
+        )
 
 
 def _check_coefficients(
-    tables: dict[str, Tensor], kernel: ReverseKernel, settings: ChainSettings, log_variance_ratio: Tensor | None
+    tables: dict[str, Tensor],
+    kernel: ReverseKernel,
+    settings: ChainSettings,
+    log_variance_ratio: Tensor | None,
 ) -> None:
-    """Raise ValueError for tables that are not those of steps whose mean is given (`StepCoefficients.chain`)."""
-    for name, value in {"data": 1, "noisy": 0, "output": -1, "mean_noisy": 0, "mean_output": 1}.items():
+    """Raise ValueError for tables that are not those of steps whose mean is given
+    (`StepCoefficients.chain`).
+    """
+    for name, value in {
+        "data": 1,
+        "noisy": 0,
+        "output": -1,
+        "mean_noisy": 0,
+        "mean_output": 1,
+    }.items():
         if (tables[name] != value).any():
-            raise ValueError(f"coefficients.{name} must be {value} at every step, the mean being given")
+            raise ValueError(
+                f"coefficients.{name} must be {value} at every step, the mean being given"
+            )
     std, score_std, scored = tables["std"].double(), kernel.score_std, slice(None)
     rounding = 8 * torch.finfo(tables["std"].dtype).eps
     if log_variance_ratio is None:
         fits = tables["std"] == kernel.std.to(tables["std"].dtype)
     else:
         if (log_variance_ratio > 0).any():
-            raise ValueError(f"log_variance_ratio must not be positive, got {log_variance_ratio.max().item()}")
-        # The larger of the two deviations between which the network chooses; the kernel has either of them.
+            raise ValueError(
+                f"log_variance_ratio must not be positive, got {log_variance_ratio.max().item()}"
+            )
+        # The larger of the two deviations between which the network chooses; the kernel has either
+        # of them.
         smaller = std * (log_variance_ratio / 2).exp()
-        fits = torch.stack([(kernel.std - candidate).abs() <= rounding * candidate for candidate in (std, smaller)]).any(0)
+        fits = torch.stack(
+            [(kernel.std - candidate).abs() <= rounding * candidate for candidate in (std, smaller)]
+        ).any(0)
         # The step that adds no noise has a scoring deviation that is kept nowhere else.
         score_std, scored = std, std > 0
     if not fits.all():
-        raise ValueError("coefficients.std must be the kernel's std at every step, or what log_variance_ratio makes of it")
+        raise ValueError(
+            "coefficients.std must be the kernel's std at every step, or what log_variance_ratio makes of it"
+        )
     expected = normal_tables(score_std.clamp(min=float(settings.sigma_floor)))
     for name, table in zip(("inv_var", "log_norm"), expected, strict=True):
-        if not torch.allclose(tables[name].double()[scored], table[scored], rtol=rounding, atol=rounding):
-            raise ValueError(f"coefficients.{name} must follow from score_std and sigma_floor at every step")
+        if not torch.allclose(
+            tables[name].double()[scored], table[scored], rtol=rounding, atol=rounding
+        ):
+            raise ValueError(
+                f"coefficients.{name} must follow from score_std and sigma_floor at every step"
+            )
 
 
 def _clip_range(scheduler: Any) -> float | None:
     """Range to which the scheduler clips x̂0, None where it does not clip."""
     if scheduler.config.get("thresholding", False):
-        raise ValueError("scheduler has thresholding=True, which a bank cannot run: set thresholding=False")
-    return scheduler.config.clip_sample_range if scheduler.config.get("clip_sample", False) else None
+        raise ValueError(
+            "scheduler has thresholding=True, which a bank cannot run: set thresholding=False"
+        )
+    return (
+        scheduler.config.clip_sample_range if scheduler.config.get("clip_sample", False) else None
+    )
 
 
 def _require_at_least(least: int, **values: int) -> None:

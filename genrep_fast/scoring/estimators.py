@@ -1,6 +1,7 @@
 """Monte Carlo estimators of log p(x|y) for every class, from a class-conditional denoiser.
 
-Each has `log_likelihood(x) -> [B, K]` and counts its network evaluations (one an image, class and step). `ChainBank` is the third of them.
+Each has `log_likelihood(x) -> [B, K]` and counts its network evaluations (one an image, class and
+step). `ChainBank` is the third of them.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ Denoiser = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 class ElboEstimator:
     """Weighted denoising error over stratified timesteps (Diffusion Classifier, Li et al. 2023).
 
-    The noise of a step is drawn from the seed alone, the same for every class and image: an image's score does not depend on its batch.
+    The noise of a step is drawn from the seed alone, the same for every class and image: an image's
+        score does not depend on its batch.
 
     Args:
-        denoiser: ``denoiser(x_t, timesteps, labels) -> model output``, [N, C, ...], int64 [N], int64 [N].
+        denoiser: ``denoiser(x_t, timesteps, labels) -> model output``, [N, C, ...], int64 [N],
+            int64 [N].
         scheduler: diffusers scheduler with `alphas_cumprod`.
         num_classes: K.
         num_steps: S, the midpoints of as many equal parts of the training timesteps.
@@ -35,25 +38,47 @@ class ElboEstimator:
         ValueError: for num_steps out of range.
     """
 
-    def __init__(self, denoiser: Denoiser, scheduler, num_classes: int, *, num_steps: int = 16, seed: int = 0):
+    def __init__(
+        self, denoiser: Denoiser, scheduler, num_classes: int, *, num_steps: int = 16, seed: int = 0
+    ):
         _require_noise_levels(scheduler)
         total = scheduler.config.num_train_timesteps
         if not 1 <= num_steps <= total:
             raise ValueError(f"num_steps must be between 1 and {total}, got {num_steps}")
-        self.denoiser, self.scheduler, self.num_classes, self.seed = denoiser, scheduler, num_classes, seed
+        self.denoiser, self.scheduler, self.num_classes, self.seed = (
+            denoiser,
+            scheduler,
+            num_classes,
+            seed,
+        )
         self.timesteps = ((torch.arange(num_steps) + 0.5) * (total / num_steps)).long()
-        self.coefficients = [StepCoefficients.elbo(scheduler, timestep[None]) for timestep in self.timesteps]
+        self.coefficients = [
+            StepCoefficients.elbo(scheduler, timestep[None]) for timestep in self.timesteps
+        ]
         self.evaluations = 0
 
     @torch.no_grad()
     def log_likelihood(self, x: torch.Tensor) -> torch.Tensor:
-        """−(1/S) Σ_s ‖target_s − o_s‖² [B, K] for clean latents x [B, C, ...], up to a constant that all classes share."""
+        """−(1/S) Σ_s ‖target_s − o_s‖² [B, K] for clean latents x [B, C, ...], up to a constant
+        that all classes share.
+        """
         self.coefficients = [tables.to(x.device) for tables in self.coefficients]
         scorer = PosteriorScorer(self.num_classes, reduction="mean")
         for row, timestep in enumerate(self.timesteps):
-            noise = chain_noise(self.seed, torch.zeros(1, dtype=torch.int64, device=x.device), row, x.shape[1:]).to(x.dtype).expand_as(x)
+            noise = (
+                chain_noise(
+                    self.seed, torch.zeros(1, dtype=torch.int64, device=x.device), row, x.shape[1:]
+                )
+                .to(x.dtype)
+                .expand_as(x)
+            )
             steps = timestep.to(x.device).expand(len(x))
-            output = denoise_classes(self.denoiser, self.scheduler.add_noise(x, noise, steps)[:, None], timestep, self.num_classes)
+            output = denoise_classes(
+                self.denoiser,
+                self.scheduler.add_noise(x, noise, steps)[:, None],
+                timestep,
+                self.num_classes,
+            )
             self.evaluations += output.shape[0] * output.shape[1]
             target = training_target(self.scheduler, x, noise, steps)[:, None, None]
             scorer.update(x, output[:, :, None], self.coefficients[row], target)
@@ -61,15 +86,18 @@ class ElboEstimator:
 
 
 class ImageChainEstimator:
-    """One reverse chain an image and class, from the image noised to `start`; its kept steps are a mixture (GenRep).
+    """One reverse chain an image and class, from the image noised to `start`; its kept steps are a
+    mixture (GenRep).
 
     Args:
         denoiser, scheduler, num_classes, seed: as of `ElboEstimator`.
         num_inference_steps: of the whole chain, of which the part below `start` is run.
-        start: noise level at which the image enters the chain, as a fraction of the training timesteps.
+        start: noise level at which the image enters the chain, as a fraction of the training
+            timesteps.
         burn_in, thin: positions dropped at the beginning, and the distance of those kept.
         center, sigma_floor: of the scoring kernels, see `StepCoefficients.chain`.
-        variance: of all kernels, likewise; a scheduler with learned_range needs one of the fixed ones.
+        variance: of all kernels, likewise; a scheduler with learned_range needs one of the fixed
+            ones.
 
     Raises:
         TypeError: for a scheduler without `alphas_cumprod`.
@@ -94,14 +122,22 @@ class ImageChainEstimator:
         _require_noise_levels(scheduler)
         self.scheduler = copy.deepcopy(scheduler)
         self.scheduler.set_timesteps(num_inference_steps)
-        self.timesteps = self.scheduler.timesteps[self.scheduler.timesteps < start * scheduler.config.num_train_timesteps]
+        self.timesteps = self.scheduler.timesteps[
+            self.scheduler.timesteps < start * scheduler.config.num_train_timesteps
+        ]
         self.kept = range(len(self.timesteps))[burn_in::thin]
         if len(self.kept) == 0:
-            raise ValueError(f"burn_in must be less than the {len(self.timesteps)} steps below start = {start}, got {burn_in}")
+            raise ValueError(
+                f"burn_in must be less than the {len(self.timesteps)} steps below start = {start}, got {burn_in}"
+            )
         self.chain = StepCoefficients.chain(self.scheduler, self.timesteps, variance=variance)
         self.scores = {
             row: StepCoefficients.chain(
-                self.scheduler, self.timesteps[row : row + 1], center=center, sigma_floor=sigma_floor, variance=variance
+                self.scheduler,
+                self.timesteps[row : row + 1],
+                center=center,
+                sigma_floor=sigma_floor,
+                variance=variance,
             )
             for row in self.kept
         }
@@ -110,32 +146,54 @@ class ImageChainEstimator:
 
     @torch.no_grad()
     def log_likelihood(self, x: torch.Tensor) -> torch.Tensor:
-        """Log of the mixture of the kept steps [B, K] for clean latents x [B, C, ...]; noise depends on an image's place in the batch."""
+        """Log of the mixture of the kept steps [B, K] for clean latents x [B, C, ...]; noise
+        depends on an image's place in the batch.
+        """
         batch, classes = len(x), self.num_classes
         chain_ids = torch.arange(batch * classes, device=x.device)
         noise = chain_noise(self.seed, chain_ids, INITIAL_ROW, x.shape[1:]).to(x.dtype)
         images = x.repeat_interleave(classes, 0)
-        x_t = self.scheduler.add_noise(images, noise, self.timesteps[0].to(x.device).expand(len(images)))
+        x_t = self.scheduler.add_noise(
+            images, noise, self.timesteps[0].to(x.device).expand(len(images))
+        )
         scorer = PosteriorScorer(classes, reduction="mixture")
-        self.chain, self.scores = self.chain.to(x.device), {row: tables.to(x.device) for row, tables in self.scores.items()}
+        self.chain, self.scores = (
+            self.chain.to(x.device),
+            {row: tables.to(x.device) for row, tables in self.scores.items()},
+        )
         for row, timestep in enumerate(self.timesteps):
-            output = denoise_classes(self.denoiser, x_t.unflatten(0, (batch, classes)), timestep, classes)
+            output = denoise_classes(
+                self.denoiser, x_t.unflatten(0, (batch, classes)), timestep, classes
+            )
             self.evaluations += batch * classes
             if row in self.kept:
-                scorer.update(x, output[:, :, None], self.scores[row], x_t.unflatten(0, (batch, classes))[:, :, None])
-            x_t, _ = reverse_step(x_t, output.flatten(0, 1), self.chain, row, seed=self.seed, chain_ids=chain_ids)
+                scorer.update(
+                    x,
+                    output[:, :, None],
+                    self.scores[row],
+                    x_t.unflatten(0, (batch, classes))[:, :, None],
+                )
+            x_t, _ = reverse_step(
+                x_t, output.flatten(0, 1), self.chain, row, seed=self.seed, chain_ids=chain_ids
+            )
         return scorer.log_likelihood()
 
 
-def denoise_classes(denoiser: Denoiser, x_t: torch.Tensor, timestep: torch.Tensor, num_classes: int) -> torch.Tensor:
-    """Model output [B, K, C', ...] of noisy inputs x_t [B, 1 or K, C, ...] under every class at one timestep."""
+def denoise_classes(
+    denoiser: Denoiser, x_t: torch.Tensor, timestep: torch.Tensor, num_classes: int
+) -> torch.Tensor:
+    """Model output [B, K, C', ...] of noisy inputs x_t [B, 1 or K, C, ...] under every class at one
+    timestep.
+    """
     x_t = x_t.expand(-1, num_classes, *x_t.shape[2:])
     labels = torch.arange(num_classes, device=x_t.device).expand(len(x_t), -1).flatten()
     timesteps = timestep.to(x_t.device).expand(len(labels))
     return denoiser(x_t.flatten(0, 1), timesteps, labels).unflatten(0, x_t.shape[:2])
 
 
-def training_target(scheduler, x: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+def training_target(
+    scheduler, x: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+) -> torch.Tensor:
     """What a denoiser of `scheduler.config.prediction_type` learns to predict, of the shape of x.
 
     Raises:
@@ -148,9 +206,13 @@ def training_target(scheduler, x: torch.Tensor, noise: torch.Tensor, timesteps: 
         return x
     if prediction_type == "v_prediction":
         return scheduler.get_velocity(x, noise, timesteps)
-    raise ValueError(f"prediction_type must be 'epsilon', 'v_prediction' or 'sample', got {prediction_type!r}")
+    raise ValueError(
+        f"prediction_type must be 'epsilon', 'v_prediction' or 'sample', got {prediction_type!r}"
+    )
 
 
 def _require_noise_levels(scheduler) -> None:
     if not hasattr(scheduler, "alphas_cumprod"):
-        raise TypeError(f"scheduler must have alphas_cumprod, as DDPMScheduler and DDIMScheduler have, got {type(scheduler).__name__}")
+        raise TypeError(
+            f"scheduler must have alphas_cumprod, as DDPMScheduler and DDIMScheduler have, got {type(scheduler).__name__}"
+        )

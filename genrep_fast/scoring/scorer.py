@@ -1,4 +1,6 @@
-"""The streaming scorer: log-likelihoods of a batch from chunks of steps and classes, in memory that depends on neither."""
+"""The streaming scorer: log-likelihoods of a batch from chunks of steps and classes, in memory that
+depends on neither.
+"""
 
 from __future__ import annotations
 
@@ -20,17 +22,21 @@ from ..reference.scoring import (
     state_standard_error,
 )
 
-_KEPT_CLASS_LISTS = 256  # lists of classes whose tensors are kept: a stream comes back to the same few
+_KEPT_CLASS_LISTS = (
+    256  # lists of classes whose tensors are kept: a stream comes back to the same few
+)
 
 
 class PosteriorScorer:
-    """Likelihoods and posterior of one batch of images, from chunks of scored steps and of classes in any order.
+    """Likelihoods and posterior of one batch of images, from chunks of scored steps and of classes
+    in any order.
 
-    Keeps float64 running sums of 3 ("mixture") or 2 ("mean") numbers an image and class (and location), never a chunk: the memory does not
-    grow with the number of steps. They are allocated by the first `update`, which fixes the batch's shape. Nothing carries a gradient.
+    Keeps float64 running sums of 3 ("mixture") or 2 ("mean") numbers an image and class (and
+    location), never a chunk: the memory does not grow with the number of steps. They are allocated
+    by the first `update`, which fixes the batch's shape. Nothing carries a gradient.
 
-    An update of the same shapes, dtypes and devices as the one before is not checked again. It waits for no device, so that a CUDA graph
-    can capture it.
+    An update of the same shapes, dtypes and devices as the one before is not checked again. It
+    waits for no device, so that a CUDA graph can capture it.
 
     Args:
         num_classes: K >= 1.
@@ -54,8 +60,12 @@ class PosteriorScorer:
         self._count: Tensor | None = None  # [K] int64, steps seen
         self._state: Tensor | None = None  # [3 or 2, B, K, *loc] float64
         self._checked: tuple | None = None  # `_signature` of the last update
-        self._class_lists: dict[tuple, Tensor] = {}  # checked lists of classes, as tensors on the device
-        self._class_tensor: tuple[Tensor, int, Tensor] | None = None  # the last tensor of classes, its version, itself on the device
+        self._class_lists: dict[
+            tuple, Tensor
+        ] = {}  # checked lists of classes, as tensors on the device
+        self._class_tensor: tuple[Tensor, int, Tensor] | None = (
+            None  # the last tensor of classes, its version, itself on the device
+        )
 
     @torch.no_grad()
     def update(
@@ -69,19 +79,23 @@ class PosteriorScorer:
         """Add a chunk of steps, and of classes, of the same images.
 
         Args:
-            x, model_output, coefficients, x_t: as in `log_likelihood`; the chunk's class axis is [K] or, with `classes`, as long as
-                they are.
-            classes: the chunk's classes, distinct, in the order of its class axis; ints or an int64 tensor. A tensor on a device is checked
-                there. None: all.
+            x, model_output, coefficients, x_t: as in `log_likelihood`; the chunk's class axis is
+                [K] or, with `classes`, as long as they are.
+            classes: the chunk's classes, distinct, in the order of its class axis; ints or an int64
+                tensor. A tensor on a device is checked there. None: all.
 
         Raises:
-            TypeError, ValueError: as in `log_likelihood`, for images that do not fit the earlier ones, and for classes out of range or
-                given twice.
+            TypeError, ValueError: as in `log_likelihood`, for images that do not fit the earlier
+                ones, and for classes out of range or given twice.
         """
         signature = _signature(x, model_output, x_t, coefficients)
         if signature is None or signature != self._checked:
             self._check_chunk(x, model_output, x_t, coefficients)
-        chunk = (x, _with_batch_axis(model_output, x), None if x_t is None else _with_batch_axis(x_t, x))
+        chunk = (
+            x,
+            _with_batch_axis(model_output, x),
+            None if x_t is None else _with_batch_axis(x_t, x),
+        )
         classes = self._check_classes(classes, result_shape(*chunk, False)[1], x.device)
         self._allocate(self._result_shape(x), x.device)
         self._checked = signature
@@ -90,14 +104,24 @@ class PosteriorScorer:
             self._dtype = dtype
         if len(coefficients) > 0:
             tables = coefficients.scoring_tables(dtype)
-            score_update(*chunk, *tables, classes, self.reduction, self.per_location, self._count, self._state)
+            score_update(
+                *chunk,
+                *tables,
+                classes,
+                self.reduction,
+                self.per_location,
+                self._count,
+                self._state,
+            )
 
     def reset(self) -> None:
         """Forget the steps seen, in place: the next batch has the same shape and device."""
         if self._state is not None:
             self._dtype = torch.float32
             self._count.zero_()
-            self._state.copy_(empty_state(self._state.shape[1:], self.reduction, self._state.device))
+            self._state.copy_(
+                empty_state(self._state.shape[1:], self.reduction, self._state.device)
+            )
 
     def merge(self, other: PosteriorScorer) -> None:
         """Add the steps that `other` has seen, which stays as it is; associative.
@@ -110,21 +134,26 @@ class PosteriorScorer:
             raise TypeError(f"other must be a PosteriorScorer, got {type(other).__name__}")
         for name in ("num_classes", "reduction", "per_location"):
             if getattr(other, name) != getattr(self, name):
-                raise ValueError(f"other must have {name} {getattr(self, name)!r}, got {getattr(other, name)!r}")
+                raise ValueError(
+                    f"other must have {name} {getattr(self, name)!r}, got {getattr(other, name)!r}"
+                )
         if other._state is None:
             return
         if self._state is not None:
             self._check_state(other._state.shape[1:], other._state.device, "other")
         self._allocate(other._state.shape[1:], other._state.device)
-        self._state.copy_(merge_states(self._count, self._state, other._count, other._state, self.reduction))
+        self._state.copy_(
+            merge_states(self._count, self._state, other._count, other._state, self.reduction)
+        )
         self._count += other._count
         self._dtype = torch.promote_types(self._dtype, other._dtype)
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
-        """Add the steps that every process of `group` has seen, of the same images, so that all hold the same state.
+        """Add the steps that every process of `group` has seen, of the same images, so that all
+        hold the same state.
 
-        A process without an `update` takes part as well; it gets the state on the current device of the others' kind. Call it once: a
-        second call would count every process's steps again.
+        A process without an `update` takes part as well; it gets the state on the current device of
+        the others' kind. Call it once: a second call would count every process's steps again.
 
         Raises:
             ValueError: on every process, where they differ in classes, reduction or images.
@@ -138,9 +167,11 @@ class PosteriorScorer:
             self._reduce_mean(group)
 
     def log_likelihood(self) -> Tensor:
-        """Log-likelihood in nats of the steps seen, each class over its own; -inf for a class without any. [B, K] or [B, K, *spatial].
+        """Log-likelihood in nats of the steps seen, each class over its own; -inf for a class
+        without any. [B, K] or [B, K, *spatial].
 
-        float32, or float64 once float64 inputs were seen. Raises RuntimeError before the first update, as the other queries do.
+        float32, or float64 once float64 inputs were seen. Raises RuntimeError before the first
+        update, as the other queries do.
         """
         return state_log_likelihood(*self._seen(), self.reduction).to(self._dtype)
 
@@ -149,11 +180,15 @@ class PosteriorScorer:
         return posterior(self.log_likelihood(), log_prior=log_prior, temperature=temperature)
 
     def effective_components(self) -> Tensor:
-        """Kish's effective number of components, (sum w)^2 / sum w^2: 1 to the class's steps, all of them for "mean". [B, K, *loc]"""
+        """Kish's effective number of components, (sum w)^2 / sum w^2: 1 to the class's steps, all
+        of them for "mean". [B, K, *loc]
+        """
         return state_effective_components(*self._seen(), self.reduction).to(self._dtype)
 
     def standard_error(self) -> Tensor:
-        """Standard error of `log_likelihood()` in nats for independent steps (delta method for "mixture"); NaN below 2. [B, K, *loc]"""
+        """Standard error of `log_likelihood()` in nats for independent steps (delta method for
+        "mixture"); NaN below 2. [B, K, *loc]
+        """
         return state_standard_error(*self._seen(), self.reduction).to(self._dtype)
 
     def _seen(self) -> tuple[Tensor, Tensor]:
@@ -169,11 +204,17 @@ class PosteriorScorer:
     def _check_state(self, shape: Sequence[int], device: torch.device, name: str) -> None:
         expected = self._state.shape[1:]
         if tuple(shape) != tuple(expected):
-            raise ValueError(f"{name} must fit the images seen so far, [B, K, ...] = {tuple(expected)}, got {tuple(shape)}")
+            raise ValueError(
+                f"{name} must fit the images seen so far, [B, K, ...] = {tuple(expected)}, got {tuple(shape)}"
+            )
         if device != self._state.device:
-            raise ValueError(f"{name} must be on {self._state.device} like the images seen so far, got {device}")
+            raise ValueError(
+                f"{name} must be on {self._state.device} like the images seen so far, got {device}"
+            )
 
-    def _check_chunk(self, x: Tensor, model_output: Tensor, x_t: Tensor | None, coefficients: StepCoefficients) -> None:
+    def _check_chunk(
+        self, x: Tensor, model_output: Tensor, x_t: Tensor | None, coefficients: StepCoefficients
+    ) -> None:
         chunk_arguments(x, model_output, coefficients, x_t)
         if self._state is not None:
             self._check_state(self._result_shape(x), x.device, "x")
@@ -181,16 +222,28 @@ class PosteriorScorer:
     def _result_shape(self, x: Tensor) -> tuple[int, ...]:
         return (x.shape[0], self.num_classes, *(x.shape[2:] if self.per_location else ()))
 
-    def _check_classes(self, classes: Sequence[int] | Tensor | None, chunk_classes: int, device: torch.device) -> Tensor | None:
+    def _check_classes(
+        self, classes: Sequence[int] | Tensor | None, chunk_classes: int, device: torch.device
+    ) -> Tensor | None:
         if classes is None:
             if chunk_classes != self.num_classes:
-                raise ValueError(f"model_output must have all {self.num_classes} classes where classes is None, got {chunk_classes}")
+                raise ValueError(
+                    f"model_output must have all {self.num_classes} classes where classes is None, got {chunk_classes}"
+                )
             return None
         if not isinstance(classes, (Tensor, Sequence)):
-            raise TypeError(f"classes must be a sequence of ints or an int64 tensor, got {type(classes).__name__}")
-        index = self._classes_of_tensor(classes, device) if isinstance(classes, Tensor) else self._classes_of_list(tuple(classes), device)
+            raise TypeError(
+                f"classes must be a sequence of ints or an int64 tensor, got {type(classes).__name__}"
+            )
+        index = (
+            self._classes_of_tensor(classes, device)
+            if isinstance(classes, Tensor)
+            else self._classes_of_list(tuple(classes), device)
+        )
         if index.shape[0] != chunk_classes:
-            raise ValueError(f"classes must be [{chunk_classes}] like the chunk's class axis, got {tuple(index.shape)}")
+            raise ValueError(
+                f"classes must be [{chunk_classes}] like the chunk's class axis, got {tuple(index.shape)}"
+            )
         return index
 
     def _classes_of_list(self, classes: tuple[int, ...], device: torch.device) -> Tensor:
@@ -207,8 +260,15 @@ class PosteriorScorer:
         return index
 
     def _classes_of_tensor(self, classes: Tensor, device: torch.device) -> Tensor:
-        version = None if classes.is_inference() else classes._version  # which changes with its values
-        if version is None or self._class_tensor is None or self._class_tensor[0] is not classes or self._class_tensor[1] != version:
+        version = (
+            None if classes.is_inference() else classes._version
+        )  # which changes with its values
+        if (
+            version is None
+            or self._class_tensor is None
+            or self._class_tensor[0] is not classes
+            or self._class_tensor[1] != version
+        ):
             if classes.dtype != torch.int64:
                 raise TypeError(f"classes must be int64, got {classes.dtype}")
             if classes.ndim != 1:
@@ -218,17 +278,29 @@ class PosteriorScorer:
         return self._class_tensor[2]
 
     def _require_classes(self, classes: Tensor) -> None:
-        require(((classes >= 0) & (classes < self.num_classes)).all(), f"classes must lie in 0...{self.num_classes - 1}", classes)
+        require(
+            ((classes >= 0) & (classes < self.num_classes)).all(),
+            f"classes must lie in 0...{self.num_classes - 1}",
+            classes,
+        )
         require((classes.sort().values.diff() != 0).all(), "classes must be distinct", classes)
 
     def _agree_on_shape(self, group: dist.ProcessGroup | None) -> None:
-        """Allocate a state where only other processes have one; raise on all of them where they differ."""
+        """Allocate a state where only other processes have one; raise on all of them where they
+        differ.
+        """
         own = None if self._state is None else (tuple(self._state.shape), self._state.device.type)
         described = [None] * dist.get_world_size(group)
-        dist.all_gather_object(described, (self.num_classes, self.reduction, self.per_location, self._dtype, own), group)
+        dist.all_gather_object(
+            described,
+            (self.num_classes, self.reduction, self.per_location, self._dtype, own),
+            group,
+        )
         states = {state for *_, state in described if state is not None}
         if len({settings[:3] for settings in described}) > 1 or len(states) > 1:
-            raise ValueError(f"all processes must score the same classes and images the same way, got {described}")
+            raise ValueError(
+                f"all processes must score the same classes and images the same way, got {described}"
+            )
         for shape, device_type in states:
             self._allocate(shape[1:], torch.device(device_type))
         if any(settings[3] == torch.float64 for settings in described):
@@ -239,7 +311,9 @@ class PosteriorScorer:
         neutral[0] = self._state[0]
         dist.all_reduce(neutral[0], dist.ReduceOp.MAX, group)
         # Merging no weight at the common maximum rescales to it; after that the sums only add up.
-        self._state.copy_(merge_states(self._count, self._state, self._count, neutral, self.reduction))
+        self._state.copy_(
+            merge_states(self._count, self._state, self._count, neutral, self.reduction)
+        )
         dist.all_reduce(self._state[1:], group=group)
         dist.all_reduce(self._count, group=group)
 
@@ -256,11 +330,23 @@ class PosteriorScorer:
         mean.copy_(common)
 
 
-def _signature(x: Tensor, model_output: Tensor, x_t: Tensor | None, coefficients: StepCoefficients) -> tuple | None:
-    """All that `chunk_arguments` asks of a chunk; None for one that has no such thing, which it then refuses."""
+def _signature(
+    x: Tensor, model_output: Tensor, x_t: Tensor | None, coefficients: StepCoefficients
+) -> tuple | None:
+    """All that `chunk_arguments` asks of a chunk; None for one that has no such thing, which it
+    then refuses.
+    """
     try:
-        tensors = (x, model_output, coefficients.data) if x_t is None else (x, model_output, coefficients.data, x_t)
-        return coefficients.unscorable, coefficients.needs_noisy, *[(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
+        tensors = (
+            (x, model_output, coefficients.data)
+            if x_t is None
+            else (x, model_output, coefficients.data, x_t)
+        )
+        return (
+            coefficients.unscorable,
+            coefficients.needs_noisy,
+            *[(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors],
+        )
     except AttributeError:
         return None
 

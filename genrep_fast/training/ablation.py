@@ -1,4 +1,6 @@
-"""`genrep train --ablation`: the five rows of the paper's table (GenRep, ICLR 2026), where labels are few and they can differ."""
+"""`genrep train --ablation`: the five rows of the paper's table (GenRep, ICLR 2026), where labels
+are few and they can differ.
+"""
 
 from __future__ import annotations
 
@@ -35,9 +37,11 @@ COLUMNS = {
 
 
 def run_ablation(config: TrainingConfig, seeds: int) -> str:
-    """Run every row with `seeds` seeds, from `config.seed` on, and write ablation.md and ablation.json to the output folder.
+    """Run every row with `seeds` seeds, from `config.seed` on, and write ablation.md and
+    ablation.json to the output folder.
 
-    Stage 0 is shared by the rows of a seed. A row that is complete is not run again, one that was interrupted goes on.
+    Stage 0 is shared by the rows of a seed. A row that is complete is not run again, one that was
+    interrupted goes on.
 
     Args:
         config: the run that the rows vary.
@@ -47,7 +51,8 @@ def run_ablation(config: TrainingConfig, seeds: int) -> str:
         The table, mean ± standard deviation over the seeds, in Markdown.
 
     Raises:
-        ValueError: for fewer than one seed, and for options other than those of the rows that the folder holds already.
+        ValueError: for fewer than one seed, and for options other than those of the rows that the
+            folder holds already.
         BlockingIOError: where another run writes to the folder.
     """
     if seeds < 1:
@@ -59,11 +64,23 @@ def run_ablation(config: TrainingConfig, seeds: int) -> str:
 def _run_ablation(config: TrainingConfig, seeds: int) -> str:
     results = {row: [] for row in ROWS}
     for seed in range(config.seed, config.seed + seeds):
-        base = dataclasses.replace(config, seed=seed, resume=True, labelled_per_class=config.labelled_per_class or LABELLED_PER_CLASS)
+        base = dataclasses.replace(
+            config,
+            seed=seed,
+            resume=True,
+            labelled_per_class=config.labelled_per_class or LABELLED_PER_CLASS,
+        )
         backbone = _shared_backbone(base)
         for row, switches in ROWS.items():
             folder = Path(config.output) / f"seed-{seed}" / row.replace(" ", "-")
-            varied = dataclasses.replace(base, output=str(folder), backbone=str(backbone), steps=None, **_after_diffusion(base), **switches)
+            varied = dataclasses.replace(
+                base,
+                output=str(folder),
+                backbone=str(backbone),
+                steps=None,
+                **_after_diffusion(base),
+                **switches,
+            )
             console.print(f"seed {seed}: {row}")
             results[row].append(_metrics(varied))
     table = _table(results)
@@ -77,8 +94,15 @@ def _run_ablation(config: TrainingConfig, seeds: int) -> str:
 def _shared_backbone(config: TrainingConfig) -> Path:
     """Stage 0 of one seed; returns the folder of its backbone."""
     output = Path(config.output) / f"seed-{config.seed}" / "diffusion"
-    steps = {"diffusion_steps": config.stage_steps[0], "perception_steps": 0, "joint_steps": 0, "steps": None}
-    config = dataclasses.replace(config, output=str(output), teacher="none", evaluate=False, **steps).resumed()
+    steps = {
+        "diffusion_steps": config.stage_steps[0],
+        "perception_steps": 0,
+        "joint_steps": 0,
+        "steps": None,
+    }
+    config = dataclasses.replace(
+        config, output=str(output), teacher="none", evaluate=False, **steps
+    ).resumed()
     backbone = output / "backbone"
     if not backbone.is_dir():
         run(config)

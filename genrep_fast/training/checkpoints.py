@@ -125,7 +125,9 @@ def newest_checkpoint(output: Path) -> Path | None:
     return found[-1].path if found else None
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> dict[str, torch.Tensor]:
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, names: Sequence[str]
+) -> dict[str, torch.Tensor]:
     """The state of an AdamW, as ``PARAMETER/KEY``; `names` are those of its parameters in order."""
     state_dict = optimizer.state_dict()
     numbers = [number for group in state_dict["param_groups"] for number in group["params"]]

@@ -21,38 +21,48 @@ class TrainingConfig:
     """Options of `genrep train`.
 
     Args:
-        data: digits (scikit-learn's, 8 × 8), folder:PATH (one folder of images a class), or torchvision:NAME.
+        data: digits (scikit-learn's, 8 × 8), folder:PATH (one folder of images a class), or
+            torchvision:NAME.
         output: folder of the run; checkpoints, metrics, report and the trained pipeline go there.
         resume: go on from the newest checkpoint in the output folder; start there if it holds none.
         seed: of weights, batches, noise and timesteps. The splits do not depend on it.
         image_size: side in pixels to which images are resized; the data set's own where not given.
-        backbone: folder of a UNet2DModel or DiTTransformer2DModel written by diffusers' save_pretrained; a small UNet where not given.
-            A pretrained backbone needs no diffusion stage: see diffusion_steps.
+        backbone: folder of a UNet2DModel or DiTTransformer2DModel written by diffusers'
+            save_pretrained; a small UNet where not given. A pretrained backbone needs no diffusion
+            stage: see diffusion_steps.
         vae: folder of the AutoencoderKL of a latent backbone.
-        scheduler: folder of the diffusers scheduler that the backbone was trained with; a linear DDPM of 1000 steps where not given.
-        steps: optimizer steps of all stages together, in the ratio of the three numbers below; bank, samples and evaluation shrink with it.
+        scheduler: folder of the diffusers scheduler that the backbone was trained with; a linear
+            DDPM of 1000 steps where not given.
+        steps: optimizer steps of all stages together, in the ratio of the three numbers below;
+            bank, samples and evaluation shrink with it.
         diffusion_steps: of stage 0, class-conditional diffusion (0 with a pretrained backbone).
         perception_steps: of stage 1, perception alone.
         joint_steps: of stage 2, both losses.
         batch_size: images a micro-batch.
         gradient_accumulation_steps: micro-batches an optimizer step.
-        learning_rate: highest, reached after the warm-up of each stage; falls to a hundredth along a cosine.
+        learning_rate: highest, reached after the warm-up of each stage; falls to a hundredth along
+            a cosine.
         perception_learning_rate: likewise in stages 1 and 2.
         weight_decay: of AdamW.
         max_grad_norm: clipping; 0 for none.
         mixed_precision: as Accelerate's.
         ema_decay: of the weights that are evaluated and saved.
         momentum: of the network that gives x_sem in stage 2.
-        teacher: estimator of log p(x|y) whose posterior is distilled into the head; none for no distillation.
+        teacher: estimator of log p(x|y) whose posterior is distilled into the head; none for no
+            distillation.
         distillation_weight: λ.
         teacher_chains: bank: chains a class.
-        teacher_steps: bank and image_chain: inference steps of a chain; elbo: scored timesteps an image.
-        teacher_refresh: bank: optimizer steps between two refreshes, each of a quarter of the chains; 0 for none.
+        teacher_steps: bank and image_chain: inference steps of a chain; elbo: scored timesteps an
+            image.
+        teacher_refresh: bank: optimizer steps between two refreshes, each of a quarter of the
+            chains; 0 for none.
         semantic: semantic-driven generation, the modulation of mean and variance by x_sem.
-        semantic_rate: share of the joint steps in which x_sem comes from the momentum network; else it is the network's own.
+        semantic_rate: share of the joint steps in which x_sem comes from the momentum network; else
+            it is the network's own.
         alignment_weight: λ_r, of the representation alignment loss.
         variance_weight: of the variational bound that trains the variance modulation.
-        align: damp the conflict of the two gradients on the attention blocks; the plain weighted sum otherwise.
+        align: damp the conflict of the two gradients on the attention blocks; the plain weighted
+            sum otherwise.
         gradient_weights: ω of perception and generation.
         gradient_power: κ, the damping exponent.
         labelled_per_class: labelled images a class for the perception loss; all where not given.
@@ -112,7 +122,14 @@ class TrainingConfig:
         for name in (*positive, "checkpoint_every", "log_every"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("diffusion_steps", "perception_steps", "joint_steps", "max_grad_norm", "weight_decay", "teacher_refresh"):
+        for name in (
+            "diffusion_steps",
+            "perception_steps",
+            "joint_steps",
+            "max_grad_norm",
+            "weight_decay",
+            "teacher_refresh",
+        ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.diffusion_steps + self.perception_steps + self.joint_steps == 0:
@@ -135,7 +152,9 @@ class TrainingConfig:
 
     @property
     def scale(self) -> float:
-        """Size of this run against the full one, at most 1; bank, samples and evaluation shrink with it."""
+        """Size of this run against the full one, at most 1; bank, samples and evaluation shrink
+        with it.
+        """
         wanted = self.diffusion_steps + self.perception_steps + self.joint_steps
         return min(1.0, sum(self.stage_steps) / wanted)
 
@@ -146,7 +165,8 @@ class TrainingConfig:
         write_atomically(path / "config.json", json.dumps(dataclasses.asdict(self), indent=2))
 
     def resumed(self) -> TrainingConfig:
-        """The configuration saved in the output folder, where there is one, with `resume` as it is here.
+        """The configuration saved in the output folder, where there is one, with `resume` as it is
+        here.
 
         Raises:
             ValueError: for an option that was given and differs from the saved one, and for a

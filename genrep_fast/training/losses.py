@@ -22,8 +22,10 @@ def perception_loss(
     """L_percept = L_disc + λ·L_distil.
 
     Args:
-        logits: [B, K] of the head; labels: int64 [B]; labelled: bool [B], which of the labels L_disc may use.
-        distillation: L_distil of the same logits (`Teacher.distillation_loss`), or None for no distillation.
+        logits: [B, K] of the head; labels: int64 [B]; labelled: bool [B], which of the labels
+            L_disc may use.
+        distillation: L_distil of the same logits (`Teacher.distillation_loss`), or None for no
+            distillation.
         distillation_weight: λ.
 
     Returns:
@@ -33,12 +35,22 @@ def perception_loss(
     discrimination = (per_image * labelled).sum() / labelled.sum().clamp(min=1)
     if distillation is None:
         return discrimination, {"discrimination": discrimination}
-    return discrimination + distillation_weight * distillation, {"discrimination": discrimination, "distillation": distillation}
+    return discrimination + distillation_weight * distillation, {
+        "discrimination": discrimination,
+        "distillation": distillation,
+    }
 
 
-def stratified_timesteps(batch: int, num_train_timesteps: int, device: torch.device) -> torch.Tensor:
-    """One uniform timestep from each of `batch` equal parts of the schedule, int64 [batch]: less noisy than independent ones."""
-    return ((torch.arange(batch, device=device) + torch.rand(batch, device=device)) * (num_train_timesteps / batch)).long()
+def stratified_timesteps(
+    batch: int, num_train_timesteps: int, device: torch.device
+) -> torch.Tensor:
+    """One uniform timestep from each of `batch` equal parts of the schedule, int64 [batch]: less
+    noisy than independent ones.
+    """
+    return (
+        (torch.arange(batch, device=device) + torch.rand(batch, device=device))
+        * (num_train_timesteps / batch)
+    ).long()
 
 
 class GenerationLoss(nn.Module):
@@ -51,17 +63,24 @@ class GenerationLoss(nn.Module):
 
     def __init__(self, scheduler, *, alignment_weight: float, variance_weight: float):
         super().__init__()
-        self.scheduler, self.alignment_weight, self.variance_weight = scheduler, alignment_weight, variance_weight
+        self.scheduler, self.alignment_weight, self.variance_weight = (
+            scheduler,
+            alignment_weight,
+            variance_weight,
+        )
         timesteps = torch.arange(scheduler.config.num_train_timesteps - 1, -1, -1)
         previous = timesteps - 1
         # Rows lie at t = T−1 … 0 in a chain; flipped, a row is found by its timestep.
         chain = StepCoefficients.chain(scheduler, timesteps, previous, variance="fixed_small")
-        exact = StepCoefficients.chain(scheduler, timesteps, previous, variance="fixed_small", parameterization="sample")
+        exact = StepCoefficients.chain(
+            scheduler, timesteps, previous, variance="fixed_small", parameterization="sample"
+        )
         large = StepCoefficients.chain(scheduler, timesteps, previous, variance="fixed_large")
         std = chain.std.flip(0)
         std[0] = std[1]  # β̃ is 0 at t = 0; its neighbour stands in, as in Improved DDPM
         self.register_buffer("std", std)
-        # The std that scores: the one that moves the chain is 0 at t = 0, whose logarithm would make the bound infinite there.
+        # The std that scores: the one that moves the chain is 0 at t = 0, whose logarithm would
+        # make the bound infinite there.
         self.register_buffer("log_std_range", -0.5 * large.inv_var.flip(0).log() - std.log())
         self.register_buffer("noisy", (chain.mean_noisy - exact.mean_noisy).flip(0))
         self.register_buffer("output", chain.mean_output.flip(0))
@@ -81,37 +100,56 @@ class GenerationLoss(nn.Module):
 
         Args:
             model: a GenRep, or its wrapper; x: clean latents [B, C, H, W]; labels: int64 [B].
-            semantic: x_sem [B, F, h, w] of the momentum network; None for plain diffusion (stage 0).
-            own: modulate by the network's own features, as at inference; `semantic` then serves the alignment loss alone.
+            semantic: x_sem [B, F, h, w] of the momentum network; None for plain diffusion (stage
+                0).
+            own: modulate by the network's own features, as at inference; `semantic` then serves the
+                alignment loss alone.
             modulate: semantic-driven generation.
         """
-        timesteps = stratified_timesteps(len(x), self.scheduler.config.num_train_timesteps, x.device)
+        timesteps = stratified_timesteps(
+            len(x), self.scheduler.config.num_train_timesteps, x.device
+        )
         noise = torch.randn_like(x)
         x_t = self.scheduler.add_noise(x, noise, timesteps)
-        output = model(x_t, timesteps, labels, semantic=None if own else semantic, modulate=modulate)
+        output = model(
+            x_t, timesteps, labels, semantic=None if own else semantic, modulate=modulate
+        )
         prediction = output.sample[:, : x.shape[1]]
-        diffusion = F.mse_loss(prediction.float(), training_target(self.scheduler, x, noise, timesteps).float())
+        diffusion = F.mse_loss(
+            prediction.float(), training_target(self.scheduler, x, noise, timesteps).float()
+        )
         loss, parts = diffusion, {"diffusion": diffusion}
         driven = modulate and semantic is not None
         if driven:
-            parts["representation_alignment"] = (1 - F.cosine_similarity(output.features.float(), semantic.float(), dim=1)).mean()
+            parts["representation_alignment"] = (
+                1 - F.cosine_similarity(output.features.float(), semantic.float(), dim=1)
+            ).mean()
             loss = loss + self.alignment_weight * parts["representation_alignment"]
-        if driven or output.sample.shape[1] > x.shape[1]:  # a learned variance is trained in every stage
+        if (
+            driven or output.sample.shape[1] > x.shape[1]
+        ):  # a learned variance is trained in every stage
             parts["variational_bound"] = self._variational_bound(x, x_t, output, timesteps)
             loss = loss + self.variance_weight * parts["variational_bound"]
         return loss, parts
 
     def _variational_bound(self, x, x_t, output, timesteps) -> torch.Tensor:
-        # KL( N(μ̃, σ²) ‖ N(μ, σ² e^{2s}) ) a dimension in nats, μ detached: it trains s, the shift of log σ (and a learned variance).
+        # KL( N(μ̃, σ²) ‖ N(μ, σ² e^{2s}) ) a dimension in nats, μ detached: it trains s, the shift
+        # of log σ (and a learned variance).
         def at(table):
             return table[timesteps][:, None, None, None]
 
         prediction = output.sample[:, : x.shape[1]].detach().float()
-        difference = at(self.noisy) * x_t + at(self.output) * prediction - at(self.exact_output) * x  # μ − μ̃
+        difference = (
+            at(self.noisy) * x_t + at(self.output) * prediction - at(self.exact_output) * x
+        )  # μ − μ̃
         shift = output.log_std_shift.float()[:, None, None, None]
-        if self.scheduler.config.variance_type == "fixed_large":  # the deviation that the shift modulates in `generate`
+        if (
+            self.scheduler.config.variance_type == "fixed_large"
+        ):  # the deviation that the shift modulates in `generate`
             shift = shift + at(self.log_std_range)
         elif output.sample.shape[1] == 2 * x.shape[1]:
-            shift = shift + (output.sample[:, x.shape[1] :].float() + 1) / 2 * at(self.log_std_range)
+            shift = shift + (output.sample[:, x.shape[1] :].float() + 1) / 2 * at(
+                self.log_std_range
+            )
         ratio = (difference / at(self.std)) ** 2
         return (shift + ((1 + ratio) * (-2 * shift).exp() - 1) / 2).mean()

@@ -17,7 +17,8 @@ from .state import TrainingState
 from .teacher import planned_evaluations
 from .trainer import Trainer
 
-# Forward and backward passes of the backbone in a step of each stage; a forward pass alone counts a third.
+# Forward and backward passes of the backbone in a step of each stage; a forward pass alone counts a
+# third.
 _PASSES = {"diffusion": 1.0, "perception": 1.0, "joint": 2 + 1 / 3}
 _FORWARD = 1 / 3
 
@@ -28,14 +29,18 @@ _CLOSING_ROWS = (
     ("posterior calibration error", ("posterior", "ece")),
     ("generated images recognised", ("generation", "recognition_rate")),
     ("Fréchet distance / that of training images", ("generation", "frechet_ratio")),
-    ("distance to nearest training image / that of test images", ("generation", "nearest_training_ratio")),
+    (
+        "distance to nearest training image / that of test images",
+        ("generation", "nearest_training_ratio"),
+    ),
     ("evidence AUROC, random images", ("out_of_distribution", "uniform_auroc")),
     ("evidence AUROC, shuffled images", ("out_of_distribution", "shuffled_auroc")),
 )
 
 
 def run(config: TrainingConfig, settings: EvaluationSettings | None = None) -> dict | None:
-    """Train as `config` says and evaluate, with the sizes of `settings` or with what fits the run's length.
+    """Train as `config` says and evaluate, with the sizes of `settings` or with what fits the run's
+    length.
 
     Returns:
         The metrics, or None where `config.evaluate` is False.
@@ -71,7 +76,10 @@ def _run(config: TrainingConfig, settings: EvaluationSettings | None) -> dict | 
                 progress=progress,
             )
     console.print(closing_table(trainer, metrics, time.perf_counter() - started))
-    console.print(f"wrote {config.output}: model/, history.jsonl" + (", metrics.json, report.html, figures/" if metrics else ""))
+    console.print(
+        f"wrote {config.output}: model/, history.jsonl"
+        + (", metrics.json, report.html, figures/" if metrics else "")
+    )
     return metrics
 
 
@@ -103,18 +111,32 @@ def _teacher_facts(state: TrainingState) -> dict[str, float]:
 def _budget_table(trainer: Trainer, settings: EvaluationSettings) -> Table:
     config, splits = trainer.config, trainer.splits
     seconds = _seconds_per_pass(trainer)
-    table = Table("stage", "steps", "time budget", title=f"{config.data} → {config.output}", title_justify="left")
+    table = Table(
+        "stage",
+        "steps",
+        "time budget",
+        title=f"{config.data} → {config.output}",
+        title_justify="left",
+    )
     for stage, steps in zip(STAGES, config.stage_steps, strict=True):
-        table.add_row(stage, str(steps), _minutes(steps * config.gradient_accumulation_steps * _PASSES[stage] * seconds))
+        table.add_row(
+            stage,
+            str(steps),
+            _minutes(steps * config.gradient_accumulation_steps * _PASSES[stage] * seconds),
+        )
     if config.teacher != "none":
         evaluations = planned_evaluations(config, splits.num_classes)
         table.add_row("teacher", "", _minutes(evaluations / config.batch_size * _FORWARD * seconds))
     if config.evaluate:
         images = settings.test_images or len(splits.test)
-        scored = images + 2 * min(images, settings.random_images) + min(images, len(splits.calibration))
+        scored = (
+            images + 2 * min(images, settings.random_images) + min(images, len(splits.calibration))
+        )
         scored *= splits.num_classes * settings.elbo_steps
         drawn = settings.samples_per_class * splits.num_classes * settings.num_inference_steps
-        table.add_row("evaluation", "", _minutes((scored + drawn) / config.batch_size * _FORWARD * seconds))
+        table.add_row(
+            "evaluation", "", _minutes((scored + drawn) / config.batch_size * _FORWARD * seconds)
+        )
     return table
 
 
@@ -149,7 +171,10 @@ def closing_table(trainer: Trainer, metrics: dict | None, evaluation_seconds: fl
         table.add_row(f"time, {stage}", _minutes(trainer.state.seconds[stage]))
     teacher = trainer.state.teacher
     if teacher is not None:
-        table.add_row(f"time, teacher outside the steps ({teacher.evaluations} evaluations)", _minutes(teacher.apart.seconds))
+        table.add_row(
+            f"time, teacher outside the steps ({teacher.evaluations} evaluations)",
+            _minutes(teacher.apart.seconds),
+        )
         table.add_row("teacher", f"{trainer.state.teacher_percent:.1f}% of a training step")
     if metrics:
         table.add_row("time, evaluation", _minutes(evaluation_seconds))

@@ -43,7 +43,9 @@ class TrainingState:
 
     @property
     def teacher_percent(self) -> float:
-        """What the teacher takes of a training step that it teaches, in per cent of the step's time."""
+        """What the teacher takes of a training step that it teaches, in per cent of the step's
+        time.
+        """
         taught = self.seconds["perception"] + self.seconds["joint"]
         return 100 * self.teacher.in_steps.seconds / taught
 

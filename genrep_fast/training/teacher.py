@@ -1,4 +1,6 @@
-"""The distillation teacher: a frozen denoiser, an estimator of log p(x|y) over it, the temperature of its posterior, and its cost."""
+"""The distillation teacher: a frozen denoiser, an estimator of log p(x|y) over it, the temperature
+of its posterior, and its cost.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from ..scoring.chain_bank import ChainBank
 from ..scoring.estimators import ElboEstimator, ImageChainEstimator
 from .config import TrainingConfig
 
-# Chosen by negative log-likelihood on the calibration split of the digits: many short chains beat few long ones at the same cost.
+# Chosen by negative log-likelihood on the calibration split of the digits: many short chains beat
+# few long ones at the same cost.
 _CENTER, _SIGMA_FLOOR = "sample", 0.2
 _BURN_IN, _THIN = 0.2, 4  # a fifth of the steps; every fourth of the rest
 _REFRESH = 4  # each refresh renews one chain in four
@@ -19,7 +22,9 @@ _BATCH = 256
 
 
 def planned_evaluations(config: TrainingConfig, num_classes: int) -> int:
-    """Network evaluations that the teacher of a whole run will take, those of its calibration not counted."""
+    """Network evaluations that the teacher of a whole run will take, those of its calibration not
+    counted.
+    """
     if config.teacher == "none":
         return 0
     steps = sum(config.stage_steps[1:])
@@ -27,7 +32,13 @@ def planned_evaluations(config: TrainingConfig, num_classes: int) -> int:
         bank = scaled_chains(config) * num_classes * config.teacher_steps
         refreshes = steps // config.teacher_refresh if config.teacher_refresh else 0
         return bank + refreshes * bank // _REFRESH
-    return steps * config.gradient_accumulation_steps * config.batch_size * num_classes * config.teacher_steps
+    return (
+        steps
+        * config.gradient_accumulation_steps
+        * config.batch_size
+        * num_classes
+        * config.teacher_steps
+    )
 
 
 def scaled_chains(config: TrainingConfig) -> int:
@@ -42,7 +53,8 @@ class Teacher:
         temperature: τ of the posterior, calibrated by `prepare`.
         accuracy: top-1 of the posterior on the calibration images, also of `prepare`.
         evaluations: images that went through the network, once a class and step.
-        in_steps: stopwatch of the training steps: the scores of their images and the distillation loss (its forward pass).
+        in_steps: stopwatch of the training steps: the scores of their images and the distillation
+            loss (its forward pass).
         apart: stopwatch of everything else, the bank's chains and the calibration.
     """
 
@@ -81,24 +93,34 @@ class Teacher:
         self.estimator = bank
 
     def prepare(self, images: torch.Tensor, labels: torch.Tensor) -> None:
-        """Build the bank where there is one, and calibrate the temperature on images [N, C, H, W], labels [N] that serve nothing else."""
+        """Build the bank where there is one, and calibrate the temperature on images [N, C, H, W],
+        labels [N] that serve nothing else.
+        """
         with self.apart:
             if self.config.teacher == "bank":
                 self.estimator = self._build_bank()
-            scores = torch.cat([self.estimator.log_likelihood(batch) for batch in images.split(_BATCH)])
+            scores = torch.cat(
+                [self.estimator.log_likelihood(batch) for batch in images.split(_BATCH)]
+            )
             self.temperature = fit_temperature(scores, labels)
             self.accuracy = (scores.argmax(1) == labels).float().mean().item()
 
     def distillation_loss(self, logits: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """L_distil = KL(p ‖ softmax(logits)) in nats, with the teacher's posterior p of clean latents x [B, C, H, W]; logits [B, K]."""
+        """L_distil = KL(p ‖ softmax(logits)) in nats, with the teacher's posterior p of clean
+        latents x [B, C, H, W]; logits [B, K].
+        """
         with self.in_steps:
-            return distillation_loss(logits, self.estimator.log_likelihood(x), temperature=self.temperature)
+            return distillation_loss(
+                logits, self.estimator.log_likelihood(x), temperature=self.temperature
+            )
 
     def refresh(self) -> None:
         """Renew a part of the bank's chains; the other estimators keep nothing that could age."""
         if self.config.teacher == "bank":
             with self.apart:
-                self.estimator.refresh(self._denoise, chains=max(1, scaled_chains(self.config) // _REFRESH))
+                self.estimator.refresh(
+                    self._denoise, chains=max(1, scaled_chains(self.config) // _REFRESH)
+                )
 
     def state_dict(self) -> dict:
         return {
@@ -113,7 +135,10 @@ class Teacher:
     def load_state_dict(self, state: dict) -> None:
         self.model.load_state_dict(self.model.state_dict() | state["model"])
         self.temperature, self.accuracy = state["temperature"], state["accuracy"]
-        self.in_steps.seconds, self.apart.seconds = state["seconds_in_steps"], state["seconds_apart"]
+        self.in_steps.seconds, self.apart.seconds = (
+            state["seconds_in_steps"],
+            state["seconds_apart"],
+        )
         if self.config.teacher != "bank":  # a bank keeps its own count
             self.estimator.evaluations = state["evaluations"]
 
@@ -135,13 +160,24 @@ class Teacher:
     def _online_estimator(self) -> ElboEstimator | ImageChainEstimator:
         arguments = (self._denoise, self.scheduler, self.model.config.num_classes)
         if self.config.teacher == "elbo":
-            return ElboEstimator(*arguments, num_steps=self.config.teacher_steps, seed=self.config.seed)
-        return ImageChainEstimator(*arguments, num_inference_steps=self.config.teacher_steps, **self._chain_options())
+            return ElboEstimator(
+                *arguments, num_steps=self.config.teacher_steps, seed=self.config.seed
+            )
+        return ImageChainEstimator(
+            *arguments, num_inference_steps=self.config.teacher_steps, **self._chain_options()
+        )
 
     def _chain_options(self) -> dict:
         # A learned variance fits no table: the larger of its two bounds scores in its place.
         variance = "fixed_large" if self.scheduler.config.variance_type == "learned_range" else None
-        return {"center": _CENTER, "sigma_floor": _SIGMA_FLOOR, "variance": variance, "seed": self.config.seed}
+        return {
+            "center": _CENTER,
+            "sigma_floor": _SIGMA_FLOOR,
+            "variance": variance,
+            "seed": self.config.seed,
+        }
 
-    def _denoise(self, x_t: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def _denoise(
+        self, x_t: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor
+    ) -> torch.Tensor:
         return self.model(x_t, timesteps, labels, modulate=False).sample

@@ -48,29 +48,46 @@ class Trainer:
         accelerator: one is made from the config where not given.
 
     Raises:
-        ValueError: for data, backbone and VAE that do not fit together, and for a folder that holds a run while `config.resume` is False.
+        ValueError: for data, backbone and VAE that do not fit together, and for a folder that holds
+            a run while `config.resume` is False.
         RuntimeError: for more than one process.
     """
 
-    def __init__(self, config: TrainingConfig, splits: DataSplits, accelerator: Accelerator | None = None):
+    def __init__(
+        self, config: TrainingConfig, splits: DataSplits, accelerator: Accelerator | None = None
+    ):
         self.config, self.splits, self.output = config, splits, Path(config.output)
         self.accelerator = accelerator or Accelerator(
-            mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.gradient_accumulation_steps
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
         )
         if self.accelerator.num_processes > 1:
             raise RuntimeError(
                 f"training runs in one process, got {self.accelerator.num_processes}: both gradients would have to be reduced"
             )
         if not config.resume and (self.output / "checkpoints").is_dir():
-            raise ValueError(f"output: {self.output} holds a run already; pass --resume to go on with it, or choose another folder")
+            raise ValueError(
+                f"output: {self.output} holds a run already; pass --resume to go on with it, or choose another folder"
+            )
         torch.manual_seed(config.seed)
         self.scheduler = build_scheduler(config)
         model = build_model(config, splits).to(self.accelerator.device)
-        named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        named = {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        }
         self.names, self.parameters = list(named), list(named.values())
         self.averages = [parameter.detach().clone() for parameter in self.parameters]
-        groups = dict(zip(self.names, model.alignment_groups(), strict=True)) if config.align else {}
-        self.aligner = GradientAligner(named.items(), weights=config.gradient_weights, power=config.gradient_power, groups=groups.get)
+        groups = (
+            dict(zip(self.names, model.alignment_groups(), strict=True)) if config.align else {}
+        )
+        self.aligner = GradientAligner(
+            named.items(),
+            weights=config.gradient_weights,
+            power=config.gradient_power,
+            groups=groups.get,
+        )
         optimizer = AlignedAdamW(
             self.parameters,
             lr=config.learning_rate,
@@ -80,10 +97,14 @@ class Trainer:
             max_norm=config.max_grad_norm or None,
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._learning_rate_factor)
-        self.wrapped, self.optimizer, self.schedule = self.accelerator.prepare(model, optimizer, schedule)
+        self.wrapped, self.optimizer, self.schedule = self.accelerator.prepare(
+            model, optimizer, schedule
+        )
         self.model = self.accelerator.unwrap_model(self.wrapped)
         self.generation_loss = GenerationLoss(
-            self.scheduler, alignment_weight=config.alignment_weight, variance_weight=config.variance_weight
+            self.scheduler,
+            alignment_weight=config.alignment_weight,
+            variance_weight=config.variance_weight,
         ).to(self.accelerator.device)
         self.state = TrainingState(config, named, self.averages)
 
@@ -126,7 +147,9 @@ class Trainer:
 
     def _run_stage(self, stage: int, end: int, batches) -> None:
         state = self.state
-        with StageProgress(STAGES[stage], state.step, end, self.config.stage_steps[stage]) as progress:
+        with StageProgress(
+            STAGES[stage], state.step, end, self.config.stage_steps[stage]
+        ) as progress:
             if state.stage != stage:
                 self._enter_stage(stage)
             # The only loss of an earlier stage counts whole.
@@ -147,11 +170,14 @@ class Trainer:
                     self._checkpoint()
 
     def _step(self, stage: int, batches) -> dict[str, torch.Tensor]:
-        """One optimizer step: its micro-batches, then alignment, clipping, update and averages at once."""
+        """One optimizer step: its micro-batches, then alignment, clipping, update and averages at
+        once.
+        """
         self.optimizer.optimizer.ema_decay = self._ema_decay(stage)
         while True:
             batch = next(batches)
-            # Every random number of a micro-batch follows from its index alone, so that a resumed run draws the same ones.
+            # Every random number of a micro-batch follows from its index alone, so that a resumed
+            # run draws the same ones.
             torch.manual_seed(self.config.seed * 1_000_003 + self.state.micro_batch)
             self.state.micro_batch += 1
             with self.accelerator.accumulate(self.wrapped):
@@ -171,7 +197,9 @@ class Trainer:
         return metrics
 
     def _backward(self, stage: int, batch) -> dict[str, torch.Tensor]:
-        """Collect the gradients of both losses; one that the stage does not have reaches no parameter."""
+        """Collect the gradients of both losses; one that the stage does not have reaches no
+        parameter.
+        """
         images, labels, labelled = batch
         x = self.model.encode(images)
         metrics = {}
@@ -183,10 +211,15 @@ class Trainer:
                 metrics |= self._perception(x, labels, labelled)
         return {name: value.detach() for name, value in metrics.items()}
 
-    def _generation(self, stage: int, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _generation(
+        self, stage: int, x: torch.Tensor, labels: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
         arguments = {"modulate": False}
         if stage == 2:
-            arguments = {"modulate": self.config.semantic, "own": torch.rand(()).item() >= self.config.semantic_rate}
+            arguments = {
+                "modulate": self.config.semantic,
+                "own": torch.rand(()).item() >= self.config.semantic_rate,
+            }
             if self.config.semantic:
                 with torch.no_grad(), self.accelerator.autocast():
                     arguments["semantic"] = self.state.momentum.semantic_features(x)
@@ -195,12 +228,20 @@ class Trainer:
         self.accelerator.backward(loss)
         return {"generation": loss, **parts}
 
-    def _perception(self, x: torch.Tensor, labels: torch.Tensor, labelled: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _perception(
+        self, x: torch.Tensor, labels: torch.Tensor, labelled: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
         teacher = self.state.teacher
         with self.accelerator.autocast():
             logits = self.model.perceive(x)
             distillation = None if teacher is None else teacher.distillation_loss(logits, x)
-            loss, parts = perception_loss(logits, labels, labelled, distillation, distillation_weight=self.config.distillation_weight)
+            loss, parts = perception_loss(
+                logits,
+                labels,
+                labelled,
+                distillation,
+                distillation_weight=self.config.distillation_weight,
+            )
         self.accelerator.backward(loss)
         return {"perception": loss, **parts}
 
@@ -214,7 +255,9 @@ class Trainer:
         return teacher.apart.seconds - before
 
     def _ema_decay(self, stage: int) -> float:
-        """After n steps of a stage (1 + n) / (10 + n), up to the configured one; 0 for the first, as in diffusers' EMAModel."""
+        """After n steps of a stage (1 + n) / (10 + n), up to the configured one; 0 for the first,
+        as in diffusers' EMAModel.
+        """
         n = self.state.step - sum(self.config.stage_steps[:stage])
         return min(self.config.ema_decay, (1 + n) / (10 + n)) if n else 0.0
 
@@ -236,18 +279,26 @@ class Trainer:
         """Take over the averaged weights of the stage that ends."""
         if self.state.stage >= 0:
             copy_(self.parameters, self.averages)
-        if self.state.stage == 0 and self.config.backbone is None:  # the null class of a pretrained backbone is initialised already
+        if (
+            self.state.stage == 0 and self.config.backbone is None
+        ):  # the null class of a pretrained backbone is initialised already
             self.model.reset_null_class()
 
     def _checkpoint(self) -> None:
-        # A loss that failed between two rows of the history shows here: no useless checkpoint may take the place of a good one.
-        broken = [name for name, parameter in zip(self.names, self.parameters, strict=True) if not parameter.isfinite().all()]
+        # A loss that failed between two rows of the history shows here: no useless checkpoint may
+        # take the place of a good one.
+        broken = [
+            name
+            for name, parameter in zip(self.names, self.parameters, strict=True)
+            if not parameter.isfinite().all()
+        ]
         if broken:
             raise FloatingPointError(
                 f"{len(broken)} parameters are not finite at step {self.state.step} (the first is {broken[0]}); "
                 f"checkpoints up to the last finite one are kept in {self.output}"
             )
-        # The history first: a run that is killed in between writes it again, since it goes on from the checkpoint before.
+        # The history first: a run that is killed in between writes it again, since it goes on from
+        # the checkpoint before.
         self._write_history()
         save_checkpoint(self.output, self._content())
 
@@ -307,8 +358,12 @@ class Trainer:
         if self.config.labelled_per_class is not None:
             labelled = few_labels(labels, self.config.labelled_per_class, self.config.seed)
         total = sum(self.config.stage_steps) * self.config.gradient_accumulation_steps
-        sampler = _SeededBatches(len(labels), self.config.batch_size, self.config.seed, self.state.micro_batch, total)
-        return self.accelerator.prepare(DataLoader(_PartlyLabelled(self.splits.train, labelled), batch_sampler=sampler))
+        sampler = _SeededBatches(
+            len(labels), self.config.batch_size, self.config.seed, self.state.micro_batch, total
+        )
+        return self.accelerator.prepare(
+            DataLoader(_PartlyLabelled(self.splits.train, labelled), batch_sampler=sampler)
+        )
 
     def _learning_rate_factor(self, step: int) -> float:
         start = 0
@@ -318,8 +373,13 @@ class Trainer:
             start += length
         position = min((step - start) / max(length, 1), 1.0)
         warmup = min(1.0, (step - start + 1) / min(_WARMUP_STEPS, max(length // 5, 1)))
-        cosine = _FINAL_LEARNING_RATE + (1 - _FINAL_LEARNING_RATE) * (1 + math.cos(math.pi * position)) / 2
-        highest = 1.0 if stage == 0 else self.config.perception_learning_rate / self.config.learning_rate
+        cosine = (
+            _FINAL_LEARNING_RATE
+            + (1 - _FINAL_LEARNING_RATE) * (1 + math.cos(math.pi * position)) / 2
+        )
+        highest = (
+            1.0 if stage == 0 else self.config.perception_learning_rate / self.config.learning_rate
+        )
         return warmup * cosine * highest
 
 
@@ -337,10 +397,18 @@ class _PartlyLabelled(Dataset):
 
 
 class _SeededBatches(Sampler):
-    """Micro-batches `start` … `total` − 1 of a run: each epoch a permutation that follows from the seed and the epoch alone."""
+    """Micro-batches `start` … `total` − 1 of a run: each epoch a permutation that follows from the
+    seed and the epoch alone.
+    """
 
     def __init__(self, length: int, batch_size: int, seed: int, start: int, total: int):
-        self.length, self.batch_size, self.seed, self.start, self.total = length, min(batch_size, length), seed, start, total
+        self.length, self.batch_size, self.seed, self.start, self.total = (
+            length,
+            min(batch_size, length),
+            seed,
+            start,
+            total,
+        )
 
     def __len__(self) -> int:
         return self.total - self.start
@@ -356,7 +424,9 @@ class _SeededBatches(Sampler):
 
 
 def build_scheduler(config: TrainingConfig) -> DDPMScheduler:
-    """The noise schedule: the one that a pretrained backbone came with, else the linear one of DDPM (Ho et al. 2020)."""
+    """The noise schedule: the one that a pretrained backbone came with, else the linear one of DDPM
+    (Ho et al. 2020).
+    """
     if config.scheduler is not None:
         require_saved("scheduler", config.scheduler, DDPMScheduler.config_name)
         return DDPMScheduler.from_pretrained(config.scheduler, clip_sample=False)
@@ -364,13 +434,19 @@ def build_scheduler(config: TrainingConfig) -> DDPMScheduler:
 
 
 def build_model(config: TrainingConfig, splits: DataSplits) -> GenRep:
-    """GenRep over the configured backbone, or over a small UNet of the images' size; raises ValueError where the images do not fit."""
+    """GenRep over the configured backbone, or over a small UNet of the images' size; raises
+    ValueError where the images do not fit.
+    """
     if config.backbone is not None:
-        model = GenRep.from_backbone(config.backbone, splits.num_classes, vae=config.vae, class_names=splits.class_names)
+        model = GenRep.from_backbone(
+            config.backbone, splits.num_classes, vae=config.vae, class_names=splits.class_names
+        )
     elif config.vae is not None:
         raise ValueError("vae: a latent model needs a backbone, got none")
     else:
-        model = GenRep.from_backbone(_small_unet(*splits.image_shape), splits.num_classes, class_names=splits.class_names)
+        model = GenRep.from_backbone(
+            _small_unet(*splits.image_shape), splits.num_classes, class_names=splits.class_names
+        )
     image, _ = splits.train[0]
     latent = model.encode(image[None]).shape[1:]
     if tuple(latent) != model.sample_shape:

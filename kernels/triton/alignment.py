@@ -4,15 +4,17 @@ For n gradients of N elements, see `genrep_fast.reference.alignment`:
 
     gram[i, j] = sum_k gradients_i[k] gradients_j[k],        out[k] = sum_i c_i gradients_i[k],        c from the Gram matrix
 
-gram reads nN elements and does n(n+1)N FLOPs; combine reads nN, writes N, and does 2nN FLOPs: memory bounds both. gram works in float64:
-products of float32 numbers are exact in it and never overflow, and where the float64 rate is half of float32's (A100, H100) it hides behind
-the reads. Of a pair of float32 gradients, a multiprocessor of an H100 reads an element each in 0.55 clocks, converts them in 0.13 (16 a
-clock) and multiplies and adds in 0.05 (64 a clock).
+gram reads nN elements and does n(n+1)N FLOPs; combine reads nN, writes N, and does 2nN FLOPs:
+memory bounds both. gram works in float64: products of float32 numbers are exact in it and never
+overflow, and where the float64 rate is half of float32's (A100, H100) it hides behind the reads. Of
+a pair of float32 gradients, a multiprocessor of an H100 reads an element each in 0.55 clocks,
+converts them in 0.13 (16 a clock) and multiplies and adds in 0.05 (64 a clock).
 
-Sums have a fixed order: every chunk writes its own to a slot, and a second kernel adds up the slots of each group.
+Sums have a fixed order: every chunk writes its own to a slot, and a second kernel adds up the slots
+    of each group.
 
-Between the two stand a few numbers a tensor and a group: sums of the tensors' own Gram matrices, coefficients, the choice of a
-tensor's.
+Between the two stand a few numbers a tensor and a group: sums of the tensors' own Gram matrices,
+coefficients, the choice of a tensor's.
 """
 
 from __future__ import annotations
@@ -35,13 +37,17 @@ def gram(gradients: list[Tensor | None], n: int, groups: list[int], num_groups: 
         tables = plan(by_loss(gradients, len(groups)), groups, num_groups, sample.device)
         partials = sample.new_empty(tables.slots, n * (n + 1) // 2, dtype=torch.float64)
         for chunks, dtypes, _ in tables.launches:
-            _gram_kernel[(len(chunks),)](chunks, tables.rows, partials, dtypes, CHUNK, LANES=256, num_warps=8)
+            _gram_kernel[(len(chunks),)](
+                chunks, tables.rows, partials, dtypes, CHUNK, LANES=256, num_warps=8
+            )
         _sum_kernel[(num_groups, n, n)](partials, tables.bounds, matrices, n, BLOCK=1024)
     return matrices
 
 
 def group_gram(grams: Tensor, groups: list[int], num_groups: int) -> Tensor:
-    """Gram matrices [num_groups, n, n] of groups from the tensors' own [T, n, n]; see the reference."""
+    """Gram matrices [num_groups, n, n] of groups from the tensors' own [T, n, n]; see the
+    reference.
+    """
     n = grams.shape[1]
     matrices = grams.new_empty(num_groups, n, n)
     if num_groups > 0:
@@ -88,26 +94,62 @@ def tensor_coefficients(
     return rows
 
 
-def alignment_coefficients(gram: Tensor, weights: list[float], power: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Coefficients [G, 2], cosine [G] and alpha [G] of Gram matrices [G, 2, 2], all float64; see the reference."""
+def alignment_coefficients(
+    gram: Tensor, weights: list[float], power: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Coefficients [G, 2], cosine [G] and alpha [G] of Gram matrices [G, 2, 2], all float64; see
+    the reference.
+    """
     num_groups = len(gram)
-    coefficients, cosine, alpha = gram.new_empty(num_groups, 2), gram.new_empty(num_groups), gram.new_empty(num_groups)
+    coefficients, cosine, alpha = (
+        gram.new_empty(num_groups, 2),
+        gram.new_empty(num_groups),
+        gram.new_empty(num_groups),
+    )
     if num_groups > 0:
         with torch.cuda.device_of(gram):
             grid = (triton.cdiv(num_groups, 64),)
-            _coefficients_kernel[grid](gram.contiguous(), coefficients, cosine, alpha, num_groups, *weights, power, BLOCK=64, num_warps=2)
+            _coefficients_kernel[grid](
+                gram.contiguous(),
+                coefficients,
+                cosine,
+                alpha,
+                num_groups,
+                *weights,
+                power,
+                BLOCK=64,
+                num_warps=2,
+            )
     return coefficients, cosine, alpha
 
 
-def combine(gradients: list[Tensor | None], coefficients: Tensor, groups: list[int], weights: list[float], out: list[Tensor]) -> None:
-    """Write sum_i c_i gradients_i into ``out[t]``, which may be one of its inputs; see the reference."""
+def combine(
+    gradients: list[Tensor | None],
+    coefficients: Tensor,
+    groups: list[int],
+    weights: list[float],
+    out: list[Tensor],
+) -> None:
+    """Write sum_i c_i gradients_i into ``out[t]``, which may be one of its inputs; see the
+    reference.
+    """
     by_list = by_loss(gradients, len(groups))
     with torch.cuda.device_of(coefficients):
         tables = plan([*by_list, out], groups, len(coefficients), coefficients.device)
         coefficients = coefficients.contiguous()
         weights = tuple(weights) or (0.0,) * len(by_list)  # none where no tensor needs them
         for chunks, dtypes, aligned in tables.launches:
-            _combine_kernel[(len(chunks),)](chunks, tables.rows, coefficients, weights, dtypes, aligned, CHUNK, BLOCK=2048, num_warps=8)
+            _combine_kernel[(len(chunks),)](
+                chunks,
+                tables.rows,
+                coefficients,
+                weights,
+                dtypes,
+                aligned,
+                CHUNK,
+                BLOCK=2048,
+                num_warps=8,
+            )
 
 
 @triton.jit
@@ -125,20 +167,31 @@ def weights_of_group(group, coefficients_ptr, weights, N: tl.constexpr):
     """The group's row of coefficients, or `weights` for group -1, in float32."""
     row_weights = ()
     for i in tl.static_range(N):
-        coefficient = tl.load(coefficients_ptr + group * N + i, mask=group >= 0, other=0.0).to(tl.float32)
+        coefficient = tl.load(coefficients_ptr + group * N + i, mask=group >= 0, other=0.0).to(
+            tl.float32
+        )
         row_weights = row_weights + (tl.where(group >= 0, coefficient, weights[i]),)
     return row_weights
 
 
 @triton.jit(do_not_specialize_on_alignment=["chunks_ptr", "rows_ptr", "partials_ptr"])
-def _gram_kernel(chunks_ptr, rows_ptr, partials_ptr, DTYPES: tl.constexpr, CHUNK: tl.constexpr, LANES: tl.constexpr):
+def _gram_kernel(
+    chunks_ptr,
+    rows_ptr,
+    partials_ptr,
+    DTYPES: tl.constexpr,
+    CHUNK: tl.constexpr,
+    LANES: tl.constexpr,
+):
     """partials[slot, pair] float64: inner products of the pairs i <= j over one chunk."""
     N: tl.constexpr = len(DTYPES)
     PAIRS: tl.constexpr = N * (N + 1) // 2
     row_ptr, _, chunk = locate(chunks_ptr, rows_ptr, N, CHUNK)
-    # Never as aligned: another layout would add up in another order, and the same gradients would give other bits at other addresses.
+    # Never as aligned: another layout would add up in another order, and the same gradients would
+    # give other bits at other addresses.
     pointers, count = chunk_pointers(row_ptr, chunk * CHUNK, DTYPES, False)
-    # Neighbours are neighbouring threads, and a thread adds up its four columns by itself: one number a pair stays in its registers.
+    # Neighbours are neighbouring threads, and a thread adds up its four columns by itself: one
+    # number a pair stays in its registers.
     lanes = tl.arange(0, LANES)[:, None] + LANES * tl.arange(0, 4)[None, :]  # [LANES, 4]
     sums = ()
     for _ in tl.static_range(PAIRS):
@@ -150,14 +203,18 @@ def _gram_kernel(chunks_ptr, rows_ptr, partials_ptr, DTYPES: tl.constexpr, CHUNK
             if DTYPES[i] is None:
                 values = values + (0,)
             else:
-                values = values + (tl.load(pointers[i] + offsets, mask=offsets < count, other=0.0).to(tl.float64),)
+                values = values + (
+                    tl.load(pointers[i] + offsets, mask=offsets < count, other=0.0).to(tl.float64),
+                )
         new_sums = ()
         for i in tl.static_range(N):
             for j in tl.static_range(i, N):
                 if DTYPES[i] is None or DTYPES[j] is None:
                     new_sums = new_sums + (sums[len(new_sums)],)
                 else:
-                    new_sums = new_sums + (sums[len(new_sums)] + tl.sum(values[i] * values[j], axis=1),)
+                    new_sums = new_sums + (
+                        sums[len(new_sums)] + tl.sum(values[i] * values[j], axis=1),
+                    )
         sums = new_sums
     partial_ptr = partials_ptr + (tl.load(row_ptr + N + 2) + chunk) * PAIRS
     for pair in tl.static_range(PAIRS):
@@ -175,7 +232,9 @@ def _sum_kernel(partials_ptr, bounds_ptr, gram_ptr, N: tl.constexpr, BLOCK: tl.c
     total = tl.zeros([BLOCK], tl.float64)
     while position < end:
         slots = position + tl.arange(0, BLOCK)
-        total += tl.load(partials_ptr + slots * (N * (N + 1) // 2) + pair, mask=slots < end, other=0.0)
+        total += tl.load(
+            partials_ptr + slots * (N * (N + 1) // 2) + pair, mask=slots < end, other=0.0
+        )
         position += BLOCK
     tl.store(gram_ptr + (group * N + i) * N + j, tl.sum(total))
 
@@ -192,7 +251,9 @@ def every_loss_reaches(matrix_ptr, mask, N: tl.constexpr):
     return reached
 
 
-@triton.jit(do_not_specialize_on_alignment=["grams_ptr", "members_ptr", "bounds_ptr", "matrices_ptr"])
+@triton.jit(
+    do_not_specialize_on_alignment=["grams_ptr", "members_ptr", "bounds_ptr", "matrices_ptr"]
+)
 def group_gram_kernel(
     grams_ptr,
     members_ptr,
@@ -202,7 +263,9 @@ def group_gram_kernel(
     BLOCK: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):
-    """matrices[group]: sum of grams[t] over the group's members t that every loss reaches, BLOCK at a time."""
+    """matrices[group]: sum of grams[t] over the group's members t that every loss reaches, BLOCK at
+    a time.
+    """
     group = tl.program_id(0).to(tl.int64)
     entries = tl.arange(0, ENTRIES)[None, :]  # of a matrix, row by row
     position = tl.load(bounds_ptr + group)
@@ -240,7 +303,8 @@ def tensor_coefficients_kernel(
     N: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """rows[t] of BLOCK tensors: the group's row of coefficients where every loss reaches t, else the weights.
+    """rows[t] of BLOCK tensors: the group's row of coefficients where every loss reaches t, else
+    the weights.
 
     The weights are parameters of their own, as a tuple of numbers arrives in float32.
     """
@@ -254,7 +318,10 @@ def tensor_coefficients_kernel(
         tl.store(rows_ptr + tensors * N + i, tl.where(shared, coefficients, weights[i]), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_groups"], do_not_specialize_on_alignment=["gram_ptr", "coefficients_ptr", "cosine_ptr", "alpha_ptr"])
+@triton.jit(
+    do_not_specialize=["num_groups"],
+    do_not_specialize_on_alignment=["gram_ptr", "coefficients_ptr", "cosine_ptr", "alpha_ptr"],
+)
 def _coefficients_kernel(
     gram_ptr,
     coefficients_ptr,
@@ -280,7 +347,9 @@ def _coefficients_kernel(
     removed_first = (1 - alpha) * tl.where(has_zero, 0.0, dot / first)
     removed_second = (1 - alpha) * tl.where(has_zero, 0.0, dot / second)
     tl.store(coefficients_ptr + 2 * groups, first_weight - second_weight * removed_first, mask=mask)
-    tl.store(coefficients_ptr + 2 * groups + 1, second_weight - first_weight * removed_second, mask=mask)
+    tl.store(
+        coefficients_ptr + 2 * groups + 1, second_weight - first_weight * removed_second, mask=mask
+    )
     tl.store(cosine_ptr + groups, cosine, mask=mask)
     tl.store(alpha_ptr + groups, alpha, mask=mask)
 

@@ -1,13 +1,16 @@
-"""Kernels over lists of separate tensors: tables of addresses on the device, so that nothing is copied or concatenated.
+"""Kernels over lists of separate tensors: tables of addresses on the device, so that nothing is
+copied or concatenated.
 
-A kernel gets lists of T tensors (gradients of the first loss, of the second, parameters, ...), in which tensor t of every list has the
-same number of elements. The table has a row for each t with the addresses of its tensors. A program works on one chunk of `CHUNK`
-elements of one t, which a second table names. A kernel is compiled for a combination of dtypes (None: the tensor is missing) and for
-aligned or unaligned memory, never for a size; tensors of different combinations go to different launches.
+A kernel gets lists of T tensors (gradients of the first loss, of the second, parameters, ...), in
+which tensor t of every list has the same number of elements. The table has a row for each t with
+the addresses of its tensors. A program works on one chunk of `CHUNK` elements of one t, which a
+second table names. A kernel is compiled for a combination of dtypes (None: the tensor is missing)
+and for aligned or unaligned memory, never for a size; tensors of different combinations go to
+different launches.
 
-A table goes to the device once, as long as the tensors and their groups stay as they are. Inside a CUDA graph's capture the upload is a
-part of the graph, from pinned memory that PyTorch keeps for the graph, and no table from outside is used, which could be freed before the
-graph.
+A table goes to the device once, as long as the tensors and their groups stay as they are. Inside a
+CUDA graph's capture the upload is a part of the graph, from pinned memory that PyTorch keeps for
+the graph, and no table from outside is used, which could be freed before the graph.
 """
 
 from __future__ import annotations
@@ -25,7 +28,12 @@ from torch import Tensor
 CHUNK = 8192  # elements; a multiple of every kernel's block
 
 _ALIGNMENT = 16  # bytes of the widest load, and elements, so that a mask cuts through no such load
-_TRITON_DTYPES = {None: None, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_TRITON_DTYPES = {
+    None: None,
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
 
 
 class Launch(NamedTuple):
@@ -40,12 +48,19 @@ class Plan(NamedTuple):
     """The tables of one call, on the device."""
 
     rows: Tensor  # int64 [T, lists + 3]: addresses (0: missing), elements, group, and the slot of the first chunk
-    bounds: Tensor  # int64 [groups + 1]: chunks of group g have the slots bounds[g] to bounds[g + 1]
+    bounds: (
+        Tensor  # int64 [groups + 1]: chunks of group g have the slots bounds[g] to bounds[g + 1]
+    )
     slots: int  # chunks of all tensors
     launches: list[Launch]
 
 
-def plan(lists: Sequence[Sequence[Tensor | None]], groups: Sequence[int], num_groups: int, device: torch.device) -> Plan:
+def plan(
+    lists: Sequence[Sequence[Tensor | None]],
+    groups: Sequence[int],
+    num_groups: int,
+    device: torch.device,
+) -> Plan:
     """Tables for `lists` of tensors on `device`; ``groups[t]`` from -1 to ``num_groups - 1``."""
     rows = list(zip(*lists, strict=True))
     layout = (
@@ -78,12 +93,16 @@ def group_tables(groups: Sequence[int], num_groups: int, device: torch.device) -
         return _build_group_tables_once(tuple(groups), num_groups, device, None)
     if torch.cuda.is_current_stream_capturing():
         return _build_group_tables(tuple(groups), num_groups, device)
-    return _build_group_tables_once(tuple(groups), num_groups, device, torch.cuda.current_stream(device).cuda_stream)
+    return _build_group_tables_once(
+        tuple(groups), num_groups, device, torch.cuda.current_stream(device).cuda_stream
+    )
 
 
 def by_loss(gradients: Sequence[Tensor | None], num_tensors: int) -> list[Sequence[Tensor | None]]:
     """Split flattened gradients, ``gradients[i * num_tensors + t]``, into the lists of the losses."""
-    return [gradients[first : first + num_tensors] for first in range(0, len(gradients), num_tensors)]
+    return [
+        gradients[first : first + num_tensors] for first in range(0, len(gradients), num_tensors)
+    ]
 
 
 def upload(values: Tensor, device: torch.device) -> Tensor:
@@ -101,7 +120,9 @@ def locate(chunks_ptr, rows_ptr, LISTS: tl.constexpr, CHUNK: tl.constexpr):
 
 @triton.jit
 def chunk_pointers(row_ptr, start, DTYPES: tl.constexpr, ALIGNED: tl.constexpr):
-    """Pointers to element `start` of the row's tensors, 0 for a missing one; and the number of elements from there on."""
+    """Pointers to element `start` of the row's tensors, 0 for a missing one; and the number of
+    elements from there on.
+    """
     pointers = ()
     for i in tl.static_range(len(DTYPES)):
         if DTYPES[i] is None:
@@ -114,13 +135,19 @@ def chunk_pointers(row_ptr, start, DTYPES: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @functools.lru_cache(maxsize=64)
-def _build_group_tables_once(groups: tuple[int, ...], num_groups: int, device: torch.device, stream: int | None) -> GroupTables:
+def _build_group_tables_once(
+    groups: tuple[int, ...], num_groups: int, device: torch.device, stream: int | None
+) -> GroupTables:
     return _build_group_tables(groups, num_groups, device)
 
 
-def _build_group_tables(groups: tuple[int, ...], num_groups: int, device: torch.device) -> GroupTables:
+def _build_group_tables(
+    groups: tuple[int, ...], num_groups: int, device: torch.device
+) -> GroupTables:
     if groups and not -1 <= min(groups) <= max(groups) < num_groups:
-        raise ValueError(f"groups must be from -1 to {num_groups - 1}, got {min(groups)} to {max(groups)}")
+        raise ValueError(
+            f"groups must be from -1 to {num_groups - 1}, got {min(groups)} to {max(groups)}"
+        )
     table = torch.tensor(groups, dtype=torch.int64)
     members = table.argsort(stable=True)
     bounds = torch.searchsorted(table[members], torch.arange(num_groups + 1))
@@ -147,7 +174,9 @@ def _build(
         first_slots[t] = slots
         slots += counts[t]
         bounds[groups[t] + 1] = slots
-    bounds = list(itertools.accumulate(bounds, max))  # a group without chunks ends where the one before it does
+    bounds = list(
+        itertools.accumulate(bounds, max)
+    )  # a group without chunks ends where the one before it does
 
     members: dict[tuple, list[int]] = {}
     for t, count in enumerate(counts):
@@ -155,10 +184,16 @@ def _build(
             aligned = all(number % _ALIGNMENT == 0 for number in (*addresses[t], numels[t]))
             members.setdefault((dtypes[t], aligned), []).append(t)
     rows = [(*addresses[t], numels[t], groups[t], first_slots[t]) for t in range(len(counts))]
-    tables = [torch.tensor(rows), torch.tensor(bounds), *(_chunks(tensors, counts) for tensors in members.values())]
+    tables = [
+        torch.tensor(rows),
+        torch.tensor(bounds),
+        *(_chunks(tensors, counts) for tensors in members.values()),
+    ]
     flat = upload(torch.cat([table.reshape(-1) for table in tables]), device)
     pieces = flat.split([table.numel() for table in tables])
-    rows, bounds, *chunks = (piece.view(table.shape) for piece, table in zip(pieces, tables, strict=True))
+    rows, bounds, *chunks = (
+        piece.view(table.shape) for piece, table in zip(pieces, tables, strict=True)
+    )
     launches = [
         Launch(table, tuple(_TRITON_DTYPES[dtype] for dtype in combination), aligned)
         for table, (combination, aligned) in zip(chunks, members, strict=True)
@@ -170,4 +205,6 @@ def _chunks(tensors: list[int], counts: list[int]) -> Tensor:
     """[chunks, 2]: for each chunk of `tensors`, the tensor and the chunk's place in it."""
     repeats = torch.tensor([counts[t] for t in tensors])
     first = (repeats.cumsum(0) - repeats).repeat_interleave(repeats)
-    return torch.stack([torch.tensor(tensors).repeat_interleave(repeats), torch.arange(len(first)) - first], dim=1)
+    return torch.stack(
+        [torch.tensor(tensors).repeat_interleave(repeats), torch.arange(len(first)) - first], dim=1
+    )

@@ -6,8 +6,9 @@ With h = sum_i c_i g_i, see `genrep_fast.reference.optimizer`:
     param <- (1 - lr weight_decay) param - lr / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) + eps)
     ema <- ema + (1 - ema_decay) (param - ema)
 
-For n gradients of N elements: reads n + 4 and writes 4 elements for each of N (n + 3 and 3 without the average), 2n + 16 FLOPs: bound by
-memory. What depends on the step's number alone is worked out in float64 before, the rest in float32.
+For n gradients of N elements: reads n + 4 and writes 4 elements for each of N (n + 3 and 3 without
+the average), 2n + 16 FLOPs: bound by memory. What depends on the step's number alone is worked out
+in float64 before, the rest in float32.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def adamw_step(
     ema_decay: float,
     found_inf: Tensor | None,
 ) -> None:
-    """Update `params`, `exp_avgs`, `exp_avg_sqs` and `emas` (empty: none) in place; see the reference.
+    """Update `params`, `exp_avgs`, `exp_avg_sqs` and `emas` (empty: none) in place; see the
+    reference.
 
     Of `steps` and `lr` on the CPU, a CUDA graph keeps the values at its capture.
     """
@@ -72,12 +74,25 @@ def adamw_step(
             )
 
 
-def _step_factors(steps: list[Tensor], lr: Tensor, beta1: float, beta2: float, weight_decay: float, device: torch.device) -> Tensor:
-    """float32 [T, 3]: 1 - lr weight_decay, lr / (1 - beta1^step), sqrt(1 - beta2^step), worked out in float64 where the scalars lie."""
+def _step_factors(
+    steps: list[Tensor],
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    device: torch.device,
+) -> Tensor:
+    """float32 [T, 3]: 1 - lr weight_decay, lr / (1 - beta1^step), sqrt(1 - beta2^step), worked out
+    in float64 where the scalars lie.
+    """
     if any(scalar.device.type != "cpu" for scalar in (lr, *steps)):
         steps, lr = [upload(step, device) for step in steps], upload(lr, device)
     steps, lr = torch.stack(steps).double(), lr.double()
-    columns = [(1 - lr * weight_decay).expand_as(steps), lr / (1 - beta1**steps), (1 - beta2**steps).sqrt()]
+    columns = [
+        (1 - lr * weight_decay).expand_as(steps),
+        lr / (1 - beta1**steps),
+        (1 - beta2**steps).sqrt(),
+    ]
     return upload(torch.stack(columns, dim=1).float(), device)
 
 
@@ -88,7 +103,15 @@ def _lerp(start, end, weight):
     return tl.where(weight < 0.5, start + weight * difference, end - (1 - weight) * difference)
 
 
-@triton.jit(do_not_specialize_on_alignment=["chunks_ptr", "rows_ptr", "coefficients_ptr", "factors_ptr", "found_inf_ptr"])
+@triton.jit(
+    do_not_specialize_on_alignment=[
+        "chunks_ptr",
+        "rows_ptr",
+        "coefficients_ptr",
+        "factors_ptr",
+        "found_inf_ptr",
+    ]
+)
 def _adamw_kernel(
     chunks_ptr,
     rows_ptr,

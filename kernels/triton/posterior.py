@@ -20,11 +20,15 @@ from .scoring import finite
 def posterior(log_likelihood: Tensor, log_prior: Tensor | None, temperature: float) -> Tensor:
     """log p(y|x), float32 [B, K, *loc]; see the reference."""
     result = torch.empty(log_likelihood.shape, dtype=torch.float32, device=log_likelihood.device)
-    _launch_bayes(_posterior_kernel, (log_likelihood.contiguous(),), log_prior, temperature, (result,))
+    _launch_bayes(
+        _posterior_kernel, (log_likelihood.contiguous(),), log_prior, temperature, (result,)
+    )
     return result
 
 
-def distillation_loss(student_logits: Tensor, log_likelihood: Tensor, log_prior: Tensor | None, temperature: float) -> Tensor:
+def distillation_loss(
+    student_logits: Tensor, log_likelihood: Tensor, log_prior: Tensor | None, temperature: float
+) -> Tensor:
     """KL(p || q), float32 [B, *loc]; see the reference."""
     shape = log_likelihood.shape
     loss = torch.empty(shape[0], *shape[2:], dtype=torch.float32, device=log_likelihood.device)
@@ -34,12 +38,20 @@ def distillation_loss(student_logits: Tensor, log_likelihood: Tensor, log_prior:
 
 
 def distillation_loss_backward(
-    grad: Tensor, student_logits: Tensor, log_likelihood: Tensor, log_prior: Tensor | None, temperature: float, output_mask: list[bool]
+    grad: Tensor,
+    student_logits: Tensor,
+    log_likelihood: Tensor,
+    log_prior: Tensor | None,
+    temperature: float,
+    output_mask: list[bool],
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of student_logits and log_likelihood; empty where `output_mask` is False; see the reference."""
+    """Gradients of student_logits and log_likelihood; empty where `output_mask` is False; see the
+    reference.
+    """
     tensors = (log_likelihood.contiguous(), student_logits.contiguous())
     grad_logits, grad_likelihood = (
-        torch.empty_like(tensor) if needed else None for tensor, needed in zip(tensors[::-1], output_mask, strict=True)
+        torch.empty_like(tensor) if needed else None
+        for tensor, needed in zip(tensors[::-1], output_mask, strict=True)
     )
     results = (grad.contiguous(), grad_logits, grad_likelihood)
     _launch_bayes(_distillation_backward_kernel, tensors, log_prior, temperature, results)
@@ -59,10 +71,23 @@ def _launch_bayes(
     blocks = triton.cdiv(locations, block[1])
     if batch * blocks == 0:
         return
-    prior, prior_stride = (None, 0) if log_prior is None else (log_prior.contiguous(), classes if len(log_prior) > 1 else 0)
+    prior, prior_stride = (
+        (None, 0)
+        if log_prior is None
+        else (log_prior.contiguous(), classes if len(log_prior) > 1 else 0)
+    )
     with torch.cuda.device_of(tensors[0]):
         kernel[(batch * blocks,)](
-            *tensors, prior, *results, prior_stride, classes, locations, 1 / temperature, CLASSES=block[0], LOCATIONS=block[1], num_warps=8
+            *tensors,
+            prior,
+            *results,
+            prior_stride,
+            classes,
+            locations,
+            1 / temperature,
+            CLASSES=block[0],
+            LOCATIONS=block[1],
+            num_warps=8,
         )
 
 
@@ -92,7 +117,16 @@ def _exp(x):
 
 @triton.jit
 def _normalizer(
-    scores_ptr, prior_ptr, image, location, mask, classes, locations, inverse_temperature, CLASSES: tl.constexpr, LOCATIONS: tl.constexpr
+    scores_ptr,
+    prior_ptr,
+    image,
+    location,
+    mask,
+    classes,
+    locations,
+    inverse_temperature,
+    CLASSES: tl.constexpr,
+    LOCATIONS: tl.constexpr,
 ):
     """Largest score, or 0, and log sum exp(score - largest) over the classes, [1, LOCATIONS] each."""
     largest = tl.full([CLASSES, LOCATIONS], float("-inf"), tl.float64)
@@ -101,7 +135,9 @@ def _normalizer(
     while first < classes:
         class_ = first + tl.arange(0, CLASSES)[:, None]
         places = (image * classes + class_) * locations + location
-        scores = _scores(scores_ptr, prior_ptr, places, class_, mask & (class_ < classes), inverse_temperature)
+        scores = _scores(
+            scores_ptr, prior_ptr, places, class_, mask & (class_ < classes), inverse_temperature
+        )
         larger = tl.maximum(largest, scores)
         total = total * _exp(largest - finite(larger)) + _exp(scores - finite(larger))
         largest = larger
@@ -113,9 +149,21 @@ def _normalizer(
 
 @triton.jit
 def _log_probabilities(
-    scores_ptr, prior_ptr, image, location, first, mask, classes, locations, inverse_temperature, normalizer, CLASSES: tl.constexpr
+    scores_ptr,
+    prior_ptr,
+    image,
+    location,
+    first,
+    mask,
+    classes,
+    locations,
+    inverse_temperature,
+    normalizer,
+    CLASSES: tl.constexpr,
 ):
-    """Log-probabilities of CLASSES classes from `first` on, their places in [B, K, locations], and their mask."""
+    """Log-probabilities of CLASSES classes from `first` on, their places in [B, K, locations], and
+    their mask.
+    """
     class_ = first + tl.arange(0, CLASSES)[:, None]
     places = (image * classes + class_) * locations + location
     mask = mask & (class_ < classes)
@@ -150,12 +198,31 @@ def _posterior_kernel(
     if prior_ptr is not None:
         prior_ptr += image * prior_stride
     normalizer = _normalizer(
-        likelihood_ptr, prior_ptr, image, location, inside, classes, locations, inverse_temperature, CLASSES, LOCATIONS
+        likelihood_ptr,
+        prior_ptr,
+        image,
+        location,
+        inside,
+        classes,
+        locations,
+        inverse_temperature,
+        CLASSES,
+        LOCATIONS,
     )
     first = 0
     while first < classes:
         log_p, places, mask = _log_probabilities(
-            likelihood_ptr, prior_ptr, image, location, first, inside, classes, locations, inverse_temperature, normalizer, CLASSES
+            likelihood_ptr,
+            prior_ptr,
+            image,
+            location,
+            first,
+            inside,
+            classes,
+            locations,
+            inverse_temperature,
+            normalizer,
+            CLASSES,
         )
         tl.store(result_ptr + places, log_p.to(tl.float32), mask=mask)
         first += CLASSES
@@ -182,9 +249,31 @@ def _divergence(
     first = 0
     while first < classes:
         log_p, _, mask = _log_probabilities(
-            likelihood_ptr, prior_ptr, image, location, first, inside, classes, locations, inverse_temperature, teacher, CLASSES
+            likelihood_ptr,
+            prior_ptr,
+            image,
+            location,
+            first,
+            inside,
+            classes,
+            locations,
+            inverse_temperature,
+            teacher,
+            CLASSES,
         )
-        log_q, _, _ = _log_probabilities(logits_ptr, None, image, location, first, inside, classes, locations, 1.0, student, CLASSES)
+        log_q, _, _ = _log_probabilities(
+            logits_ptr,
+            None,
+            image,
+            location,
+            first,
+            inside,
+            classes,
+            locations,
+            1.0,
+            student,
+            CLASSES,
+        )
         divergence += _divergence_terms(log_p, log_q, mask)[1]
         first += CLASSES
     return tl.sum(divergence, axis=0)[None, :]
@@ -210,8 +299,21 @@ def _distillation_kernel(
     image, location, inside = _place(classes, locations, LOCATIONS)
     if prior_ptr is not None:
         prior_ptr += image * prior_stride
-    teacher = _normalizer(likelihood_ptr, prior_ptr, image, location, inside, classes, locations, inverse_temperature, CLASSES, LOCATIONS)
-    student = _normalizer(logits_ptr, None, image, location, inside, classes, locations, 1.0, CLASSES, LOCATIONS)
+    teacher = _normalizer(
+        likelihood_ptr,
+        prior_ptr,
+        image,
+        location,
+        inside,
+        classes,
+        locations,
+        inverse_temperature,
+        CLASSES,
+        LOCATIONS,
+    )
+    student = _normalizer(
+        logits_ptr, None, image, location, inside, classes, locations, 1.0, CLASSES, LOCATIONS
+    )
     divergence = _divergence(
         likelihood_ptr,
         logits_ptr,
@@ -232,7 +334,14 @@ def _distillation_kernel(
 
 @triton.jit(
     do_not_specialize=["prior_stride", "classes", "locations"],
-    do_not_specialize_on_alignment=["likelihood_ptr", "logits_ptr", "prior_ptr", "grad_ptr", "grad_logits_ptr", "grad_likelihood_ptr"],
+    do_not_specialize_on_alignment=[
+        "likelihood_ptr",
+        "logits_ptr",
+        "prior_ptr",
+        "grad_ptr",
+        "grad_logits_ptr",
+        "grad_likelihood_ptr",
+    ],
 )
 def _distillation_backward_kernel(
     likelihood_ptr,
@@ -248,12 +357,27 @@ def _distillation_backward_kernel(
     CLASSES: tl.constexpr,
     LOCATIONS: tl.constexpr,
 ):
-    """grad (q - p) and grad p (log p - log q - KL) / temperature, of a block of locations of one image."""
+    """grad (q - p) and grad p (log p - log q - KL) / temperature, of a block of locations of one
+    image.
+    """
     image, location, inside = _place(classes, locations, LOCATIONS)
     if prior_ptr is not None:
         prior_ptr += image * prior_stride
-    teacher = _normalizer(likelihood_ptr, prior_ptr, image, location, inside, classes, locations, inverse_temperature, CLASSES, LOCATIONS)
-    student = _normalizer(logits_ptr, None, image, location, inside, classes, locations, 1.0, CLASSES, LOCATIONS)
+    teacher = _normalizer(
+        likelihood_ptr,
+        prior_ptr,
+        image,
+        location,
+        inside,
+        classes,
+        locations,
+        inverse_temperature,
+        CLASSES,
+        LOCATIONS,
+    )
+    student = _normalizer(
+        logits_ptr, None, image, location, inside, classes, locations, 1.0, CLASSES, LOCATIONS
+    )
     if grad_likelihood_ptr is not None:
         divergence = _divergence(
             likelihood_ptr,
@@ -274,14 +398,44 @@ def _distillation_backward_kernel(
     first = 0
     while first < classes:
         log_p, places, mask = _log_probabilities(
-            likelihood_ptr, prior_ptr, image, location, first, inside, classes, locations, inverse_temperature, teacher, CLASSES
+            likelihood_ptr,
+            prior_ptr,
+            image,
+            location,
+            first,
+            inside,
+            classes,
+            locations,
+            inverse_temperature,
+            teacher,
+            CLASSES,
         )
-        log_q, _, _ = _log_probabilities(logits_ptr, None, image, location, first, inside, classes, locations, 1.0, student, CLASSES)
+        log_q, _, _ = _log_probabilities(
+            logits_ptr,
+            None,
+            image,
+            location,
+            first,
+            inside,
+            classes,
+            locations,
+            1.0,
+            student,
+            CLASSES,
+        )
         p, term = _divergence_terms(log_p, log_q, mask)
         if grad_logits_ptr is not None:
             gradient = grad * (_exp(log_q) - p)
-            tl.store(grad_logits_ptr + places, gradient.to(tl.float32).to(grad_logits_ptr.dtype.element_ty), mask=mask)
+            tl.store(
+                grad_logits_ptr + places,
+                gradient.to(tl.float32).to(grad_logits_ptr.dtype.element_ty),
+                mask=mask,
+            )
         if grad_likelihood_ptr is not None:
             gradient = grad * tl.where(p == 0, 0.0, term - p * divergence) * inverse_temperature
-            tl.store(grad_likelihood_ptr + places, gradient.to(tl.float32).to(grad_likelihood_ptr.dtype.element_ty), mask=mask)
+            tl.store(
+                grad_likelihood_ptr + places,
+                gradient.to(tl.float32).to(grad_likelihood_ptr.dtype.element_ty),
+                mask=mask,
+            )
         first += CLASSES

@@ -1,14 +1,17 @@
 """Reverse step of a chain, fused with its counter-based noise and with the score of the same step.
 
-With z from Philox 4x32-10 (Salmon et al., SC 2011) and Box-Muller, see `genrep_fast.reference.reverse_step`:
+With z from Philox 4x32-10 (Salmon et al., SC 2011) and Box-Muller, see
+`genrep_fast.reference.reverse_step`:
 
     x' = A x_t + B o + std z,        score = sum(-v r^2 / 2 + n),        r = a x + b x_t + c o
 
-Reads x_t, o and x once and writes x': 4 elements for each (3 without x), about 45 integer operations and 60 FLOPs, most of them for the
-noise: bound by memory and arithmetic alike. A thread draws four neighbouring elements from one counter.
+Reads x_t, o and x once and writes x': 4 elements for each (3 without x), about 45 integer
+operations and 60 FLOPs, most of them for the noise: bound by memory and arithmetic alike. A thread
+draws four neighbouring elements from one counter.
 
-Words are the reference's bit by bit. Box-Muller is in float32 with polynomials of its own, so that every GPU draws the same noise: its
-absolute error is below 1e-6. -log u keeps its relative precision where u is next to 1, since 1 - u is taken from the integer.
+Words are the reference's bit by bit. Box-Muller is in float32 with polynomials of its own, so that
+every GPU draws the same noise: its absolute error is below 1e-6. -log u keeps its relative
+precision where u is next to 1, since 1 - u is taken from the integer.
 """
 
 from __future__ import annotations
@@ -24,7 +27,19 @@ _BLOCK = 1024  # elements
 _PARTIALS = 1024  # of one chain's score at most
 
 _DATA = ["x_t_ptr", "model_output_ptr", "x_ptr", "scale_ptr", "x_prev_ptr"]
-_TABLES = [f"{name}_ptr" for name in ("data", "noisy", "output", "inv_var", "log_norm", "mean_noisy", "mean_output", "std")]
+_TABLES = [
+    f"{name}_ptr"
+    for name in (
+        "data",
+        "noisy",
+        "output",
+        "inv_var",
+        "log_norm",
+        "mean_noisy",
+        "mean_output",
+        "std",
+    )
+]
 _STRIDES = [
     *("x_t_batch", "x_t_channel", "x_t_location"),
     *("output_batch", "output_channel", "output_location"),
@@ -60,9 +75,14 @@ def reverse_step(
     partials = None if x is None else x_t.new_empty(batch, parts, dtype=torch.float64)
     scale = None if std_scale is None else std_scale.expand(x_t.shape)
     tensors = [
-        None if tensor is None else tensor[:, :channels].reshape(batch, channels, locations) for tensor in (x_t, model_output, x, scale)
+        None if tensor is None else tensor[:, :channels].reshape(batch, channels, locations)
+        for tensor in (x_t, model_output, x, scale)
     ]
-    strides = [stride for tensor in tensors for stride in ((0, 0, 0) if tensor is None else tensor.stride())]
+    strides = [
+        stride
+        for tensor in tensors
+        for stride in ((0, 0, 0) if tensor is None else tensor.stride())
+    ]
     tables = (data, noisy, output, inv_var, log_norm, mean_noisy, mean_output, std)
     flat = all(tensor is None or tensor.stride()[1:] == (locations, 1) for tensor in tensors[:3])
     addresses = [tensor.data_ptr() for tensor in (*tensors[:3], x_prev) if tensor is not None]
@@ -92,9 +112,13 @@ def reverse_step(
 
 @triton.jit
 def _negative_log(word):
-    """-log u of u = (word + 1/2) 2^-32, by the single-precision polynomial of Cephes' logf for log(1 + f)."""
+    """-log u of u = (word + 1/2) 2^-32, by the single-precision polynomial of Cephes' logf for
+    log(1 + f).
+    """
     y = (word.to(tl.float32) + 0.5) * 2.0**-32
-    bits = y.to(tl.int32, bitcast=True) - 0x3F3504F3  # of sqrt(1/2): y = 2^exponent (1 + f), 1 + f in [sqrt(1/2), sqrt(2))
+    bits = (
+        y.to(tl.int32, bitcast=True) - 0x3F3504F3
+    )  # of sqrt(1/2): y = 2^exponent (1 + f), 1 + f in [sqrt(1/2), sqrt(2))
     exponent = (bits >> 23).to(tl.float32)
     f = ((bits & 0x007FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1.0
     distance = ((word ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * 2.0**-32  # 1 - u
@@ -117,16 +141,28 @@ def _negative_log(word):
 
 @triton.jit
 def _cos_sin(word):
-    """cos and sin of 2 pi (word + 1/2) 2^-32, by Cephes' polynomials within the quadrant around a multiple of pi / 2."""
+    """cos and sin of 2 pi (word + 1/2) 2^-32, by Cephes' polynomials within the quadrant around a
+    multiple of pi / 2.
+    """
     quadrant = (word + 0x20000000) >> 30
     rest = (word - (quadrant << 30)).to(tl.int32, bitcast=True)
     angle = (rest.to(tl.float32) + 0.5) * 1.4629180792671596e-9  # 2 pi 2^-32
     square = angle * angle
-    sin = ((-1.9515295891e-4 * square + 8.3321608736e-3) * square - 1.6666654611e-1) * square * angle + angle
-    cos = ((2.443315711809948e-5 * square - 1.388731625493765e-3) * square + 4.166664568298827e-2) * square * square - 0.5 * square + 1.0
+    sin = (
+        (-1.9515295891e-4 * square + 8.3321608736e-3) * square - 1.6666654611e-1
+    ) * square * angle + angle
+    cos = (
+        ((2.443315711809948e-5 * square - 1.388731625493765e-3) * square + 4.166664568298827e-2)
+        * square
+        * square
+        - 0.5 * square
+        + 1.0
+    )
     swapped = (quadrant & 1) == 1
     cos, sin = tl.where(swapped, sin, cos), tl.where(swapped, cos, sin)
-    return tl.where((quadrant == 1) | (quadrant == 2), -cos, cos), tl.where(quadrant >= 2, -sin, sin)
+    return tl.where((quadrant == 1) | (quadrant == 2), -cos, cos), tl.where(
+        quadrant >= 2, -sin, sin
+    )
 
 
 @triton.jit
@@ -143,14 +179,27 @@ def _noise(seed, chain, row, first, BLOCK: tl.constexpr):
     index = first // 4 + tl.arange(0, BLOCK // 4)
     low, high = (index & 0xFFFFFFFF).to(tl.uint32), (index >> 32).to(tl.uint32)
     zeros = tl.zeros_like(low)
-    w0, w1, w2, w3 = tl.philox(seed, low, high, zeros + chain.to(tl.uint32), zeros + row.to(tl.uint32))
+    w0, w1, w2, w3 = tl.philox(
+        seed, low, high, zeros + chain.to(tl.uint32), zeros + row.to(tl.uint32)
+    )
     z0, z1 = _pair(w0, w1)
     z2, z3 = _pair(w2, w3)
     return tl.reshape(tl.join(tl.join(z0, z2), tl.join(z1, z3)), [BLOCK])
 
 
 @triton.jit
-def _load(pointer, chain, e, locations, mask, batch, channel, location, FLAT: tl.constexpr, ALIGNED: tl.constexpr):
+def _load(
+    pointer,
+    chain,
+    e,
+    locations,
+    mask,
+    batch,
+    channel,
+    location,
+    FLAT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
     """Elements `e` of a chain in float32."""
     pointer += chain * batch
     if ALIGNED:
@@ -218,17 +267,51 @@ def _reverse_step_kernel(
     while first < end:
         e = first + tl.arange(0, BLOCK)
         mask = e < elements
-        x_t = _load(x_t_ptr, chain, e, locations, mask, x_t_batch, x_t_channel, x_t_location, FLAT, ALIGNED)
-        prediction = _load(model_output_ptr, chain, e, locations, mask, output_batch, output_channel, output_location, FLAT, ALIGNED)
+        x_t = _load(
+            x_t_ptr, chain, e, locations, mask, x_t_batch, x_t_channel, x_t_location, FLAT, ALIGNED
+        )
+        prediction = _load(
+            model_output_ptr,
+            chain,
+            e,
+            locations,
+            mask,
+            output_batch,
+            output_channel,
+            output_location,
+            FLAT,
+            ALIGNED,
+        )
         spread = std
         if scale_ptr is not None:
-            scale = _load(scale_ptr, chain, e, locations, mask, scale_batch, scale_channel, scale_location, False, False)
+            scale = _load(
+                scale_ptr,
+                chain,
+                e,
+                locations,
+                mask,
+                scale_batch,
+                scale_channel,
+                scale_location,
+                False,
+                False,
+            )
             spread = std * scale
-        x_prev = mean_noisy * x_t + mean_output * prediction + spread * _noise(seed, chain_id, step, first, BLOCK)
+        x_prev = (
+            mean_noisy * x_t
+            + mean_output * prediction
+            + spread * _noise(seed, chain_id, step, first, BLOCK)
+        )
         tl.store(x_prev_ptr + e, x_prev.to(x_prev_ptr.dtype.element_ty), mask=mask)
         if x_ptr is not None:
-            x = _load(x_ptr, chain, e, locations, mask, x_batch, x_channel, x_location, FLAT, ALIGNED)
-            r = tl.load(data_ptr + step) * x + tl.load(noisy_ptr + step) * x_t + tl.load(output_ptr + step) * prediction
+            x = _load(
+                x_ptr, chain, e, locations, mask, x_batch, x_channel, x_location, FLAT, ALIGNED
+            )
+            r = (
+                tl.load(data_ptr + step) * x
+                + tl.load(noisy_ptr + step) * x_t
+                + tl.load(output_ptr + step) * prediction
+            )
             inv_var, log_norm = tl.load(inv_var_ptr + step), tl.load(log_norm_ptr + step)
             if scale_ptr is not None:
                 term = -0.5 * inv_var / (scale * scale) * r * r + (log_norm - tl.log(scale))

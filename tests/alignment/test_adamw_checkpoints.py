@@ -275,7 +275,9 @@ def test_accelerate_saves_and_loads(tmp_path, accelerate):
 
     def step(seed):
         output = model(torch.randn(6, 3, generator=torch.Generator().manual_seed(seed)))
-        source.aligner.backward(output.mean(), output.square().mean(), backward=accelerator.backward)
+        source.aligner.backward(
+            output.mean(), output.square().mean(), backward=accelerator.backward
+        )
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -308,7 +310,9 @@ def test_lightning_resumes(tmp_path):
 
         def training_step(self, batch, batch_idx):
             output = self.network(batch[0])
-            self.aligner.backward(output.mean(), output.square().mean(), backward=self.manual_backward)
+            self.aligner.backward(
+                output.mean(), output.square().mean(), backward=self.manual_backward
+            )
             optimizer = self.optimizers()
             optimizer.step()
             optimizer.zero_grad()
@@ -324,7 +328,9 @@ def test_lightning_resumes(tmp_path):
             )
 
     data = torch.utils.data.DataLoader(
-        torch.utils.data.TensorDataset(torch.randn(8, 3, generator=torch.Generator().manual_seed(1))),
+        torch.utils.data.TensorDataset(
+            torch.randn(8, 3, generator=torch.Generator().manual_seed(1))
+        ),
         batch_size=4,
     )
 

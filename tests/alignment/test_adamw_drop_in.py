@@ -162,15 +162,21 @@ def test_capturable_is_accepted_where_adamw_wants_a_gpu(options):
 
 @pytest.mark.parametrize("flag", ["amsgrad", "maximize", "differentiable"])
 def test_keywords_that_change_the_result_are_refused(flag):
-    with pytest.raises(ValueError, match=f"AlignedAdamW does not implement {flag}, got {flag}=True"):
+    with pytest.raises(
+        ValueError, match=f"AlignedAdamW does not implement {flag}, got {flag}=True"
+    ):
         Run("aligned", **{flag: True})
 
 
 def test_positional_arguments_stand_where_those_of_adamw_do():
     model = Model()
-    optimizer = gf.AlignedAdamW(model.parameters(), 0.1, (0.5, 0.6), 1e-3, 0.2, False, aligner=gf.GradientAligner(model))
+    optimizer = gf.AlignedAdamW(
+        model.parameters(), 0.1, (0.5, 0.6), 1e-3, 0.2, False, aligner=gf.GradientAligner(model)
+    )
     expected = torch.optim.AdamW(model.parameters(), 0.1, (0.5, 0.6), 1e-3, 0.2, False)
-    ours, theirs = ({k: v for k, v in o.param_groups[0].items() if k != "params"} for o in (optimizer, expected))
+    ours, theirs = (
+        {k: v for k, v in o.param_groups[0].items() if k != "params"} for o in (optimizer, expected)
+    )
     assert ours == theirs
 
 
@@ -180,7 +186,9 @@ def test_a_learning_rate_on_another_device_is_refused():
 
 
 def test_complex_parameters_are_refused():
-    with pytest.raises(TypeError, match="must be float32, bfloat16, float16 or float64, got torch.complex64"):
+    with pytest.raises(
+        TypeError, match="must be float32, bfloat16, float16 or float64, got torch.complex64"
+    ):
         gf.GradientAligner([nn.Parameter(torch.ones(2, dtype=torch.complex64))])
 
 
@@ -316,7 +324,10 @@ def test_gradients_are_not_written_to():
     parameters = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))]
     aligner = gf.GradientAligner(parameters)
     optimizer = gf.AlignedAdamW(parameters, aligner=aligner, max_norm=0.1)
-    given = {name: [torch.full((3,), value), torch.full((2,), value)] for name, value in zip(aligner.names, (2.0, 3.0), strict=True)}
+    given = {
+        name: [torch.full((3,), value), torch.full((2,), value)]
+        for name, value in zip(aligner.names, (2.0, 3.0), strict=True)
+    }
     for name, gradients in given.items():
         with aligner.collect(name):
             for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -393,7 +404,9 @@ def test_step_hooks_run_in_order():
 
 def test_a_step_pre_hook_may_change_the_arguments():
     run, seen = Run("aligned"), []
-    run.optimizer.register_step_pre_hook(lambda optimizer, args, kwargs: ((optimizer, lambda: run.backward(3)), {}))
+    run.optimizer.register_step_pre_hook(
+        lambda optimizer, args, kwargs: ((optimizer, lambda: run.backward(3)), {})
+    )
     run.optimizer.register_step_post_hook(lambda optimizer, args, kwargs: seen.append(len(args)))
     assert run.optimizer.step().item() == Run("torch").backward(3).item()
     assert seen == [2]
@@ -404,7 +417,9 @@ def test_state_dict_hooks():
     run.step(0)
     optimizer, calls = run.optimizer, []
     optimizer.register_state_dict_pre_hook(lambda optimizer: calls.append("pre"))
-    optimizer.register_state_dict_post_hook(lambda optimizer, state_dict: calls.append(state_dict["state"][0]["step"].device.type))
+    optimizer.register_state_dict_post_hook(
+        lambda optimizer, state_dict: calls.append(state_dict["state"][0]["step"].device.type)
+    )
 
     def rename(optimizer, state_dict):
         return {"groups": state_dict["param_groups"], "moments": state_dict["state"]}
@@ -435,8 +450,12 @@ def test_load_state_dict_hooks_repair_what_is_loaded():
         return {"state": state, "param_groups": state_dict["groups"]}
 
     target.optimizer.register_load_state_dict_pre_hook(repair)
-    target.optimizer.register_load_state_dict_pre_hook(lambda *a: calls.append("first"), prepend=True)
-    target.optimizer.register_load_state_dict_post_hook(lambda optimizer: calls.append(f"post {optimizer.param_groups[0]['lr']}"))
+    target.optimizer.register_load_state_dict_pre_hook(
+        lambda *a: calls.append("first"), prepend=True
+    )
+    target.optimizer.register_load_state_dict_post_hook(
+        lambda optimizer: calls.append(f"post {optimizer.param_groups[0]['lr']}")
+    )
     target.optimizer.load_state_dict(broken)
     assert calls == ["first", "second", "post 0.001"]
     assert "groups" in broken
@@ -450,7 +469,9 @@ def test_a_pre_hook_may_change_the_dictionary_in_place():
     source, target = Run("aligned", lr=0.25), Run("aligned")
 
     def halve(optimizer, state_dict):
-        state_dict["param_groups"] = [{**group, "lr": group["lr"] / 2} for group in state_dict["param_groups"]]
+        state_dict["param_groups"] = [
+            {**group, "lr": group["lr"] / 2} for group in state_dict["param_groups"]
+        ]
 
     target.optimizer.register_load_state_dict_pre_hook(halve)
     target.optimizer.load_state_dict(source.optimizer.state_dict())
@@ -468,7 +489,9 @@ def test_a_state_dict_continues_the_run(params, lr, weights_only):
     for seed in range(2):
         source.step(seed)
     state_dict = source.optimizer.state_dict()
-    target.optimizer.load_state_dict(through_a_file(state_dict) if weights_only else copy.deepcopy(state_dict))
+    target.optimizer.load_state_dict(
+        through_a_file(state_dict) if weights_only else copy.deepcopy(state_dict)
+    )
     target.model.load_state_dict(source.model.state_dict())
     for seed in range(2, 4):
         source.step(seed)
@@ -484,7 +507,10 @@ def test_optimizers_share_nothing_after_loading(lr):
     # Not a copy: what torch.optim.AdamW would share.
     target.optimizer.load_state_dict(source.optimizer.state_dict())
     target.model.load_state_dict(source.model.state_dict())
-    before = [{key: value.clone() for key, value in state.items()} for state in source.optimizer.state.values()]
+    before = [
+        {key: value.clone() for key, value in state.items()}
+        for state in source.optimizer.state.values()
+    ]
     for seed in range(3):
         target.step(seed)
     after = [dict(state) for state in source.optimizer.state.values()]
@@ -494,7 +520,9 @@ def test_optimizers_share_nothing_after_loading(lr):
 
 
 @pytest.mark.parametrize("kinds", list(itertools.product(["aligned", "torch"], repeat=2)))
-@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.bfloat16, torch.float32)])
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32, torch.float64), (torch.bfloat16, torch.float32)]
+)
 def test_a_state_is_loaded_in_the_parameters_dtype(kinds, dtypes):
     source, target = Run(kinds[0], dtype=dtypes[0]), Run(kinds[1], dtype=dtypes[1])
     source.step(0)
@@ -530,7 +558,9 @@ def test_a_state_in_another_memory_format():
         state_dict = copy.deepcopy(run.optimizer.state_dict())
         if transposed:
             for state in (state_dict["state"][0], state_dict["state"][2]):
-                state.update({key: state[key].t().contiguous().t() for key in ("exp_avg", "exp_avg_sq")})
+                state.update(
+                    {key: state[key].t().contiguous().t() for key in ("exp_avg", "exp_avg_sq")}
+                )
         run.optimizer.load_state_dict(state_dict)
         run.step(1)
         runs.append(run)
@@ -584,7 +614,9 @@ def renamed(model):
 
 
 @pytest.mark.parametrize("params", list(itertools.product([None, named, renamed], repeat=2)))
-@pytest.mark.parametrize("kinds", [("aligned", "torch"), ("torch", "aligned"), ("aligned", "aligned")])
+@pytest.mark.parametrize(
+    "kinds", [("aligned", "torch"), ("torch", "aligned"), ("aligned", "aligned")]
+)
 def test_named_parameters_and_their_state_dicts(kinds, params):
     source, target = Run(kinds[0], params[0]), Run(kinds[1], params[1])
     expected = Run("torch", params[1])
@@ -592,7 +624,9 @@ def test_named_parameters_and_their_state_dicts(kinds, params):
     # Copies, which torch.optim.AdamW does not make.
     target.optimizer.load_state_dict(copy.deepcopy(source.optimizer.state_dict()))
     expected.optimizer.load_state_dict(copy.deepcopy(source.optimizer.state_dict()))
-    assert target.optimizer.param_groups[0].get("param_names") == expected.optimizer.param_groups[0].get("param_names")
+    assert target.optimizer.param_groups[0].get("param_names") == expected.optimizer.param_groups[
+        0
+    ].get("param_names")
     target.model.load_state_dict(source.model.state_dict())
     source.step(1)
     target.step(1)
@@ -786,7 +820,9 @@ def test_a_state_dict_that_does_not_fit_changes_nothing(case):
     assert after["param_groups"] == before[0]["param_groups"]
     assert all(one is other for one, other in zip(optimizer.param_groups, before[2], strict=True))
     torch.testing.assert_close(after["state"], before[0]["state"], rtol=0, atol=0)
-    assert hooks == [dict(value) for name, value in vars(optimizer).items() if name.endswith("_hooks")]
+    assert hooks == [
+        dict(value) for name, value in vars(optimizer).items() if name.endswith("_hooks")
+    ]
     run.step(1)
 
 
@@ -801,7 +837,9 @@ def test_a_state_dict_of_amsgrad_is_refused():
 
 SCHEDULES = {
     "StepLR": lambda o: [lr_scheduler.StepLR(o, 2, 0.5)],
-    "LambdaLR": lambda o: [lr_scheduler.LambdaLR(o, [lambda step: 0.9**step, lambda step: 0.5**step])],
+    "LambdaLR": lambda o: [
+        lr_scheduler.LambdaLR(o, [lambda step: 0.9**step, lambda step: 0.5**step])
+    ],
     "MultiplicativeLR": lambda o: [lr_scheduler.MultiplicativeLR(o, lambda step: 0.8)],
     "MultiStepLR": lambda o: [lr_scheduler.MultiStepLR(o, [1, 3])],
     "CosineAnnealingLR": lambda o: [lr_scheduler.CosineAnnealingLR(o, 4)],
@@ -813,15 +851,26 @@ SCHEDULES = {
     "ReduceLROnPlateau": lambda o: [lr_scheduler.ReduceLROnPlateau(o, patience=0, threshold=10.0)],
     "SWALR": lambda o: [torch.optim.swa_utils.SWALR(o, 0.05)],
     "two": lambda o: [lr_scheduler.ExponentialLR(o, 0.9), lr_scheduler.StepLR(o, 2)],
-    "ChainedScheduler": lambda o: [lr_scheduler.ChainedScheduler([lr_scheduler.ExponentialLR(o, 0.9), lr_scheduler.ConstantLR(o)], o)],
-    "SequentialLR": lambda o: [lr_scheduler.SequentialLR(o, [lr_scheduler.LinearLR(o), lr_scheduler.ExponentialLR(o, 0.9)], [2])],
+    "ChainedScheduler": lambda o: [
+        lr_scheduler.ChainedScheduler(
+            [lr_scheduler.ExponentialLR(o, 0.9), lr_scheduler.ConstantLR(o)], o
+        )
+    ],
+    "SequentialLR": lambda o: [
+        lr_scheduler.SequentialLR(
+            o, [lr_scheduler.LinearLR(o), lr_scheduler.ExponentialLR(o, 0.9)], [2]
+        )
+    ],
 }
 
 
 @pytest.mark.parametrize("lr", [0.02, torch.tensor(0.02, dtype=torch.float64)])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedules(name, lr):
-    runs = [Run(kind, lambda model: two_groups(model, lr=copy.deepcopy(lr)), lr=copy.deepcopy(lr)) for kind in ("aligned", "torch")]
+    runs = [
+        Run(kind, lambda model: two_groups(model, lr=copy.deepcopy(lr)), lr=copy.deepcopy(lr))
+        for kind in ("aligned", "torch")
+    ]
     rates = []
     for run in runs:
         with warnings.catch_warnings():
@@ -834,7 +883,12 @@ def test_schedules(name, lr):
             run.step(seed)
             for schedule in schedules:
                 schedule.step(*([1.0] if name == "ReduceLROnPlateau" else []))
-            rates[-1].append([(float(group["lr"]), *map(float, group["betas"])) for group in run.optimizer.param_groups])
+            rates[-1].append(
+                [
+                    (float(group["lr"]), *map(float, group["betas"]))
+                    for group in run.optimizer.param_groups
+                ]
+            )
     assert rates[0] == rates[1]
     assert len({rate[0][0] for rate in rates[0]}) > 1
     assert_same(*runs)

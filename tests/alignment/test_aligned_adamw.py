@@ -1,4 +1,6 @@
-"""AlignedAdamW against `torch.optim.AdamW` on the aligned gradient, with averages, clipping, schedules, GradScaler and state dicts."""
+"""AlignedAdamW against `torch.optim.AdamW` on the aligned gradient, with averages, clipping,
+schedules, GradScaler and state dicts.
+"""
 
 import copy
 import io
@@ -34,7 +36,9 @@ class Model(nn.Module):
 
 
 def batch(model, seed):
-    return torch.randn(4, 7, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(model.unused.dtype)
+    return torch.randn(4, 7, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(
+        model.unused.dtype
+    )
 
 
 def by_layer(name):
@@ -47,16 +51,25 @@ def parameters_of(model):
 
 def averages_of(model):
     """Copies of the parameters, half-precision ones in float32."""
-    return [parameter.to(torch.promote_types(parameter.dtype, torch.float32), copy=True) for parameter in parameters_of(model)]
+    return [
+        parameter.to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
+        for parameter in parameters_of(model)
+    ]
 
 
 class Plain:
-    """The same steps as separate operations: align(), clip_grad_norm_, torch.optim.AdamW, and an average."""
+    """The same steps as separate operations: align(), clip_grad_norm_, torch.optim.AdamW, and an
+    average.
+    """
 
-    def __init__(self, model, *, max_norm=None, ema_decay=None, groups=by_layer, params=None, **options):
+    def __init__(
+        self, model, *, max_norm=None, ema_decay=None, groups=by_layer, params=None, **options
+    ):
         self.model, self.max_norm, self.ema_decay = model, max_norm, ema_decay
         self.aligner = gf.GradientAligner(model, groups=groups)
-        self.optimizer = torch.optim.AdamW(params or model.parameters(), **{"foreach": False, **OPTIONS, **options})
+        self.optimizer = torch.optim.AdamW(
+            params or model.parameters(), **{"foreach": False, **OPTIONS, **options}
+        )
         self.emas = averages_of(model)
 
     def step(self, seeds):
@@ -77,13 +90,27 @@ class Plain:
 class Fused:
     """`Plain` with AlignedAdamW."""
 
-    def __init__(self, model, *, max_norm=None, ema_decay=None, groups=by_layer, params=None, flat=False, **options):
+    def __init__(
+        self,
+        model,
+        *,
+        max_norm=None,
+        ema_decay=None,
+        groups=by_layer,
+        params=None,
+        flat=False,
+        **options,
+    ):
         self.model = model
         self.aligner = gf.GradientAligner(model, groups=groups, flat=flat)
         self.emas = averages_of(model)
         average = {} if ema_decay is None else {"ema": self.emas, "ema_decay": ema_decay}
         self.optimizer = gf.AlignedAdamW(
-            params or model.parameters(), aligner=self.aligner, max_norm=max_norm, **average, **{**OPTIONS, **options}
+            params or model.parameters(),
+            aligner=self.aligner,
+            max_norm=max_norm,
+            **average,
+            **{**OPTIONS, **options},
         )
 
     def step(self, seeds):
@@ -94,10 +121,15 @@ class Fused:
 
 
 def assert_same(fused, plain, rtol=1e-12, atol=1e-14):
-    torch.testing.assert_close(parameters_of(fused.model), parameters_of(plain.model), rtol=rtol, atol=atol)
+    torch.testing.assert_close(
+        parameters_of(fused.model), parameters_of(plain.model), rtol=rtol, atol=atol
+    )
     torch.testing.assert_close(fused.emas, plain.emas, rtol=rtol, atol=atol)
     for parameter, expected in zip(fused.model.parameters(), plain.model.parameters(), strict=True):
-        state, expected_state = fused.optimizer.state.get(parameter, {}), plain.optimizer.state.get(expected, {})
+        state, expected_state = (
+            fused.optimizer.state.get(parameter, {}),
+            plain.optimizer.state.get(expected, {}),
+        )
         assert list(state) == list(expected_state)
         torch.testing.assert_close(dict(state), dict(expected_state), rtol=rtol, atol=atol)
 
@@ -106,7 +138,15 @@ def assert_same(fused, plain, rtol=1e-12, atol=1e-14):
 
 
 @pytest.mark.parametrize("flat", [False, True])
-@pytest.mark.parametrize("options", [{}, {"max_norm": 0.05}, {"max_norm": 50.0, "ema_decay": 0.9}, {"ema_decay": 0.9, "groups": "all"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_norm": 0.05},
+        {"max_norm": 50.0, "ema_decay": 0.9},
+        {"ema_decay": 0.9, "groups": "all"},
+    ],
+)
 def test_equals_adamw_on_the_aligned_gradient(options, flat):
     fused, plain = Fused(Model(), flat=flat, lr=0.01, **options), Plain(Model(), lr=0.01, **options)
     for step in range(4):
@@ -127,7 +167,14 @@ def test_parameter_groups_and_a_schedule():
             {"params": heads, "lr": 0.05, "betas": (0.5, 0.9)},
         ]
         run = kind(model, params=groups, lr=0.01)
-        runs.append((run, torch.optim.lr_scheduler.OneCycleLR(run.optimizer, [0.02, 0.04], total_steps=6, cycle_momentum=False)))
+        runs.append(
+            (
+                run,
+                torch.optim.lr_scheduler.OneCycleLR(
+                    run.optimizer, [0.02, 0.04], total_steps=6, cycle_momentum=False
+                ),
+            )
+        )
     for step in range(5):
         for run, schedule in runs:
             run.step([step])
@@ -145,19 +192,32 @@ def test_error_is_at_most_twice_that_of_separate_operations(dtype):
     for step in range(5):
         # All three get the same gradients, those of the last one's model in `dtype`.
         losses = runs[2].model(batch(runs[2].model, step))
-        gradients = [torch.autograd.grad(loss, list(runs[2].model.parameters()), retain_graph=True, allow_unused=True) for loss in losses]
+        gradients = [
+            torch.autograd.grad(
+                loss, list(runs[2].model.parameters()), retain_graph=True, allow_unused=True
+            )
+            for loss in losses
+        ]
         for run in runs:
             for name, side in zip(run.aligner.names, gradients, strict=True):
                 with run.aligner.collect(name):
                     for parameter, gradient in zip(run.model.parameters(), side, strict=True):
-                        parameter.grad = None if gradient is None else gradient.to(dtype).to(parameter.dtype)
+                        parameter.grad = (
+                            None if gradient is None else gradient.to(dtype).to(parameter.dtype)
+                        )
             if run is not runs[0]:
                 run.aligner.align()
             run.optimizer.step()
             run.optimizer.zero_grad()
     start = parameters_of(Model(dtype))
     fused, plain, exact = (
-        torch.cat([(a.double() - b.double()).reshape(-1) for a, b in zip(parameters_of(run.model), start, strict=True)]) for run in runs
+        torch.cat(
+            [
+                (a.double() - b.double()).reshape(-1)
+                for a, b in zip(parameters_of(run.model), start, strict=True)
+            ]
+        )
+        for run in runs
     )
     error, plain_error = ((result - exact).norm() / exact.norm() for result in (fused, plain))
     print(f"{dtype}: error of the change {error:.1e}, separate operations {plain_error:.1e}")
@@ -191,7 +251,13 @@ def test_an_average_as_a_module():
     average = copy.deepcopy(model)
     aligner = gf.GradientAligner(model)
     optimizer = gf.AlignedAdamW(
-        [*model.generation.parameters(), *model.blocks.parameters(), *model.perception.parameters()], aligner=aligner, ema=average
+        [
+            *model.generation.parameters(),
+            *model.blocks.parameters(),
+            *model.perception.parameters(),
+        ],
+        aligner=aligner,
+        ema=average,
     )
     optimizer.ema_decay = 0.5
     before = parameters_of(copy.deepcopy(model))
@@ -221,7 +287,10 @@ def through_a_file(state_dict):
 
 @pytest.mark.parametrize("kinds", [(Fused, Fused), (Fused, Plain), (Plain, Fused)])
 def test_state_dicts_load_both_ways(kinds):
-    source, target = kinds[0](Model(), lr=0.02), kinds[1](Model(), lr=0.9, betas=(0.1, 0.2), weight_decay=0.7)
+    source, target = (
+        kinds[0](Model(), lr=0.02),
+        kinds[1](Model(), lr=0.9, betas=(0.1, 0.2), weight_decay=0.7),
+    )
     for step in range(2):
         source.step([step])
     target.model.load_state_dict(source.model.state_dict())
@@ -239,7 +308,11 @@ def test_state_dicts_load_both_ways(kinds):
 @pytest.mark.parametrize("flags", [{}, {"fused": True}, {"foreach": True, "capturable": True}])
 def test_state_dicts_keep_the_flags_of_adamw(flags):
     model = Model()
-    fused, plain, loaded = Fused(model), torch.optim.AdamW(model.parameters(), **flags), torch.optim.AdamW(model.parameters())
+    fused, plain, loaded = (
+        Fused(model),
+        torch.optim.AdamW(model.parameters(), **flags),
+        torch.optim.AdamW(model.parameters()),
+    )
     fused.optimizer.load_state_dict(plain.state_dict())
     fused.step([0])
     loaded.load_state_dict(fused.optimizer.state_dict())
@@ -254,7 +327,9 @@ def test_a_state_that_does_not_fit_is_refused():
     state_dict = copy.deepcopy(fused.optimizer.state_dict())
     state_dict["param_groups"][0]["lr"] = 0.5
     state_dict["state"][1]["exp_avg_sq"] = torch.ones(7, 8)
-    with pytest.raises(ValueError, match=r"exp_avg_sq of blocks.0.weight must have shape .*, got \(7, 8\)"):
+    with pytest.raises(
+        ValueError, match=r"exp_avg_sq of blocks.0.weight must have shape .*, got \(7, 8\)"
+    ):
         fused.optimizer.load_state_dict(state_dict)
     assert fused.optimizer.param_groups[0]["lr"] == 0.02
 
@@ -268,7 +343,10 @@ def test_an_optimizer_is_not_copied(duplicate):
 
 
 def test_a_resumed_run_equals_one_that_was_not_interrupted_to_the_bit():
-    straight, resumed = Fused(Model(torch.float32), max_norm=0.1), Fused(Model(torch.float32), max_norm=0.1)
+    straight, resumed = (
+        Fused(Model(torch.float32), max_norm=0.1),
+        Fused(Model(torch.float32), max_norm=0.1),
+    )
     for step in range(3):
         straight.step([step, step + 50])
     resumed.model.load_state_dict(copy.deepcopy(straight.model.state_dict()))
@@ -294,7 +372,9 @@ def test_flags_that_are_not_implemented_are_refused(flag):
     model = Model()
     fused = Fused(model, lr=0.02)
     state_dict = torch.optim.AdamW(model.parameters(), lr=0.5, **{flag: True}).state_dict()
-    with pytest.raises(ValueError, match=f"AlignedAdamW does not implement {flag}, got {flag}=True"):
+    with pytest.raises(
+        ValueError, match=f"AlignedAdamW does not implement {flag}, got {flag}=True"
+    ):
         fused.optimizer.load_state_dict(state_dict)
     assert fused.optimizer.param_groups[0]["lr"] == 0.02
     with pytest.raises(ValueError, match=f"does not implement {flag}"):
@@ -308,13 +388,19 @@ def test_flags_that_are_not_implemented_are_refused(flag):
 
 
 def scaled_step(run, scaler, seeds, spoiled=None):
-    """A step under `scaler`; `spoiled` = (loss, parameter, value) puts `value` into a gradient of the last micro-batch."""
+    """A step under `scaler`; `spoiled` = (loss, parameter, value) puts `value` into a gradient of
+    the last micro-batch.
+    """
     for seed in seeds:
         for loss, name in enumerate(run.aligner.names):
             with run.aligner.collect(name):
                 handles = []
                 if spoiled is not None and seed == seeds[-1] and loss == spoiled[0]:
-                    handles.append(run.model.get_parameter(spoiled[1]).register_hook(lambda gradient: with_last(gradient, spoiled[2])))
+                    handles.append(
+                        run.model.get_parameter(spoiled[1]).register_hook(
+                            lambda gradient: with_last(gradient, spoiled[2])
+                        )
+                    )
                 scaler.scale(run.model(batch(run.model, seed))[loss]).backward()
                 for handle in handles:
                     handle.remove()
@@ -324,10 +410,16 @@ def scaled_step(run, scaler, seeds, spoiled=None):
 
 
 def with_last(gradient, value):
-    return gradient.reshape(-1).index_fill(0, torch.tensor([gradient.numel() - 1]), value).reshape(gradient.shape)
+    return (
+        gradient.reshape(-1)
+        .index_fill(0, torch.tensor([gradient.numel() - 1]), value)
+        .reshape(gradient.shape)
+    )
 
 
-@pytest.mark.parametrize("rule", ["genrep", "nash_mtl"])  # the weights of nash_mtl depend on the gradients' scale
+@pytest.mark.parametrize(
+    "rule", ["genrep", "nash_mtl"]
+)  # the weights of nash_mtl depend on the gradients' scale
 @pytest.mark.parametrize("options", [{}, {"max_norm": 0.05, "ema_decay": 0.9}])
 def test_grad_scaler(options, rule):
     fused, expected = Fused(Model(torch.float32), **options), Fused(Model(torch.float32), **options)
@@ -337,7 +429,9 @@ def test_grad_scaler(options, rule):
     for step in range(4):
         scaled_step(fused, scaler, [step, step + 10])
         expected.step([step, step + 10])
-        torch.testing.assert_close(vars(fused.aligner.stats), vars(expected.aligner.stats), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            vars(fused.aligner.stats), vars(expected.aligner.stats), rtol=1e-5, atol=1e-6
+        )
     assert scaler.get_scale() == 2.0**12
     assert_same(fused, expected, rtol=1e-5, atol=1e-6)
 
@@ -375,9 +469,15 @@ def test_a_first_step_that_overflows():
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     scaled_step(fused, scaler, [0], SPOILED["grouped"])
     assert scaler.get_scale() == 2.0**9
-    torch.testing.assert_close(parameters_of(fused.model), parameters_of(Model(torch.float32)), rtol=0, atol=0)
+    torch.testing.assert_close(
+        parameters_of(fused.model), parameters_of(Model(torch.float32)), rtol=0, atol=0
+    )
     for state in fused.optimizer.state.values():
-        assert {name: value.abs().sum().item() for name, value in state.items()} == {"step": 0, "exp_avg": 0, "exp_avg_sq": 0}
+        assert {name: value.abs().sum().item() for name, value in state.items()} == {
+            "step": 0,
+            "exp_avg": 0,
+            "exp_avg_sq": 0,
+        }
 
 
 def test_unscaling_is_refused():
@@ -409,12 +509,19 @@ def accelerate():
 
 
 def test_accelerate_with_a_scaler(accelerate):
-    accelerate.Accelerator(cpu=True)  # which would make a scaler itself with fp16, but for that it wants a GPU
-    fused, expected = Fused(Model(torch.float32), max_norm=0.1), Fused(Model(torch.float32), max_norm=0.1)
+    accelerate.Accelerator(
+        cpu=True
+    )  # which would make a scaler itself with fp16, but for that it wants a GPU
+    fused, expected = (
+        Fused(Model(torch.float32), max_norm=0.1),
+        Fused(Model(torch.float32), max_norm=0.1),
+    )
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1000)
     wrapped = accelerate.optimizer.AcceleratedOptimizer(fused.optimizer, scaler=scaler)
     for step in range(3):
-        fused.aligner.backward(*(scaler.scale(loss) for loss in fused.model(batch(fused.model, step))))
+        fused.aligner.backward(
+            *(scaler.scale(loss) for loss in fused.model(batch(fused.model, step)))
+        )
         wrapped.step()
         wrapped.zero_grad()
         expected.step([step])
@@ -424,7 +531,9 @@ def test_accelerate_with_a_scaler(accelerate):
 
 @pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
 def test_accelerate(accelerate, mixed_precision):
-    accelerator = accelerate.Accelerator(cpu=True, mixed_precision=mixed_precision, gradient_accumulation_steps=2)
+    accelerator = accelerate.Accelerator(
+        cpu=True, mixed_precision=mixed_precision, gradient_accumulation_steps=2
+    )
     model = Model(torch.float32)
     aligner = gf.GradientAligner(model)
     optimizer = gf.AlignedAdamW(model.parameters(), lr=0.1, aligner=aligner)
@@ -446,7 +555,11 @@ def test_accelerate(accelerate, mixed_precision):
 
 def test_zero_grad_drops_what_was_collected():
     fused = Fused(Model())
-    for zero_grad in (fused.optimizer.zero_grad, lambda: fused.optimizer.zero_grad(set_to_none=False), fused.aligner.zero_grad):
+    for zero_grad in (
+        fused.optimizer.zero_grad,
+        lambda: fused.optimizer.zero_grad(set_to_none=False),
+        fused.aligner.zero_grad,
+    ):
         fused.aligner.backward(*fused.model(batch(fused.model, 0)))
         held = [parameter.grad is not None for parameter in fused.model.parameters()]
         assert sum(held) == 1  # a copy of one gradient, for a GradScaler
@@ -467,11 +580,16 @@ def test_attributes_are_checked_before_anything_changes(attribute, value):
     assert not fused.optimizer.state
 
 
-@pytest.mark.parametrize(("name", "value"), [("lr", math.nan), ("lr", torch.tensor(-1.0)), ("betas", (0.9, 1.0)), ("eps", "x")])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("lr", math.nan), ("lr", torch.tensor(-1.0)), ("betas", (0.9, 1.0)), ("eps", "x")],
+)
 def test_hyperparameters_of_all_groups_are_checked_before_anything_changes(name, value):
     model = Model()
     heads = [*model.perception.parameters(), *model.generation.parameters()]
-    fused = Fused(model, params=[{"params": [*model.blocks.parameters(), model.unused]}, {"params": heads}])
+    fused = Fused(
+        model, params=[{"params": [*model.blocks.parameters(), model.unused]}, {"params": heads}]
+    )
     fused.step([0])
     before = [parameter.clone() for parameter in parameters_of(model)]
     fused.optimizer.param_groups[1][name] = value
@@ -515,15 +633,22 @@ def test_reached_parameters_must_be_in_a_group():
     aligner = gf.GradientAligner(model)
     optimizer = gf.AlignedAdamW(model.blocks.parameters(), aligner=aligner)
     aligner.backward(*model(batch(model, 0)))
-    with pytest.raises(RuntimeError, match="perception.weight was reached by a loss, but is in no parameter group"):
+    with pytest.raises(
+        RuntimeError, match="perception.weight was reached by a loss, but is in no parameter group"
+    ):
         optimizer.step()
-    optimizer.add_param_group({"params": [*model.perception.parameters(), *model.generation.parameters()], "lr": 0.5})
+    optimizer.add_param_group(
+        {"params": [*model.perception.parameters(), *model.generation.parameters()], "lr": 0.5}
+    )
     optimizer.step()
     assert optimizer.state[model.perception.weight]["step"].item() == 1
     optimizer.add_param_group({"params": [model.unused]})
     aligner.backward(*model(batch(model, 1)))
     optimizer.step()
-    assert optimizer.state[model.perception.weight]["step"].item() == 2 and model.unused not in optimizer.state
+    assert (
+        optimizer.state[model.perception.weight]["step"].item() == 2
+        and model.unused not in optimizer.state
+    )
 
 
 def test_never_asks_the_device():
@@ -531,9 +656,14 @@ def test_never_asks_the_device():
     with FakeTensorMode(allow_non_fake_inputs=True):
         parameters = [nn.Parameter(torch.empty(size)) for size in (3, 5, 7)]
         aligner = gf.GradientAligner(parameters, groups="tensor")
-        optimizer = gf.AlignedAdamW(parameters, aligner=aligner, ema=[torch.empty_like(p) for p in parameters], max_norm=1.0)
+        optimizer = gf.AlignedAdamW(
+            parameters, aligner=aligner, ema=[torch.empty_like(p) for p in parameters], max_norm=1.0
+        )
         for scaled in (False, True, True):
-            aligner.backward(parameters[0].sum() * parameters[1].sum(), sum(parameter.sum() for parameter in parameters))
+            aligner.backward(
+                parameters[0].sum() * parameters[1].sum(),
+                sum(parameter.sum() for parameter in parameters),
+            )
             if scaled:
                 optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.zeros(())
             optimizer.step()
@@ -555,26 +685,50 @@ def test_never_asks_the_device():
         ({"betas": ("a", 0.9)}, TypeError, r"betas must be two numbers, got \('a', 0.9\)"),
         ({"eps": None}, TypeError, "eps must be a number, got NoneType"),
         ({"eps": math.nan}, ValueError, "eps must be finite and not negative, got nan"),
-        ({"weight_decay": -0.1}, ValueError, "weight_decay must be finite and not negative, got -0.1"),
+        (
+            {"weight_decay": -0.1},
+            ValueError,
+            "weight_decay must be finite and not negative, got -0.1",
+        ),
         ({"ema_decay": 2.0}, ValueError, "ema_decay must be between 0 and 1, got 2.0"),
         ({"ema_decay": "x"}, TypeError, "ema_decay must be a number, got str"),
         ({"max_norm": "1"}, TypeError, "max_norm must be a number, got str"),
         ({"max_norm": -1.0}, ValueError, "max_norm must be positive or None, got -1.0"),
         ({"ema": [torch.ones(3)]}, ValueError, "ema must have 2 entries, got 1"),
-        ({"ema": [torch.ones(3), torch.ones(4)]}, ValueError, r"ema\[1\] must have shape \(2,\), got \(4,\)"),
-        ({"ema": [torch.ones(3), torch.ones(1).expand(2)]}, ValueError, r"ema\[1\] is written to and must not be an expanded tensor"),
-        ({"ema": nn.Linear(2, 3)}, ValueError, "ema must be a module with the parameter names of the aligner, got none called a"),
+        (
+            {"ema": [torch.ones(3), torch.ones(4)]},
+            ValueError,
+            r"ema\[1\] must have shape \(2,\), got \(4,\)",
+        ),
+        (
+            {"ema": [torch.ones(3), torch.ones(1).expand(2)]},
+            ValueError,
+            r"ema\[1\] is written to and must not be an expanded tensor",
+        ),
+        (
+            {"ema": nn.Linear(2, 3)},
+            ValueError,
+            "ema must be a module with the parameter names of the aligner, got none called a",
+        ),
         (
             {"params": [nn.Parameter(torch.ones(1))]},
             ValueError,
             r"params\[0\] must be one of the aligner's parameters, got .* shape \(1,\)",
         ),
-        ({"params": [("b", nn.Parameter(torch.ones(1)))]}, ValueError, "b must be one of the aligner's parameters"),
+        (
+            {"params": [("b", nn.Parameter(torch.ones(1)))]},
+            ValueError,
+            "b must be one of the aligner's parameters",
+        ),
     ],
 )
 def test_wrong_arguments_raise(options, exception, message):
     parameters = {"a": nn.Parameter(torch.ones(3)), "b": nn.Parameter(torch.ones(2))}
-    arguments = {"params": parameters.values(), "aligner": gf.GradientAligner(parameters.items()), **options}
+    arguments = {
+        "params": parameters.values(),
+        "aligner": gf.GradientAligner(parameters.items()),
+        **options,
+    }
     with pytest.raises(exception, match=message):
         gf.AlignedAdamW(**arguments)
 
@@ -582,7 +736,9 @@ def test_wrong_arguments_raise(options, exception, message):
 def test_an_average_must_be_a_copy():
     parameter = nn.Parameter(torch.ones(3))
     with pytest.raises(ValueError, match=r"ema\[0\] must be a copy of its parameter"):
-        gf.AlignedAdamW([parameter], aligner=gf.GradientAligner([parameter]), ema=[parameter.detach()])
+        gf.AlignedAdamW(
+            [parameter], aligner=gf.GradientAligner([parameter]), ema=[parameter.detach()]
+        )
 
 
 def test_a_group_that_is_refused_is_not_added():
@@ -592,6 +748,12 @@ def test_a_group_that_is_refused_is_not_added():
     with pytest.raises(ValueError, match="lr must be finite"):
         optimizer.add_param_group({"params": list(model.perception.parameters()), "lr": math.inf})
     assert len(optimizer.param_groups) == 1
-    averaged = gf.AlignedAdamW(model.blocks.parameters(), aligner=aligner, ema=[p.clone() for p in parameters_of(model.blocks)])
-    with pytest.raises(ValueError, match="cannot be added to an AlignedAdamW whose averages are tensors"):
+    averaged = gf.AlignedAdamW(
+        model.blocks.parameters(),
+        aligner=aligner,
+        ema=[p.clone() for p in parameters_of(model.blocks)],
+    )
+    with pytest.raises(
+        ValueError, match="cannot be added to an AlignedAdamW whose averages are tensors"
+    ):
         averaged.add_param_group({"params": list(model.perception.parameters())})

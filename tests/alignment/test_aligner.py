@@ -1,4 +1,6 @@
-"""GradientAligner against `torch.autograd.grad` and `align_gradients`, through every way in which gradients come about."""
+"""GradientAligner against `torch.autograd.grad` and `align_gradients`, through every way in which
+gradients come about.
+"""
 
 import contextlib
 import copy
@@ -26,7 +28,9 @@ WEIGHTS = (0.7, 0.3)
 
 
 class Model(nn.Module):
-    """Two shared blocks, a head for each loss, a parameter that no loss reaches, an empty one, and a frozen one."""
+    """Two shared blocks, a head for each loss, a parameter that no loss reaches, an empty one, and
+    a frozen one.
+    """
 
     def __init__(self, dtype=torch.float64):
         super().__init__()
@@ -46,11 +50,15 @@ class Model(nn.Module):
 
     def forward(self, x):
         features = self.trunk(x)
-        return self.perception(features).square().mean(), (self.generation(features) - 1).abs().mean()
+        return self.perception(features).square().mean(), (
+            self.generation(features) - 1
+        ).abs().mean()
 
 
 def batch(seed=1, dtype=torch.float64):
-    return torch.randn(4, 7, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(4, 7, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(
+        dtype
+    )
 
 
 def by_block(name):
@@ -60,7 +68,14 @@ def by_block(name):
 LAYERS = ("blocks.0", "blocks.1", "perception", "generation")
 GROUPINGS = {  # keys, and a row for each of: two parameters of every layer, unused, empty
     "all": (["all"], [0] * 10),
-    "tensor": (["unused", *(f"{layer}.{name}" for layer in LAYERS for name in ("weight", "bias")), "extra.0"], [*range(1, 9), 0, 9]),
+    "tensor": (
+        [
+            "unused",
+            *(f"{layer}.{name}" for layer in LAYERS for name in ("weight", "bias")),
+            "extra.0",
+        ],
+        [*range(1, 9), 0, 9],
+    ),
     "block": (["unused", *LAYERS, "extra.0"], [1, 1, 2, 2, 3, 3, 4, 4, 0, 5]),
     by_block: (["0", "1"], [0, 0, 1, 1, None, None, None, None, None, None]),
 }
@@ -69,15 +84,22 @@ GROUPINGS = {  # keys, and a row for each of: two parameters of every layer, unu
 def trained(model):
     """Parameters in the order of the rows of GROUPINGS."""
     modules = (*model.blocks, model.perception, model.generation)
-    return [parameter for module in modules for parameter in module.parameters()] + [model.unused, model.extra[0]]
+    return [parameter for module in modules for parameter in module.parameters()] + [
+        model.unused,
+        model.extra[0],
+    ]
 
 
 def gradients_of(model, seeds=(1,), forward=None):
     """Lists of the two losses' gradients, added up over batches."""
     sums = [[None] * 10, [None] * 10]
     for seed in seeds:
-        for loss, total in zip((forward or model)(batch(seed, model.unused.dtype)), sums, strict=True):
-            for t, gradient in enumerate(torch.autograd.grad(loss, trained(model), allow_unused=True, retain_graph=True)):
+        for loss, total in zip(
+            (forward or model)(batch(seed, model.unused.dtype)), sums, strict=True
+        ):
+            for t, gradient in enumerate(
+                torch.autograd.grad(loss, trained(model), allow_unused=True, retain_graph=True)
+            ):
                 if gradient is not None:
                     total[t] = gradient if total[t] is None else total[t] + gradient
     return sums
@@ -92,13 +114,17 @@ def assert_gradients(model, expected, **tolerance):
         if gradient is None:
             assert parameter.grad is None
         else:
-            torch.testing.assert_close(parameter.grad, gradient, **tolerance or {"rtol": 1e-12, "atol": 1e-14})
+            torch.testing.assert_close(
+                parameter.grad, gradient, **tolerance or {"rtol": 1e-12, "atol": 1e-14}
+            )
     assert model.frozen.grad is None
 
 
 def assert_stats(stats, expected):
     for name in ("cosine", "alpha", "norms", "coefficients"):
-        torch.testing.assert_close(getattr(stats, name), getattr(expected, name), rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(
+            getattr(stats, name), getattr(expected, name), rtol=1e-12, atol=1e-14
+        )
 
 
 def collect_all(aligner, model, seeds=(1,)):
@@ -173,12 +199,19 @@ def test_three_losses_with_a_rule_of_ones_own():
 
     aligner = gf.GradientAligner(model, names=("a", "b", "c"), weights=(1, 2, 3), rule=rule)
     stats = aligner.backward(*losses(batch()))
-    rows = [torch.autograd.grad(loss, trained(model), allow_unused=True, retain_graph=True) for loss in losses(batch())]
+    rows = [
+        torch.autograd.grad(loss, trained(model), allow_unused=True, retain_graph=True)
+        for loss in losses(batch())
+    ]
     matrix = gf.gram(*rows, groups=GROUPINGS["all"][1])
     torch.testing.assert_close(stats.coefficients, matrix.sum(dim=2))
-    assert_gradients(model, gf.combine(rows, matrix.sum(dim=2), GROUPINGS["all"][1], weights=(1, 2, 3)))
+    assert_gradients(
+        model, gf.combine(rows, matrix.sum(dim=2), GROUPINGS["all"][1], weights=(1, 2, 3))
+    )
     shared = [torch.cat([row[t].reshape(-1) for t in range(4)]) for row in rows]
-    cosines = torch.stack([torch.stack([torch.cosine_similarity(a, b, dim=0) for a in shared]) for b in shared])
+    cosines = torch.stack(
+        [torch.stack([torch.cosine_similarity(a, b, dim=0) for a in shared]) for b in shared]
+    )
     torch.testing.assert_close(stats.cosine, cosines[None], rtol=1e-12, atol=1e-12)
     assert stats.alpha is None and stats.norms.shape == (1, 3)
 
@@ -192,15 +225,22 @@ def test_a_rule_by_name():
         projected = [x - min(0.0, (x @ y / (y @ y)).item()) * y for x, y in ((a, b), (b, a))]
         result = torch.cat([trained(model)[t].grad.reshape(-1) for t in members])
         torch.testing.assert_close(result, sum(projected), rtol=1e-12, atol=1e-14)
-        torch.testing.assert_close(stats.cosine[row], torch.cosine_similarity(a, b, dim=0), rtol=1e-12, atol=0)
+        torch.testing.assert_close(
+            stats.cosine[row], torch.cosine_similarity(a, b, dim=0), rtol=1e-12, atol=0
+        )
 
 
 def test_a_torchjd_weighting():
     aggregation = pytest.importorskip("torchjd.aggregation")
     model = Model()
-    stats = gf.GradientAligner(model, groups=by_block, rule=aggregation.IMTLGWeighting()).backward(*model(batch()))
+    stats = gf.GradientAligner(model, groups=by_block, rule=aggregation.IMTLGWeighting()).backward(
+        *model(batch())
+    )
     expected = gf.gram(*gradients_of(model), groups=GROUPINGS[by_block][1])
-    torch.testing.assert_close(stats.coefficients, torch.stack([aggregation.IMTLGWeighting()(matrix) for matrix in expected]))
+    torch.testing.assert_close(
+        stats.coefficients,
+        torch.stack([aggregation.IMTLGWeighting()(matrix) for matrix in expected]),
+    )
 
 
 def test_weights_may_change_between_steps():
@@ -230,8 +270,17 @@ def test_a_nan_reaches_its_own_group_alone():
     with aligner.collect("generation"):
         model(batch())[1].backward()
     stats = aligner.align()
-    assert stats.coefficients.isnan().any(dim=1).tolist() == [False, False, True, False, False, False]
-    assert not model.blocks[0].weight.grad.isnan().any() and model.blocks[1].weight.grad.isnan().all()
+    assert stats.coefficients.isnan().any(dim=1).tolist() == [
+        False,
+        False,
+        True,
+        False,
+        False,
+        False,
+    ]
+    assert (
+        not model.blocks[0].weight.grad.isnan().any() and model.blocks[1].weight.grad.isnan().all()
+    )
     assert not model.perception.weight.grad.isnan().any()
 
 
@@ -270,7 +319,11 @@ def test_gradients_are_taken_over_and_written_in_place():
             with aligner.collect(name):
                 model(batch())[loss].backward()
                 if loss == 0:
-                    first = {parameter: parameter.grad for parameter in trained(model) if parameter.grad is not None}
+                    first = {
+                        parameter: parameter.grad
+                        for parameter in trained(model)
+                        if parameter.grad is not None
+                    }
         aligner.align()
         for parameter, gradient in first.items():
             assert parameter.grad is gradient
@@ -307,14 +360,18 @@ def test_gradients_that_share_memory(micro_batches, total, flat):
     else:
         aligner.backward(*losses())
     expected = [max(1, micro_batches) * gradient for gradient in expected]
-    torch.testing.assert_close([parameter.grad for parameter in parameters], expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        [parameter.grad for parameter in parameters], expected, rtol=1e-12, atol=1e-12
+    )
 
 
 def test_only_gradients_that_overlap_are_copied():
     parameters = [nn.Parameter(torch.zeros(size)) for size in (3, 2, 4, 3, 0)]
     buffers = [torch.arange(10.0), 1 - torch.arange(10.0)]
     places = [(2, 3), (0, 2), (5, 4), (7, 3), (6, 0)]  # the fourth overlaps the third
-    expected, _ = gf.align_gradients(*[[buffer[start : start + size].clone() for start, size in places] for buffer in buffers])
+    expected, _ = gf.align_gradients(
+        *[[buffer[start : start + size].clone() for start, size in places] for buffer in buffers]
+    )
     aligner = gf.GradientAligner(parameters)
     for attempt in range(2):  # what a block that raised had taken is free again
         with contextlib.suppress(ValueError), aligner.collect("perception"):
@@ -327,7 +384,10 @@ def test_only_gradients_that_overlap_are_copied():
             parameter.grad = buffers[1][start : start + size]
     aligner.align()
     torch.testing.assert_close([parameter.grad for parameter in parameters], expected)
-    in_buffer = [parameter.grad.untyped_storage().data_ptr() == buffers[0].data_ptr() for parameter in parameters]
+    in_buffer = [
+        parameter.grad.untyped_storage().data_ptr() == buffers[0].data_ptr()
+        for parameter in parameters
+    ]
     assert in_buffer[:4] == [True, True, True, False]
 
 
@@ -342,11 +402,16 @@ def test_every_gradient_is_read_once_for_its_gram_matrix(max_norm, scaler, monke
         return compute(gradients, n, groups, num_groups)
 
     monkeypatch.setattr(tensor_grams, "gram_operator", counting)
-    optimizer = gf.AlignedAdamW(model.parameters(), aligner=gf.GradientAligner(model), max_norm=max_norm)
-    optimizer.aligner.finish(scaler_used=scaler)  # whether a GradScaler is expected to look at .grad
+    optimizer = gf.AlignedAdamW(
+        model.parameters(), aligner=gf.GradientAligner(model), max_norm=max_norm
+    )
+    optimizer.aligner.finish(
+        scaler_used=scaler
+    )  # whether a GradScaler is expected to look at .grad
     optimizer.aligner.backward(*model(batch(dtype=torch.float32)))
     optimizer.step()
-    # Nine parameters are reached and five of them shared, whose matrices say enough without clipping and without a GradScaler.
+    # Nine parameters are reached and five of them shared, whose matrices say enough without
+    # clipping and without a GradScaler.
     assert sum(sizes) == (9 if max_norm or scaler else 5)
 
 
@@ -359,16 +424,24 @@ def test_flat_gradients_are_neighbours_in_one_buffer():
         pointers.append([parameter.grad.data_ptr() for parameter in trained(model)[:8]])
         model.zero_grad()
     assert pointers[0] == pointers[1]
-    sizes = [8 * parameter.numel() for parameter in (*trained(model)[:4], model.unused, *trained(model)[4:8])]  # without a group: last
+    sizes = [
+        8 * parameter.numel()
+        for parameter in (*trained(model)[:4], model.unused, *trained(model)[4:8])
+    ]  # without a group: last
     starts = [sum(sizes[:t]) for t in range(9)]
     assert [pointer - pointers[0][0] for pointer in pointers[0]] == [*starts[:4], *starts[5:]]
 
 
 def test_flat_gram_matrices_follow_every_micro_batch():
     parameters = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))]
-    gradients = [[torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0, 5.0])], [torch.tensor([0.0, -1.0, 1.0]), torch.tensor([2.0, 1.0])]]
+    gradients = [
+        [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0, 5.0])],
+        [torch.tensor([0.0, -1.0, 1.0]), torch.tensor([2.0, 1.0])],
+    ]
     aligner = gf.GradientAligner(parameters, flat=True)
-    optimizer = gf.AlignedAdamW(parameters, aligner=aligner)  # which checks for a GradScaler what was collected so far
+    optimizer = gf.AlignedAdamW(
+        parameters, aligner=aligner
+    )  # which checks for a GradScaler what was collected so far
     for batches in ((0, 1), (1,)):
         for name, side in zip(NAMES, gradients, strict=True):
             with aligner.collect(name):
@@ -380,8 +453,14 @@ def test_flat_gram_matrices_follow_every_micro_batch():
 
 
 def test_flat_keeps_strides_and_dtypes():
-    shapes = {"half": ((4, 3, 2, 2), torch.bfloat16), "single": ((4, 3, 2, 2), torch.float32), "last": ((5,), torch.bfloat16)}
-    parameters = {name: nn.Parameter(torch.randn(shape).to(dtype)) for name, (shape, dtype) in shapes.items()}
+    shapes = {
+        "half": ((4, 3, 2, 2), torch.bfloat16),
+        "single": ((4, 3, 2, 2), torch.float32),
+        "last": ((5,), torch.bfloat16),
+    }
+    parameters = {
+        name: nn.Parameter(torch.randn(shape).to(dtype)) for name, (shape, dtype) in shapes.items()
+    }
     parameters["single"].data = parameters["single"].data.to(memory_format=torch.channels_last)
     gradients = [[torch.randn_like(parameter) for parameter in parameters.values()] for _ in NAMES]
     expected, _ = gf.align_gradients(*gradients)
@@ -393,7 +472,9 @@ def test_flat_keeps_strides_and_dtypes():
     aligner.align()
     for parameter, gradient in zip(parameters.values(), expected, strict=True):
         assert parameter.grad.stride() == parameter.stride()
-        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-6 if parameter.dtype == torch.float32 else 0, atol=0)
+        torch.testing.assert_close(
+            parameter.grad, gradient, rtol=1e-6 if parameter.dtype == torch.float32 else 0, atol=0
+        )
 
 
 @pytest.fixture
@@ -415,15 +496,23 @@ def test_flat_buckets_that_are_rearranged():
         return a.square().sum() + c.sin().sum(), a.cos().sum() + (a * c).sum()
 
     for _ in range(2):
-        gradients = [torch.autograd.grad(loss, [parameters[0], parameters[2]], retain_graph=True) for loss in losses()]
+        gradients = [
+            torch.autograd.grad(loss, [parameters[0], parameters[2]], retain_graph=True)
+            for loss in losses()
+        ]
         expected, expected_stats = gf.align_gradients(*gradients)
         assert_stats(aligner.backward(*losses()), expected_stats)
-        torch.testing.assert_close([parameters[0].grad, parameters[2].grad], expected, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(
+            [parameters[0].grad, parameters[2].grad], expected, rtol=1e-12, atol=1e-14
+        )
         aligner.zero_grad()
         parameters[1].requires_grad_(True)  # and still not reached
 
 
-@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this torch gives every gradient the dtype of its parameter")
+@pytest.mark.skipif(
+    not hasattr(torch.Tensor, "grad_dtype"),
+    reason="this torch gives every gradient the dtype of its parameter",
+)
 def test_flat_gradients_of_another_dtype_than_their_parameter():
     parameter = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
     parameter.grad_dtype = torch.float32
@@ -437,7 +526,10 @@ def test_flat_gradients_of_another_dtype_than_their_parameter():
     torch.testing.assert_close(parameter.grad, expected[0], rtol=0, atol=0)
     parameter.grad = parameter.grad_dtype = None  # any
     with (
-        pytest.raises(ValueError, match=r"the gradient of params\[0\] must be torch.bfloat16 like its flat buffer, got torch.float32"),
+        pytest.raises(
+            ValueError,
+            match=r"the gradient of params\[0\] must be torch.bfloat16 like its flat buffer, got torch.float32",
+        ),
         aligner.collect("perception"),
     ):
         parameter.grad = gradients[0]
@@ -515,7 +607,9 @@ def test_activation_checkpointing(use_reentrant):
         # The first block twice: reentrant checkpoints deliver its gradient in two parts.
         x = x.requires_grad_()
         for block in (model.blocks[0], model.blocks[1], model.blocks[0]):
-            x = checkpoint(lambda x, block=block: torch.tanh(block(x)), x, use_reentrant=use_reentrant)
+            x = checkpoint(
+                lambda x, block=block: torch.tanh(block(x)), x, use_reentrant=use_reentrant
+            )
         return model.perception(x).square().mean(), (model.generation(x) - 1).abs().mean()
 
     def plain(x):
@@ -529,7 +623,9 @@ def test_activation_checkpointing(use_reentrant):
             with aligner.collect(name):
                 forward(batch())[loss].backward()
         aligner.align()
-        expected, _ = gf.align_gradients(*gradients_of(model, forward=plain), groups=GROUPINGS["block"][1])
+        expected, _ = gf.align_gradients(
+            *gradients_of(model, forward=plain), groups=GROUPINGS["block"][1]
+        )
         assert_gradients(model, expected)
         model.zero_grad()
 
@@ -541,7 +637,10 @@ def test_autocast():
         losses = model(batch(dtype=torch.float32))
         with torch.autocast("cpu", enabled=False):
             expected, _ = gf.align_gradients(
-                *[torch.autograd.grad(loss, trained(model), allow_unused=True, retain_graph=True) for loss in losses]
+                *[
+                    torch.autograd.grad(loss, trained(model), allow_unused=True, retain_graph=True)
+                    for loss in losses
+                ]
             )
         aligner.backward(*losses)  # within autocast, too
     assert_gradients(model, expected, rtol=1e-6, atol=1e-8)
@@ -556,12 +655,15 @@ def test_grad_scaler_sees_what_is_written():
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     aligner = gf.GradientAligner(model)
     aligner.backward(
-        *model(batch(dtype=torch.float32)), backward=lambda loss, retain_graph: scaler.scale(loss).backward(retain_graph=retain_graph)
+        *model(batch(dtype=torch.float32)),
+        backward=lambda loss, retain_graph: scaler.scale(loss).backward(retain_graph=retain_graph),
     )
     scaler.step(optimizer)
     scaler.update()
     for parameter, start, gradient in zip(trained(model), before, expected, strict=True):
-        torch.testing.assert_close(parameter.detach(), start if gradient is None else start - gradient)
+        torch.testing.assert_close(
+            parameter.detach(), start if gradient is None else start - gradient
+        )
     assert scaler.get_scale() == 1024.0
 
 
@@ -594,7 +696,10 @@ def test_create_graph():
     model = Model()
     aligner = gf.GradientAligner(model)
     expected, _ = aligned(model)
-    aligner.backward(*model(batch()), backward=lambda loss, retain_graph: loss.backward(retain_graph=True, create_graph=True))
+    aligner.backward(
+        *model(batch()),
+        backward=lambda loss, retain_graph: loss.backward(retain_graph=True, create_graph=True),
+    )
     assert_gradients(model, expected)
     assert not model.blocks[0].weight.grad.requires_grad
 
@@ -606,7 +711,12 @@ def test_parameters_count_while_they_require_gradients():
     assert aligner.group_keys == ["unused", "blocks.0", "perception", "generation", "extra.0"]
     expected, _ = gf.align_gradients(*gradients_of_shared(model), groups=[0, 0])
     stats = aligner.backward(*model(batch()))
-    torch.testing.assert_close([parameter.grad for parameter in model.blocks[0].parameters()], expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(
+        [parameter.grad for parameter in model.blocks[0].parameters()],
+        expected,
+        rtol=1e-12,
+        atol=1e-14,
+    )
     assert model.blocks[1].weight.grad is None and len(stats.cosine) == 5
     model.zero_grad()
     model.blocks[1].requires_grad_(True)
@@ -617,7 +727,10 @@ def test_parameters_count_while_they_require_gradients():
 
 
 def gradients_of_shared(model):
-    return [torch.autograd.grad(loss, list(model.blocks[0].parameters()), retain_graph=True) for loss in model(batch())]
+    return [
+        torch.autograd.grad(loss, list(model.blocks[0].parameters()), retain_graph=True)
+        for loss in model(batch())
+    ]
 
 
 @pytest.mark.parametrize(
@@ -632,7 +745,12 @@ def gradients_of_shared(model):
     ],
 )
 def test_blocks(names, keys):
-    assert gf.GradientAligner([(name, nn.Parameter(torch.ones(1))) for name in names], groups="block").group_keys == keys
+    assert (
+        gf.GradientAligner(
+            [(name, nn.Parameter(torch.ones(1))) for name in names], groups="block"
+        ).group_keys
+        == keys
+    )
 
 
 def test_losses_that_reach_nothing():
@@ -650,7 +768,10 @@ def test_losses_that_reach_nothing():
     for name in NAMES:
         with aligner.collect(name):
             pass
-    with pytest.raises(RuntimeError, match=r"no loss reached any of the aligner's 11 parameters.*load_state_dict\(assign=True\)"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"no loss reached any of the aligner's 11 parameters.*load_state_dict\(assign=True\)",
+    ):
         aligner.align()
 
 
@@ -721,10 +842,16 @@ def test_a_held_gradient_is_named():
     model = Model()
     aligner = gf.GradientAligner(model)
     aligner.backward(*model(batch()))
-    with pytest.raises(RuntimeError, match=r"blocks\.0\.weight holds a \.grad already.*zero_grad\(set_to_none=True\).*AlignedAdamW"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"blocks\.0\.weight holds a \.grad already.*zero_grad\(set_to_none=True\).*AlignedAdamW",
+    ):
         aligner.backward(*model(batch()))
     unnamed = gf.GradientAligner(model.parameters())
-    with pytest.raises(RuntimeError, match=r"params\[2\] holds a \.grad already"), unnamed.collect("perception"):
+    with (
+        pytest.raises(RuntimeError, match=r"params\[2\] holds a \.grad already"),
+        unnamed.collect("perception"),
+    ):
         pass
 
 
@@ -732,7 +859,10 @@ def test_blocks_of_collect_do_not_nest():
     aligner = gf.GradientAligner(Model())
     with (
         aligner.collect("perception"),
-        pytest.raises(RuntimeError, match="collect\('generation'\) inside the block that collects 'perception'"),
+        pytest.raises(
+            RuntimeError,
+            match="collect\('generation'\) inside the block that collects 'perception'",
+        ),
         aligner.collect("generation"),
     ):
         pass
@@ -742,7 +872,9 @@ def test_a_sparse_gradient_is_refused():
     embedding = nn.Embedding(5, 3, sparse=True)
     aligner = gf.GradientAligner(embedding)
     with (
-        pytest.raises(ValueError, match="the gradient of weight must be dense, got layout torch.sparse_coo"),
+        pytest.raises(
+            ValueError, match="the gradient of weight must be dense, got layout torch.sparse_coo"
+        ),
         aligner.collect("perception"),
     ):
         embedding(torch.tensor([1, 2])).sum().backward()
@@ -756,7 +888,12 @@ def test_memory_that_is_written_again_is_refused():
     with aligner.collect("perception"):
         parameter.grad = buffer
     for name in NAMES:
-        with pytest.raises(ValueError, match="the gradient of a lies where one that was collected before does"), aligner.collect(name):
+        with (
+            pytest.raises(
+                ValueError, match="the gradient of a lies where one that was collected before does"
+            ),
+            aligner.collect(name),
+        ):
             parameter.grad = buffer
         if name == "perception":
             aligner.zero_grad()
@@ -768,7 +905,9 @@ def test_joint_mode_is_refused_where_processes_share_the_work(monkeypatch):
     model = Model()
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(RuntimeError, match=r"2 processes.*aligner\.collect\(name\).*aligner\.align\(\)"):
+    with pytest.raises(
+        RuntimeError, match=r"2 processes.*aligner\.collect\(name\).*aligner\.align\(\)"
+    ):
         gf.GradientAligner(model).backward(*model(batch()))
 
 
@@ -795,7 +934,12 @@ def test_flat_refuses_a_parameter_in_the_middle_of_a_step():
     with aligner.collect("perception"):
         model(batch())[0].backward()
     model.blocks[1].requires_grad_(True)
-    with pytest.raises(RuntimeError, match=r"blocks\.1\..* began to require a gradient within a step"), aligner.collect("generation"):
+    with (
+        pytest.raises(
+            RuntimeError, match=r"blocks\.1\..* began to require a gradient within a step"
+        ),
+        aligner.collect("generation"),
+    ):
         model(batch())[1].backward()
 
 
@@ -806,7 +950,9 @@ def test_an_aligner_is_not_copied(duplicate):
 
 
 def aligner_of(params=None, **options):
-    return gf.GradientAligner([nn.Parameter(torch.ones(2))] if params is None else params, **options)
+    return gf.GradientAligner(
+        [nn.Parameter(torch.ones(2))] if params is None else params, **options
+    )
 
 
 @pytest.mark.parametrize(
@@ -817,44 +963,110 @@ def aligner_of(params=None, **options):
         (lambda: aligner_of(3), TypeError, "params must be .* or a module, got int"),
         (lambda: aligner_of([1.0]), TypeError, r"params\[0\] must be a parameter, got float"),
         (lambda: aligner_of([("a", None)]), TypeError, "a must be a parameter, got NoneType"),
-        (lambda: aligner_of([torch.ones(2, requires_grad=True) * 2]), ValueError, r"params\[0\] must be a leaf tensor"),
-        (lambda: aligner_of([nn.Parameter(torch.ones(2))] * 2), ValueError, "params must be different tensors"),
-        (lambda: aligner_of([nn.Parameter(torch.ones(2, dtype=torch.cfloat))]), TypeError, "must be float32, .* got torch.complex64"),
         (
-            lambda: aligner_of([nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, device="meta"))]),
+            lambda: aligner_of([torch.ones(2, requires_grad=True) * 2]),
+            ValueError,
+            r"params\[0\] must be a leaf tensor",
+        ),
+        (
+            lambda: aligner_of([nn.Parameter(torch.ones(2))] * 2),
+            ValueError,
+            "params must be different tensors",
+        ),
+        (
+            lambda: aligner_of([nn.Parameter(torch.ones(2, dtype=torch.cfloat))]),
+            TypeError,
+            "must be float32, .* got torch.complex64",
+        ),
+        (
+            lambda: aligner_of(
+                [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, device="meta"))]
+            ),
             ValueError,
             r"params\[1\] must be on cpu like the first parameter, got meta",
         ),
-        (lambda: aligner_of(names=("a",)), ValueError, r"names must be 2 to 8 different ones, got \('a',\)"),
+        (
+            lambda: aligner_of(names=("a",)),
+            ValueError,
+            r"names must be 2 to 8 different ones, got \('a',\)",
+        ),
         (lambda: aligner_of(names=("a", "a")), ValueError, "names must be 2 to 8 different ones"),
-        (lambda: aligner_of(names="ab"), TypeError, "names must be a sequence of strings, got 'ab'"),
+        (
+            lambda: aligner_of(names="ab"),
+            TypeError,
+            "names must be a sequence of strings, got 'ab'",
+        ),
         (lambda: aligner_of(names=2), TypeError, "names must be a sequence of strings, got 2"),
         (lambda: aligner_of(names=("a", "b", "c")), ValueError, "'genrep' takes 2 losses, got 3"),
-        (lambda: aligner_of(names=("a", "b", "c"), rule="config", weights=(1, 1)), ValueError, "weights must be 3 finite numbers"),
+        (
+            lambda: aligner_of(names=("a", "b", "c"), rule="config", weights=(1, 1)),
+            ValueError,
+            "weights must be 3 finite numbers",
+        ),
         (lambda: aligner_of(weights=(1.0,)), ValueError, "weights must be 2 finite numbers"),
-        (lambda: aligner_of(power=-1.0), ValueError, "power must be finite and not negative, got -1.0"),
-        (lambda: aligner_of(rule="genrap"), ValueError, "rule must be one of genrep, .* got 'genrap'"),
-        (lambda: aligner_of(names=("a", "b", "c"), weights=(1, 1, 1)), ValueError, "'genrep' takes 2 losses, got 3"),
+        (
+            lambda: aligner_of(power=-1.0),
+            ValueError,
+            "power must be finite and not negative, got -1.0",
+        ),
+        (
+            lambda: aligner_of(rule="genrap"),
+            ValueError,
+            "rule must be one of genrep, .* got 'genrap'",
+        ),
+        (
+            lambda: aligner_of(names=("a", "b", "c"), weights=(1, 1, 1)),
+            ValueError,
+            "'genrep' takes 2 losses, got 3",
+        ),
         (lambda: aligner_of(groups="layer"), ValueError, "groups must be \"all\", .* got 'layer'"),
         (lambda: aligner_of(groups="block"), ValueError, "params must be named for groups='block'"),
-        (lambda: aligner_of(groups=lambda name: None), ValueError, "params must be named for groups="),
+        (
+            lambda: aligner_of(groups=lambda name: None),
+            ValueError,
+            "params must be named for groups=",
+        ),
         (
             lambda: gf.GradientAligner(nn.Linear(1, 1), groups=list),
             TypeError,
             "groups must return a hashable key or None, got list for weight",
         ),
-        (lambda: aligner_of().backward(torch.ones(())), ValueError, "losses must be one for each of perception, generation, got 1"),
-        (lambda: aligner_of().backward(torch.ones(()), None), TypeError, "the loss generation must be a tensor, got NoneType"),
+        (
+            lambda: aligner_of().backward(torch.ones(())),
+            ValueError,
+            "losses must be one for each of perception, generation, got 1",
+        ),
+        (
+            lambda: aligner_of().backward(torch.ones(()), None),
+            TypeError,
+            "the loss generation must be a tensor, got NoneType",
+        ),
         (
             lambda: aligner_of().backward(torch.ones(2), torch.ones(())),
             ValueError,
             r"the loss perception must have one element, got shape \(2,\)",
         ),
-        (lambda: aligner_of().collect("classes").__enter__(), ValueError, "name must be one of perception, generation, got 'classes'"),
-        (lambda: aligner_of().align(), RuntimeError, "no gradients of perception, generation to align"),
+        (
+            lambda: aligner_of().collect("classes").__enter__(),
+            ValueError,
+            "name must be one of perception, generation, got 'classes'",
+        ),
+        (
+            lambda: aligner_of().align(),
+            RuntimeError,
+            "no gradients of perception, generation to align",
+        ),
         (lambda: aligner_of().align(max_norm="1"), TypeError, "max_norm must be a number, got str"),
-        (lambda: aligner_of().align(max_norm=0.0), ValueError, "max_norm must be positive or None, got 0.0"),
-        (lambda: aligner_of().align(max_norm=math.nan), ValueError, "max_norm must be positive or None, got nan"),
+        (
+            lambda: aligner_of().align(max_norm=0.0),
+            ValueError,
+            "max_norm must be positive or None, got 0.0",
+        ),
+        (
+            lambda: aligner_of().align(max_norm=math.nan),
+            ValueError,
+            "max_norm must be positive or None, got nan",
+        ),
     ],
 )
 def test_wrong_arguments_raise(call, exception, message):
@@ -862,12 +1074,15 @@ def test_wrong_arguments_raise(call, exception, message):
         call()
 
 
-# Two processes share the images of every micro-batch. DistributedDataParallel averages in every pass; or, without parameters that a loss
-# does not reach (which it then refuses), in that of the last micro-batch alone.
+# Two processes share the images of every micro-batch. DistributedDataParallel averages in every
+# pass; or, without parameters that a loss does not reach (which it then refuses), in that of the
+# last micro-batch alone.
 
 
 class OneLoss(Model):
-    """The losses one at a time, so that each has a forward pass of its own; with `touch_all` both reach every parameter."""
+    """The losses one at a time, so that each has a forward pass of its own; with `touch_all` both
+    reach every parameter.
+    """
 
     def __init__(self, touch_all):
         super().__init__()
@@ -875,7 +1090,11 @@ class OneLoss(Model):
 
     def forward(self, x, name):
         loss = super().forward(x)[NAMES.index(name)]
-        return loss + 0 * sum(parameter.sum() for parameter in self.parameters()) if self.touch_all else loss
+        return (
+            loss + 0 * sum(parameter.sum() for parameter in self.parameters())
+            if self.touch_all
+            else loss
+        )
 
 
 def run_rank(rank, store):
@@ -883,15 +1102,25 @@ def run_rank(rank, store):
     for flat, no_sync in ((False, False), (True, False), (False, True), (True, True)):
         model = OneLoss(touch_all=no_sync)
         wrapped = DistributedDataParallel(model, find_unused_parameters=not no_sync)
-        aligner, alone = gf.GradientAligner(model, flat=flat), gf.GradientAligner(expected := OneLoss(touch_all=no_sync))
+        aligner, alone = (
+            gf.GradientAligner(model, flat=flat),
+            gf.GradientAligner(expected := OneLoss(touch_all=no_sync)),
+        )
         for _ in range(2):
             for micro_batch in range(3):
                 for name in NAMES:
-                    skip = wrapped.no_sync() if no_sync and micro_batch < 2 else contextlib.nullcontext()
+                    skip = (
+                        wrapped.no_sync()
+                        if no_sync and micro_batch < 2
+                        else contextlib.nullcontext()
+                    )
                     with skip, aligner.collect(name):
                         wrapped(batch(2 * micro_batch + rank), name).backward()
                     for other in range(2):
-                        with unittest.mock.patch.object(dist, "get_world_size", return_value=1), alone.collect(name):
+                        with (
+                            unittest.mock.patch.object(dist, "get_world_size", return_value=1),
+                            alone.collect(name),
+                        ):
                             (expected(batch(2 * micro_batch + other), name) / 2).backward()
             torch.testing.assert_close(aligner.align().cosine, alone.align().cosine)
             assert_gradients(model, [parameter.grad for parameter in trained(expected)])
@@ -901,10 +1130,17 @@ def run_rank(rank, store):
 
 
 def test_data_parallel_gradients_are_those_of_one_process(tmp_path):
-    command, environment = [sys.executable, __file__], os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command, environment = (
+        [sys.executable, __file__],
+        os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
     processes = [
         subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "store")], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [*command, str(rank), str(tmp_path / "store")],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         for rank in range(2)
     ]

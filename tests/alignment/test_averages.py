@@ -146,7 +146,9 @@ def test_a_module_in_whatever_holds_it(holder):
     inner = run.ema
     while not isinstance(inner, Network):
         inner = inner._orig_mod if hasattr(inner, "_orig_mod") else inner.module
-    assert_close({name: value.double() for name, value in inner.state_dict().items()}, expected.values)
+    assert_close(
+        {name: value.double() for name, value in inner.state_dict().items()}, expected.values
+    )
     assert inner.norm.num_batches_tracked == 5
     assert run.optimizer.ema is run.ema
 
@@ -163,7 +165,9 @@ def test_a_module_whose_only_child_is_called_module():
     run = Run(copy.deepcopy, Outer(), ema_decay=0.5)
     before = copies(run.ema)
     run.step(0)
-    assert_close(copies(run.ema), [(a + b) / 2 for a, b in zip(before, copies(run.network), strict=True)])
+    assert_close(
+        copies(run.ema), [(a + b) / 2 for a, b in zip(before, copies(run.network), strict=True)]
+    )
 
 
 def test_a_compiled_submodule_in_either():
@@ -188,7 +192,9 @@ def test_a_compiled_submodule_in_either():
 
 @pytest.fixture
 def process_group(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
+    )
     yield
     torch.distributed.destroy_process_group()
 
@@ -205,13 +211,17 @@ def test_data_parallel_in_one_process(process_group, average):
         "averaged wrapper": lambda: AveragedModel(wrapped, multi_avg_fn=get_ema_multi_avg_fn(0.5)),
     }[average]()
     optimizer = gf.AlignedAdamW(wrapped.parameters(), lr=0.05, aligner=aligner, ema=ema)
-    theirs = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.999 if average != "averaged wrapper" else 0.5))
+    theirs = AveragedModel(
+        network, multi_avg_fn=get_ema_multi_avg_fn(0.999 if average != "averaged wrapper" else 0.5)
+    )
     if average != "averaged wrapper":
         # A module has no first update that copies.
         theirs.n_averaged += 1
     for seed in range(3):
         inputs = torch.randn(16, 6, generator=torch.Generator().manual_seed(seed))
-        for name, loss in zip(aligner.names, (lambda y: y.square().mean(), lambda y: y.abs().mean()), strict=True):
+        for name, loss in zip(
+            aligner.names, (lambda y: y.square().mean(), lambda y: y.abs().mean()), strict=True
+        ):
             with aligner.collect(name):
                 loss(wrapped(inputs)).backward()
         optimizer.step()
@@ -239,16 +249,24 @@ def test_tensors_may_be_strided_in_any_way():
         model = copy.deepcopy(network)
         aligner = gf.GradientAligner(model)
         ema = average(model)
-        optimizer = gf.AlignedAdamW(model.parameters(), lr=0.1, aligner=aligner, ema=ema, ema_decay=0.75)
+        optimizer = gf.AlignedAdamW(
+            model.parameters(), lr=0.1, aligner=aligner, ema=ema, ema_decay=0.75
+        )
         tensors = list(ema.parameters()) if isinstance(ema, nn.Module) else ema
         strides, expected = [tensor.stride() for tensor in tensors], copies(model)
         for seed in range(3):
-            output = model(torch.randn(5, 2, 6, 6, generator=torch.Generator().manual_seed(seed)).double()[..., :4, :4])
+            output = model(
+                torch.randn(5, 2, 6, 6, generator=torch.Generator().manual_seed(seed)).double()[
+                    ..., :4, :4
+                ]
+            )
             aligner.backward(output.mean(), output.square().mean())
             optimizer.step()
             optimizer.zero_grad()
             expected = [0.75 * a + 0.25 * b for a, b in zip(expected, copies(model), strict=True)]
-        torch.testing.assert_close([tensor.detach() for tensor in tensors], expected, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(
+            [tensor.detach() for tensor in tensors], expected, rtol=1e-12, atol=1e-14
+        )
         assert [tensor.stride() for tensor in tensors] == strides
 
 
@@ -260,7 +278,9 @@ def test_float32_averages_of_half_precision_parameters_track_them(dtype, kind):
     average = {
         "tensors": lambda model: [parameter.detach().float() for parameter in model.parameters()],
         "module": lambda model: copy.deepcopy(model).float(),
-        "AveragedModel": lambda model: AveragedModel(copy.deepcopy(model).float(), multi_avg_fn=get_ema_multi_avg_fn(0.999)),
+        "AveragedModel": lambda model: AveragedModel(
+            copy.deepcopy(model).float(), multi_avg_fn=get_ema_multi_avg_fn(0.999)
+        ),
     }[kind]
     run = Run(average, network, **({} if kind == "AveragedModel" else {"ema_decay": 0.999}))
     tensors = run.ema if kind == "tensors" else list(run.ema.parameters())
@@ -268,8 +288,14 @@ def test_float32_averages_of_half_precision_parameters_track_them(dtype, kind):
     for seed in range(100):
         run.step(seed)
         decay = 0.0 if kind == "AveragedModel" and seed == 0 else 0.999
-        expected = [decay * a + (1 - decay) * b.double() for a, b in zip(expected, copies(network), strict=True)]
-    moved = max((a - b.double()).abs().max() for a, b in zip(expected, copies(Network(norm=False, dtype=dtype)), strict=True))
+        expected = [
+            decay * a + (1 - decay) * b.double()
+            for a, b in zip(expected, copies(network), strict=True)
+        ]
+    moved = max(
+        (a - b.double()).abs().max()
+        for a, b in zip(expected, copies(Network(norm=False, dtype=dtype)), strict=True)
+    )
     assert moved > 0.01
     for tensor, value in zip(tensors, expected, strict=True):
         assert tensor.dtype == torch.float32
@@ -335,9 +361,14 @@ def test_another_average_between_two_steps():
     ):
         run.optimizer.ema = other
         assert run.optimizer.ema is other
-        before = [tensor.detach().clone() for tensor in (other if isinstance(other, list) else other.parameters())]
+        before = [
+            tensor.detach().clone()
+            for tensor in (other if isinstance(other, list) else other.parameters())
+        ]
         run.step(1)
-        after = [tensor.detach() for tensor in (other if isinstance(other, list) else other.parameters())]
+        after = [
+            tensor.detach() for tensor in (other if isinstance(other, list) else other.parameters())
+        ]
         assert_close(after, [(a + b) / 2 for a, b in zip(before, copies(run.network), strict=True)])
     with pytest.raises(ValueError, match="ema must have 7 entries, got 1"):
         run.optimizer.ema = [torch.ones(3)]
@@ -355,7 +386,9 @@ def test_another_average_between_two_steps():
 def test_buffers_need_the_aligners_module():
     network = Network()
     aligner = gf.GradientAligner(network.named_parameters())
-    with pytest.raises(ValueError, match=r"ema has buffers \(such as norm.running_mean\).*GradientAligner\(model\)"):
+    with pytest.raises(
+        ValueError, match=r"ema has buffers \(such as norm.running_mean\).*GradientAligner\(model\)"
+    ):
         gf.AlignedAdamW(network.parameters(), aligner=aligner, ema=copy.deepcopy(network))
     without = Network(norm=False)
     gf.AlignedAdamW(
@@ -367,7 +400,9 @@ def test_buffers_need_the_aligners_module():
 
 def test_a_module_needs_names():
     network = Network(norm=False)
-    with pytest.raises(ValueError, match="make the aligner from the model or from its named_parameters"):
+    with pytest.raises(
+        ValueError, match="make the aligner from the model or from its named_parameters"
+    ):
         gf.AlignedAdamW(
             network.parameters(),
             aligner=gf.GradientAligner(network.parameters()),
@@ -410,7 +445,9 @@ AVERAGES = {
     "tensors": lambda model: copies(model),
     "module": copy.deepcopy,
     "AveragedModel": AveragedModel,
-    "AveragedModel with buffers": lambda model: AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True),
+    "AveragedModel with buffers": lambda model: AveragedModel(
+        model, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True
+    ),
 }
 
 
@@ -441,14 +478,22 @@ RULES = {
     "mean": {"avg_fn": get_swa_avg_fn()},
     "mean of lists": {"multi_avg_fn": get_swa_multi_avg_fn()},
     "function": {"avg_fn": lambda average, parameter, count: 0.3 * average + 0.7 * parameter},
-    "in place": {"avg_fn": lambda average, parameter, count: average.mul_(0.3).add_(parameter, alpha=0.7)},
-    "warm-up": {"avg_fn": lambda average, parameter, count: torch.lerp(parameter, average, float((1 + count) / (10 + count)))},
+    "in place": {
+        "avg_fn": lambda average, parameter, count: average.mul_(0.3).add_(parameter, alpha=0.7)
+    },
+    "warm-up": {
+        "avg_fn": lambda average, parameter, count: torch.lerp(
+            parameter, average, float((1 + count) / (10 + count))
+        )
+    },
 }
 
 
 # Of these PyTorch's own update fails where it meets integer buffers.
 FLOATING = ["mean of lists", "warm-up", "in place"]
-UPDATES = [(rule, False) for rule in RULES] + [(rule, True) for rule in RULES if rule not in FLOATING]
+UPDATES = [(rule, False) for rule in RULES] + [
+    (rule, True) for rule in RULES if rule not in FLOATING
+]
 
 
 @pytest.mark.parametrize(("rule", "use_buffers"), UPDATES)
@@ -487,7 +532,9 @@ def test_an_averaged_model_is_saved_and_resumed():
         straight.step(seed)
     for seed in range(3):
         first.step(seed)
-    saved = copy.deepcopy([first.network.state_dict(), first.optimizer.state_dict(), first.ema.state_dict()])
+    saved = copy.deepcopy(
+        [first.network.state_dict(), first.optimizer.state_dict(), first.ema.state_dict()]
+    )
     resumed.step(9)
     resumed.network.load_state_dict(saved[0])
     resumed.optimizer.load_state_dict(saved[1])
@@ -500,7 +547,9 @@ def test_an_averaged_model_is_saved_and_resumed():
 
 def test_an_averaged_model_of_a_compiled_model():
     network = Network()
-    run = Run(lambda model: compiled(AveragedModel(compiled(model), avg_fn=get_ema_avg_fn(0.5))), network)
+    run = Run(
+        lambda model: compiled(AveragedModel(compiled(model), avg_fn=get_ema_avg_fn(0.5))), network
+    )
     theirs = AveragedModel(network, avg_fn=get_ema_avg_fn(0.5))
     for seed in range(4):
         run.step(seed)
@@ -541,10 +590,16 @@ def test_a_decay_that_is_given_wins():
 
 
 def test_a_rule_that_is_no_mean_is_refused_before_anything_changes():
-    run = Run(lambda model: AveragedModel(model, avg_fn=lambda average, parameter, count: torch.maximum(average, parameter)))
+    run = Run(
+        lambda model: AveragedModel(
+            model, avg_fn=lambda average, parameter, count: torch.maximum(average, parameter)
+        )
+    )
     run.step(0)
     before = copies(run.network)
-    with pytest.raises(ValueError, match="which is no weighted mean of average and parameter: pass ema_decay"):
+    with pytest.raises(
+        ValueError, match="which is no weighted mean of average and parameter: pass ema_decay"
+    ):
         run.step(1)
     torch.testing.assert_close(copies(run.network), before, rtol=0, atol=0)
     run.optimizer.zero_grad()
@@ -612,7 +667,9 @@ def test_an_ema_model_that_is_loaded_stored_and_converted_while_training():
     steps(range(12, 15))
     assert run.ema.shadow_params[0].dtype == torch.float64
     run.ema.to(dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match=r"ema.shadow_params\[0\] must be float32 or float64, got torch.bfloat16"):
+    with pytest.raises(
+        ValueError, match=r"ema.shadow_params\[0\] must be float32 or float64, got torch.bfloat16"
+    ):
         run.step(15)
 
 
@@ -640,7 +697,9 @@ def test_an_ema_model_in_every_order():
             aligner.backward(output.mean(), output.square().mean())
             optimizer.step()
             optimizer.zero_grad()
-            theirs.step({"model": list(network.parameters()), "trained": trained, "optimizer": order}[kind])
+            theirs.step(
+                {"model": list(network.parameters()), "trained": trained, "optimizer": order}[kind]
+            )
         assert_close(ema.shadow_params, theirs.shadow_params, rtol=1e-5, atol=1e-6)
 
 
@@ -692,7 +751,9 @@ FOLLOWERS = {
         lambda ema, network: ema.update_parameters(network),
     ),
     "EMAModel": (
-        lambda model: pytest.importorskip("diffusers.training_utils").EMAModel(model.parameters(), decay=0.9),
+        lambda model: pytest.importorskip("diffusers.training_utils").EMAModel(
+            model.parameters(), decay=0.9
+        ),
         lambda ema, network: ema.step(network.parameters()),
     ),
 }
@@ -718,7 +779,9 @@ def test_parameters_that_are_frozen_and_unfrozen(kind):
                 network.first.weight.copy_(torch.zeros_like(network.first.weight))
         run.step(seed)
         update(theirs, network)
-        ours, expected = (e.shadow_params if kind == "EMAModel" else copies(e) for e in (run.ema, theirs))
+        ours, expected = (
+            e.shadow_params if kind == "EMAModel" else copies(e) for e in (run.ema, theirs)
+        )
         assert_close(ours, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -730,7 +793,9 @@ def test_the_average_of_a_module_goes_on_after_freezing():
             run.network.first.requires_grad_(False)
         run.step(seed)
         expected.step(run.network)
-    assert_close({name: value.double() for name, value in run.ema.state_dict().items()}, expected.values)
+    assert_close(
+        {name: value.double() for name, value in run.ema.state_dict().items()}, expected.values
+    )
 
 
 def test_large_frozen_parts_are_copied_once():
@@ -778,15 +843,23 @@ def test_only_adapters_have_averages():
     network = Network(norm=False)
     network.first.requires_grad_(False)
     network.unused.requires_grad_(False)
-    trained = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
+    trained = [
+        (name, parameter)
+        for name, parameter in network.named_parameters()
+        if parameter.requires_grad
+    ]
     aligner = gf.GradientAligner(trained)
     average = copy.deepcopy(network)
-    optimizer = gf.AlignedAdamW([parameter for _, parameter in trained], aligner=aligner, ema=average, ema_decay=0.5)
+    optimizer = gf.AlignedAdamW(
+        [parameter for _, parameter in trained], aligner=aligner, ema=average, ema_decay=0.5
+    )
     before = copies(average)
     output = network(torch.randn(16, 6))
     aligner.backward(output.mean(), output.square().mean())
     optimizer.step()
-    assert_close(copies(average), [(a + b) / 2 for a, b in zip(before, copies(network), strict=True)])
+    assert_close(
+        copies(average), [(a + b) / 2 for a, b in zip(before, copies(network), strict=True)]
+    )
 
 
 def test_groups_that_are_added_need_averages():
@@ -794,7 +867,9 @@ def test_groups_that_are_added_need_averages():
     aligner = gf.GradientAligner(network)
     average = copy.deepcopy(network)
     del average.head
-    optimizer = gf.AlignedAdamW([*network.first.parameters(), *network.norm.parameters()], aligner=aligner, ema=average)
+    optimizer = gf.AlignedAdamW(
+        [*network.first.parameters(), *network.norm.parameters()], aligner=aligner, ema=average
+    )
     with pytest.raises(ValueError, match="ema must hold an average of head.weight, got none"):
         optimizer.add_param_group({"params": list(network.head.parameters())})
     assert len(optimizer.param_groups) == 1
@@ -825,7 +900,9 @@ def test_averages_have_memory_of_their_own():
     for ema, message in refused.values():
         with pytest.raises(ValueError, match=message):
             gf.AlignedAdamW([first, second], aligner=aligner, ema=ema)
-    gf.AlignedAdamW([first, second], aligner=aligner, ema=[flat[:9].view(3, 3), flat[9:18].view(3, 3)])
+    gf.AlignedAdamW(
+        [first, second], aligner=aligner, ema=[flat[:9].view(3, 3), flat[9:18].view(3, 3)]
+    )
     columns = torch.zeros(3, 6).split([3, 3], dim=1)
     gf.AlignedAdamW([first, second], aligner=aligner, ema=list(columns))
     # Parameters may lie in one buffer.
@@ -846,7 +923,9 @@ def test_averages_may_be_part_of_the_aligners_module():
     both = Both()
     aligner = gf.GradientAligner(both)
     averages = list(both.average.parameters())
-    optimizer = gf.AlignedAdamW(both.network.parameters(), aligner=aligner, ema=averages, ema_decay=0.5)
+    optimizer = gf.AlignedAdamW(
+        both.network.parameters(), aligner=aligner, ema=averages, ema_decay=0.5
+    )
     before = copies(both.average)
     output = both.network(torch.randn(16, 6))
     aligner.backward(output.mean(), output.square().mean())
@@ -860,9 +939,13 @@ def test_averages_may_be_part_of_the_aligners_module():
 def test_buffers_never_ask_the_device():
     # A fake tensor has no values: whatever would synchronise the host with the device raises.
     with FakeTensorMode(allow_non_fake_inputs=True):
-        network, average = (nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)) for _ in range(2))
+        network, average = (
+            nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)) for _ in range(2)
+        )
         aligner = gf.GradientAligner(network)
-        optimizer = gf.AlignedAdamW(network.parameters(), aligner=aligner, ema=average, max_norm=1.0)
+        optimizer = gf.AlignedAdamW(
+            network.parameters(), aligner=aligner, ema=average, max_norm=1.0
+        )
         for scaled in (False, True, True):
             output = network(torch.ones(16, 6))
             aligner.backward(output.mean(), output.square().mean())
@@ -886,7 +969,9 @@ def test_averages_on_another_device_are_refused():
         run.step(0)
 
 
-@pytest.mark.parametrize("ema", [3, "average", {"a": torch.ones(2)}, torch.ones(2), (t for t in ())])
+@pytest.mark.parametrize(
+    "ema", [3, "average", {"a": torch.ones(2)}, torch.ones(2), (t for t in ())]
+)
 def test_other_things_are_no_averages(ema):
     parameter = nn.Parameter(torch.ones(2))
     with pytest.raises(

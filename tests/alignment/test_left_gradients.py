@@ -1,4 +1,6 @@
-"""What happens to ``.grad`` inside the blocks of `collect`, between them, and before the step: it counts, is dropped, or is an error."""
+"""What happens to ``.grad`` inside the blocks of `collect`, between them, and before the step: it
+counts, is dropped, or is an error.
+"""
 
 import contextlib
 
@@ -12,7 +14,9 @@ NAMES = ("perception", "generation")
 
 
 class Net(nn.Module):
-    """A trunk that both losses reach and a head for each; `width` makes it small or larger than any batch of Gram matrices."""
+    """A trunk that both losses reach and a head for each; `width` makes it small or larger than any
+    batch of Gram matrices.
+    """
 
     def __init__(self, width=7):
         super().__init__()
@@ -36,7 +40,8 @@ def gradients_of(net, seed=0):
     return [
         [None if gradient is None else gradient.clone() for gradient in gradients]
         for gradients in (
-            torch.autograd.grad(loss, list(net.parameters()), retain_graph=True, allow_unused=True) for loss in net(batch(seed))
+            torch.autograd.grad(loss, list(net.parameters()), retain_graph=True, allow_unused=True)
+            for loss in net(batch(seed))
         )
     ]
 
@@ -91,7 +96,10 @@ EDITS = [clip_norm, clip_value, scale, scale_data, replace, drop_one]
 
 def edited(gradients, edit):
     """`gradients` of one loss after `edit`."""
-    parameters = [nn.Parameter(torch.zeros(1) if gradient is None else torch.zeros_like(gradient)) for gradient in gradients]
+    parameters = [
+        nn.Parameter(torch.zeros(1) if gradient is None else torch.zeros_like(gradient))
+        for gradient in gradients
+    ]
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = None if gradient is None else gradient.clone()
     edit(parameters)
@@ -105,7 +113,10 @@ def added(one, other):
 
 
 @pytest.mark.parametrize("edit", EDITS)
-@pytest.mark.parametrize(("width", "micro_batches", "flat"), [(7, 1, False), (7, 3, False), (7, 2, True), (2100, 1, False)])
+@pytest.mark.parametrize(
+    ("width", "micro_batches", "flat"),
+    [(7, 1, False), (7, 3, False), (7, 2, True), (2100, 1, False)],
+)
 def test_what_a_block_does_to_grad_counts(width, micro_batches, flat, edit):
     net = Net(width)
     aligner = gf.GradientAligner(net, flat=flat)
@@ -114,7 +125,9 @@ def test_what_a_block_does_to_grad_counts(width, micro_batches, flat, edit):
         for seed in range(micro_batches):
             plain = gradients_of(net, seed)
             for loss, name in enumerate(NAMES):
-                sums[loss] = [added(a, b) for a, b in zip(sums[loss], edited(plain[loss], edit), strict=True)]
+                sums[loss] = [
+                    added(a, b) for a, b in zip(sums[loss], edited(plain[loss], edit), strict=True)
+                ]
                 with aligner.collect(name):
                     net(batch(seed))[loss].backward()
                     for parameter, gradient in zip(net.parameters(), plain[loss], strict=True):
@@ -142,7 +155,9 @@ def test_what_was_collected_can_be_read_until_the_next_block():
 
 
 def by_optimizer(set_to_none):
-    return lambda net, aligner: torch.optim.SGD(net.parameters(), 0.1).zero_grad(set_to_none=set_to_none)
+    return lambda net, aligner: torch.optim.SGD(net.parameters(), 0.1).zero_grad(
+        set_to_none=set_to_none
+    )
 
 
 def by_hand(net, aligner):
@@ -162,7 +177,10 @@ BEFORE = {
     "one loss": lambda aligner, net: collect(aligner, net, 5, ["perception"]),
     "the other loss": lambda aligner, net: collect(aligner, net, 5, ["generation"]),
     "both losses": lambda aligner, net: collect(aligner, net, 5),
-    "a batch and a half": lambda aligner, net: (collect(aligner, net, 5), collect(aligner, net, 6, ["perception"])),
+    "a batch and a half": lambda aligner, net: (
+        collect(aligner, net, 5),
+        collect(aligner, net, 6, ["perception"]),
+    ),
     "two batches": lambda aligner, net: (collect(aligner, net, 5), collect(aligner, net, 6)),
 }
 
@@ -216,7 +234,11 @@ def test_align_after_a_drop_says_so(drop):
     aligner = gf.GradientAligner(net)
     collect(aligner, net)
     DROPS[drop](net, aligner)
-    message = "to align: run its backward pass" if drop == "aligner" else "to align: they were dropped after they had been collected"
+    message = (
+        "to align: run its backward pass"
+        if drop == "aligner"
+        else "to align: they were dropped after they had been collected"
+    )
     with pytest.raises(RuntimeError, match=message):
         aligner.align()
 
@@ -229,7 +251,8 @@ def test_a_drop_of_a_part_is_refused(set_to_none):
     torch.optim.SGD(net.trunk.parameters(), 0.1).zero_grad(set_to_none=set_to_none)
     for call in (lambda: collect(aligner, net), lambda: aligner.backward(*net(batch()))):
         with pytest.raises(
-            RuntimeError, match=r"a \.grad was written to, replaced or set to None .* start the step over with zero_grad\(\)"
+            RuntimeError,
+            match=r"a \.grad was written to, replaced or set to None .* start the step over with zero_grad\(\)",
         ):
             call()
     aligner.zero_grad()
@@ -260,7 +283,17 @@ def replace_with_a_copy(parameters):
             parameter.grad = parameter.grad.clone()
 
 
-TOUCHES = [clip_norm, clip_value, scale, scale_data, replace, replace_with_a_copy, set_none, add_a_third_loss, set_one]
+TOUCHES = [
+    clip_norm,
+    clip_value,
+    scale,
+    scale_data,
+    replace,
+    replace_with_a_copy,
+    set_none,
+    add_a_third_loss,
+    set_one,
+]
 
 
 @pytest.mark.parametrize("scaled", [False, True])
@@ -276,7 +309,9 @@ def test_the_fused_step_refuses_a_grad_that_was_touched(touch, scaled):
     # A GradScaler itself refuses to go on where no gradient is left.
     with pytest.raises((RuntimeError, AssertionError), match=r"\.grad|No inf checks|dropped"):
         scaler.step(optimizer)
-    torch.testing.assert_close([parameter.detach() for parameter in net.parameters()], before, rtol=0, atol=0)
+    torch.testing.assert_close(
+        [parameter.detach() for parameter in net.parameters()], before, rtol=0, atol=0
+    )
     assert not optimizer.state
 
 
@@ -313,11 +348,19 @@ def test_parameters_that_were_replaced():
     net = Net()
     aligner = gf.GradientAligner(net)
     unnamed = gf.GradientAligner(list(net.parameters()))
-    net.load_state_dict({name: tensor.clone() for name, tensor in net.state_dict().items()}, assign=True)
-    with pytest.raises(RuntimeError, match=r"a loss reached trunk\.weight, which is not among .* load_state_dict\(assign=True\)"):
+    net.load_state_dict(
+        {name: tensor.clone() for name, tensor in net.state_dict().items()}, assign=True
+    )
+    with pytest.raises(
+        RuntimeError,
+        match=r"a loss reached trunk\.weight, which is not among .* load_state_dict\(assign=True\)",
+    ):
         aligner.backward(*net(batch()))
     net.zero_grad()
-    with pytest.raises(RuntimeError, match=r"no loss reached any of the aligner's 8 parameters: .* load_state_dict\(assign=True\)"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"no loss reached any of the aligner's 8 parameters: .* load_state_dict\(assign=True\)",
+    ):
         unnamed.backward(*net(batch()))
 
 
@@ -329,7 +372,10 @@ def test_parameters_that_joined_the_module(fused):
     aligner.backward(*net(batch()))
     aligner.zero_grad()
     net.first = nn.Sequential(net.first, nn.Linear(3, 3))
-    with pytest.raises(RuntimeError, match=r"a loss reached first\.1\.weight, which is not among the aligner's parameters: it joined"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"a loss reached first\.1\.weight, which is not among the aligner's parameters: it joined",
+    ):
         aligner.backward(*net(batch()))
         optimizer.step()
     # One that no loss reaches is no concern of ours.
@@ -400,7 +446,9 @@ def test_a_block_that_ends_with_zero_grad_collected_nothing(before):
         net(batch(1))[0].backward()
         aligner.zero_grad()
     collect(aligner, net, names=["generation"])
-    with pytest.raises(RuntimeError, match="no gradients of perception to align: they were dropped"):
+    with pytest.raises(
+        RuntimeError, match="no gradients of perception to align: they were dropped"
+    ):
         aligner.align()
     collect(aligner, net, names=["perception"])
     aligner.align()

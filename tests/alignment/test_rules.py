@@ -1,4 +1,6 @@
-"""Aggregation rules against TorchJD, against the equations that define them, and on degenerate Gram matrices."""
+"""Aggregation rules against TorchJD, against the equations that define them, and on degenerate Gram
+matrices.
+"""
 
 import importlib
 import re
@@ -12,7 +14,12 @@ from scipy.optimize import nnls
 
 import genrep_fast as gf
 from genrep_fast.alignment import rules
-from genrep_fast.alignment.rules import RULES, eigenvalue_tolerance, least_accurate_dtype, resolve_rule
+from genrep_fast.alignment.rules import (
+    RULES,
+    eigenvalue_tolerance,
+    least_accurate_dtype,
+    resolve_rule,
+)
 
 torchjd = pytest.importorskip("torchjd.aggregation")
 from torchjd.autojac import backward, jac_to_grad  # noqa: E402
@@ -25,11 +32,20 @@ ANY_N = ("imtl_g", "aligned_mtl", "config")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 CASES = [*((name, 2) for name in RULES), *((name, 5) for name in ANY_N)]
 EQUAL_TO_TORCHJD = [name for name in RULES if name not in ("genrep", "nash_mtl")]
-NON_CONFLICTING = ["pcgrad", "upgrad", "dualproj", "mgda", "nash_mtl", "config"]  # imtl_g too, but for opposite gradients
+NON_CONFLICTING = [
+    "pcgrad",
+    "upgrad",
+    "dualproj",
+    "mgda",
+    "nash_mtl",
+    "config",
+]  # imtl_g too, but for opposite gradients
 
 
 class Projector(DualConeProjector):
-    """min |J^T v| over v >= u by SciPy's non-negative least squares; TorchJD's own needs quadprog and regularises."""
+    """min |J^T v| over v >= u by SciPy's non-negative least squares; TorchJD's own needs quadprog
+    and regularises.
+    """
 
     def __call__(self, U, G):
         eigenvalues, eigenvectors = np.linalg.eigh(G.numpy())
@@ -55,7 +71,9 @@ def random_jacobians(count, n, columns=7, *, seed=0):
     shared = torch.randn(count, 1, columns, generator=generator, dtype=torch.float64)
     signs = torch.randint(0, 2, (count, n, 1), generator=generator) * 2 - 1
     strength = 4 * torch.rand(count, 1, 1, generator=generator, dtype=torch.float64)
-    return (jacobians + signs * strength * shared) * 100 ** torch.rand(count, n, 1, generator=generator, dtype=torch.float64)
+    return (jacobians + signs * strength * shared) * 100 ** torch.rand(
+        count, n, 1, generator=generator, dtype=torch.float64
+    )
 
 
 # Rows that are small integers: their Gram matrices, and whether those are singular, are exact.
@@ -77,7 +95,9 @@ def jacobian(kind):
 
 
 def dependent_jacobians(rows, columns, rank, *, kind, count=20):
-    """[count, rows, columns] of this rank; "stationary" ones have a positive combination of rows, or of half of them, that is zero."""
+    """[count, rows, columns] of this rank; "stationary" ones have a positive combination of rows,
+    or of half of them, that is zero.
+    """
     generator = torch.Generator().manual_seed(rank)
     left = torch.randn(count, rows, rank, generator=generator, dtype=torch.float64)
     v = torch.rand(count, rows, 1, generator=generator, dtype=torch.float64) + 0.1
@@ -103,7 +123,9 @@ def aggregate(name, jacobians):
 
 
 def torchjd_aggregate(name, jacobians):
-    aggregator = torchjd.ConFIG() if name == "config" else torchjd.GramianWeightedAggregator(TORCHJD[name]())
+    aggregator = (
+        torchjd.ConFIG() if name == "config" else torchjd.GramianWeightedAggregator(TORCHJD[name]())
+    )
     return torch.stack([aggregator(matrix) for matrix in jacobians])
 
 
@@ -114,7 +136,9 @@ def assert_close(result, expected, scale, tolerance):
 
 
 def assert_is_torchjds(name, jacobians, tolerance):
-    """The error of an aggregate is relative to its parts, sum_i |w_i| |g_i|, which can be much larger."""
+    """The error of an aggregate is relative to its parts, sum_i |w_i| |g_i|, which can be much
+    larger.
+    """
     weights = named(name, jacobians.shape[1])(gram(jacobians))
     scale = ((1 + weights.abs()) * jacobians.norm(dim=2)).sum(dim=1)
     assert_close(aggregate(name, jacobians), torchjd_aggregate(name, jacobians), scale, tolerance)
@@ -137,7 +161,8 @@ def test_aggregate_is_torchjds_for_many_losses(name, n):
 @pytest.mark.parametrize("kind", DEGENERATE)
 @pytest.mark.parametrize("name", EQUAL_TO_TORCHJD)
 def test_aggregate_of_degenerate_matrices_is_torchjds(name, kind):
-    # Where gradients are opposite, ConFIG's direction vanishes; TorchJD makes 3e-8 of the rounding error that is left.
+    # Where gradients are opposite, ConFIG's direction vanishes; TorchJD makes 3e-8 of the rounding
+    # error that is left.
     assert_is_torchjds(name, jacobian(kind)[None], 1e-7 if name == "config" else 1e-13)
 
 
@@ -145,7 +170,9 @@ def test_aggregate_of_degenerate_matrices_is_torchjds(name, kind):
 @pytest.mark.parametrize("shape", [(4, 3, 1), (4, 3, 2), (4, 3, 3), (7, 13, 2), (8, 11, 5)])
 @pytest.mark.parametrize("name", ANY_N)
 def test_aggregate_of_dependent_gradients_is_torchjds(name, shape, kind):
-    assert_is_torchjds(name, dependent_jacobians(*shape, kind=kind), 1e-7 if name == "config" else 1e-10)
+    assert_is_torchjds(
+        name, dependent_jacobians(*shape, kind=kind), 1e-7 if name == "config" else 1e-10
+    )
 
 
 # Against the equations that define the rules
@@ -163,14 +190,22 @@ def test_mgda_is_the_shortest_convex_combination():
     torch.testing.assert_close(weights.sum(dim=1), torch.ones(200, dtype=torch.float64))
     share = torch.linspace(0, 1, 1001, dtype=torch.float64)
     combinations = torch.stack([share, 1 - share], dim=1) @ jacobians  # [200, 1001, 7]
-    assert (aggregate("mgda", jacobians).norm(dim=1) <= combinations.norm(dim=2).amin(dim=1) * (1 + 1e-12)).all()
+    assert (
+        aggregate("mgda", jacobians).norm(dim=1)
+        <= combinations.norm(dim=2).amin(dim=1) * (1 + 1e-12)
+    ).all()
 
 
 def test_nash_mtl_solves_the_bargaining_equations():
     jacobians = random_jacobians(200, 2)
     matrices = gram(jacobians)
     weights = named("nash_mtl")(matrices)
-    torch.testing.assert_close((matrices @ weights[:, :, None])[:, :, 0] * weights, torch.ones_like(weights), rtol=0, atol=1e-11)
+    torch.testing.assert_close(
+        (matrices @ weights[:, :, None])[:, :, 0] * weights,
+        torch.ones_like(weights),
+        rtol=0,
+        atol=1e-11,
+    )
 
 
 def test_imtl_g_of_two_has_equal_projections():
@@ -191,12 +226,16 @@ def test_config_has_equal_cosines_and_the_sum_of_the_projections_as_length(n):
     torch.testing.assert_close(length, projections.sum(dim=1, keepdim=True))
     if n == 2:
         norms = jacobians.norm(dim=2)
-        torch.testing.assert_close(named("config")(gram(jacobians)), norms.sum(dim=1, keepdim=True) / (2 * norms))
+        torch.testing.assert_close(
+            named("config")(gram(jacobians)), norms.sum(dim=1, keepdim=True) / (2 * norms)
+        )
 
 
 @pytest.mark.parametrize("n", [2, 5])
 def test_aligned_mtl_averages_gradients_of_equal_principal_components(n):
-    """The transformed gradients, of which the rule takes the mean, are orthogonal and as long as the smallest singular value."""
+    """The transformed gradients, of which the rule takes the mean, are orthogonal and as long as
+    the smallest singular value.
+    """
     jacobians = random_jacobians(50, n, 13)
     left, singular, right = torch.linalg.svd(jacobians, full_matrices=False)
     expected = (singular[:, -1:, None] * left @ right).mean(dim=1)
@@ -231,7 +270,9 @@ def test_aligned_mtl_averages_gradients_of_equal_principal_components(n):
 )
 def test_weights_of_degenerate_matrices(name, kind, expected):
     weights = named(name)(gram(jacobian(kind)[None]))
-    torch.testing.assert_close(weights, torch.tensor([expected], dtype=torch.float64), rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(
+        weights, torch.tensor([expected], dtype=torch.float64), rtol=1e-12, atol=1e-15
+    )
 
 
 # Gradients of lower precision
@@ -249,7 +290,9 @@ RANKED = ["imtl_g", "aligned_mtl", "config"]
 
 
 def pair(angle, sign, length, *, seed=0):
-    """Two gradients [2, 1009] float64 at `angle` to each other or, for a `sign` of -1, to opposition; the second is `length` as long."""
+    """Two gradients [2, 1009] float64 at `angle` to each other or, for a `sign` of -1, to
+    opposition; the second is `length` as long.
+    """
     generator = torch.Generator().manual_seed(seed)
     first, other = torch.randn(2, 1009, generator=generator, dtype=torch.float64)
     other = other - first * (first @ other) / (first @ first)
@@ -258,7 +301,9 @@ def pair(angle, sign, length, *, seed=0):
 
 
 def rounded_weights(name, jacobian, dtype):
-    """The rule's weights [n] of the rows [n, columns] in `dtype`, whose inner products are taken as an aligner takes them."""
+    """The rule's weights [n] of the rows [n, columns] in `dtype`, whose inner products are taken as
+    an aligner takes them.
+    """
     rows = list(jacobian.to(dtype))
     return named(name, len(rows), least_accurate_dtype(rows))(gf.gram(*[[row] for row in rows]))[0]
 
@@ -288,7 +333,9 @@ def test_angles_from_a_hundred_millionth_to_a_tenth(name, dtype, scale, sign, le
         assert weights.isfinite().all()
         norms, actual_angle = rounded.norm(dim=1), angle_to_dependence(rounded, sign)
         if actual_angle < 0.95 * negligible_angle:
-            line = torch.tensor([1, sign * length], dtype=torch.float64)  # of the mathematical gradients, along their direction
+            line = torch.tensor(
+                [1, sign * length], dtype=torch.float64
+            )  # of the mathematical gradients, along their direction
             expected = named(name)((line[:, None] * line)[None] * norms[0] ** 2)[0]
             error, kind = relative_error(weights, rounded, expected @ rounded), "dependent"
         elif actual_angle >= 1e-2 and name != "nash_mtl":
@@ -296,11 +343,14 @@ def test_angles_from_a_hundred_millionth_to_a_tenth(name, dtype, scale, sign, le
             expected = torchjd_aggregate(name, rounded[None] / norms[0])[0] * norms[0]
             error, kind = relative_error(weights, rounded, expected), "independent"
         else:
-            bound = 1 / eigenvalue_tolerance(dtype, 2) ** 0.5 if name == "nash_mtl" else 2 * norms.sum()
+            bound = (
+                1 / eigenvalue_tolerance(dtype, 2) ** 0.5 if name == "nash_mtl" else 2 * norms.sum()
+            )
             assert (weights @ rounded).norm() <= bound
             continue
         worst[kind] = max(worst[kind], error)
-    # An aggregate that is continuous moves by as much as the gradients: imtl_g and aligned_mtl do not, their rank-one result is another.
+    # An aggregate that is continuous moves by as much as the gradients: imtl_g and aligned_mtl do
+    # not, their rank-one result is another.
     bounds = {"dependent": 2e-3, "independent": 2e-5}
     print(f"{name}, {dtype}, {worst}, {bounds=}")
     assert all(worst[kind] <= bounds[kind] for kind in worst)
@@ -314,29 +364,48 @@ def test_an_aligner_gives_parallel_gradients_the_result_of_rank_one(rule, factor
     for seed in range(5):
         gradient = torch.randn(1000, generator=torch.Generator().manual_seed(seed)).to(dtype)
         parameter = torch.nn.Parameter(torch.zeros(1000, dtype=dtype))
-        gf.GradientAligner([parameter], rule=rule).backward((parameter * gradient).sum(), (parameter * gradient * factor).sum())
+        gf.GradientAligner([parameter], rule=rule).backward(
+            (parameter * gradient).sum(), (parameter * gradient * factor).sum()
+        )
         norm = gradient.double().norm()
         share = named(rule)((line[:, None] * line)[None] * norm**2)[0] @ line
-        error = ((parameter.grad.double() - share * gradient.double()).norm() / (norm * max(share.abs().item(), 1 / norm.item()))).item()
+        error = (
+            (parameter.grad.double() - share * gradient.double()).norm()
+            / (norm * max(share.abs().item(), 1 / norm.item()))
+        ).item()
         assert error <= 4 * torch.finfo(dtype).eps
 
 
 def test_the_least_accurate_gradient_decides(monkeypatch):
     seen = []
-    monkeypatch.setitem(rules._OF_TWO, "mgda", lambda gram, dtype: seen.append(dtype) or gram.new_ones(gram.shape[:2]))
-    parameters = [torch.nn.Parameter(torch.ones(3, dtype=dtype)) for dtype in (torch.float64, torch.bfloat16, torch.float32)]
+    monkeypatch.setitem(
+        rules._OF_TWO,
+        "mgda",
+        lambda gram, dtype: seen.append(dtype) or gram.new_ones(gram.shape[:2]),
+    )
+    parameters = [
+        torch.nn.Parameter(torch.ones(3, dtype=dtype))
+        for dtype in (torch.float64, torch.bfloat16, torch.float32)
+    ]
     for count in (1, 3):
         chosen = parameters[:count]
         for parameter in chosen:
             parameter.grad = None
         aligner = gf.GradientAligner(chosen, rule="mgda")
-        aligner.backward(*(sum(parameter.double().square().sum() * factor for parameter in chosen) for factor in (1, 2)))
+        aligner.backward(
+            *(
+                sum(parameter.double().square().sum() * factor for parameter in chosen)
+                for factor in (1, 2)
+            )
+        )
     assert seen == [torch.float64, torch.bfloat16]
     assert least_accurate_dtype([None, torch.ones(1), torch.ones(1).half()]) == torch.float16
     assert least_accurate_dtype([]) == torch.float64
 
 
-@pytest.mark.parametrize("kind", ["sum", "parallel", "opposite", "sum and parallel", "all parallel"])
+@pytest.mark.parametrize(
+    "kind", ["sum", "parallel", "opposite", "sum and parallel", "all parallel"]
+)
 @pytest.mark.parametrize("n", [3, 4, 5, 8])
 @pytest.mark.parametrize(("dtype", "scale"), SCALED_LOW)
 @pytest.mark.parametrize("name", RANKED)
@@ -351,7 +420,11 @@ def test_dependent_gradients_of_lower_precision_are_dependent(name, dtype, scale
             jacobian[n - 1] = -jacobian[0] / 3
         if kind == "all parallel":
             jacobian = jacobian[:1] * torch.arange(1, n + 1, dtype=torch.float64)[:, None] / 3
-        error = relative_error(rounded_weights(name, jacobian * scale, dtype), jacobian, torchjd_aggregate(name, jacobian[None])[0])
+        error = relative_error(
+            rounded_weights(name, jacobian * scale, dtype),
+            jacobian,
+            torchjd_aggregate(name, jacobian[None])[0],
+        )
         assert error <= 4 * torch.finfo(dtype).eps, f"{error:.1e}"
 
 
@@ -362,7 +435,9 @@ def test_a_pair_at_a_small_angle_among_others_is_independent(name, dtype, n):
     jacobian = random_jacobians(1, n, 1009, seed=n)[0]
     jacobian[:2] = pair(1.5e-2, 1, 0.5) * 10
     rounded = jacobian.to(dtype).double()
-    error = relative_error(rounded_weights(name, jacobian, dtype), rounded, torchjd_aggregate(name, rounded[None])[0])
+    error = relative_error(
+        rounded_weights(name, jacobian, dtype), rounded, torchjd_aggregate(name, rounded[None])[0]
+    )
     assert error <= 1e-4, f"{error:.1e}"
 
 
@@ -370,7 +445,9 @@ def test_a_pair_at_a_small_angle_among_others_is_independent(name, dtype, n):
 @pytest.mark.parametrize("name", RANKED)
 def test_a_short_gradient_keeps_its_direction(name, dtype):
     jacobians = torch.eye(2, 7, dtype=torch.float64)[None] * torch.tensor([[1.0], [1e-6]])
-    torch.testing.assert_close(named(name, dtype=dtype)(gram(jacobians)), named(name)(gram(jacobians)), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        named(name, dtype=dtype)(gram(jacobians)), named(name)(gram(jacobians)), rtol=1e-6, atol=0
+    )
 
 
 @pytest.mark.parametrize("dtype", LOW)
@@ -378,14 +455,18 @@ def test_a_short_gradient_keeps_its_direction(name, dtype):
 @pytest.mark.parametrize("name", RULES)
 def test_zero_gradients_of_lower_precision(name, kind, dtype):
     matrices = gram(jacobian(kind)[None])
-    torch.testing.assert_close(named(name, dtype=dtype)(matrices), named(name)(matrices), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        named(name, dtype=dtype)(matrices), named(name)(matrices), rtol=1e-12, atol=0
+    )
 
 
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize(("name", "n"), CASES)
 def test_independent_gradients_do_not_depend_on_the_dtype(name, n, dtype):
     matrices = gram(random_jacobians(50, n, 13))
-    torch.testing.assert_close(named(name, n, dtype)(matrices), named(name, n)(matrices), rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(
+        named(name, n, dtype)(matrices), named(name, n)(matrices), rtol=1e-8, atol=1e-10
+    )
 
 
 # Properties
@@ -394,7 +475,9 @@ def test_independent_gradients_do_not_depend_on_the_dtype(name, n, dtype):
 @pytest.mark.parametrize("scale", [1e-10, 1e3, 1e5, 1e10, 1e15])
 @pytest.mark.parametrize("name", [name for name in RULES if name != "nash_mtl"])
 def test_weights_do_not_depend_on_a_common_scale(name, scale):
-    jacobians = torch.cat([random_jacobians(50, 2, 2), torch.stack([jacobian(kind) for kind in DEGENERATE])])
+    jacobians = torch.cat(
+        [random_jacobians(50, 2, 2), torch.stack([jacobian(kind) for kind in DEGENERATE])]
+    )
     weights, scaled = named(name)(gram(jacobians)), named(name)(scale**2 * gram(jacobians))
     assert scaled.isfinite().all()
     torch.testing.assert_close(scaled, weights, rtol=1e-9, atol=1e-12)
@@ -403,7 +486,12 @@ def test_weights_do_not_depend_on_a_common_scale(name, scale):
 @pytest.mark.parametrize("scale", [1e-10, 1e3, 1e5, 1e10, 1e15])
 def test_nash_mtl_is_inverse_to_a_common_scale(scale):
     matrices = gram(random_jacobians(50, 2))
-    torch.testing.assert_close(scale * named("nash_mtl")(scale**2 * matrices), named("nash_mtl")(matrices), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        scale * named("nash_mtl")(scale**2 * matrices),
+        named("nash_mtl")(matrices),
+        rtol=1e-9,
+        atol=1e-12,
+    )
 
 
 @pytest.mark.parametrize("scale", [1e-70, 1e-12, 1e12, 1e70])
@@ -425,15 +513,21 @@ def test_permutation_of_the_losses(name, n, dtype):
     order = torch.arange(n).roll(1)
     weights = WEIGHTS[::-1] if name == "genrep" else WEIGHTS
     permuted = resolve_rule(name, weights, POWER, n)(gram(jacobians[:, order]), dtype)
-    torch.testing.assert_close(permuted, named(name, n, dtype)(gram(jacobians))[:, order], rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(
+        permuted, named(name, n, dtype)(gram(jacobians))[:, order], rtol=1e-8, atol=1e-10
+    )
 
 
 @pytest.mark.parametrize("name", NON_CONFLICTING)
 def test_no_loss_increases_along_the_aggregate(name):
-    jacobians = torch.cat([random_jacobians(500, 2, 2), torch.stack([jacobian(kind) for kind in DEGENERATE])])
+    jacobians = torch.cat(
+        [random_jacobians(500, 2, 2), torch.stack([jacobian(kind) for kind in DEGENERATE])]
+    )
     result = aggregate(name, jacobians)
     products = (jacobians @ result[:, :, None])[:, :, 0]  # [509, 2]
-    assert (products >= -1e-12 * jacobians.norm(dim=2) * (1 + jacobians.norm(dim=(1, 2)))[:, None]).all()
+    assert (
+        products >= -1e-12 * jacobians.norm(dim=2) * (1 + jacobians.norm(dim=(1, 2)))[:, None]
+    ).all()
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -457,13 +551,19 @@ def test_compiles_without_a_graph_break(name, n, dtype):
     matrices = gram(random_jacobians(4, n))
     torch._dynamo.reset()
     compiled = torch.compile(named(name, n, dtype), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(matrices), named(name, n, dtype)(matrices), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        compiled(matrices), named(name, n, dtype)(matrices), rtol=1e-12, atol=0
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("name", "n"), [*((name, 2) for name in RULES), *((name, 8) for name in ANY_N)])
+@pytest.mark.parametrize(
+    ("name", "n"), [*((name, 2) for name in RULES), *((name, 8) for name in ANY_N)]
+)
 def test_reads_no_value_on_the_host(name, n, dtype):
-    """A meta tensor has no values: whoever asks for one fails, and so does a constant made on another device."""
+    """A meta tensor has no values: whoever asks for one fails, and so does a constant made on
+    another device.
+    """
     weights = named(name, n, dtype)(torch.empty(5, n, n, dtype=torch.float64, device="meta"))
     assert weights.shape == (5, n) and weights.dtype == torch.float64
 
@@ -523,9 +623,13 @@ def test_a_stateful_weighting_keeps_its_state():
     assert not torch.equal(weights[3], torchjd.GradVacWeighting()(matrices[3]))
 
 
-@pytest.mark.parametrize("weighting", [torchjd.GradVacWeighting(), torchjd.CRMOGMWeighting(torchjd.MGDAWeighting())])
+@pytest.mark.parametrize(
+    "weighting", [torchjd.GradVacWeighting(), torchjd.CRMOGMWeighting(torchjd.MGDAWeighting())]
+)
 def test_a_state_is_not_shared_by_groups(weighting):
-    with pytest.raises(ValueError, match=f"{type(weighting).__name__} keeps a state .* 2 groups would mix up"):
+    with pytest.raises(
+        ValueError, match=f"{type(weighting).__name__} keeps a state .* 2 groups would mix up"
+    ):
         named(weighting)(gram(random_jacobians(2, 2)))
 
 
@@ -541,7 +645,10 @@ def test_a_state_is_not_shared_by_groups(weighting):
             r"such as the aggregator's \.gramian_weighting, got the aggregator GramianWeightedAggregator",
         ),
         (torchjd.ExcessMTLWeighting(), "got ExcessMTLWeighting, which needs the gradients"),
-        (torchjd.CRMOGMWeighting(torchjd.ExcessMTLWeighting()), "got CRMOGMWeighting, which needs the gradients"),
+        (
+            torchjd.CRMOGMWeighting(torchjd.ExcessMTLWeighting()),
+            "got CRMOGMWeighting, which needs the gradients",
+        ),
         (None, "rule must be a name, a callable or a TorchJD Weighting, got NoneType"),
     ],
 )
@@ -551,7 +658,9 @@ def test_rules_of_a_wrong_type(rule, message):
 
 
 AGGREGATORS = [
-    name for name in torchjd.__all__ if issubclass(getattr(torchjd, name), torchjd.Aggregator) and not name.endswith("Aggregator")
+    name
+    for name in torchjd.__all__
+    if issubclass(getattr(torchjd, name), torchjd.Aggregator) and not name.endswith("Aggregator")
 ]
 
 
@@ -577,7 +686,11 @@ def test_the_advice_for_every_aggregator_can_be_followed(name):
     else:
         advised = re.search(r"such as (\w+)\(\)", message)[1]
         assert advised in torchjd.__all__
-        arguments = {"KrumWeighting": (1,), "ConstantWeighting": (torch.ones(5, dtype=torch.float64),), "FairGradWeighting": (1.0,)}
+        arguments = {
+            "KrumWeighting": (1,),
+            "ConstantWeighting": (torch.ones(5, dtype=torch.float64),),
+            "FairGradWeighting": (1.0,),
+        }
         try:
             weighting = getattr(torchjd, advised)(*arguments.get(advised, ()))
         except (ImportError, TypeError):  # a solver, or an argument, is missing
@@ -590,7 +703,10 @@ def test_a_private_weighting_is_answered_with_the_rule():
     kind = importlib.import_module("torchjd.aggregation._nash_mtl")._NashMTLWeighting
     weighting = kind.__new__(kind)
     torch.nn.Module.__init__(weighting)
-    with pytest.raises(TypeError, match='got _NashMTLWeighting, which needs the gradients; for two losses there is rule="nash_mtl"'):
+    with pytest.raises(
+        TypeError,
+        match='got _NashMTLWeighting, which needs the gradients; for two losses there is rule="nash_mtl"',
+    ):
         named(weighting)
 
 
@@ -622,7 +738,9 @@ def test_an_unknown_name_lists_the_names(name):
 
 @pytest.mark.parametrize("name", [name for name in RULES if name not in ANY_N])
 def test_rules_of_two_losses_refuse_more(name):
-    with pytest.raises(ValueError, match=f"rule '{name}' takes 2 losses, got 3; imtl_g, aligned_mtl, config"):
+    with pytest.raises(
+        ValueError, match=f"rule '{name}' takes 2 losses, got 3; imtl_g, aligned_mtl, config"
+    ):
         resolve_rule(name, (0.7, 0.2, 0.1), POWER, 3)
 
 
@@ -637,7 +755,9 @@ def test_rules_of_two_losses_refuse_more(name):
         (WEIGHTS, "2", TypeError, "power must be a number, got str"),
     ],
 )
-@pytest.mark.parametrize("build", [lambda weights, power: resolve_rule("genrep", weights, power, 2), GenRepWeighting])
+@pytest.mark.parametrize(
+    "build", [lambda weights, power: resolve_rule("genrep", weights, power, 2), GenRepWeighting]
+)
 def test_bad_weights_and_powers(build, weights, power, error, message):
     with pytest.raises(error, match=message):
         build(weights, power)
@@ -658,7 +778,9 @@ def test_genrep_weighting_in_torchjds_backward():
     torch.manual_seed(0)
     layer = torch.nn.Linear(5, 3)
     losses = [layer(torch.randn(7, 5)).square().mean(), layer(torch.randn(7, 5)).sum()]
-    gradients = [torch.autograd.grad(loss, list(layer.parameters()), retain_graph=True) for loss in losses]
+    gradients = [
+        torch.autograd.grad(loss, list(layer.parameters()), retain_graph=True) for loss in losses
+    ]
     expected, _ = gf.align_gradients(*gradients)
     backward(losses)
     jac_to_grad(layer.parameters(), torchjd.GramianWeightedAggregator(GenRepWeighting()))
@@ -682,7 +804,9 @@ def test_genrep_weighting_tells_what_it_is():
 
 
 def test_torchjd_stays_optional():
-    """Neither the package nor a rule imports TorchJD; GenRepWeighting says what is missing where it is not installed."""
+    """Neither the package nor a rule imports TorchJD; GenRepWeighting says what is missing where it
+    is not installed.
+    """
     script = """
 import sys, torch
 from genrep_fast.alignment.rules import resolve_rule

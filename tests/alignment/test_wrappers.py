@@ -1,4 +1,6 @@
-"""Models as users wrap them: names without the wrappers' prefixes, and data parallelism that reduces but one backward pass."""
+"""Models as users wrap them: names without the wrappers' prefixes, and data parallelism that
+reduces but one backward pass.
+"""
 
 import contextlib
 import socket
@@ -74,11 +76,16 @@ def test_names_are_those_of_the_model(wrapper, named):
     with one_process():
         wrapped = WRAPPERS[wrapper](Net())
         aligner = gf.GradientAligner(
-            wrapped.named_parameters() if named else wrapped, groups=lambda name: name.startswith("trunk.") or None
+            wrapped.named_parameters() if named else wrapped,
+            groups=lambda name: name.startswith("trunk.") or None,
         )
         assert aligner.parameter_names == NAMES
         assert aligner.group_keys == [True]
-        assert gf.GradientAligner(wrapped, groups="block").group_keys == ["trunk", "first", "second"]
+        assert gf.GradientAligner(wrapped, groups="block").group_keys == [
+            "trunk",
+            "first",
+            "second",
+        ]
 
 
 def test_a_child_called_module_is_a_part_of_the_name():
@@ -97,12 +104,16 @@ def test_joint_mode_is_refused_under_ddp_in_one_process(fused, built_from, find_
     with one_process():
         net = Net()
         wrapped = DistributedDataParallel(net, find_unused_parameters=find_unused_parameters)
-        aligner = gf.GradientAligner({"model": net, "wrapper": wrapped, "parameters": list(net.parameters())}[built_from])
+        aligner = gf.GradientAligner(
+            {"model": net, "wrapper": wrapped, "parameters": list(net.parameters())}[built_from]
+        )
         optimizer = gf.AlignedAdamW(net.parameters(), aligner=aligner) if fused else None
         losses = wrapped(torch.ones(2, 6))
         last_call = r"optimizer\.step\(\)" if fused else r"aligner\.align\(\)"
         message = rf"DistributedDataParallel reduces but one, and 1 process is running.*aligner\.collect\(name\).*{last_call}"
-        with pytest.raises(RuntimeError, match=f"{message}.*find_unused_parameters=True.*sync_each_batch=True"):
+        with pytest.raises(
+            RuntimeError, match=f"{message}.*find_unused_parameters=True.*sync_each_batch=True"
+        ):
             aligner.backward(*losses)
         assert all(parameter.grad is None for parameter in net.parameters())
         assert optimizer is None or not optimizer.state
@@ -115,7 +126,9 @@ def test_joint_mode_without_ddp_in_one_process_of_a_group():
     with one_process():
         DistributedDataParallel(Net())  # of another model
         gf.GradientAligner(net).backward(*net(torch.ones(2, 6)))
-    torch.testing.assert_close([p.grad for p in net.parameters()], [p.grad for p in other.parameters()])
+    torch.testing.assert_close(
+        [p.grad for p in net.parameters()], [p.grad for p in other.parameters()]
+    )
 
 
 def test_the_message_for_two_processes_names_what_helps(monkeypatch):
@@ -124,7 +137,10 @@ def test_the_message_for_two_processes_names_what_helps(monkeypatch):
     optimizer = gf.AlignedAdamW(net.parameters(), aligner=aligner)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
-    with pytest.raises(RuntimeError, match=r"2 processes are .* optimizer\.step\(\).*find_unused_parameters=True.*sync_each_batch=True"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"2 processes are .* optimizer\.step\(\).*find_unused_parameters=True.*sync_each_batch=True",
+    ):
         aligner.backward(*net(torch.ones(2, 6)))
     assert not optimizer.state
 
@@ -146,25 +162,38 @@ def test_flat_shards_of_fsdp1_are_refused(before, use_orig_params):
     try:
         net = Net()
         aligner = gf.GradientAligner(net) if before else None
-        wrapped = FullyShardedDataParallel(net, use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+        wrapped = FullyShardedDataParallel(
+            net, use_orig_params=use_orig_params, device_id=torch.device("cpu")
+        )
         if not before:
             with pytest.raises(RuntimeError, match="flat shards of FullyShardedDataParallel"):
                 gf.GradientAligner(wrapped)
         elif use_orig_params:
-            with pytest.raises(RuntimeError, match="flat shards of FullyShardedDataParallel"), aligner.collect("perception"):
+            with (
+                pytest.raises(RuntimeError, match="flat shards of FullyShardedDataParallel"),
+                aligner.collect("perception"),
+            ):
                 pass
         else:
             for name in aligner.names:
                 with aligner.collect(name):
                     wrapped(torch.ones(2, 6))[aligner.names.index(name)].backward()
-            with pytest.raises(RuntimeError, match="not among the aligner's parameters|no loss reached any"):
+            with pytest.raises(
+                RuntimeError, match="not among the aligner's parameters|no loss reached any"
+            ):
                 aligner.align()
     finally:
         dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(
-    ("rule", "weights"), [("genrep", (0.7, 0.3)), ("pcgrad", (1.0, 1.0)), ("config", (1.0, 1.0)), (lambda gram: gram[:, 0], (1.0, 1.0))]
+    ("rule", "weights"),
+    [
+        ("genrep", (0.7, 0.3)),
+        ("pcgrad", (1.0, 1.0)),
+        ("config", (1.0, 1.0)),
+        (lambda gram: gram[:, 0], (1.0, 1.0)),
+    ],
 )
 def test_default_weights_are_those_of_the_rules_paper(rule, weights):
     net = Net()
@@ -172,7 +201,11 @@ def test_default_weights_are_those_of_the_rules_paper(rule, weights):
     assert aligner.weights == weights
     losses = net(torch.ones(2, 6))
     plain = [
-        torch.autograd.grad(loss, head.weight, retain_graph=True)[0] for loss, head in zip(losses, (net.first, net.second), strict=True)
+        torch.autograd.grad(loss, head.weight, retain_graph=True)[0]
+        for loss, head in zip(losses, (net.first, net.second), strict=True)
     ]
     aligner.backward(*losses)
-    torch.testing.assert_close([net.first.weight.grad, net.second.weight.grad], [w * g for w, g in zip(weights, plain, strict=True)])
+    torch.testing.assert_close(
+        [net.first.weight.grad, net.second.weight.grad],
+        [w * g for w, g in zip(weights, plain, strict=True)],
+    )

@@ -1,4 +1,6 @@
-"""A loss that hands a parameter a gradient of zeros does not reach it: in every way in which autograd makes zeros of None."""
+"""A loss that hands a parameter a gradient of zeros does not reach it: in every way in which
+autograd makes zeros of None.
+"""
 
 import pytest
 import torch
@@ -12,7 +14,9 @@ WEIGHTS = (0.7, 0.3)
 
 
 class Both(torch.autograd.Function):
-    """Both heads as one function of two outputs, which gets zeros for the output that a loss does not use."""
+    """Both heads as one function of two outputs, which gets zeros for the output that a loss does
+    not use.
+    """
 
     @staticmethod
     def forward(ctx, features, first, second):
@@ -22,7 +26,11 @@ class Both(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_first, grad_second):
         features, first, second = ctx.saved_tensors
-        return grad_first @ first + grad_second @ second, grad_first.T @ features, grad_second.T @ features
+        return (
+            grad_first @ first + grad_second @ second,
+            grad_first.T @ features,
+            grad_second.T @ features,
+        )
 
 
 class Net(nn.Module):
@@ -85,7 +93,17 @@ def scripted(net, x):
     return module(x)
 
 
-WAYS = [plain, compiled, reentrant_checkpoint, slices, function_of_two_outputs, sum_of_everything, negative_zeros, masked, scripted]
+WAYS = [
+    plain,
+    compiled,
+    reentrant_checkpoint,
+    slices,
+    function_of_two_outputs,
+    sum_of_everything,
+    negative_zeros,
+    masked,
+    scripted,
+]
 
 
 def losses_of(outputs, x):
@@ -98,20 +116,31 @@ def batch(seed=0, dtype=torch.float32):
 
 
 def expected_gradients(net, x, rule="genrep", weights=None, groups="all"):
-    """With `torch.autograd.grad`, which says None; by the definition of GenRep, else with the rule's weights of the trunk alone."""
+    """With `torch.autograd.grad`, which says None; by the definition of GenRep, else with the
+    rule's weights of the trunk alone.
+    """
     parameters = list(net.parameters())
-    first, second = (torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True) for loss in losses_of(net(x), x))
+    first, second = (
+        torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        for loss in losses_of(net(x), x)
+    )
     weights = weights or (WEIGHTS if rule == "genrep" else (1.0, 1.0))
     shared = [t for t in range(len(parameters)) if first[t] is not None and second[t] is not None]
     rows = {}
     for members in [shared] if groups == "all" else [[t] for t in shared]:
-        aligner = gf.GradientAligner([nn.Parameter(parameters[t].detach().clone()) for t in members], rule=rule, weights=weights)
+        aligner = gf.GradientAligner(
+            [nn.Parameter(parameters[t].detach().clone()) for t in members],
+            rule=rule,
+            weights=weights,
+        )
         for name, side in zip(aligner.names, (first, second), strict=True):
             with aligner.collect(name):
                 for parameter, t in zip(aligner.parameters, members, strict=True):
                     parameter.grad = side[t].clone()
         aligner.align()
-        rows |= {t: parameter.grad for t, parameter in zip(members, aligner.parameters, strict=True)}
+        rows |= {
+            t: parameter.grad for t, parameter in zip(members, aligner.parameters, strict=True)
+        }
     for t in range(len(parameters)):
         if t not in rows:
             rows[t] = weights[1] * second[t] if first[t] is None else weights[0] * first[t]
@@ -135,7 +164,9 @@ def test_every_way_gives_what_the_plain_model_gives(way, groups, flat):
     alone = gf.GradientAligner(Net(), groups=groups)
     reference = alone.backward(*losses_of(alone.module(x), x))
     for name in ("cosine", "alpha", "norms", "coefficients"):
-        torch.testing.assert_close(getattr(stats, name), getattr(reference, name), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            getattr(stats, name), getattr(reference, name), rtol=1e-4, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("groups", ["all", "tensor"])
@@ -177,7 +208,9 @@ def test_the_fused_step_is_the_one_of_the_plain_model(flat, max_norm):
     (eager, eager_stats), (sliced, sliced_stats) = results
     torch.testing.assert_close(sliced, eager, rtol=1e-5, atol=1e-6)
     if max_norm is not None:
-        torch.testing.assert_close(sliced_stats.total_norm, eager_stats.total_norm, rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            sliced_stats.total_norm, eager_stats.total_norm, rtol=1e-5, atol=0
+        )
 
 
 def test_micro_batches_of_which_some_reach_a_tensor():
@@ -191,13 +224,17 @@ def test_micro_batches_of_which_some_reach_a_tensor():
                     parameter.grad = gradient.clone()
     aligner.align()
     # Of the sums, 2 one and one, and 2 one and zero: equal directions are added with their weights.
-    torch.testing.assert_close([parameter.grad for parameter in parameters], [(0.7 * 2 + 0.3) * one, 0.7 * 2 * one])
+    torch.testing.assert_close(
+        [parameter.grad for parameter in parameters], [(0.7 * 2 + 0.3) * one, 0.7 * 2 * one]
+    )
 
 
 def test_both_zero_steps_as_adamw_does_with_a_zero_gradient():
     x = torch.ones(3)
     ours, theirs = nn.Parameter(x.clone()), nn.Parameter(x.clone())
-    optimizer = gf.AlignedAdamW([ours], lr=0.1, weight_decay=0.5, aligner=gf.GradientAligner([ours]))
+    optimizer = gf.AlignedAdamW(
+        [ours], lr=0.1, weight_decay=0.5, aligner=gf.GradientAligner([ours])
+    )
     plain_optimizer = torch.optim.AdamW([theirs], lr=0.1, weight_decay=0.5)
     for factor in (1.0, 0.0, 0.0):
         optimizer.aligner.backward((factor * ours).sum(), (2 * factor * ours).sum())
@@ -213,7 +250,9 @@ def test_three_losses_of_which_one_gives_zeros():
     generator = torch.Generator().manual_seed(0)
     gradients = [[torch.randn(4, generator=generator) for _ in parameters] for _ in range(3)]
     gradients[2][1] = torch.zeros(4)
-    aligner = gf.GradientAligner(parameters, names=("a", "b", "c"), rule="config", weights=(1.0, 2.0, 3.0))
+    aligner = gf.GradientAligner(
+        parameters, names=("a", "b", "c"), rule="config", weights=(1.0, 2.0, 3.0)
+    )
     for name, side in zip(aligner.names, gradients, strict=True):
         with aligner.collect(name):
             for parameter, gradient in zip(parameters, side, strict=True):
@@ -227,13 +266,22 @@ def test_three_losses_of_which_one_gives_zeros():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("size", [1, 1000, 20_000])
 def test_one_tiny_element_reaches(size, dtype):
-    smallest = {torch.float32: 1e-45, torch.bfloat16: 1e-40, torch.float16: 6e-8, torch.float64: 5e-324}[dtype]
+    smallest = {
+        torch.float32: 1e-45,
+        torch.bfloat16: 1e-40,
+        torch.float16: 6e-8,
+        torch.float64: 5e-324,
+    }[dtype]
     reached, unreached = [nn.Parameter(torch.zeros(size, dtype=dtype)) for _ in range(2)]
     tiny = torch.zeros(size, dtype=dtype)
     tiny[size // 2] = smallest
     assert tiny.any()
-    aligner = gf.GradientAligner([reached, unreached], groups="tensor", rule="pcgrad", weights=(5.0, 5.0))
-    for name, gradients in zip(aligner.names, ((torch.ones_like(tiny),) * 2, (tiny, torch.zeros_like(tiny))), strict=True):
+    aligner = gf.GradientAligner(
+        [reached, unreached], groups="tensor", rule="pcgrad", weights=(5.0, 5.0)
+    )
+    for name, gradients in zip(
+        aligner.names, ((torch.ones_like(tiny),) * 2, (tiny, torch.zeros_like(tiny))), strict=True
+    ):
         with aligner.collect(name):
             for parameter, gradient in zip((reached, unreached), gradients, strict=True):
                 parameter.grad = gradient.clone()

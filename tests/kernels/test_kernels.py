@@ -1,7 +1,8 @@
 """Every operator on every compiled backend that can run here, against the reference.
 
-Without a GPU these are the C++ kernels, and the Triton kernels in Triton's interpreter (chosen in conftest.py); with one, Triton and CUDA
-C++. Tensors are views of odd sizes into larger buffers, whose surroundings must stay as they are.
+Without a GPU these are the C++ kernels, and the Triton kernels in Triton's interpreter (chosen in
+conftest.py); with one, Triton and CUDA C++. Tensors are views of odd sizes into larger buffers,
+whose surroundings must stay as they are.
 """
 
 import math
@@ -16,15 +17,35 @@ pytestmark = pytest.mark.usefixtures("backend")
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
-SIZES = [1, 63, 0, 127, 129, 1009, 256, 256, 2 * 16384 + 5]  # the second of 256 is unaligned, the last one is of several chunks
+SIZES = [
+    1,
+    63,
+    0,
+    127,
+    129,
+    1009,
+    256,
+    256,
+    2 * 16384 + 5,
+]  # the second of 256 is unaligned, the last one is of several chunks
 GROUPS = [0, 1, 1, -1, 3, 0, 0, 1, 3]  # group 2 is empty
 NUM_GROUPS = 5
-DTYPES = [(F32, F32), (BF16, BF16), (F16, F16), (F32, BF16), (BF16, F16), (F32, BF16, F16), (F32,) * 8]
+DTYPES = [
+    (F32, F32),
+    (BF16, BF16),
+    (F16, F16),
+    (F32, BF16),
+    (BF16, F16),
+    (F32, BF16, F16),
+    (F32,) * 8,
+]
 operators = torch.ops.genrep_fast
 
 
 def tensors(dtype, *, seed, scale=1.0, shift=0.0, sizes=SIZES):
-    """Views into larger buffers, the first of each size aligned; the rest of the buffers must stay 7."""
+    """Views into larger buffers, the first of each size aligned; the rest of the buffers must stay
+    7.
+    """
     generator = torch.Generator().manual_seed(seed)
     views = []
     for t, size in enumerate(sizes):
@@ -37,7 +58,11 @@ def tensors(dtype, *, seed, scale=1.0, shift=0.0, sizes=SIZES):
 
 
 def losses(dtypes, **options):
-    return [tensor for i, dtype in enumerate(dtypes) for tensor in tensors(dtype, seed=i, shift=0.2 * i, **options)]
+    return [
+        tensor
+        for i, dtype in enumerate(dtypes)
+        for tensor in tensors(dtype, seed=i, shift=0.2 * i, **options)
+    ]
 
 
 def double(values):
@@ -46,12 +71,18 @@ def double(values):
 
 def copies(values):
     """Copies whose surroundings and alignment are those of the originals."""
-    return [value._base.clone()[value.storage_offset() : value.storage_offset() + len(value)] for value in values]
+    return [
+        value._base.clone()[value.storage_offset() : value.storage_offset() + len(value)]
+        for value in values
+    ]
 
 
 def assert_surroundings_untouched(values):
     for value in values:
-        before, after = value._base[: value.storage_offset()], value._base[value.storage_offset() + len(value) :]
+        before, after = (
+            value._base[: value.storage_offset()],
+            value._base[value.storage_offset() + len(value) :],
+        )
         assert (before == 7).all() and (after == 7).all()
 
 
@@ -60,12 +91,19 @@ def norm(values):
 
 
 def difference(results, exact):
-    return norm([result.double() - value.double() for result, value in zip(results, exact, strict=True)])
+    return norm(
+        [result.double() - value.double() for result, value in zip(results, exact, strict=True)]
+    )
 
 
 def assert_accurate(name, results, plain, exact):
-    """At most twice the error of the plain formula in the same dtype, and an eighth of a rounding, as it may be exact by chance."""
-    error, plain_error = difference(results, exact) / norm(exact), difference(plain, exact) / norm(exact)
+    """At most twice the error of the plain formula in the same dtype, and an eighth of a rounding,
+    as it may be exact by chance.
+    """
+    error, plain_error = (
+        difference(results, exact) / norm(exact),
+        difference(plain, exact) / norm(exact),
+    )
     bound = 2 * plain_error + torch.finfo(results[0].dtype).eps / 8
     print(f"{name}: error {error:.1e}, plain formula {plain_error:.1e}, bound {bound:.1e}")
     assert error <= bound
@@ -84,7 +122,12 @@ GRAM_GROUPS = [max(group, 0) for group in GROUPS]
 def assert_gram(result, gradients, n, groups=GRAM_GROUPS, num_groups=NUM_GROUPS):
     expected = alignment_reference.gram(double(gradients), n, groups, num_groups)
     scale = expected.diagonal(dim1=1, dim2=2).sqrt()  # [G, n]
-    error = ((result - expected).abs() / (scale[:, :, None] * scale[:, None, :])).nan_to_num(nan=0).max().item()
+    error = (
+        ((result - expected).abs() / (scale[:, :, None] * scale[:, None, :]))
+        .nan_to_num(nan=0)
+        .max()
+        .item()
+    )
     print(f"error {error:.1e}")
     assert result.dtype == torch.float64 and result.shape == expected.shape
     # Products of float32 are summed in float32 up to 16 at a time ("cpu", "cuda"), or in float64.
@@ -95,7 +138,9 @@ def assert_gram(result, gradients, n, groups=GRAM_GROUPS, num_groups=NUM_GROUPS)
 @pytest.mark.parametrize("dtypes", DTYPES)
 def test_gram(dtypes):
     gradients = losses(dtypes)
-    assert_gram(operators.gram(gradients, len(dtypes), GRAM_GROUPS, NUM_GROUPS), gradients, len(dtypes))
+    assert_gram(
+        operators.gram(gradients, len(dtypes), GRAM_GROUPS, NUM_GROUPS), gradients, len(dtypes)
+    )
 
 
 def test_gram_of_tensors_that_differ_in_dtype_and_presence():
@@ -111,15 +156,20 @@ def test_gram_of_tensors_that_differ_in_dtype_and_presence():
 
 def test_gram_of_extreme_values():
     for dtype, value in ((BF16, 3e19), (F32, 1e-25), (F16, 6e4), (F32, 3e38), (F32, 1e-45)):
-        gradients = [torch.full((300,), sign * value, dtype=dtype, device=DEVICE) for sign in (1, -1)]
+        gradients = [
+            torch.full((300,), sign * value, dtype=dtype, device=DEVICE) for sign in (1, -1)
+        ]
         square = gradients[0][0].double().item() ** 2
         expected = torch.tensor([[300.0, -300.0], [-300.0, 300.0]], dtype=torch.float64) * square
-        torch.testing.assert_close(operators.gram(gradients, 2, [0], 1)[0].cpu(), expected, rtol=1e-14, atol=0)
+        torch.testing.assert_close(
+            operators.gram(gradients, 2, [0], 1)[0].cpu(), expected, rtol=1e-14, atol=0
+        )
 
 
 @pytest.mark.parametrize("value", [0.0, -0.0, 1e-25, 1e25])
 def test_gram_of_blocks_of_other_sizes(value):
-    # Blocks that need another treatment, or none, beside ordinary ones: label embeddings have many rows of zeros.
+    # Blocks that need another treatment, or none, beside ordinary ones: label embeddings have many
+    # rows of zeros.
     gradients = [tensor for tensor in losses((F32, F32), sizes=[9001])]
     gradients[0][100:5000], gradients[1][3000:9000] = value, 3 * value
     assert_gram(operators.gram(gradients, 2, [0], 1), gradients, 2, [0], 1)
@@ -160,9 +210,12 @@ def test_gram_without_elements():
     assert operators.gram(empty, 2, [1], 3).tolist() == [[[0, 0], [0, 0]]] * 3
 
 
-@pytest.mark.parametrize("dtypes", [(F32, F32), (F32, BF16), (BF16, F16), (F32, F16, BF16), (F32, BF16, F32), (F32,) * 8])
+@pytest.mark.parametrize(
+    "dtypes", [(F32, F32), (F32, BF16), (BF16, F16), (F32, F16, BF16), (F32, BF16, F32), (F32,) * 8]
+)
 def test_gram_is_zero_where_every_element_is_and_nowhere_else(dtypes):
-    # The last loss has one element that is not zero, the smallest of its dtype: among 10^5 that are, and at the ends of small tensors.
+    # The last loss has one element that is not zero, the smallest of its dtype: among 10^5 that
+    # are, and at the ends of small tensors.
     smallest = {F32: 1e-45, BF16: 2.0**-133, F16: 2.0**-24}[dtypes[-1]]
     sizes, places = [100_003, 5, 63, 63, 20_001], [77_777, 4, 0, 62, None]
     gradients = losses(dtypes, sizes=sizes)
@@ -171,7 +224,9 @@ def test_gram_is_zero_where_every_element_is_and_nowhere_else(dtypes):
         tensor.zero_()
         if place is not None:
             tensor[place] = -smallest
-    squares = operators.gram(gradients, len(dtypes), list(range(len(sizes))), len(sizes)).diagonal(dim1=1, dim2=2)
+    squares = operators.gram(gradients, len(dtypes), list(range(len(sizes))), len(sizes)).diagonal(
+        dim1=1, dim2=2
+    )
     square = last[1][4].double().item() ** 2
     assert square > 0 and squares[:, -1].tolist() == [*[square] * 4, 0]
     assert (squares[:, :-1] > 0).all()
@@ -181,14 +236,22 @@ def test_gram_is_zero_where_every_element_is_and_nowhere_else(dtypes):
 
 
 def own_matrices(num_tensors, n):
-    """Gram matrices [T, n, n] of tensors; some losses do not reach some of them, and some have a NaN or an infinity."""
-    factors = torch.randn(num_tensors, n, 4, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    """Gram matrices [T, n, n] of tensors; some losses do not reach some of them, and some have a
+    NaN or an infinity.
+    """
+    factors = torch.randn(
+        num_tensors, n, 4, generator=torch.Generator().manual_seed(n), dtype=torch.float64
+    )
     factors *= 10 ** torch.linspace(-3, 3, num_tensors, dtype=torch.float64)[:, None, None]
     for t, loss in enumerate(range(0, 3 * n)):
         factors[5 * t + 1, loss % n] = -0.0 if t % 2 else 0.0
     factors[2] = 0
     matrices = factors @ factors.mT
-    matrices[3, 0, 0], matrices[4, n - 1, n - 1], matrices[6, n - 1, n - 1] = 5e-324, math.nan, math.inf
+    matrices[3, 0, 0], matrices[4, n - 1, n - 1], matrices[6, n - 1, n - 1] = (
+        5e-324,
+        math.nan,
+        math.inf,
+    )
     matrices[7, 0, :] = matrices[7, :, 0] = math.nan
     matrices[7, n - 1, n - 1] = 0  # no part of its group, whatever the NaN
     matrices[8, 0, 0] = -0.0
@@ -206,7 +269,9 @@ GROUPINGS = {  # a name -> groups of 120 tensors or more, number of groups
 }
 
 
-@pytest.mark.filterwarnings("ignore:invalid value encountered in:RuntimeWarning")  # of the interpreter, inf - inf
+@pytest.mark.filterwarnings(
+    "ignore:invalid value encountered in:RuntimeWarning"
+)  # of the interpreter, inf - inf
 @pytest.mark.parametrize("name", GROUPINGS)
 @pytest.mark.parametrize("n", [2, 3, 8])
 def test_group_gram(n, name):
@@ -233,14 +298,19 @@ def test_tensor_coefficients(n, name):
     weights = [0.7 - 0.2 * i for i in range(n)]
     expected = alignment_reference.tensor_coefficients(coefficients, grams, groups, weights)
     for layout in (grams, grams.permute(1, 2, 0).contiguous().permute(2, 0, 1)):
-        assert_equal_bits([operators.tensor_coefficients(coefficients, layout, groups, weights)], [expected])
+        assert_equal_bits(
+            [operators.tensor_coefficients(coefficients, layout, groups, weights)], [expected]
+        )
 
 
 def test_no_tensors():
     none = torch.empty(0, 3, 3, dtype=torch.float64, device=DEVICE)
     assert operators.group_gram(none, [], 2).tolist() == [[[0] * 3] * 3] * 2
     assert operators.group_gram(none, [], 0).shape == (0, 3, 3)
-    assert operators.tensor_coefficients(random_coefficients(3), none, [], [1.0] * 3).shape == (0, 3)
+    assert operators.tensor_coefficients(random_coefficients(3), none, [], [1.0] * 3).shape == (
+        0,
+        3,
+    )
 
 
 def test_wrong_matrices_and_groups_are_refused(backend):
@@ -253,7 +323,12 @@ def test_wrong_matrices_and_groups_are_refused(backend):
             operators.tensor_coefficients(row, grams, groups, weights)
     if backend == "triton":
         return  # checks nothing else
-    for arguments in ((grams.float(), [0, 0], 1), (grams[0], [0, 0], 1), (grams[:, :1], [0, 0], 1), (grams, [0], 1)):
+    for arguments in (
+        (grams.float(), [0, 0], 1),
+        (grams[0], [0, 0], 1),
+        (grams[:, :1], [0, 0], 1),
+        (grams, [0], 1),
+    ):
         with pytest.raises(RuntimeError):
             operators.group_gram(*arguments)
     for arguments in (
@@ -270,7 +345,9 @@ def test_wrong_matrices_and_groups_are_refused(backend):
 
 
 def combine_shared(gradients, n, groups, num_groups, weights, out):
-    """Gradients as combined with coefficients of their groups, the sums of each row of the matrix over its trace; and the matrices."""
+    """Gradients as combined with coefficients of their groups, the sums of each row of the matrix
+    over its trace; and the matrices.
+    """
     num_tensors = len(groups)
     grams = operators.gram(gradients, n, list(range(num_tensors)), num_tensors)
     matrices = operators.group_gram(grams, groups, num_groups)
@@ -287,8 +364,12 @@ def test_zeros_are_combined_as_if_they_were_missing(dtypes):
     gradients, weights = losses(dtypes), [0.7 - 0.2 * i for i in range(n)]
     for i, t, value in ((0, 5, 0.0), (n - 1, 6, -0.0), (0, 7, 0.0), (n - 1, 7, 0.0), (0, 8, 0.0)):
         gradients[i * T + t].fill_(value)
-    gradients[3][100] = gradients[(n - 1) * T + 8][-1] = math.nan  # of a tensor without a group, and beside zeros
-    shared = [group if group >= 0 and t not in (2, 5, 6, 7, 8) else -1 for t, group in enumerate(GROUPS)]  # the third is empty
+    gradients[3][100] = gradients[(n - 1) * T + 8][-1] = (
+        math.nan
+    )  # of a tensor without a group, and beside zeros
+    shared = [
+        group if group >= 0 and t not in (2, 5, 6, 7, 8) else -1 for t, group in enumerate(GROUPS)
+    ]  # the third is empty
     out, expected = tensors(F32, seed=8, scale=math.nan), tensors(F32, seed=8, scale=math.nan)
     matrices = combine_shared(gradients, n, GROUPS, NUM_GROUPS, weights, out)
     counted = [t for t, group in enumerate(shared) if group >= 0]
@@ -298,18 +379,24 @@ def test_zeros_are_combined_as_if_they_were_missing(dtypes):
     coefficients = exact.sum(2) / exact.diagonal(dim1=1, dim2=2).sum(1, keepdim=True)
     alignment_reference.combine(gradients, coefficients, shared, weights, expected)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
-    assert not torch.cat(out[4:8]).isnan().any() and out[7].count_nonzero() == (0 if n == 2 else len(out[7]))
+    assert not torch.cat(out[4:8]).isnan().any() and out[7].count_nonzero() == (
+        0 if n == 2 else len(out[7])
+    )
     assert_surroundings_untouched(out)
 
 
 # Coefficients
 
 
-@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # of the interpreter, at zeros
+@pytest.mark.filterwarnings(
+    "ignore:.* encountered in:RuntimeWarning"
+)  # of the interpreter, at zeros
 @pytest.mark.parametrize("power", [0.0, 0.5, 2.0, 7.3])
 @pytest.mark.parametrize("weights", [[0.7, 0.3], [1.0, 0.0]])
 def test_alignment_coefficients(weights, power):
-    vectors = torch.randn(150, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)  # more groups than a block holds
+    vectors = torch.randn(
+        150, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )  # more groups than a block holds
     vectors *= 10 ** torch.linspace(-70, 70, 150, dtype=torch.float64)[:, None, None]
     vectors[3, 1] = vectors[4, 0] = vectors[5] = 0
     vectors[6, 1] = vectors[6, 0]
@@ -317,13 +404,16 @@ def test_alignment_coefficients(weights, power):
     gram = (vectors @ vectors.mT).to(DEVICE)
     for layout in (gram, gram.permute(1, 2, 0).contiguous().permute(2, 0, 1)):
         results = operators.alignment_coefficients(layout, weights, power)
-        for result, expected in zip(results, alignment_reference.alignment_coefficients(layout, weights, power), strict=True):
+        for result, expected in zip(
+            results, alignment_reference.alignment_coefficients(layout, weights, power), strict=True
+        ):
             torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-15, equal_nan=True)
 
 
 @pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 def test_coefficients_of_opposite_gradients():
-    # Rounding puts some of these cosines outside -1 to 1; the root of what is then negative would be NaN.
+    # Rounding puts some of these cosines outside -1 to 1; the root of what is then negative would
+    # be NaN.
     vector = torch.randn(200, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     pairs = torch.stack([vector, -3.7 * vector], dim=1)
     gram = (pairs @ pairs.mT).to(DEVICE)
@@ -332,19 +422,29 @@ def test_coefficients_of_opposite_gradients():
     coefficients, cosine, alpha = operators.alignment_coefficients(gram, [0.7, 0.3], 0.5)
     assert cosine.min() == -1 and alpha.min() == 0
     expected = torch.tensor([0.7 + 0.3 * 3.7, 0.3 + 0.7 / 3.7], dtype=torch.float64)
-    torch.testing.assert_close(coefficients.cpu(), expected.expand(200, 2), rtol=1e-7, atol=0)  # the root of a rounding error is 1e-8
+    torch.testing.assert_close(
+        coefficients.cpu(), expected.expand(200, 2), rtol=1e-7, atol=0
+    )  # the root of a rounding error is 1e-8
 
 
 def test_no_groups():
     none = torch.empty(0, 2, 2, dtype=torch.float64, device=DEVICE)
-    assert [len(result) for result in operators.alignment_coefficients(none, [0.7, 0.3], 2.0)] == [0, 0, 0]
+    assert [len(result) for result in operators.alignment_coefficients(none, [0.7, 0.3], 2.0)] == [
+        0,
+        0,
+        0,
+    ]
 
 
 # Combination
 
 
 def random_coefficients(n, num_groups=NUM_GROUPS):
-    return torch.randn(n, num_groups, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(DEVICE).T  # not contiguous
+    return (
+        torch.randn(n, num_groups, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+        .to(DEVICE)
+        .T
+    )  # not contiguous
 
 
 def assert_combined(gradients, n, out, num_groups=NUM_GROUPS, groups=GROUPS):
@@ -385,17 +485,23 @@ def test_out_may_be_an_input(alias):
     out = tensors(F32, seed=8, scale=math.nan)
     coefficients = random_coefficients(2)
     operators.combine(gradients, coefficients, GROUPS, [0.7, 0.3], out)
-    operators.combine(gradients, coefficients, GROUPS, [0.7, 0.3], gradients[alias * T : (alias + 1) * T])
+    operators.combine(
+        gradients, coefficients, GROUPS, [0.7, 0.3], gradients[alias * T : (alias + 1) * T]
+    )
     assert_equal_bits(gradients[alias * T : (alias + 1) * T], out)
 
 
 def test_combine_without_weights_and_without_groups():
     p, g = torch.ones(10, device=DEVICE), torch.full((10,), 2.0, device=DEVICE)
     out = torch.full((10,), math.nan, device=DEVICE)
-    transposed = torch.tensor([[3.0], [0.5]], dtype=torch.float64, device=DEVICE).T  # not contiguous
+    transposed = torch.tensor(
+        [[3.0], [0.5]], dtype=torch.float64, device=DEVICE
+    ).T  # not contiguous
     operators.combine([p, g], transposed, [0], [], [out])
     assert out.tolist() == [4] * 10
-    operators.combine([p, g], torch.empty(0, 2, dtype=torch.float64, device=DEVICE), [-1], [2.0, 0.25], [out])
+    operators.combine(
+        [p, g], torch.empty(0, 2, dtype=torch.float64, device=DEVICE), [-1], [2.0, 0.25], [out]
+    )
     assert out.tolist() == [2.5] * 10
 
 
@@ -403,7 +509,16 @@ def test_combine_without_weights_and_without_groups():
 
 
 def optimizer_arguments(
-    dtypes, param_dtype=F32, state_dtype=F32, *, emas=True, steps=None, lr=0.1, beta1=0.9, ema_decay=0.99, found_inf=None
+    dtypes,
+    param_dtype=F32,
+    state_dtype=F32,
+    *,
+    emas=True,
+    steps=None,
+    lr=0.1,
+    beta1=0.9,
+    ema_decay=0.99,
+    found_inf=None,
 ):
     state = (
         tensors(param_dtype, seed=10),
@@ -414,7 +529,18 @@ def optimizer_arguments(
     if steps is None:
         steps = [torch.tensor(float(t + 1)) for t in range(len(SIZES))]
     lr = lr if isinstance(lr, torch.Tensor) else torch.tensor(lr, dtype=torch.float64)
-    rest = (GROUPS, [0.7 - 0.2 * i for i in range(len(dtypes))], steps, lr, beta1, 0.999, 1e-8, 0.05, ema_decay, found_inf)
+    rest = (
+        GROUPS,
+        [0.7 - 0.2 * i for i in range(len(dtypes))],
+        steps,
+        lr,
+        beta1,
+        0.999,
+        1e-8,
+        0.05,
+        ema_decay,
+        found_inf,
+    )
     return *state, losses(dtypes), random_coefficients(len(dtypes)), *rest
 
 
@@ -427,7 +553,10 @@ STATE = ("params", "exp_avgs", "exp_avg_sqs", "emas")
 
 def assert_stepped(arguments):
     plain = with_state(arguments, [copies(values) for values in arguments[:4]])
-    exact = with_state((*arguments[:4], double(arguments[4]), *arguments[5:]), [double(values) for values in arguments[:4]])
+    exact = with_state(
+        (*arguments[:4], double(arguments[4]), *arguments[5:]),
+        [double(values) for values in arguments[:4]],
+    )
     optimizer_reference.adamw_step(*plain)
     optimizer_reference.adamw_step(*exact)
     operators.adamw_step(*arguments)
@@ -457,11 +586,18 @@ def test_adamw_step(dtypes, param_dtype, state_dtype, emas):
 @pytest.mark.parametrize(
     "options",
     [
-        {"steps": [torch.tensor(3, dtype=dtype) for dtype in (F32, torch.float64) for _ in range(5)][: len(SIZES)]},
+        {
+            "steps": [
+                torch.tensor(3, dtype=dtype) for dtype in (F32, torch.float64) for _ in range(5)
+            ][: len(SIZES)]
+        },
         {"steps": [torch.tensor(2.0, device=DEVICE)] * len(SIZES)},
         {"steps": [torch.tensor(2.0, device=DEVICE)] * 3 + [torch.tensor(2.0)] * (len(SIZES) - 3)},
         {"lr": torch.tensor(0.1, device=DEVICE)},
-        {"lr": torch.tensor(0.1, device=DEVICE), "steps": [torch.tensor(2.0, device=DEVICE)] * len(SIZES)},
+        {
+            "lr": torch.tensor(0.1, device=DEVICE),
+            "steps": [torch.tensor(2.0, device=DEVICE)] * len(SIZES),
+        },
         {"beta1": 0.0, "ema_decay": 0.0},
         {"beta1": 0.3, "ema_decay": 1.0},
         {"found_inf": torch.zeros(1, device=DEVICE)},
@@ -493,7 +629,9 @@ def test_the_average_follows_the_parameter_as_stored():
 
 LAYOUTS = {
     "transposed": lambda values: values.clone().T.contiguous().T,
-    "every other": lambda values: torch.stack([values, torch.full_like(values, 7.0)], dim=-1)[..., 0],
+    "every other": lambda values: torch.stack([values, torch.full_like(values, 7.0)], dim=-1)[
+        ..., 0
+    ],
     "contiguous": lambda values: values.clone(),
 }
 
@@ -501,7 +639,9 @@ LAYOUTS = {
 @pytest.mark.parametrize("second", LAYOUTS)
 @pytest.mark.parametrize("first", LAYOUTS)
 def test_any_strides(first, second):
-    p, g, *state = (torch.randn(6, 11, generator=torch.Generator().manual_seed(i)).to(DEVICE) for i in range(6))
+    p, g, *state = (
+        torch.randn(6, 11, generator=torch.Generator().manual_seed(i)).to(DEVICE) for i in range(6)
+    )
     state[2] = state[2].square()
     a, b = LAYOUTS[first](p), LAYOUTS[second](g)
     coefficients = random_coefficients(2, 1)
@@ -512,8 +652,24 @@ def test_any_strides(first, second):
     operators.combine([a, b], coefficients, [0], [], [out])
     torch.testing.assert_close(out, expected)
     assert out._version > version  # autograd notices
-    results = [LAYOUTS[name](values) for name, values in zip((first, second, first, second), state, strict=True)]
-    rest = ([p, g], coefficients, [0], [], [torch.ones(())], torch.tensor(0.1), 0.9, 0.99, 1e-8, 0.1, 0.9, None)
+    results = [
+        LAYOUTS[name](values)
+        for name, values in zip((first, second, first, second), state, strict=True)
+    ]
+    rest = (
+        [p, g],
+        coefficients,
+        [0],
+        [],
+        [torch.ones(())],
+        torch.tensor(0.1),
+        0.9,
+        0.99,
+        1e-8,
+        0.1,
+        0.9,
+        None,
+    )
     optimizer_reference.adamw_step(*([value] for value in state), *rest)
     operators.adamw_step(*([value] for value in results), [a, b], *rest[1:])
     torch.testing.assert_close(results, state, rtol=1e-5, atol=1e-6)
@@ -537,7 +693,10 @@ def test_same_bits_every_time():
 
 
 def test_flat_memory_and_a_list_of_whole_chunks_give_the_same_bits():
-    flat = [torch.randn(4 * 16384, generator=torch.Generator().manual_seed(i)).to(DEVICE) for i in range(2)]
+    flat = [
+        torch.randn(4 * 16384, generator=torch.Generator().manual_seed(i)).to(DEVICE)
+        for i in range(2)
+    ]
     pieces = [piece for tensor in flat for piece in tensor.split(16384)]
     first, second = operators.gram(flat, 2, [0], 1), operators.gram(pieces, 2, [0] * 4, 1)
     assert_equal_bits([first], [second])
@@ -579,7 +738,9 @@ def test_number_of_threads_does_not_change_a_bit(n, backend):
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="CUDA graphs need a GPU")
 def test_a_captured_step_can_be_replayed():
     steps = [torch.ones((), device=DEVICE) for _ in SIZES]
-    arguments = list(optimizer_arguments((F32, BF16), steps=steps, lr=torch.tensor(0.1, device=DEVICE)))
+    arguments = list(
+        optimizer_arguments((F32, BF16), steps=steps, lr=torch.tensor(0.1, device=DEVICE))
+    )
     gradients = arguments[4]
     gradients[5].zero_()
     arguments[6] = list(range(len(SIZES)))  # rows of the coefficients

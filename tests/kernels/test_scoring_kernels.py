@@ -1,7 +1,9 @@
-"""Scoring and the reverse step on every compiled backend that can run here, against the reference in float64.
+"""Scoring and the reverse step on every compiled backend that can run here, against the reference
+in float64.
 
-Without a GPU these are the C++ kernels, and the Triton kernels in Triton's interpreter (chosen in conftest.py); with one, Triton and CUDA
-C++. What the operators mean is tested in test_scoring.py, test_posterior_scorer.py and test_reverse_step.py.
+Without a GPU these are the C++ kernels, and the Triton kernels in Triton's interpreter (chosen in
+conftest.py); with one, Triton and CUDA C++. What the operators mean is tested in test_scoring.py,
+test_posterior_scorer.py and test_reverse_step.py.
 """
 
 import contextlib
@@ -22,7 +24,9 @@ from genrep_fast.reference import scoring as reference
 
 pytestmark = [
     pytest.mark.usefixtures("backend"),
-    pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning"),  # of the interpreter, at infinities
+    pytest.mark.filterwarnings(
+        "ignore:.* encountered in:RuntimeWarning"
+    ),  # of the interpreter, at infinities
 ]
 HAS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if HAS_GPU else torch.device("cpu")
@@ -74,19 +78,43 @@ def size(interpreted):
 
 
 def random(*shape, seed=0, dtype=F32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64).to(dtype).to(DEVICE)
+    return (
+        torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+        .to(dtype)
+        .to(DEVICE)
+    )
 
 
 def tables(steps, elements):
-    """data, noisy, output, inv_var and log_norm [S] each, such that many steps have weight and no term of a likelihood is positive"""
+    """data, noisy, output, inv_var and log_norm [S] each, such that many steps have weight and no
+    term of a likelihood is positive
+    """
     rising = torch.linspace(0, 1, steps, dtype=F64)
     inv_var = (0.9 + 0.2 * rising) / math.sqrt(elements)
-    columns = (1.2 - 0.4 * rising, 0.3 * rising - 0.6, rising - 1.5, inv_var, -0.5 - rising / elements)
+    columns = (
+        1.2 - 0.4 * rising,
+        0.3 * rising - 0.6,
+        rising - 1.5,
+        inv_var,
+        -0.5 - rising / elements,
+    )
     return tuple(column.float().to(DEVICE) for column in columns)
 
 
-def chunk(batch, classes, steps, channels, extra=0, spatial=(), *, dtypes=(F32, F32, F32), x_t_axes=(None, 1, None)):
-    """x, model_output, x_t and tables; `x_t_axes`: a size for each leading axis of x_t, None for the whole axis, or None for no x_t."""
+def chunk(
+    batch,
+    classes,
+    steps,
+    channels,
+    extra=0,
+    spatial=(),
+    *,
+    dtypes=(F32, F32, F32),
+    x_t_axes=(None, 1, None),
+):
+    """x, model_output, x_t and tables; `x_t_axes`: a size for each leading axis of x_t, None for
+    the whole axis, or None for no x_t.
+    """
     lead = (batch, classes, steps)
     x = random(batch, channels, *spatial, seed=1, dtype=dtypes[0])
     model_output = random(*lead, channels + extra, *spatial, seed=2, dtype=dtypes[1])
@@ -98,20 +126,30 @@ def chunk(batch, classes, steps, channels, extra=0, spatial=(), *, dtypes=(F32, 
 
 
 def double(values):
-    return [value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value for value in values]
+    return [
+        value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for value in values
+    ]
 
 
 def assert_accurate(name, result, plain, exact, size=None):
-    """At most twice the error of the plain formula in the same dtype, and a floor, as that may be exact by chance.
+    """At most twice the error of the plain formula in the same dtype, and a floor, as that may be
+    exact by chance.
 
-    The floor is half a rounding unit of float32, or an eighth of one of lower precision, of the result, or of `size`: the terms that are
-    added up to it, where they cancel.
+    The floor is half a rounding unit of float32, or an eighth of one of lower precision, of the
+    result, or of `size`: the terms that are added up to it, where they cancel.
     """
     assert result.shape == exact.shape and result.dtype == plain.dtype and result.is_contiguous()
     scale = (exact if size is None else size).double().norm().item()
-    error, plain_error = ((value.double() - exact.double()).norm().item() for value in (result, plain))
-    bound = 2 * plain_error + torch.finfo(result.dtype).eps / (2 if result.dtype == F32 else 8) * scale
-    print(f"{name}, {result.dtype}: error {error:.1e}, plain formula {plain_error:.1e}, bound {bound:.1e}")
+    error, plain_error = (
+        (value.double() - exact.double()).norm().item() for value in (result, plain)
+    )
+    bound = (
+        2 * plain_error + torch.finfo(result.dtype).eps / (2 if result.dtype == F32 else 8) * scale
+    )
+    print(
+        f"{name}, {result.dtype}: error {error:.1e}, plain formula {plain_error:.1e}, bound {bound:.1e}"
+    )
     assert error <= bound
 
 
@@ -125,13 +163,21 @@ def assert_scored(arguments, reduction, per_location, masks=(ALL,)):
     """Likelihood and gradients of the operators' leading arguments."""
     options = (reduction, per_location)
     likelihood, remainder = operators.log_likelihood(*arguments, *options)
-    plain, exact = (reference.log_likelihood(*values, *options)[0] for values in (arguments, double(arguments)))
+    plain, exact = (
+        reference.log_likelihood(*values, *options)[0] for values in (arguments, double(arguments))
+    )
     assert_accurate("likelihood", likelihood, plain, exact)
-    assert remainder.shape == (likelihood.shape if reduction == "mixture" else (0,)) and remainder.dtype == F32
+    assert (
+        remainder.shape == (likelihood.shape if reduction == "mixture" else (0,))
+        and remainder.dtype == F32
+    )
     grad = random(*likelihood.shape, seed=9)
     sizes = added_sizes(grad, arguments, options)
     for mask in masks:
-        mask = [needed and tensor is not None for needed, tensor in zip(mask, arguments[:3], strict=True)]
+        mask = [
+            needed and tensor is not None
+            for needed, tensor in zip(mask, arguments[:3], strict=True)
+        ]
         results, plain, exact = (
             backward(grad, likelihood, remainder, *values, *options, mask)
             for backward, values in (
@@ -140,7 +186,9 @@ def assert_scored(arguments, reduction, per_location, masks=(ALL,)):
                 (reference.log_likelihood_backward, double(arguments)),
             )
         )
-        for name, needed, *gradients in zip(("x", "model_output", "x_t"), mask, results, plain, exact, strict=True):
+        for name, needed, *gradients in zip(
+            ("x", "model_output", "x_t"), mask, results, plain, exact, strict=True
+        ):
             if needed:
                 assert_accurate(f"gradient of {name}", *gradients, sizes[name])
             else:
@@ -153,7 +201,9 @@ def added_sizes(grad, arguments, options):
     lead = (len(x), grad.shape[1], len(columns[0]))
     exact = reference.log_likelihood(x, model_output, x_t, *columns, *options)
     whole = model_output.expand(*lead, *model_output.shape[3:])
-    terms = reference.log_likelihood_backward(grad.double(), *exact, x, whole, x_t, *columns, *options, [False, True, False])[1].abs()
+    terms = reference.log_likelihood_backward(
+        grad.double(), *exact, x, whole, x_t, *columns, *options, [False, True, False]
+    )[1].abs()
     data, noisy, output = (column.abs().view(-1, *[1] * (x.ndim - 1)) for column in columns[:3])
     residuals = terms[:, :, :, : x.shape[1]] / output
     return {
@@ -180,7 +230,9 @@ def test_likelihood_of_larger_sizes(size, reduction, per_location, compiled):
     assert_scored(chunk(*size), reduction, per_location)
 
 
-@pytest.mark.parametrize("dtypes", [(BF16,) * 3, (F16,) * 3, (F32, BF16, F16), (BF16, F32, F32), (F16, BF16, F32)])
+@pytest.mark.parametrize(
+    "dtypes", [(BF16,) * 3, (F16,) * 3, (F32, BF16, F16), (BF16, F32, F32), (F16, BF16, F32)]
+)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_likelihood_of_any_dtypes(reduction, dtypes, size):
     for per_location in (False, True):
@@ -189,10 +241,20 @@ def test_likelihood_of_any_dtypes(reduction, dtypes, size):
 
 @pytest.mark.parametrize("x_t_axes", [None, *itertools.product((1, None), repeat=3)])
 def test_x_t_shared_by_any_axes(x_t_axes, size, interpreted):
-    assert_scored(chunk(*size, x_t_axes=x_t_axes), "mixture", False, (ALL, (False, True, False), (True, False, True)))
+    assert_scored(
+        chunk(*size, x_t_axes=x_t_axes),
+        "mixture",
+        False,
+        (ALL, (False, True, False), (True, False, True)),
+    )
     assert_scored(chunk(*size, x_t_axes=x_t_axes), "mean", True)
     if not interpreted:
-        assert_scored(chunk(*size, x_t_axes=x_t_axes), "mixture", True, (ALL, (False, True, False), (True, False, True)))
+        assert_scored(
+            chunk(*size, x_t_axes=x_t_axes),
+            "mixture",
+            True,
+            (ALL, (False, True, False), (True, False, True)),
+        )
         assert_scored(chunk(*size, x_t_axes=x_t_axes), "mean", False)
 
 
@@ -210,14 +272,20 @@ def pad(tensor, *sizes):
 
 LAYOUTS = {  # copies of [..., C, H, W] with a part of their memory, or all of it, in another order; what lies between is NaN
     "contiguous": lambda tensor: tensor.clone(),
-    "unaligned": lambda tensor: torch.cat([tensor.flatten()[:1], tensor.flatten()])[1:].view(tensor.shape),
+    "unaligned": lambda tensor: torch.cat([tensor.flatten()[:1], tensor.flatten()])[1:].view(
+        tensor.shape
+    ),
     "channels last": lambda tensor: tensor.movedim(-3, -1).contiguous().movedim(-1, -3),
-    "channels last, sliced": lambda tensor: pad(tensor.movedim(-3, -1), 1, 2)[..., 1:-2].movedim(-1, -3),
+    "channels last, sliced": lambda tensor: pad(tensor.movedim(-3, -1), 1, 2)[..., 1:-2].movedim(
+        -1, -3
+    ),
     "channel slice": lambda tensor: pad(tensor, 0, 0, 0, 0, 1, 2)[..., 1:-2, :, :],
     "steps first": lambda tensor: tensor.movedim(-4, 0).contiguous().movedim(0, -4),
     "batch inside": lambda tensor: tensor.movedim(0, -4).contiguous().movedim(-4, 0),
     "batch innermost": lambda tensor: tensor.movedim(0, -1).contiguous().movedim(-1, 0),
-    "every other": lambda tensor: torch.stack([tensor, torch.full_like(tensor, math.nan)], -1)[..., 0],
+    "every other": lambda tensor: torch.stack([tensor, torch.full_like(tensor, math.nan)], -1)[
+        ..., 0
+    ],
     "transposed": lambda tensor: tensor.mT.contiguous().mT,
     "cropped": lambda tensor: pad(tensor, 1, 2, 0, 3)[..., :-3, 1:-2],
 }
@@ -231,12 +299,16 @@ def test_any_strides(first, second, size, interpreted):
     x, model_output, x_t, *columns = chunk(*size)
     model_output = LAYOUTS[first](model_output)
     for layouts in ((second, first),) if interpreted else ((first, second), (second, first)):
-        own_x, own_x_t = (LAYOUTS[layout](tensor) for layout, tensor in zip(layouts, (x, x_t), strict=True))
+        own_x, own_x_t = (
+            LAYOUTS[layout](tensor) for layout, tensor in zip(layouts, (x, x_t), strict=True)
+        )
         for per_location in (False, True):
             assert_scored((own_x, model_output, own_x_t, *columns), "mixture", per_location)
 
 
-@pytest.mark.parametrize("dtypes", [(F32,) * 3, (BF16,) * 3, (F16,) * 3, (F32, BF16, F32), (BF16, F32, BF16)])
+@pytest.mark.parametrize(
+    "dtypes", [(F32,) * 3, (BF16,) * 3, (F16,) * 3, (F32, BF16, F32), (BF16, F32, BF16)]
+)
 @pytest.mark.parametrize("extra", [0, 1, 4])
 @pytest.mark.parametrize("first", LAYOUTS)
 def test_sizes_for_wide_loads_in_any_layout(first, extra, dtypes, compiled):
@@ -245,14 +317,20 @@ def test_sizes_for_wide_loads_in_any_layout(first, extra, dtypes, compiled):
         x, model_output, x_t, *columns = chunk(3, 2, 2, channels, extra, (4, 8), dtypes=dtypes)
         model_output = LAYOUTS[first](model_output)
         for layouts in ((first, second), (second, first)):
-            own_x, own_x_t = (LAYOUTS[layout](tensor) for layout, tensor in zip(layouts, (x, x_t), strict=True))
+            own_x, own_x_t = (
+                LAYOUTS[layout](tensor) for layout, tensor in zip(layouts, (x, x_t), strict=True)
+            )
             for per_location in (False, True):
                 assert_scored((own_x, model_output, own_x_t, *columns), "mixture", per_location)
         centres = LAYOUTS[first](model_output[:1].clone())
         masks = (ALL, (False, True, False))
         assert_scored((LAYOUTS[second](x), model_output, None, *columns), "mixture", False, masks)
         assert_scored((LAYOUTS[second](x), centres, None, *columns), "mean", False, masks)
-    arguments = list(reverse_step_arguments((3, 8, 4, 8), dtypes=dtypes, extra=extra, std_scale=random(3, 8, 4, 8, seed=4).exp()))
+    arguments = list(
+        reverse_step_arguments(
+            (3, 8, 4, 8), dtypes=dtypes, extra=extra, std_scale=random(3, 8, 4, 8, seed=4).exp()
+        )
+    )
     for position in (0, 1, 13, 14):
         arguments[position] = LAYOUTS[first](arguments[position])
     assert_stepped(arguments)
@@ -262,13 +340,17 @@ def test_sizes_for_wide_loads_in_any_layout(first, extra, dtypes, compiled):
 @pytest.mark.parametrize("steps", [1, 9, 70])
 @pytest.mark.parametrize("elements", [4, 16, 20, 64, 512, 1024, 8192, 8196, 12288])
 def test_rows_of_whole_blocks(elements, steps, extra, compiled):
-    assert_scored(chunk(2, 2, steps, elements, extra), "mixture", False, (ALL, (False, True, False)))
+    assert_scored(
+        chunk(2, 2, steps, elements, extra), "mixture", False, (ALL, (False, True, False))
+    )
 
 
 @pytest.mark.parametrize("axes", [(0,), (1,), (2,), (0, 1), (0, 1, 2)])
 def test_expanded_outputs(axes, size, interpreted):
     x, model_output, x_t, *columns = chunk(*size, x_t_axes=(None, None, None))
-    for layout in ("contiguous",) if interpreted else ("contiguous", "steps first", "channels last"):
+    for layout in (
+        ("contiguous",) if interpreted else ("contiguous", "steps first", "channels last")
+    ):
         expanded = [LAYOUTS[layout](tensor) for tensor in (model_output, x_t)]
         for axis in axes:
             expanded = [tensor.narrow(axis, 0, 1).expand_as(tensor) for tensor in expanded]
@@ -276,7 +358,9 @@ def test_expanded_outputs(axes, size, interpreted):
             assert_scored((x[:1].expand_as(x), *expanded, *columns), "mixture", per_location)
 
 
-@pytest.mark.parametrize("x_t_axes", [None, (1, None, None), (1, 1, 1), (1, 1, None), (None, 1, None)])
+@pytest.mark.parametrize(
+    "x_t_axes", [None, (1, None, None), (1, 1, 1), (1, 1, None), (None, 1, None)]
+)
 @pytest.mark.parametrize("batch", [1, 3, 17, 70])
 def test_centres_shared_by_the_batch(batch, x_t_axes, interpreted):
     if interpreted and batch > 1 and x_t_axes is not None:
@@ -292,7 +376,9 @@ def test_centres_shared_by_the_batch(batch, x_t_axes, interpreted):
 
 @pytest.mark.parametrize("first", LAYOUTS)
 def test_shared_centres_of_any_strides_and_dtypes(first, interpreted):
-    x, model_output, _, *columns = chunk(*((3, 2, 2, 2, 0, (3, 2)) if interpreted else (19, 2, 3, 3, 0, (5, 7))), x_t_axes=None)
+    x, model_output, _, *columns = chunk(
+        *((3, 2, 2, 2, 0, (3, 2)) if interpreted else (19, 2, 3, 3, 0, (5, 7))), x_t_axes=None
+    )
     centres = LAYOUTS[first](random(1, *model_output.shape[1:], seed=4))
     assert_scored((x, centres, None, *columns), "mixture", False)
     assert_scored((LAYOUTS[first](x).half(), centres.bfloat16(), None, *columns), "mixture", False)
@@ -314,7 +400,9 @@ def assert_scored_without_terms(arguments, *options):
     assert torch.equal(likelihood, expected[0]) and torch.equal(remainder, expected[1])
     mask = [True, True, arguments[2] is not None]
     grad = torch.ones_like(likelihood)
-    results = operators.log_likelihood_backward(grad, likelihood, remainder, *arguments, *options, mask)
+    results = operators.log_likelihood_backward(
+        grad, likelihood, remainder, *arguments, *options, mask
+    )
     for result, tensor, needed in zip(results, arguments, mask, strict=False):
         assert result.shape == (tensor.shape if needed else (0,)) and (result == 0).all()
 
@@ -323,16 +411,29 @@ def assert_scored_without_terms(arguments, *options):
 
 
 def whole_numbers(steps, elements, largest):
-    """x = 0, model_output [1, 2, S, D] of whole numbers, the first of them 1, and tables with which l = -sum o^2 / 2.
+    """x = 0, model_output [1, 2, S, D] of whole numbers, the first of them 1, and tables with which
+    l = -sum o^2 / 2.
 
     Float32 holds every partial sum; a row's l is up to 2 nats from another's.
     """
     generator = torch.Generator().manual_seed(0)
     row = torch.randint(-largest, largest + 1, (elements - 2,), generator=generator)
-    rows = [torch.tensor([1, i % 3, *row[torch.randperm(elements - 2, generator=generator)]]) for i in range(2 * steps)]
+    rows = [
+        torch.tensor([1, i % 3, *row[torch.randperm(elements - 2, generator=generator)]])
+        for i in range(2 * steps)
+    ]
     zeros, ones = torch.zeros(steps, device=DEVICE), torch.ones(steps, device=DEVICE)
     x = torch.zeros(1, elements, device=DEVICE)
-    return x, torch.stack(rows).reshape(1, 2, steps, elements).float().to(DEVICE), None, zeros, zeros, ones, ones, zeros
+    return (
+        x,
+        torch.stack(rows).reshape(1, 2, steps, elements).float().to(DEVICE),
+        None,
+        zeros,
+        zeros,
+        ones,
+        ones,
+        zeros,
+    )
 
 
 @pytest.mark.parametrize(("elements", "largest"), [(63, 20), (129, 300), (63, 700)])
@@ -345,9 +446,13 @@ def test_weights_of_large_likelihoods(elements, largest, interpreted):
     expected = likelihoods.logsumexp(-1) - math.log(steps)
     print(f"log-likelihoods near {expected[0, 0].item():.0f}")
     assert (likelihood.double() - expected).abs().max() <= expected.abs().max() * 2**-24
-    assert (likelihood.double() + remainder.double() - expected).abs().max() < 2e-7 + expected.abs().max() * 2**-40
+    assert (
+        likelihood.double() + remainder.double() - expected
+    ).abs().max() < 2e-7 + expected.abs().max() * 2**-40
     ones = torch.ones_like(likelihood)
-    weights = -operators.log_likelihood_backward(ones, likelihood, remainder, *arguments, "mixture", False, [False, True, False])[1][..., 0]
+    weights = -operators.log_likelihood_backward(
+        ones, likelihood, remainder, *arguments, "mixture", False, [False, True, False]
+    )[1][..., 0]
     torch.testing.assert_close(weights.double(), likelihoods.softmax(-1), rtol=2e-6, atol=0)
     assert (weights > 1e-3).all()
 
@@ -356,16 +461,29 @@ def test_weights_of_large_likelihoods(elements, largest, interpreted):
 @pytest.mark.parametrize("per_location", [False, True])
 @pytest.mark.parametrize("shared", [False, True])
 def test_weights_add_up_to_one(shift, per_location, shared, interpreted):
-    """Where likelihoods are rounded to more than a nat, backward must find the very ones that forward added up."""
+    """Where likelihoods are rounded to more than a nat, backward must find the very ones that
+    forward added up.
+    """
     classes, steps, channels = (1, 5, 7) if interpreted else (3, 33, 127)
     model_output = random(1 if shared else 2, classes, steps, channels, 2, seed=1) * 1e-2 + shift
     model_output[:, :, :, 0] = 1
     zeros, ones = torch.zeros(steps, device=DEVICE), torch.ones(steps, device=DEVICE)
-    arguments = (torch.zeros(2, channels, 2, device=DEVICE), model_output, None, zeros, zeros, ones, ones, zeros)
+    arguments = (
+        torch.zeros(2, channels, 2, device=DEVICE),
+        model_output,
+        None,
+        zeros,
+        zeros,
+        ones,
+        ones,
+        zeros,
+    )
     likelihood, remainder = operators.log_likelihood(*arguments, "mixture", per_location)
     print(f"log-likelihoods near {likelihood.flatten()[0].item():.3g}")
     grad = torch.ones_like(likelihood)
-    gradient = operators.log_likelihood_backward(grad, likelihood, remainder, *arguments, "mixture", per_location, [False, True, False])[1]
+    gradient = operators.log_likelihood_backward(
+        grad, likelihood, remainder, *arguments, "mixture", per_location, [False, True, False]
+    )[1]
     sums = -gradient[:, :, :, 0].double().sum(2)  # [B, K, 2]
     error = (sums - (2 if shared else 1)).abs().max().item()
     print(f"largest error of a sum {error:.1e}")
@@ -386,20 +504,37 @@ def test_gaps_and_infinities(per_location, shared):
     for reduction in REDUCTIONS:
         arguments = (x, model_output, None, *tables(steps, 1))
         likelihood, remainder = operators.log_likelihood(*arguments, reduction, per_location)
-        assert_close_and_defined(likelihood, reference.log_likelihood(*arguments, reduction, per_location)[0])
+        assert_close_and_defined(
+            likelihood, reference.log_likelihood(*arguments, reduction, per_location)[0]
+        )
         if reduction == "mixture":
             assert (remainder[likelihood.isinf()] == 0).all()
-            assert (likelihood[:, 2] == -math.inf).all() and likelihood[:, [0, 3, 4]].isfinite().all()
+            assert (likelihood[:, 2] == -math.inf).all() and likelihood[
+                :, [0, 3, 4]
+            ].isfinite().all()
         grad = random(*likelihood.shape, seed=9)
         grad[0, 1] = 0
-        inputs = (grad, likelihood, remainder, *arguments, reduction, per_location, [True, True, False])
-        gradients, expected = operators.log_likelihood_backward(*inputs), reference.log_likelihood_backward(*inputs)
+        inputs = (
+            grad,
+            likelihood,
+            remainder,
+            *arguments,
+            reduction,
+            per_location,
+            [True, True, False],
+        )
+        gradients, expected = (
+            operators.log_likelihood_backward(*inputs),
+            reference.log_likelihood_backward(*inputs),
+        )
         for gradient, value in zip(gradients[:2], expected[:2], strict=True):
             assert_close_and_defined(gradient, value)
 
 
 def assert_close_and_defined(result, expected):
-    """Float32 in another order: a few roundings of a likelihood change a weight by as many parts in 1e7, times its size."""
+    """Float32 in another order: a few roundings of a likelihood change a weight by as many parts in
+    1e7, times its size.
+    """
     torch.testing.assert_close(result, expected, rtol=2e-5, atol=2e-6, equal_nan=True)
     assert torch.equal(result == 0, expected == 0)
 
@@ -420,7 +555,9 @@ def test_a_nan_stays_in_its_image_and_class(reduction, per_location):
     else:
         expected[1, 1] = expected[2, 0] = True
     assert torch.equal(likelihood.isnan(), expected if per_location else expected[..., 0])
-    poisoned = expected[:, :, None, None].expand_as(x_t)  # every step has a softmax weight that is NaN; the mean's have none
+    poisoned = expected[:, :, None, None].expand_as(
+        x_t
+    )  # every step has a softmax weight that is NaN; the mean's have none
     for gradient, value in zip(gradients[1:], clean[3:], strict=True):
         gradient, value = gradient[:, :, :, :2], value[:, :, :, :2]
         assert_equal_bits([gradient[~poisoned]], [value[~poisoned]])
@@ -440,14 +577,26 @@ def scored_and_differentiated(arguments, *options):
 
 # Posterior and distillation
 
-SCORES = [(1, 1), (3, 2), (2, 1, 63), (2, 63, 2, 3), (1, 2003), (2, 5, 129), (0, 3), (0, 3, 5), (2, 3, 0)]  # [B, K, *loc]
+SCORES = [
+    (1, 1),
+    (3, 2),
+    (2, 1, 63),
+    (2, 63, 2, 3),
+    (1, 2003),
+    (2, 5, 129),
+    (0, 3),
+    (0, 3, 5),
+    (2, 3, 0),
+]  # [B, K, *loc]
 
 
 def prior_of(kind, shape):
     """log_prior as operators get it"""
     if kind is None:
         return None
-    prior = random(1 if kind == "shared" else shape[0], shape[1], *[1] * (len(shape) - 2), seed=5).log_softmax(1)
+    prior = random(
+        1 if kind == "shared" else shape[0], shape[1], *[1] * (len(shape) - 2), seed=5
+    ).log_softmax(1)
     if kind == "excludes":
         prior[:, 1::3] = -math.inf
     return prior
@@ -456,13 +605,17 @@ def prior_of(kind, shape):
 @pytest.mark.parametrize("kind", [None, "shared", "own", "excludes"])
 @pytest.mark.parametrize("shape", SCORES)
 def test_posterior_and_distillation(shape, kind):
-    assert_bayes(3 * random(*shape, seed=1), 30 * random(*shape, seed=2), prior_of(kind, shape), 7.0)
+    assert_bayes(
+        3 * random(*shape, seed=1), 30 * random(*shape, seed=2), prior_of(kind, shape), 7.0
+    )
 
 
 @pytest.mark.parametrize("dtypes", list(itertools.product((F32, BF16, F16), repeat=2)))
 def test_posterior_and_distillation_of_any_dtypes(dtypes):
     for shape in ((3, 63), (2, 5, 17)):
-        logits, likelihood = (scale * random(*shape, seed=seed) for seed, scale in ((1, 3.0), (2, 10.0)))
+        logits, likelihood = (
+            scale * random(*shape, seed=seed) for seed, scale in ((1, 3.0), (2, 10.0))
+        )
         assert_bayes(logits.to(dtypes[0]), likelihood.to(dtypes[1]), prior_of("shared", shape), 2.5)
 
 
@@ -470,26 +623,42 @@ def test_posterior_and_distillation_of_any_dtypes(dtypes):
 def test_posterior_and_distillation_of_any_strides(layout):
     logits, likelihood = (LAYOUTS[layout](random(3, 5, 7, 9, seed=seed)) for seed in (1, 2))
     assert_bayes(logits, likelihood, None, 1.0)
-    assert_bayes(likelihood.contiguous(), logits, prior_of("own", (3, 5, 7, 9)).expand(3, 5, 1, 1), 1.0)
+    assert_bayes(
+        likelihood.contiguous(), logits, prior_of("own", (3, 5, 7, 9)).expand(3, 5, 1, 1), 1.0
+    )
 
 
 def test_posterior_and_distillation_of_many_classes(compiled):
-    assert_bayes(random(2, 20_011, seed=1), 5 * random(2, 20_011, seed=2), prior_of("shared", (2, 20_011)), 0.5)
+    assert_bayes(
+        random(2, 20_011, seed=1),
+        5 * random(2, 20_011, seed=2),
+        prior_of("shared", (2, 20_011)),
+        0.5,
+    )
 
 
 def assert_bayes(logits, likelihood, prior, temperature):
     arguments = (logits, likelihood, prior, temperature)
-    log_p, log_q = posterior_reference.posterior(*double(arguments[1:])), logits.double().log_softmax(1)
-    terms = torch.where(log_p == -math.inf, 0, log_p.exp() * (log_p.abs() + log_q.abs()))  # of the divergence, [B, K, *loc]
+    log_p, log_q = (
+        posterior_reference.posterior(*double(arguments[1:])),
+        logits.double().log_softmax(1),
+    )
+    terms = torch.where(
+        log_p == -math.inf, 0, log_p.exp() * (log_p.abs() + log_q.abs())
+    )  # of the divergence, [B, K, *loc]
 
     def compare(name, arguments, sizes):
         outputs = [getattr(operators, name)(*arguments)]
-        outputs += [getattr(posterior_reference, name)(*values) for values in (arguments, double(arguments))]
+        outputs += [
+            getattr(posterior_reference, name)(*values) for values in (arguments, double(arguments))
+        ]
         outputs = [(values,) if isinstance(values, torch.Tensor) else values for values in outputs]
         for result, plain, exact, size in zip(*outputs, sizes, strict=True):
             infinite = exact.isinf()
             assert_equal_bits([result.double()[infinite]], [exact[infinite].double()])
-            assert_accurate(name, *(values.masked_fill(infinite, 0) for values in (result, plain, exact)), size)
+            assert_accurate(
+                name, *(values.masked_fill(infinite, 0) for values in (result, plain, exact)), size
+            )
 
     compare("posterior", arguments[1:], [None])
     compare("distillation_loss", arguments, [terms.sum(1)])
@@ -505,11 +674,31 @@ EXTREMES = {  # logits, likelihood and prior of [K = 5]
     "two are tied": ([0.0] * 5, [-1e6, 7e5, -1e6, 7e5, 0.0], None),
     "the student is certain": ([0.0, -1e4, -1e4, -1e4, -1e4], [0.0] * 5, None),
     "both are certain of one": ([0.0, -1e4, -1e4, -1e4, -1e4], [0.0, -1e5, -1e5, -1e5, -1e5], None),
-    "each is certain of another": ([0.0, -1e4, -1e4, -1e4, -1e4], [-1e5, 0.0, -1e5, -1e5, -1e5], None),
-    "a class that neither has": ([0.0, 1.0, -math.inf, 0.5, 0.0], [1.0, 2.0, -math.inf, 0.0, 1.0], None),
-    "a class that the prior excludes": ([0.0, 1.0, -math.inf, 0.5, 0.0], [1.0, 2.0, 1e6, 0.0, 1.0], [-1.0, -2.0, -math.inf, -1.0, -1.5]),
-    "a class that the student alone excludes": ([0.0, 1.0, -math.inf, 0.5, 0.0], [1.0, 2.0, 3.0, 0.0, 1.0], None),
-    "a class that the teacher alone excludes": ([0.0, 1.0, 2.0, 0.5, 0.0], [1.0, 2.0, -math.inf, 0.0, 1.0], None),
+    "each is certain of another": (
+        [0.0, -1e4, -1e4, -1e4, -1e4],
+        [-1e5, 0.0, -1e5, -1e5, -1e5],
+        None,
+    ),
+    "a class that neither has": (
+        [0.0, 1.0, -math.inf, 0.5, 0.0],
+        [1.0, 2.0, -math.inf, 0.0, 1.0],
+        None,
+    ),
+    "a class that the prior excludes": (
+        [0.0, 1.0, -math.inf, 0.5, 0.0],
+        [1.0, 2.0, 1e6, 0.0, 1.0],
+        [-1.0, -2.0, -math.inf, -1.0, -1.5],
+    ),
+    "a class that the student alone excludes": (
+        [0.0, 1.0, -math.inf, 0.5, 0.0],
+        [1.0, 2.0, 3.0, 0.0, 1.0],
+        None,
+    ),
+    "a class that the teacher alone excludes": (
+        [0.0, 1.0, 2.0, 0.5, 0.0],
+        [1.0, 2.0, -math.inf, 0.0, 1.0],
+        None,
+    ),
     "only one is left": ([0.0, 1.0, 2.0, 0.5, 0.0], [-math.inf] * 3 + [-1e6, -math.inf], None),
     "none is left": ([0.0, 1.0, 2.0, 0.5, 0.0], [-math.inf] * 5, None),
     "a class beyond measure": ([0.0] * 5, [0.0, math.inf, 0.0, 0.0, 0.0], None),
@@ -530,14 +719,26 @@ def test_extreme_posteriors(name, spatial):
     def run(operators):
         arguments = (logits, likelihood, prior if EXTREMES[name][2] else None, 1.0)
         backward = operators.distillation_loss_backward(grad, *arguments, [True, True])
-        return operators.posterior(*arguments[1:]), operators.distillation_loss(*arguments), *backward
+        return (
+            operators.posterior(*arguments[1:]),
+            operators.distillation_loss(*arguments),
+            *backward,
+        )
 
     clean = run(operators)
     for tensor, row in zip((logits, likelihood, prior), EXTREMES[name], strict=True):
         if row is not None:
-            tensor[middle if tensor is not prior else (1, slice(None), *[0] * len(spatial))] = torch.tensor(row, device=DEVICE)
+            tensor[middle if tensor is not prior else (1, slice(None), *[0] * len(spatial))] = (
+                torch.tensor(row, device=DEVICE)
+            )
     results, expected = run(operators), run(posterior_reference)
-    print(*(result[middle if result.ndim == logits.ndim else (1, *middle[2:])].tolist() for result in results), sep="\n")
+    print(
+        *(
+            result[middle if result.ndim == logits.ndim else (1, *middle[2:])].tolist()
+            for result in results
+        ),
+        sep="\n",
+    )
     for result, value, before in zip(results, expected, clean, strict=True):
         torch.testing.assert_close(result, value, rtol=1e-5, atol=1e-6, equal_nan=True)
         if EXTREMES[name][2] is None:  # a prior is the same at every location
@@ -551,7 +752,9 @@ def test_extreme_posteriors(name, spatial):
 
 def state_of(batch, num_classes, spatial, reduction, per_location):
     shape = (batch, num_classes, *(spatial if per_location else ()))
-    return torch.zeros(num_classes, dtype=torch.int64, device=DEVICE), reference.empty_state(shape, reduction, DEVICE)
+    return torch.zeros(num_classes, dtype=torch.int64, device=DEVICE), reference.empty_state(
+        shape, reduction, DEVICE
+    )
 
 
 def chunks_of_steps_and_classes(arguments, num_classes):
@@ -559,13 +762,31 @@ def chunks_of_steps_and_classes(arguments, num_classes):
     x, model_output, x_t, *columns = arguments
     generator = torch.Generator().manual_seed(0)
     for steps in torch.randperm(model_output.shape[2], generator=generator).split([1, 4, 2, 4]):
-        for classes in torch.randperm(num_classes, generator=generator).repeat_interleave(2).split([6, 2, 2 * num_classes - 8]):
-            classes, own_steps = classes.to(DEVICE)[::2], steps.to(DEVICE)  # classes are not contiguous
+        for classes in (
+            torch.randperm(num_classes, generator=generator)
+            .repeat_interleave(2)
+            .split([6, 2, 2 * num_classes - 8])
+        ):
+            classes, own_steps = (
+                classes.to(DEVICE)[::2],
+                steps.to(DEVICE),
+            )  # classes are not contiguous
             own = [column[own_steps] for column in columns]
-            yield (x, model_output[:, classes][:, :, own_steps], x_t[:, :, own_steps], *own), classes
+            yield (
+                (x, model_output[:, classes][:, :, own_steps], x_t[:, :, own_steps], *own),
+                classes,
+            )
     first = [column[:3] for column in columns]
     yield (x, model_output[:, :2, :3], x_t[:, :, :3], *first), torch.tensor([1, 0], device=DEVICE)
-    yield (x, model_output[:, :, :3].transpose(1, 2).contiguous().transpose(1, 2), x_t[:, :, :3], *first), None
+    yield (
+        (
+            x,
+            model_output[:, :, :3].transpose(1, 2).contiguous().transpose(1, 2),
+            x_t[:, :, :3],
+            *first,
+        ),
+        None,
+    )
 
 
 @pytest.mark.parametrize("per_location", [False, True])
@@ -583,9 +804,17 @@ def test_updates_in_any_order(dtype, reduction, per_location, interpreted):
         reference.score_update(*double(piece), classes, reduction, per_location, *states[2])
         assert_equal_bits([states[0][1][:, :, others]], [untouched])
     assert all(torch.equal(count, states[2][0]) for count, _ in states)
-    for query in (reference.state_log_likelihood, reference.state_effective_components, reference.state_standard_error):
+    for query in (
+        reference.state_log_likelihood,
+        reference.state_effective_components,
+        reference.state_standard_error,
+    ):
         # Sums of float32 likelihoods: as exact as those, so that the rule is float32's.
-        assert_accurate(query.__name__, *(query(*state, reduction).float() for state in states[:2]), query(*states[2], reduction))
+        assert_accurate(
+            query.__name__,
+            *(query(*state, reduction).float() for state in states[:2]),
+            query(*states[2], reduction),
+        )
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -593,14 +822,34 @@ def test_updates_lose_nothing_of_exact_likelihoods(reduction):
     x, model_output, x_t, *columns = whole_numbers(37, 63, 700)
     count, state = state_of(1, 2, (), reduction, False)
     for steps in (slice(0, 1), slice(1, 30), slice(30, 37)):
-        operators.score_update(x, model_output[:, :, steps], None, *(c[steps] for c in columns), None, reduction, False, count, state)
+        operators.score_update(
+            x,
+            model_output[:, :, steps],
+            None,
+            *(c[steps] for c in columns),
+            None,
+            reduction,
+            False,
+            count,
+            state,
+        )
     likelihoods = -0.5 * model_output.double().square().sum(-1)  # [1, 2, S]
-    expected = likelihoods.logsumexp(-1) - math.log(37) if reduction == "mixture" else likelihoods.mean(-1)
-    torch.testing.assert_close(reference.state_log_likelihood(count, state, reduction), expected, rtol=1e-12, atol=2e-7)
+    expected = (
+        likelihoods.logsumexp(-1) - math.log(37) if reduction == "mixture" else likelihoods.mean(-1)
+    )
+    torch.testing.assert_close(
+        reference.state_log_likelihood(count, state, reduction), expected, rtol=1e-12, atol=2e-7
+    )
     weights = (likelihoods - likelihoods.amax(-1, keepdim=True)).exp()
-    squares = weights.square().sum(-1) if reduction == "mixture" else likelihoods.var(-1, correction=0) * 37
+    squares = (
+        weights.square().sum(-1)
+        if reduction == "mixture"
+        else likelihoods.var(-1, correction=0) * 37
+    )
     # Float32 weights are good to 1e-7; differences of float64 numbers of 1e6 to 1e-10.
-    torch.testing.assert_close(state[-1], squares, rtol=3e-7 if reduction == "mixture" else 1e-9, atol=0)
+    torch.testing.assert_close(
+        state[-1], squares, rtol=3e-7 if reduction == "mixture" else 1e-9, atol=0
+    )
     if reduction == "mixture":
         torch.testing.assert_close(state[1], weights.sum(-1), rtol=3e-7, atol=0)
 
@@ -617,7 +866,11 @@ def test_updates_with_gaps_infinities_and_nans(reduction):
         piece = (x, model_output[:, :, steps], None, *(column[steps] for column in columns))
         operators.score_update(*piece, None, reduction, False, *states[0])
         reference.score_update(*piece, None, reduction, False, *states[1])
-    for query in (reference.state_log_likelihood, reference.state_effective_components, reference.state_standard_error):
+    for query in (
+        reference.state_log_likelihood,
+        reference.state_effective_components,
+        reference.state_standard_error,
+    ):
         result, expected = (query(*state, reduction) for state in states)
         torch.testing.assert_close(result, expected, rtol=2e-5, atol=2e-6, equal_nan=True)
     nan = reference.state_log_likelihood(*states[0], reduction).isnan().nonzero().tolist()
@@ -631,7 +884,9 @@ def test_an_update_of_shared_centres_and_of_no_images():
         states = [state_of(batch, 4, (), "mixture", False) for _ in range(3)]
         operators.score_update(x, centres, None, *columns, None, "mixture", False, *states[0])
         reference.score_update(x, centres, None, *columns, None, "mixture", False, *states[1])
-        reference.score_update(*double((x, centres, None, *columns)), None, "mixture", False, *states[2])
+        reference.score_update(
+            *double((x, centres, None, *columns)), None, "mixture", False, *states[2]
+        )
         assert states[0][0].tolist() == [5] * 4
         queries = (reference.state_log_likelihood(*state, "mixture") for state in states)
         assert_accurate("likelihood", *(query.float() for query in queries))
@@ -640,23 +895,46 @@ def test_an_update_of_shared_centres_and_of_no_images():
 # Reverse step
 
 STEPS = 7
-SEEDS = [0, 0x299F31D0A4093822, 2**63 - 1, -3]  # the last is 2^64 - 3 in the schema's signed integer
+SEEDS = [
+    0,
+    0x299F31D0A4093822,
+    2**63 - 1,
+    -3,
+]  # the last is 2^64 - 3 in the schema's signed integer
 CHAIN_IDS = torch.tensor([2**32 - 1, 0, 7, 2**31, 12345])
 
 
-def reverse_step_arguments(shape, *, dtypes=(F32, F32, F32), extra=0, step=3, seed=-3, std_scale=None, scored=True):
+def reverse_step_arguments(
+    shape, *, dtypes=(F32, F32, F32), extra=0, step=3, seed=-3, std_scale=None, scored=True
+):
     batch, channels, *spatial = shape
     x_t, x = random(*shape, seed=1, dtype=dtypes[0]), random(*shape, seed=3, dtype=dtypes[2])
     model_output = random(batch, channels + extra, *spatial, seed=2, dtype=dtypes[1])
     rising = torch.linspace(0, 1, STEPS, dtype=F64)
-    own = [column.float().to(DEVICE) for column in (1.1 - 0.3 * rising, -0.2 - rising, 0.1 + 0.3 * rising)]
+    own = [
+        column.float().to(DEVICE)
+        for column in (1.1 - 0.3 * rising, -0.2 - rising, 0.1 + 0.3 * rising)
+    ]
     chain_ids = CHAIN_IDS.repeat(batch // 5 + 1)[:batch].to(DEVICE)
-    return x_t, model_output, *tables(STEPS, 1), *own, step, seed, chain_ids, x if scored else None, std_scale
+    return (
+        x_t,
+        model_output,
+        *tables(STEPS, 1),
+        *own,
+        step,
+        seed,
+        chain_ids,
+        x if scored else None,
+        std_scale,
+    )
 
 
 def assert_stepped(arguments):
     results = operators.reverse_step(*arguments)
-    plain, exact = step_reference.reverse_step(*arguments), step_reference.reverse_step(*double(arguments))
+    plain, exact = (
+        step_reference.reverse_step(*arguments),
+        step_reference.reverse_step(*double(arguments)),
+    )
     for name, *values in zip(("x_prev", "score"), results, plain, exact, strict=True):
         assert_accurate(name, *values)
 
@@ -666,19 +944,40 @@ def noise(shape, chain_ids, *, seed=-3, step=3, dtype=F32, layout=torch.Tensor.c
     zeros, ones = torch.zeros(STEPS, device=DEVICE), torch.ones(STEPS, device=DEVICE)
     sample = layout(torch.zeros(len(chain_ids), *shape, dtype=dtype, device=DEVICE))
     columns = [zeros] * 7 + [ones]
-    return operators.reverse_step(sample, sample, *columns, step, seed, chain_ids.to(DEVICE), None, None)[0]
+    return operators.reverse_step(
+        sample, sample, *columns, step, seed, chain_ids.to(DEVICE), None, None
+    )[0]
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (2, 63), (3, 1, 127), (2, 3, 1, 43), (5, 2, 2, 3, 5), (7, 4, 16, 16), (0, 2, 3), (1, 1, 1009)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 1),
+        (2, 63),
+        (3, 1, 127),
+        (2, 3, 1, 43),
+        (5, 2, 2, 3, 5),
+        (7, 4, 16, 16),
+        (0, 2, 3),
+        (1, 1, 1009),
+    ],
+)
 @pytest.mark.parametrize("step", [0, STEPS - 1])
 def test_reverse_step(shape, step):
     assert_stepped(reverse_step_arguments(shape, extra=step % 2, step=step))
-    x_prev, score = operators.reverse_step(*reverse_step_arguments(shape, extra=step % 2, step=step, scored=False))
+    x_prev, score = operators.reverse_step(
+        *reverse_step_arguments(shape, extra=step % 2, step=step, scored=False)
+    )
     assert score.shape == (0,)
-    assert_equal_bits([x_prev], [operators.reverse_step(*reverse_step_arguments(shape, extra=step % 2, step=step))[0]])
+    assert_equal_bits(
+        [x_prev],
+        [operators.reverse_step(*reverse_step_arguments(shape, extra=step % 2, step=step))[0]],
+    )
 
 
-@pytest.mark.parametrize("dtypes", [(BF16,) * 3, (F16,) * 3, (F32, BF16, F16), (BF16, F32, F32), (F16, BF16, F32)])
+@pytest.mark.parametrize(
+    "dtypes", [(BF16,) * 3, (F16,) * 3, (F32, BF16, F16), (BF16, F32, F32), (F16, BF16, F32)]
+)
 def test_reverse_step_of_any_dtypes(dtypes):
     assert_stepped(reverse_step_arguments((3, 3, 5, 7), dtypes=dtypes, extra=1))
 
@@ -686,18 +985,29 @@ def test_reverse_step_of_any_dtypes(dtypes):
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("shape", [(), (1,), (3, 1, 1, 1), (4, 1, 1), (3, 4, 5, 7), (5, 1)])
 def test_reverse_step_with_scaled_std(shape, dtype):
-    assert_stepped(reverse_step_arguments((3, 4, 5, 7), std_scale=random(*shape, seed=4).exp().to(dtype)))
+    assert_stepped(
+        reverse_step_arguments((3, 4, 5, 7), std_scale=random(*shape, seed=4).exp().to(dtype))
+    )
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "steps first"])
 def test_reverse_step_of_any_strides(layout, interpreted):
-    """In logical order, and so the same numbers as of contiguous tensors; the score is summed in another order."""
-    arguments = reverse_step_arguments((3, 4, 5, 7), extra=1, std_scale=random(3, 4, 5, 7, seed=4).exp())
+    """In logical order, and so the same numbers as of contiguous tensors; the score is summed in
+    another order.
+    """
+    arguments = reverse_step_arguments(
+        (3, 4, 5, 7), extra=1, std_scale=random(3, 4, 5, 7, seed=4).exp()
+    )
     expected = operators.reverse_step(*arguments)[0]
     for changed in ((0, 1, 13, 14),) if interpreted else ((0,), (1,), (13,), (14,), (0, 1, 13, 14)):
-        moved = [LAYOUTS[layout](value) if position in changed else value for position, value in enumerate(arguments)]
+        moved = [
+            LAYOUTS[layout](value) if position in changed else value
+            for position, value in enumerate(arguments)
+        ]
         assert_stepped(moved)
-        torch.testing.assert_close(operators.reverse_step(*moved)[0], expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            operators.reverse_step(*moved)[0], expected, rtol=1e-6, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -706,19 +1016,26 @@ def test_noise(seed, interpreted):
     z = noise((channels, 4), CHAIN_IDS, seed=seed)
     exact = step_reference.chain_noise(seed, CHAIN_IDS.to(DEVICE), 3, (channels, 4))
     error = (z.double() - exact).abs().max().item()
-    print(f"largest error of {z.numel()} draws {error:.1e}, largest draw {z.abs().max().item():.2f}")
+    print(
+        f"largest error of {z.numel()} draws {error:.1e}, largest draw {z.abs().max().item():.2f}"
+    )
     assert error <= 1e-6
 
 
 def test_noise_of_extreme_words():
-    """Chains, found by a search of all 2^32, whose first four words lie where the logarithm or the quadrant changes its form."""
+    """Chains, found by a search of all 2^32, whose first four words lie where the logarithm or the
+    quadrant changes its form.
+    """
     for seed, chains in EXTREME_CHAINS.items():
         chain_ids = torch.tensor([chain for chain, _, _ in chains])
         zeros = torch.zeros_like(chain_ids)
         words = step_reference.philox_4x32_10((zeros, zeros, chain_ids, zeros), (seed, 0))
         for i, (_, position, word) in enumerate(chains):
             assert words[position][i] == word
-        z, exact = noise((4,), chain_ids, seed=seed, step=0).cpu(), step_reference.chain_noise(seed, chain_ids, 0, (4,))
+        z, exact = (
+            noise((4,), chain_ids, seed=seed, step=0).cpu(),
+            step_reference.chain_noise(seed, chain_ids, 0, (4,)),
+        )
         error = (z.double() - exact).abs().max().item()
         print(f"seed {seed}: largest error {error:.1e}, largest draw {z.abs().max().item():.3f}")
         assert error <= 1e-6
@@ -761,7 +1078,9 @@ EXTREME_CHAINS = {  # seed -> chain id, position of a word, word; words 0 and 2 
 
 @pytest.mark.parametrize("shape", [(7,), (3, 5, 7), (4, 8, 8)])
 def test_noise_is_that_of_the_chain(shape):
-    """The same bits wherever a chain lies in the batch, in any layout and in every dtype, where it is rounded."""
+    """The same bits wherever a chain lies in the batch, in any layout and in every dtype, where it
+    is rounded.
+    """
     z = noise(shape, CHAIN_IDS)
     assert_equal_bits([noise(shape, CHAIN_IDS[[3, 0]])], [z[[3, 0]]])
     assert_equal_bits([noise(shape, CHAIN_IDS[2:3])], [z[2:3]])
@@ -772,7 +1091,12 @@ def test_noise_is_that_of_the_chain(shape):
         for layout in ("channels last", "batch innermost", "transposed", "cropped"):
             zeros = lambda sample, name=layout: LAYOUTS[name](sample)  # noqa: E731
             assert_equal_bits([noise(shape, CHAIN_IDS, layout=zeros)], [z])
-    different = [noise(shape, CHAIN_IDS, seed=5), noise(shape, CHAIN_IDS, step=2), noise(shape, CHAIN_IDS, seed=-3 - 2**32), z.roll(1, 0)]
+    different = [
+        noise(shape, CHAIN_IDS, seed=5),
+        noise(shape, CHAIN_IDS, step=2),
+        noise(shape, CHAIN_IDS, seed=-3 - 2**32),
+        z.roll(1, 0),
+    ]
     assert all((other != z).float().mean() > 0.99 for other in different)
 
 
@@ -798,18 +1122,37 @@ def scoring_call(name, shared, reduction, per_location):
         x, _, x_t, *columns = chunk(19, 5, 6, 4, 0, (16, 17), x_t_axes=None)
         arguments = x, random(1, 5, 6, 4, 16, 17, seed=4), x_t, *columns, reduction, per_location
     else:
-        arguments = *chunk(3, 5, 6, 4, 1, (16, 17), x_t_axes=(None, None, None)), reduction, per_location
+        arguments = (
+            *chunk(3, 5, 6, 4, 1, (16, 17), x_t_axes=(None, None, None)),
+            reduction,
+            per_location,
+        )
     if name == "log_likelihood_backward":
         outputs = operators.log_likelihood(*arguments)
-        arguments = random(*outputs[0].shape, seed=9), *outputs, *arguments, [True, True, not shared]
+        arguments = (
+            random(*outputs[0].shape, seed=9),
+            *outputs,
+            *arguments,
+            [True, True, not shared],
+        )
     elif name == "score_update":
         classes = torch.tensor([6, 0, 3, 7, 2], device=DEVICE)
-        arguments = *arguments[:-2], classes, reduction, per_location, *state_of(len(arguments[0]), 8, (16, 17), reduction, per_location)
+        arguments = (
+            *arguments[:-2],
+            classes,
+            reduction,
+            per_location,
+            *state_of(len(arguments[0]), 8, (16, 17), reduction, per_location),
+        )
     return getattr(operators, name), arguments
 
 
 def bayes_call(name):
-    logits, likelihood, grad = random(5, 10, 129, seed=1), random(5, 10, 129, seed=2), random(5, 129, seed=3)
+    logits, likelihood, grad = (
+        random(5, 10, 129, seed=1),
+        random(5, 10, 129, seed=2),
+        random(5, 129, seed=3),
+    )
     prior = prior_of("own", (5, 10, 129))
     arguments = {
         "posterior": (likelihood, prior, 2.0),
@@ -820,7 +1163,9 @@ def bayes_call(name):
 
 
 def reverse_step_call():
-    return operators.reverse_step, reverse_step_arguments((5, 4, 33, 65), std_scale=random(5, 1, 1, 1, seed=4).exp())
+    return operators.reverse_step, reverse_step_arguments(
+        (5, 4, 33, 65), std_scale=random(5, 1, 1, 1, seed=4).exp()
+    )
 
 
 CALLS = {  # every operator: functions that return it and its arguments
@@ -829,9 +1174,14 @@ CALLS = {  # every operator: functions that return it and its arguments
             scoring_call, name, shared, reduction, per_location
         )
         for name in ("log_likelihood", "log_likelihood_backward", "score_update")
-        for shared, reduction, per_location in itertools.product((False, True), REDUCTIONS, (False, True))
+        for shared, reduction, per_location in itertools.product(
+            (False, True), REDUCTIONS, (False, True)
+        )
     },
-    **{name: functools.partial(bayes_call, name) for name in ("posterior", "distillation_loss", "distillation_loss_backward")},
+    **{
+        name: functools.partial(bayes_call, name)
+        for name in ("posterior", "distillation_loss", "distillation_loss_backward")
+    },
     "reverse_step": reverse_step_call,
 }
 
@@ -867,18 +1217,27 @@ def test_autocast_changes_nothing(name, compiled):
 @pytest.mark.parametrize("name", [name for name in CALLS if "locations" not in name])
 def test_opcheck(name, compiled):
     operator, arguments = CALLS[name]()
-    arguments = tuple(value.requires_grad_() if needs_gradient(name, value) else value for value in arguments)
+    arguments = tuple(
+        value.requires_grad_() if needs_gradient(name, value) else value for value in arguments
+    )
     torch.library.opcheck(operator.default, arguments)
 
 
 def needs_gradient(name, value):
     differentiable = name.startswith(("log_likelihood,", "posterior"))
-    return differentiable and isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim > 1
+    return (
+        differentiable
+        and isinstance(value, torch.Tensor)
+        and value.is_floating_point()
+        and value.ndim > 1
+    )
 
 
 def test_the_whole_way_compiles_without_a_graph_break():
     x, model_output, x_t, *columns = chunk(2, 3, 4, 2, 1, (5,))
-    coefficients = gf.StepCoefficients(**dict(zip(("data", "noisy", "output", "inv_var", "log_norm"), columns, strict=True)))
+    coefficients = gf.StepCoefficients(
+        **dict(zip(("data", "noisy", "output", "inv_var", "log_norm"), columns, strict=True))
+    )
     logits = random(2, 3, seed=5)
 
     def run(model_output, logits):
@@ -891,7 +1250,9 @@ def test_the_whole_way_compiles_without_a_graph_break():
         leaves = [tensor.detach().requires_grad_() for tensor in (model_output, logits)]
         loss, posterior = function(*leaves)
         results.append([loss, posterior, *torch.autograd.grad(loss, leaves)])
-    assert_equal_bits([value.detach() for value in results[1]], [value.detach() for value in results[0]])
+    assert_equal_bits(
+        [value.detach() for value in results[1]], [value.detach() for value in results[0]]
+    )
 
 
 def test_arguments_that_would_leave_memory_are_refused(backend):
@@ -927,7 +1288,13 @@ def test_arguments_that_would_leave_memory_are_refused(backend):
     with pytest.raises(RuntimeError):
         operators.posterior(grad, torch.zeros(1, 4, device=DEVICE), 1.0)
     arguments = reverse_step_arguments((3, 4, 5))
-    for position, value in ((1, arguments[1][:, :3]), (10, STEPS), (10, -1), (12, arguments[12][:2]), (13, arguments[13][:2])):
+    for position, value in (
+        (1, arguments[1][:, :3]),
+        (10, STEPS),
+        (10, -1),
+        (12, arguments[12][:2]),
+        (13, arguments[13][:2]),
+    ):
         with pytest.raises(RuntimeError):
             operators.reverse_step(*arguments[:position], value, *arguments[position + 1 :])
 
@@ -945,7 +1312,9 @@ def peak_bytes(function):
         return torch.cuda.max_memory_allocated() - before
 
     def resident(name):
-        return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+        return 1024 * int(
+            re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]
+        )
 
     ctypes.CDLL(None).malloc_trim(0)  # what was freed before is not there to be taken again
     Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS
@@ -957,10 +1326,17 @@ def peak_bytes(function):
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux and glibc")
 @pytest.mark.parametrize("case", ["bank", "forward", "backward", "update"])
 def test_memory_does_not_hold_steps(case, compiled):
-    """One more number for each image, class and step would be 6 MB (bank) or 3.2 MB, for each element far more."""
+    """One more number for each image, class and step would be 6 MB (bank) or 3.2 MB, for each
+    element far more.
+    """
     if case == "bank":
         batch, classes, steps = 64, 10, 2400
-        arguments = (random(batch, 64, seed=1), random(1, classes, steps, 64, seed=2), None, *tables(steps, 64))
+        arguments = (
+            random(batch, 64, seed=1),
+            random(1, classes, steps, 64, seed=2),
+            None,
+            *tables(steps, 64),
+        )
     else:
         batch, classes, steps = 2, 400, 1000
         output = random(batch, classes, steps, 9, seed=2)
@@ -970,7 +1346,9 @@ def test_memory_does_not_hold_steps(case, compiled):
 
     def run():
         if case == "backward":
-            operators.log_likelihood_backward(outputs[0], *outputs, *arguments, "mixture", False, [False, True, False])
+            operators.log_likelihood_backward(
+                outputs[0], *outputs, *arguments, "mixture", False, [False, True, False]
+            )
         elif case == "update":
             operators.score_update(*arguments, None, "mixture", False, *state)
         else:
@@ -989,13 +1367,20 @@ def test_many_rows_and_then_few(interpreted):
     for batch, classes, steps in ((3, 2, 5),) if interpreted else ((65, 2, 130), (1, 1, 3)):
         arguments = chunk(batch, classes, steps, 1)
         likelihood, _ = operators.log_likelihood(*arguments, "mixture", False)
-        torch.testing.assert_close(likelihood, reference.log_likelihood(*arguments, "mixture", False)[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            likelihood,
+            reference.log_likelihood(*arguments, "mixture", False)[0],
+            rtol=1e-5,
+            atol=1e-5,
+        )
 
 
 def test_no_locations():
     arguments = chunk(3, 2, 4, 2, 1, (0,))
     result = operators.log_likelihood(*arguments, "mixture", False)
-    for actual in operators.log_likelihood_backward(torch.ones_like(result[0]), *result, *arguments, "mixture", False, [True] * 3):
+    for actual in operators.log_likelihood_backward(
+        torch.ones_like(result[0]), *result, *arguments, "mixture", False, [True] * 3
+    ):
         assert actual.numel() == 0
 
 
@@ -1005,12 +1390,16 @@ def test_gradients_of_gradients(reduction):
         x, model_output, x_t, *columns = (value.to(dtype) for value in chunk(2, 3, 4, 2, 1, (3,)))
         x, model_output = x.requires_grad_(), model_output.requires_grad_()
         logits = torch.linspace(-1, 1, 6, dtype=dtype, device=DEVICE).view(2, 3).requires_grad_()
-        coefficients = gf.StepCoefficients(**dict(zip(("data", "noisy", "output", "inv_var", "log_norm"), columns, strict=True)))
+        coefficients = gf.StepCoefficients(
+            **dict(zip(("data", "noisy", "output", "inv_var", "log_norm"), columns, strict=True))
+        )
         with gf.use_backend("reference") if dtype == torch.float64 else contextlib.nullcontext():
             likelihood = gf.log_likelihood(x, model_output, coefficients, x_t, reduction=reduction)
             loss = gf.distillation_loss(logits, likelihood, temperature=10.0)
             first = torch.autograd.grad(loss, (x, model_output, logits), create_graph=True)
-            return torch.autograd.grad(sum(gradient.square().sum() for gradient in first), (x, model_output, logits))
+            return torch.autograd.grad(
+                sum(gradient.square().sum() for gradient in first), (x, model_output, logits)
+            )
 
     for result, exact in zip(penalty(F32), penalty(torch.float64), strict=True):
         torch.testing.assert_close(result.double(), exact, rtol=1e-4, atol=1e-6)
@@ -1019,7 +1408,9 @@ def test_gradients_of_gradients(reduction):
 def test_backward_is_that_of_forwards_backend():
     x, model_output, x_t, *columns = chunk(2, 3, 4, 2, 1, (3,))
     x *= 300  # where float32 rounds a likelihood to hundredths
-    coefficients = gf.StepCoefficients(**dict(zip(("data", "noisy", "output", "inv_var", "log_norm"), columns, strict=True)))
+    coefficients = gf.StepCoefficients(
+        **dict(zip(("data", "noisy", "output", "inv_var", "log_norm"), columns, strict=True))
+    )
     gradients = []
     for inside in (True, False):
         leaf = x.clone().requires_grad_()
@@ -1036,5 +1427,12 @@ def test_backward_is_that_of_forwards_backend():
 @pytest.mark.parametrize("classes", [3, 16])
 def test_a_temperature_beyond_float32(classes):
     likelihood = random(2, classes, seed=1)
-    torch.testing.assert_close(operators.posterior(likelihood, None, 1e39), torch.full_like(likelihood, -math.log(classes)))
-    assert operators.distillation_loss(torch.zeros_like(likelihood), likelihood, None, 1e39).abs().max() < 1e-6
+    torch.testing.assert_close(
+        operators.posterior(likelihood, None, 1e39), torch.full_like(likelihood, -math.log(classes))
+    )
+    assert (
+        operators.distillation_loss(torch.zeros_like(likelihood), likelihood, None, 1e39)
+        .abs()
+        .max()
+        < 1e-6
+    )

@@ -1,4 +1,5 @@
-"""What is Triton's own: tables of addresses, launches, and kernels compiled for GPUs that are not here; test_kernels.py runs the operators.
+"""What is Triton's own: tables of addresses, launches, and kernels compiled for GPUs that are not
+here; test_kernels.py runs the operators.
 
 Without a GPU the kernels run in Triton's interpreter, chosen in conftest.py.
 """
@@ -30,10 +31,16 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 def test_sums_over_more_slots_than_a_block_holds():
     bounds = [0, 1100, 1100, 3000]
-    partials = torch.randn(3000, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(DEVICE)
+    partials = torch.randn(
+        3000, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    ).to(DEVICE)
     matrices = torch.full((3, 3, 3), math.nan, dtype=torch.float64, device=DEVICE)
-    alignment._sum_kernel[(3, 3, 3)](partials, torch.tensor(bounds, device=DEVICE), matrices, 3, BLOCK=1024)
-    upper = torch.stack([partials[first:last].sum(0) for first, last in itertools.pairwise(bounds)])  # [3, 6]
+    alignment._sum_kernel[(3, 3, 3)](
+        partials, torch.tensor(bounds, device=DEVICE), matrices, 3, BLOCK=1024
+    )
+    upper = torch.stack(
+        [partials[first:last].sum(0) for first, last in itertools.pairwise(bounds)]
+    )  # [3, 6]
     rows, columns = torch.triu_indices(3, 3)
     torch.testing.assert_close(matrices[:, rows, columns], upper, rtol=0, atol=1e-12)
     assert torch.equal(matrices, matrices.mT)
@@ -42,11 +49,16 @@ def test_sums_over_more_slots_than_a_block_holds():
 def assert_gram(gradients, groups, num_groups):
     with gf.use_backend("reference"):
         expected = torch.ops.genrep_fast.gram(gradients, 2, groups, num_groups)
-    torch.testing.assert_close(alignment.gram(gradients, 2, groups, num_groups), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        alignment.gram(gradients, 2, groups, num_groups), expected, rtol=1e-12, atol=1e-12
+    )
 
 
 def test_tables_are_built_once_while_tensors_stay_where_they_are():
-    gradients = [torch.randn(size, generator=torch.Generator().manual_seed(size)).to(DEVICE) for size in (100, 200, 100, 200)]
+    gradients = [
+        torch.randn(size, generator=torch.Generator().manual_seed(size)).to(DEVICE)
+        for size in (100, 200, 100, 200)
+    ]
     alignment.gram(gradients, 2, [0, 0], 1)
     misses = multi_tensor._build_once.cache_info().misses
     for gradient in gradients:
@@ -66,30 +78,50 @@ def test_tables_of_groups_are_built_once_and_serve_both_operators():
     coefficients = torch.ones(2, 2, dtype=torch.float64, device=DEVICE)
     misses = multi_tensor._build_group_tables_once.cache_info().misses
     for groups, count in (([1, -1, 0], 1), ([1, -1, 0], 1), ([0, -1, 0], 2)):
-        assert alignment.group_gram(grams, groups, 2)[:, 0, 0].tolist() == [groups.count(0), groups.count(1)]
-        assert alignment.tensor_coefficients(coefficients, grams, groups, [3.0, 4.0])[:, 0].tolist() == [1, 3, 1]
+        assert alignment.group_gram(grams, groups, 2)[:, 0, 0].tolist() == [
+            groups.count(0),
+            groups.count(1),
+        ]
+        assert alignment.tensor_coefficients(coefficients, grams, groups, [3.0, 4.0])[
+            :, 0
+        ].tolist() == [1, 3, 1]
         assert multi_tensor._build_group_tables_once.cache_info().misses == misses + count
     for groups in ([2], [-2]):
-        with pytest.raises(ValueError, match=f"groups must be from -1 to 1, got {groups[0]} to {groups[0]}"):
+        with pytest.raises(
+            ValueError, match=f"groups must be from -1 to 1, got {groups[0]} to {groups[0]}"
+        ):
             alignment.group_gram(grams[:1], groups, 2)
 
 
 def test_wide_loads_are_for_aligned_tensors_alone():
     buffer = torch.zeros(600, device=DEVICE)
     aligned, shifted = buffer[:256], buffer[257:513]
-    lists = [[aligned, aligned, shifted, aligned[:255]], [aligned, shifted, aligned, buffer[256:511]]]
+    lists = [
+        [aligned, aligned, shifted, aligned[:255]],
+        [aligned, shifted, aligned, buffer[256:511]],
+    ]
     launches = multi_tensor.plan(lists, [0] * 4, 1, DEVICE).launches
-    assert {launch.aligned: launch.chunks[:, 0].tolist() for launch in launches} == {True: [0], False: [1, 2, 3]}
+    assert {launch.aligned: launch.chunks[:, 0].tolist() for launch in launches} == {
+        True: [0],
+        False: [1, 2, 3],
+    }
 
 
-def scored_chunk(batch, classes, steps, channels, spatial, *, dtype=F32, shared=False, x_t_axes=None):
-    """Leading arguments of the scoring operators; `x_t_axes`: its first three sizes, or None for no x_t."""
+def scored_chunk(
+    batch, classes, steps, channels, spatial, *, dtype=F32, shared=False, x_t_axes=None
+):
+    """Leading arguments of the scoring operators; `x_t_axes`: its first three sizes, or None for no
+    x_t.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape):
         return torch.randn(*shape, generator=generator).to(dtype).to(DEVICE)
 
-    x, model_output = random(batch, channels, *spatial), random(1 if shared else batch, classes, steps, channels, *spatial)
+    x, model_output = (
+        random(batch, channels, *spatial),
+        random(1 if shared else batch, classes, steps, channels, *spatial),
+    )
     x_t = None if x_t_axes is None else random(*x_t_axes, channels, *spatial)
     return x, model_output, x_t, *(torch.linspace(0.5, 1.5, steps, device=DEVICE) for _ in range(5))
 
@@ -101,10 +133,17 @@ def test_groups_of_steps_are_merged(monkeypatch, reduction, shared):
     likelihood = scoring.log_likelihood(*arguments, reduction, False)[0]
     monkeypatch.setattr(scoring, "_GROUP_ELEMENTS", 1)
     chunk = scoring._chunk(*arguments[:3], arguments[3:], False)
-    assert chunk.kind == ("images" if shared else "rows") and chunk.split(chunk.tile(backward=False))[2] > 1
-    torch.testing.assert_close(scoring.log_likelihood(*arguments, reduction, False)[0], likelihood, rtol=1e-7, atol=0)
+    assert (
+        chunk.kind == ("images" if shared else "rows")
+        and chunk.split(chunk.tile(backward=False))[2] > 1
+    )
+    torch.testing.assert_close(
+        scoring.log_likelihood(*arguments, reduction, False)[0], likelihood, rtol=1e-7, atol=0
+    )
     states = [scoring_reference.empty_state((5, 2), reduction, DEVICE) for _ in range(2)]
-    for state, update in zip(states, (scoring.score_update, scoring_reference.score_update), strict=True):
+    for state, update in zip(
+        states, (scoring.score_update, scoring_reference.score_update), strict=True
+    ):
         count = torch.zeros(2, dtype=torch.int64, device=DEVICE)
         for _ in range(2):
             update(*arguments, None, reduction, False, count, state)
@@ -115,8 +154,16 @@ def test_groups_of_steps_are_merged(monkeypatch, reduction, shared):
 @pytest.mark.parametrize("steps", [0, 1, 7, 8, 9, 1000, 4001])
 def test_groups_hold_every_step_once(steps, shared):
     for batch, classes, elements in itertools.product((1, 8, 33), (1, 10, 2000), (1, 100, 5000)):
-        output = torch.empty(1, device=DEVICE).expand(1 if shared else batch, classes, steps, elements)
-        chunk = scoring._chunk(output[0, 0, :1].expand(batch, -1) if steps else output.new_empty(batch, elements), output, None, (), False)
+        output = torch.empty(1, device=DEVICE).expand(
+            1 if shared else batch, classes, steps, elements
+        )
+        chunk = scoring._chunk(
+            output[0, 0, :1].expand(batch, -1) if steps else output.new_empty(batch, elements),
+            output,
+            None,
+            (),
+            False,
+        )
         for backward in (False, True):
             tile = chunk.tile(backward)
             _, size, groups = chunk.split(tile)
@@ -128,9 +175,15 @@ def test_wide_loads_are_for_aligned_rows_alone():
         return scoring._chunk(x, model_output, x_t, tables, per_location).aligned
 
     x, model_output, x_t, *tables = scored_chunk(2, 3, 4, 2, (4, 8), x_t_axes=(2, 1, 4))
-    assert aligned(x, model_output, x_t, *tables) and aligned(x, model_output, x_t, *tables, per_location=True)
-    channels_last = [tensor.movedim(-3, -1).contiguous().movedim(-1, -3) for tensor in (x, model_output, x_t)]
-    assert aligned(*channels_last, *tables) and not aligned(*channels_last, *tables, per_location=True)
+    assert aligned(x, model_output, x_t, *tables) and aligned(
+        x, model_output, x_t, *tables, per_location=True
+    )
+    channels_last = [
+        tensor.movedim(-3, -1).contiguous().movedim(-1, -3) for tensor in (x, model_output, x_t)
+    ]
+    assert aligned(*channels_last, *tables) and not aligned(
+        *channels_last, *tables, per_location=True
+    )
     shifted = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
     odd = [tensor[..., :7].contiguous() for tensor in (x, model_output, x_t)]
     for tensors in (
@@ -185,7 +238,9 @@ class OfflineDriver:
 
 
 def compile_offline(capability, folder):
-    """Call the operators on CPU tensors with launches replaced by compilation; write each kernel's cubin, print kernels and files."""
+    """Call the operators on CPU tensors with launches replaced by compilation; write each kernel's
+    cubin, print kernels and files.
+    """
     triton.runtime.driver.set_active(OfflineDriver(capability))
     launch, compiled = triton.runtime.JITFunction.run, {}
 
@@ -198,14 +253,27 @@ def compile_offline(capability, folder):
         gradients = [None if dtype is None else torch.ones(size, dtype=dtype) for dtype in dtypes]
         params, *state = ([torch.ones(size, dtype=dtype)] for dtype in (dtypes[0], F32, F32, F32))
         gram = alignment.gram(gradients, len(dtypes), [0], 1)
-        coefficients = alignment.alignment_coefficients(gram[:, :2, :2], [0.7, 0.3], 2.0)[0].new_empty(1, len(dtypes))
+        coefficients = alignment.alignment_coefficients(gram[:, :2, :2], [0.7, 0.3], 2.0)[
+            0
+        ].new_empty(1, len(dtypes))
         own = torch.ones(1, len(dtypes), len(dtypes), dtype=torch.float64)
         alignment.group_gram(own, [0], 1)
         alignment.tensor_coefficients(coefficients, own, [0], [0.5] * len(dtypes))
         alignment.combine(gradients, coefficients, [0], [], params)
         for emas, found_inf in ((state[2], None), ([], torch.zeros(1))):
-            scalars = ([torch.ones(())], torch.tensor(0.1), 0.9, 0.999, 1e-8, 0.01, 0.999, found_inf)
-            optimizer.adamw_step(params, *state[:2], emas, gradients, coefficients, [0], [], *scalars)
+            scalars = (
+                [torch.ones(())],
+                torch.tensor(0.1),
+                0.9,
+                0.999,
+                1e-8,
+                0.01,
+                0.999,
+                found_inf,
+            )
+            optimizer.adamw_step(
+                params, *state[:2], emas, gradients, coefficients, [0], [], *scalars
+            )
     compile_scoring()
     entries = []
     for i, (name, kernel) in enumerate(compiled.values()):
@@ -217,21 +285,34 @@ def compile_offline(capability, folder):
 
 
 def compile_scoring():
-    """Call the scoring operators and the reverse step on CPU tensors, for the launches that `compile_offline` replaces."""
+    """Call the scoring operators and the reverse step on CPU tensors, for the launches that
+    `compile_offline` replaces.
+    """
     for sizes, options, per_location in SCORED:
         arguments = scored_chunk(*sizes, **options)
         for reduction in ("mixture", "mean"):
             likelihood, remainder = scoring.log_likelihood(*arguments, reduction, per_location)
             state = scoring_reference.empty_state(likelihood.shape, reduction, DEVICE)
-            scoring.score_update(*arguments, None, reduction, per_location, torch.zeros(sizes[1], dtype=torch.int64), state)
+            scoring.score_update(
+                *arguments,
+                None,
+                reduction,
+                per_location,
+                torch.zeros(sizes[1], dtype=torch.int64),
+                state,
+            )
             mask = [arguments[2] is not None, True, arguments[2] is not None]
-            scoring.log_likelihood_backward(likelihood, likelihood, remainder, *arguments, reduction, per_location, mask)
+            scoring.log_likelihood_backward(
+                likelihood, likelihood, remainder, *arguments, reduction, per_location, mask
+            )
     for shape in ((8, 10), (8, 150, 32, 32)):
         scores, prior = torch.zeros(shape), torch.zeros(1, shape[1], *[1] * (len(shape) - 2))
         for log_prior in (None, prior):
             posterior.posterior(scores, log_prior, 2.0)
             posterior.distillation_loss(scores, scores, log_prior, 2.0)
-            posterior.distillation_loss_backward(scores[:, 0], scores, scores, log_prior, 2.0, [True, log_prior is None])
+            posterior.distillation_loss_backward(
+                scores[:, 0], scores, scores, log_prior, 2.0, [True, log_prior is None]
+            )
     for dtype, x, scale in itertools.product((F32, BF16), (False, True), (False, True)):
         x_t = torch.zeros(8, 4, 16, 16, dtype=dtype)
         optional = (x_t if x else None, x_t[:, :1] if scale else None)
@@ -240,8 +321,16 @@ def compile_scoring():
 
 def kernels_of_the_package():
     """Names of the functions that are launched; helpers have no names in _kernel."""
-    modules = [import_module(f"genrep_fast.kernels.{module.name}") for module in pkgutil.iter_modules(genrep_fast.kernels.__path__)]
-    return {name for module in modules for name, value in vars(module).items() if name.endswith("_kernel") and hasattr(value, "fn")}
+    modules = [
+        import_module(f"genrep_fast.kernels.{module.name}")
+        for module in pkgutil.iter_modules(genrep_fast.kernels.__path__)
+    ]
+    return {
+        name
+        for module in modules
+        for name, value in vars(module).items()
+        if name.endswith("_kernel") and hasattr(value, "fn")
+    }
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -255,8 +344,12 @@ def test_every_kernel_compiles_without_spills(capability, tmp_path):
     assert {name for name, _ in entries} == kernels_of_the_package()
     cuobjdump = Path(inspect.getfile(triton)).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     for name, file in entries:
-        usage = subprocess.run([cuobjdump, "-res-usage", file], capture_output=True, text=True, check=True).stdout
-        registers, stack, local = (int(re.search(rf"{resource}:(\d+)", usage)[1]) for resource in ("REG", "STACK", "LOCAL"))
+        usage = subprocess.run(
+            [cuobjdump, "-res-usage", file], capture_output=True, text=True, check=True
+        ).stdout
+        registers, stack, local = (
+            int(re.search(rf"{resource}:(\d+)", usage)[1]) for resource in ("REG", "STACK", "LOCAL")
+        )
         print(f"sm_{capability} {name}: {registers} registers")
         assert (stack, local) == (0, 0), f"{name} spills: {usage}"
 

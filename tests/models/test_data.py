@@ -1,4 +1,6 @@
-"""Loading of the data sets: splits, ranges, colours, and one clear error for everything that cannot be read."""
+"""Loading of the data sets: splits, ranges, colours, and one clear error for everything that cannot
+be read.
+"""
 
 import sys
 import types
@@ -30,7 +32,11 @@ def test_digits_are_split_into_all_the_images_once():
 
     splits = load_data("digits")
     assert [len(getattr(splits, name)) for name in SPLITS] == [1097, 200, 500]
-    assert splits.image_shape == (1, 8, 8) and splits.num_classes == 10 and splits.class_names[3] == "3"
+    assert (
+        splits.image_shape == (1, 8, 8)
+        and splits.num_classes == 10
+        and splits.class_names[3] == "3"
+    )
     expected = load_digits().data / 8 - 1
     rows = all_images(splits).flatten(1).double().numpy()
     np.testing.assert_array_equal(rows[np.lexsort(rows.T)], expected[np.lexsort(expected.T)])
@@ -39,7 +45,10 @@ def test_digits_are_split_into_all_the_images_once():
 def test_digits_are_stratified_labelled_and_independent_of_the_seed():
     from sklearn.datasets import load_digits
 
-    label_of = {image.tobytes(): int(label) for image, label in zip(load_digits().data, load_digits().target, strict=True)}
+    label_of = {
+        image.tobytes(): int(label)
+        for image, label in zip(load_digits().data, load_digits().target, strict=True)
+    }
     splits, again = load_data("digits"), load_data("digits", seed=1)
     for name in SPLITS:
         images, labels = as_tensors(getattr(splits, name))
@@ -75,7 +84,10 @@ def test_folder_takes_every_image_once_and_every_class_into_every_split(tmp_path
 
 def test_folder_split_follows_its_seed(tmp_path):
     save_images(tmp_path, {"a": 30, "b": 30})
-    first, same, other = (as_tensors(load_data(f"folder:{tmp_path}", image_size=1, seed=seed).test)[0] for seed in (0, 0, 1))
+    first, same, other = (
+        as_tensors(load_data(f"folder:{tmp_path}", image_size=1, seed=seed).test)[0]
+        for seed in (0, 0, 1)
+    )
     assert torch.equal(first, same) and not torch.equal(first, other)
 
 
@@ -131,7 +143,11 @@ def test_unreadable_image_is_named_when_the_folder_is_loaded(tmp_path, spoil):
 
 @pytest.mark.parametrize(
     ("counts", "message"),
-    [({}, "at least two classes, got 0"), ({"a": 5}, "got 1"), ({"a": 5, "b": 0}, "b must hold at least three images")],
+    [
+        ({}, "at least two classes, got 0"),
+        ({"a": 5}, "got 1"),
+        ({"a": 5, "b": 0}, "b must hold at least three images"),
+    ],
 )
 def test_empty_folders_and_classes_raise(tmp_path, counts, message):
     save_images(tmp_path, counts)
@@ -139,7 +155,9 @@ def test_empty_folders_and_classes_raise(tmp_path, counts, message):
         load_data(f"folder:{tmp_path}")
 
 
-@pytest.mark.parametrize("name", ["", "mnist", "digits:8", "folder:", "folder", "torchvision:", "hub:x"])
+@pytest.mark.parametrize(
+    "name", ["", "mnist", "digits:8", "folder:", "folder", "torchvision:", "hub:x"]
+)
 def test_unknown_names_raise(name):
     with pytest.raises(ValueError, match="data must be"):
         load_data(name)
@@ -160,7 +178,9 @@ class StubPairs(list):
     def __init__(self, root, chosen, download):
         self.calls.append((chosen, download))
         count = 30 if chosen in (True, "train") else 7
-        super().__init__((Image.new("RGB", (10, 6), (index, 0, 0)), index % 3) for index in range(count))
+        super().__init__(
+            (Image.new("RGB", (10, 6), (index, 0, 0)), index % 3) for index in range(count)
+        )
 
 
 class WithTrain(StubPairs):
@@ -183,7 +203,9 @@ class WithNeither(StubPairs):
 @pytest.fixture
 def torchvision(monkeypatch):
     module = types.ModuleType("torchvision")
-    module.datasets = types.SimpleNamespace(WithTrain=WithTrain, WithSplit=WithSplit, WithNeither=WithNeither)
+    module.datasets = types.SimpleNamespace(
+        WithTrain=WithTrain, WithSplit=WithSplit, WithNeither=WithNeither
+    )
     monkeypatch.setitem(sys.modules, "torchvision", module)
     monkeypatch.setattr(StubPairs, "calls", [])
 
@@ -206,7 +228,10 @@ def test_torchvision_keeps_its_own_test_split(torchvision, name, calls, class_na
     assert sorted(levels.tolist()) == list(range(30))
 
 
-@pytest.mark.parametrize(("name", "message"), [("Nonesuch", "has no 'Nonesuch'"), ("WithNeither", "must take a train or a split argument")])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("Nonesuch", "has no 'Nonesuch'"), ("WithNeither", "must take a train or a split argument")],
+)
 def test_torchvision_names_what_it_cannot_use(torchvision, name, message):
     with pytest.raises(ValueError, match=message):
         load_data(f"torchvision:{name}")
@@ -222,12 +247,18 @@ def test_as_tensors_stacks_any_map_style_dataset_and_refuses_an_empty_one():
     splits = load_data("digits")
     subset = torch.utils.data.Subset(splits.test, [5, 2])
     images, labels = as_tensors(subset)
-    assert torch.equal(images[1], splits.test[2][0]) and labels.tolist() == [splits.test[5][1], splits.test[2][1]]
+    assert torch.equal(images[1], splits.test[2][0]) and labels.tolist() == [
+        splits.test[5][1],
+        splits.test[2][1],
+    ]
     with pytest.raises(ValueError, match="at least one image"):
         as_tensors(torch.utils.data.Subset(splits.test, []))
 
 
-@pytest.mark.parametrize(("images", "labels", "message"), [(0, 0, "at least one image"), (3, 2, "one label an image, got 2 for 3")])
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [(0, 0, "at least one image"), (3, 2, "one label an image, got 2 for 3")],
+)
 def test_image_dataset_checks_its_lengths(images, labels, message):
     with pytest.raises(ValueError, match=message):
         ImageDataset(torch.zeros(images, 1, 2, 2), torch.zeros(labels, dtype=torch.int64))

@@ -1,4 +1,6 @@
-"""GenRep over diffusers' UNet and DiT: construction, the null class, what labels reach, modulation, VAE, saving and loading."""
+"""GenRep over diffusers' UNet and DiT: construction, the null class, what labels reach, modulation,
+VAE, saving and loading.
+"""
 
 import json
 import shutil
@@ -19,7 +21,9 @@ NEW_PARAMETERS = ("head.", "mean_modulation.", "log_std_modulation.")
 
 
 def clean_images(count=5, channels=1):
-    return torch.randn(count, channels, 8, 8, generator=torch.Generator().manual_seed(count)).clamp(-1, 1)
+    return torch.randn(count, channels, 8, 8, generator=torch.Generator().manual_seed(count)).clamp(
+        -1, 1
+    )
 
 
 def class_tables(model):
@@ -48,8 +52,14 @@ def test_unet_gets_a_null_class_where_it_has_none(tiny_backbone, rows):
         expected = sum(backbone.class_embedding.weight[row].double() for row in range(rows)) / rows
         torch.testing.assert_close(table[NULL].double(), expected, rtol=0, atol=1e-6)
     assert_same_state(backbone.state_dict(), before)
-    others = {name: value for name, value in model.backbone.state_dict().items() if name != "class_embedding.weight"}
-    assert_same_state(others, {name: value for name, value in before.items() if name != "class_embedding.weight"})
+    others = {
+        name: value
+        for name, value in model.backbone.state_dict().items()
+        if name != "class_embedding.weight"
+    }
+    assert_same_state(
+        others, {name: value for name, value in before.items() if name != "class_embedding.weight"}
+    )
 
 
 def test_dit_keeps_the_null_class_that_it_has(tiny_backbone):
@@ -72,12 +82,18 @@ def test_a_backbone_directory_equals_the_backbone(tiny_backbone, tmp_path, kind)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("num_classes", [2, 7])
 def test_another_number_of_classes_is_refused(tiny_backbone, kind, num_classes):
-    with pytest.raises(ValueError, match=rf"num_classes must be .*= {4 if kind == 'unet' else 3}.* got {num_classes}"):
+    with pytest.raises(
+        ValueError,
+        match=rf"num_classes must be .*= {4 if kind == 'unet' else 3}.* got {num_classes}",
+    ):
         GenRep.from_backbone(tiny_backbone(kind, 4 if kind == "unet" else 3), num_classes)
 
 
 def test_bad_backbones_are_refused(tiny_backbone, tiny_vae, tmp_path):
-    with pytest.raises(ValueError, match="backbone must be one of UNet2DModel, DiTTransformer2DModel, got 'AutoencoderKL'"):
+    with pytest.raises(
+        ValueError,
+        match="backbone must be one of UNet2DModel, DiTTransformer2DModel, got 'AutoencoderKL'",
+    ):
         GenRep.from_backbone(tiny_vae(), NUM_CLASSES)
     with pytest.raises(FileNotFoundError, match="backbone: .*missing.config.json does not exist"):
         GenRep.from_backbone(tmp_path / "missing", NUM_CLASSES)
@@ -90,23 +106,38 @@ def test_bad_backbones_are_refused(tiny_backbone, tiny_vae, tmp_path):
 
 def test_a_missing_vae_directory_is_named(tiny_backbone, tmp_path):
     with pytest.raises(FileNotFoundError, match="vae: .*missing.config.json does not exist"):
-        GenRep.from_backbone(tiny_backbone("dit", channels=4), NUM_CLASSES, vae=tmp_path / "missing")
+        GenRep.from_backbone(
+            tiny_backbone("dit", channels=4), NUM_CLASSES, vae=tmp_path / "missing"
+        )
 
 
-@pytest.mark.parametrize("argument", [{"semantic_block": "up_blocks.7"}, {"perception_blocks": ["mid_block", "up_blocks.7"]}])
+@pytest.mark.parametrize(
+    "argument",
+    [{"semantic_block": "up_blocks.7"}, {"perception_blocks": ["mid_block", "up_blocks.7"]}],
+)
 def test_an_unknown_block_is_refused(tiny_backbone, argument):
-    with pytest.raises(ValueError, match="must be among mid_block, up_blocks.0, up_blocks.1, got 'up_blocks.7'"):
+    with pytest.raises(
+        ValueError, match="must be among mid_block, up_blocks.0, up_blocks.1, got 'up_blocks.7'"
+    ):
         GenRep.from_backbone(tiny_backbone("unet"), NUM_CLASSES, **argument)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_chosen_blocks_and_pooling_decide_what_the_head_reads(tiny_backbone, kind):
     block = "up_blocks.1" if kind == "unet" else "transformer_blocks.0"
-    model = GenRep.from_backbone(tiny_backbone(kind), NUM_CLASSES, perception_blocks=[block], semantic_block=block, pool_size=1)
+    model = GenRep.from_backbone(
+        tiny_backbone(kind),
+        NUM_CLASSES,
+        perception_blocks=[block],
+        semantic_block=block,
+        pool_size=1,
+    )
     x = clean_images()
     features = model.semantic_features(x)
     pooled = features.double().mean((2, 3))  # pool_size 1 is the plain average
-    normed = (pooled - pooled.mean(1, keepdim=True)) / (pooled.var(1, keepdim=True, correction=0) + 1e-5).sqrt()
+    normed = (pooled - pooled.mean(1, keepdim=True)) / (
+        pooled.var(1, keepdim=True, correction=0) + 1e-5
+    ).sqrt()
     expected = normed @ model.head[1].weight.double().T + model.head[1].bias.double()
     torch.testing.assert_close(model.perceive(x).double(), expected, rtol=0, atol=1e-5)
 
@@ -130,7 +161,9 @@ def test_class_rows_never_reach_the_perception_branch(tiny_model, kind, train):
 def test_perception_gradients_reach_the_null_row_alone(tiny_model, kind, train):
     model = tiny_model(kind).train(train)
     labels = torch.tensor([0, 1, 2, 1, 0])
-    perception_loss(model.perceive(clean_images()), labels, torch.ones(5, dtype=torch.bool), None)[0].backward()
+    perception_loss(model.perceive(clean_images()), labels, torch.ones(5, dtype=torch.bool), None)[
+        0
+    ].backward()
     for table in class_tables(model):
         assert not table.grad[:NULL].any()
         assert table.grad[NULL].any()
@@ -161,9 +194,17 @@ def test_every_new_parameter_receives_a_gradient(tiny_model, kind, own):
     for step in range(2):
         optimizer.zero_grad()
         generation_loss(model, x, labels, semantic=semantic, own=own)[0].backward()
-        perception_loss(model.perceive(x), labels, torch.ones(16, dtype=torch.bool), None)[0].backward()
-        behind_zero = {"log_std_modulation.0.weight", "log_std_modulation.0.bias"} if step == 0 else set()
-        new = {name: parameter for name, parameter in model.named_parameters() if name.startswith(NEW_PARAMETERS)}
+        perception_loss(model.perceive(x), labels, torch.ones(16, dtype=torch.bool), None)[
+            0
+        ].backward()
+        behind_zero = (
+            {"log_std_modulation.0.weight", "log_std_modulation.0.bias"} if step == 0 else set()
+        )
+        new = {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if name.startswith(NEW_PARAMETERS)
+        }
         assert {name for name, parameter in new.items() if not parameter.grad.any()} == behind_zero
         assert len(new) == 10
         optimizer.step()
@@ -174,7 +215,9 @@ def test_modulation_starts_as_the_plain_denoiser(tiny_model, kind):
     model = tiny_model(kind)
     x, labels = clean_images(), torch.tensor([0, 1, 2, 3, 0])
     timesteps = torch.tensor([0, 1, 500, 998, 999])
-    modulated, plain = (model(x, timesteps, labels, modulate=modulate) for modulate in (True, False))
+    modulated, plain = (
+        model(x, timesteps, labels, modulate=modulate) for modulate in (True, False)
+    )
     assert torch.equal(modulated.sample, plain.sample)
     assert torch.equal(plain.sample, model.backbone(x, timesteps, class_labels=labels).sample)
     assert not modulated.log_std_shift.any() and not plain.log_std_shift.any()
@@ -188,15 +231,23 @@ def test_modulation_is_a_timestep_dependent_linear_map_of_input_and_semantics(ti
     timesteps = torch.tensor([0, 1, 500, 998, 999])
     semantic = model.semantic_features(clean_images(6)[:5])
     output = model(x, timesteps, labels, semantic=semantic)
-    direction = semantic.double() / semantic.double().norm(dim=1, keepdim=True) * semantic.shape[1] ** 0.5
+    direction = (
+        semantic.double() / semantic.double().norm(dim=1, keepdim=True) * semantic.shape[1] ** 0.5
+    )
     frequencies = 10000 ** -(torch.arange(32).double() / 31)
     for row in range(5):
         angles = timesteps[row] * frequencies
         time = torch.cat([angles.sin(), angles.cos()])
         weight = (model.mean_modulation.weight.double() @ time).reshape(1, -1)  # [C', C + F]
-        large = direction[row].repeat_interleave(8 // semantic.shape[-1], 1).repeat_interleave(8 // semantic.shape[-1], 2)
+        large = (
+            direction[row]
+            .repeat_interleave(8 // semantic.shape[-1], 1)
+            .repeat_interleave(8 // semantic.shape[-1], 2)
+        )
         inputs = torch.cat([x[row].double(), large])
-        expected = model.backbone(x, timesteps, class_labels=labels).sample[row].double() + (weight @ inputs.flatten(1)).view(1, 8, 8)
+        expected = model.backbone(x, timesteps, class_labels=labels).sample[row].double() + (
+            weight @ inputs.flatten(1)
+        ).view(1, 8, 8)
         torch.testing.assert_close(output.sample[row].double(), expected, rtol=0, atol=1e-4)
     assert (output.sample - model(x, timesteps, labels, modulate=False).sample).abs().max() > 0.05
 
@@ -206,7 +257,9 @@ def test_own_features_are_the_default_semantics(tiny_model):
     x, labels = clean_images(), torch.zeros(5, dtype=torch.int64)
     own = model(x, 300, labels)
     given = model(x, 300, labels, semantic=own.features)
-    assert torch.equal(own.sample, given.sample) and torch.equal(own.log_std_shift, given.log_std_shift)
+    assert torch.equal(own.sample, given.sample) and torch.equal(
+        own.log_std_shift, given.log_std_shift
+    )
     assert own.log_std_shift.shape == (5,) and own.log_std_shift.unique().numel() == 5
     # Lengths do not matter, directions do.
     scaled = model(x, 300, labels, semantic=own.features * 7)
@@ -254,7 +307,9 @@ def test_frozen_copy_is_independent_and_gradient_free(tiny_model):
     model = tiny_model("unet").train()
     copy = model.frozen_copy()
     assert not copy.training and model.training
-    assert not any(parameter.requires_grad for parameter in copy.parameters()) and all(p.requires_grad for p in model.parameters())
+    assert not any(parameter.requires_grad for parameter in copy.parameters()) and all(
+        p.requires_grad for p in model.parameters()
+    )
     before = {name: value.clone() for name, value in copy.state_dict().items()}
     with torch.no_grad():
         for parameter in model.parameters():
@@ -272,14 +327,21 @@ def test_latent_model_encodes_and_decodes_through_its_frozen_vae(tiny_model, tin
     torch.testing.assert_close(latents, expected.detach())
     decoded = model.decode(latents)
     assert decoded.shape == images.shape and decoded.abs().max() <= 1
-    torch.testing.assert_close(decoded, vae.decode(expected / vae.config.scaling_factor).sample.clamp(-1, 1).detach())
+    torch.testing.assert_close(
+        decoded, vae.decode(expected / vae.config.scaling_factor).sample.clamp(-1, 1).detach()
+    )
     assert model.perceive(latents).shape == (2, NUM_CLASSES)
     assert not any(parameter.requires_grad for parameter in model.vae.parameters())
     assert not latents.requires_grad
     copy = model.frozen_copy()
     assert copy.vae is model.vae and copy.backbone is not model.backbone
-    assert all(parameter is not other for parameter, other in zip(copy.head.parameters(), model.head.parameters(), strict=True))
-    assert len(model.alignment_groups()) == sum(parameter.requires_grad for parameter in model.parameters())
+    assert all(
+        parameter is not other
+        for parameter, other in zip(copy.head.parameters(), model.head.parameters(), strict=True)
+    )
+    assert len(model.alignment_groups()) == sum(
+        parameter.requires_grad for parameter in model.parameters()
+    )
 
 
 def test_images_are_their_own_latents_without_a_vae(tiny_model):
@@ -303,7 +365,9 @@ def test_save_and_load_are_equal_to_the_bit(tiny_model, tiny_vae, tmp_path, kind
     x, labels = clean_images(channels=4 if latent else 1), torch.tensor([0, 1, 2, 3, 0])
     assert torch.equal(loaded.perceive(x), model.perceive(x))
     assert torch.equal(loaded.train().denoise(x, 20, labels), model.denoise(x, 20, labels))
-    assert [p.requires_grad for p in loaded.parameters()] == [p.requires_grad for p in model.parameters()]
+    assert [p.requires_grad for p in loaded.parameters()] == [
+        p.requires_grad for p in model.parameters()
+    ]
 
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -311,7 +375,9 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 @pytest.fixture(scope="module")
 def saved(tiny_backbone, tiny_model, tiny_vae, tmp_path_factory):
-    """Folders of a GenRep, of backbones and of a VAE; a function for each that loads a folder like it."""
+    """Folders of a GenRep, of backbones and of a VAE; a function for each that loads a folder like
+    it.
+    """
     root = tmp_path_factory.mktemp("saved")
     tiny_model("unet").save_pretrained(root / "genrep")
     tiny_backbone("unet").save_pretrained(root / "unet")
@@ -334,11 +400,23 @@ def change_weights(folder, change, file=WEIGHTS):
 
 CHANGES = {
     "missing": (lambda t, names: t.pop(names[3]), r"1 missing \({3}\)"),
-    "several missing": (lambda t, names: [t.pop(name) for name in names[:6]], r"6 missing \({0}, {1}, {2} and 3 more\)"),
+    "several missing": (
+        lambda t, names: [t.pop(name) for name in names[:6]],
+        r"6 missing \({0}, {1}, {2} and 3 more\)",
+    ),
     "unexpected": (lambda t, names: t.update(extra=torch.zeros(1)), r"1 unexpected \(extra\)"),
-    "renamed": (lambda t, names: t.update(extra=t.pop(names[3])), r"1 missing \({3}\), 1 unexpected \(extra\)"),
-    "another shape": (lambda t, names: t.update({names[3]: torch.zeros(2, 3, 5)}), r"{3} is \[2, 3, 5\], not \[\d+"),
-    "all of them": (lambda t, names: t.clear() or t.update(x=torch.zeros(1)), "missing .* more.*, 1 unexpected"),
+    "renamed": (
+        lambda t, names: t.update(extra=t.pop(names[3])),
+        r"1 missing \({3}\), 1 unexpected \(extra\)",
+    ),
+    "another shape": (
+        lambda t, names: t.update({names[3]: torch.zeros(2, 3, 5)}),
+        r"{3} is \[2, 3, 5\], not \[\d+",
+    ),
+    "all of them": (
+        lambda t, names: t.clear() or t.update(x=torch.zeros(1)),
+        "missing .* more.*, 1 unexpected",
+    ),
 }
 
 
@@ -369,7 +447,9 @@ def test_weights_that_cannot_be_read_are_refused(saved, tmp_path, what, content)
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
 def test_incomplete_weights_in_several_files_are_refused(tiny_model, tmp_path, low_cpu_mem_usage):
-    """Their index still promises the key: diffusers leaves the parameter without values, or with random ones."""
+    """Their index still promises the key: diffusers leaves the parameter without values, or with
+    random ones.
+    """
     model = tiny_model("unet", active=True)
     model.save_pretrained(tmp_path, max_shard_size="40KB")
     shards = sorted(path.name for path in tmp_path.glob("*.safetensors"))
@@ -384,7 +464,10 @@ def test_incomplete_weights_in_several_files_are_refused(tiny_model, tmp_path, l
         GenRep.from_pretrained(tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"weight_map": []}', '{"weight_map": {"head.1.bias": "../x.safetensors"}}'])
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", '{"weight_map": []}', '{"weight_map": {"head.1.bias": "../x.safetensors"}}'],
+)
 def test_a_damaged_index_of_several_files_is_named(tiny_model, tmp_path, content):
     tiny_model("unet").save_pretrained(tmp_path, max_shard_size="40KB")
     index = tmp_path / f"{WEIGHTS}.index.json"
@@ -397,7 +480,12 @@ def test_a_damaged_index_of_several_files_is_named(tiny_model, tmp_path, content
 def test_every_way_of_loading_refuses_incomplete_weights(saved, tmp_path, low_cpu_mem_usage):
     folder = shutil.copytree(saved[0] / "genrep", tmp_path / "genrep")
     change_weights(folder, lambda tensors, names: tensors.pop("head.1.bias"))
-    for options in ({}, {"dtype": torch.float16}, {"output_loading_info": True}, {"use_safetensors": False}):
+    for options in (
+        {},
+        {"dtype": torch.float16},
+        {"output_loading_info": True},
+        {"use_safetensors": False},
+    ):
         with pytest.raises(ValueError, match=r"1 missing \(head.1.bias\)"):
             GenRep.from_pretrained(folder, low_cpu_mem_usage=low_cpu_mem_usage, **options)
     change_weights(folder, lambda tensors, names: tensors.update({"head.1.bias": torch.zeros(5)}))
@@ -408,17 +496,27 @@ def test_every_way_of_loading_refuses_incomplete_weights(saved, tmp_path, low_cp
 def test_what_else_from_pretrained_takes_keeps_working(tiny_model, tmp_path):
     model = tiny_model("unet", active=True)
     model.save_pretrained(tmp_path / "one", variant="fp16")
-    assert_same_state(GenRep.from_pretrained(tmp_path / "one", variant="fp16").state_dict(), model.state_dict())
+    assert_same_state(
+        GenRep.from_pretrained(tmp_path / "one", variant="fp16").state_dict(), model.state_dict()
+    )
     model.save_pretrained(tmp_path / "many", variant="fp16", max_shard_size="40KB")
-    assert_same_state(GenRep.from_pretrained(tmp_path, subfolder="many", variant="fp16").state_dict(), model.state_dict())
-    loaded, info = GenRep.from_pretrained(tmp_path / "many", variant="fp16", output_loading_info=True)
+    assert_same_state(
+        GenRep.from_pretrained(tmp_path, subfolder="many", variant="fp16").state_dict(),
+        model.state_dict(),
+    )
+    loaded, info = GenRep.from_pretrained(
+        tmp_path / "many", variant="fp16", output_loading_info=True
+    )
     assert isinstance(loaded, GenRep) and not info["missing_keys"]
 
 
 def test_a_network_without_values_is_refused(tiny_backbone):
     with torch.device("meta"):
         backbone = tiny_backbone("unet")
-    with pytest.raises(ValueError, match="backbone must have values for all weights, got none for .* and [0-9]+ more"):
+    with pytest.raises(
+        ValueError,
+        match="backbone must have values for all weights, got none for .* and [0-9]+ more",
+    ):
         GenRep.from_backbone(backbone, NUM_CLASSES)
 
 
@@ -441,7 +539,9 @@ def test_alignment_loss_compares_directions_at_the_semantic_block(tiny_model):
     model = tiny_model("unet")
     x, labels = clean_images(16), torch.zeros(16, dtype=torch.int64)
     semantic = model.semantic_features(x).detach()
-    loss = GenerationLoss(DDPMScheduler(clip_sample=False), alignment_weight=1.0, variance_weight=0.0)
+    loss = GenerationLoss(
+        DDPMScheduler(clip_sample=False), alignment_weight=1.0, variance_weight=0.0
+    )
     torch.manual_seed(3)
     total, parts = loss(model, x, labels, semantic=semantic)
     torch.manual_seed(3)
@@ -449,11 +549,15 @@ def test_alignment_loss_compares_directions_at_the_semantic_block(tiny_model):
     x_t = loss.scheduler.add_noise(x, torch.randn_like(x), timesteps)
     features = model(x_t, timesteps, labels).features
     cosines = [
-        F.cosine_similarity(features[i, :, row, column].double(), semantic[i, :, row, column].double(), dim=0)
+        F.cosine_similarity(
+            features[i, :, row, column].double(), semantic[i, :, row, column].double(), dim=0
+        )
         for i in range(16)
         for row in range(features.shape[2])
         for column in range(features.shape[3])
     ]
     expected = 1 - torch.stack(cosines).mean()
-    torch.testing.assert_close(parts["representation_alignment"].double(), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        parts["representation_alignment"].double(), expected, rtol=0, atol=1e-5
+    )
     torch.testing.assert_close(total, parts["diffusion"] + parts["representation_alignment"])

@@ -1,4 +1,6 @@
-"""Gradient alignment against an explicit parallel/orthogonal decomposition, exact sums and plain loops."""
+"""Gradient alignment against an explicit parallel/orthogonal decomposition, exact sums and plain
+loops.
+"""
 
 import math
 from contextlib import nullcontext
@@ -18,11 +20,16 @@ GROUPS = [0, 1, 1, None, 2, 0, 1, 2, None]
 
 def random_gradients(shapes=SHAPES, *, seed, dtype=torch.float64, shift=0.0):
     generator = torch.Generator().manual_seed(seed)
-    return [(torch.randn(shape, generator=generator, dtype=torch.float64) + shift).to(dtype) for shape in shapes]
+    return [
+        (torch.randn(shape, generator=generator, dtype=torch.float64) + shift).to(dtype)
+        for shape in shapes
+    ]
 
 
 def gradient_pair(shapes=SHAPES, **options):
-    return random_gradients(shapes, seed=1, **options), random_gradients(shapes, seed=2, shift=0.3, **options)
+    return random_gradients(shapes, seed=1, **options), random_gradients(
+        shapes, seed=2, shift=0.3, **options
+    )
 
 
 def flatten(tensors):
@@ -30,7 +37,9 @@ def flatten(tensors):
 
 
 def decomposed(p, g, weights=WEIGHTS, power=POWER):
-    """The method as it is told: project, damp by rho, recombine; in the dtype of the vectors p and g."""
+    """The method as it is told: project, damp by rho, recombine; in the dtype of the vectors p and
+    g.
+    """
     rho = ((1 + torch.nn.functional.cosine_similarity(p, g, dim=0)) / 2) ** power
 
     def damped(a, b):
@@ -56,11 +65,15 @@ def test_equals_the_decomposition(weights, power, sign):
     g = [sign * tensor for tensor in g]
     aligned, stats = gf.align_gradients(p, g, weights=weights, power=power)
     assert [tensor.shape for tensor in aligned] == [tensor.shape for tensor in p]
-    assert relative_error(flatten(aligned), decomposed(flatten(p), flatten(g), weights, power)) < 1e-12
+    assert (
+        relative_error(flatten(aligned), decomposed(flatten(p), flatten(g), weights, power)) < 1e-12
+    )
     cosine = flatten(p) @ flatten(g) / flatten(p).norm() / flatten(g).norm()
     torch.testing.assert_close(stats.cosine, cosine[None], rtol=1e-12, atol=0)
     torch.testing.assert_close(stats.alpha, ((1 + cosine[None]) / 2) ** power, rtol=1e-12, atol=0)
-    torch.testing.assert_close(stats.norms, torch.stack([flatten(p).norm(), flatten(g).norm()])[None], rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        stats.norms, torch.stack([flatten(p).norm(), flatten(g).norm()])[None], rtol=1e-12, atol=0
+    )
 
 
 def test_groups_are_aligned_apart_and_the_rest_is_summed():
@@ -71,10 +84,14 @@ def test_groups_are_aligned_apart_and_the_rest_is_summed():
         members = [t for t, index in enumerate(GROUPS) if index == group and t not in (5, 7)]
         vectors = [flatten([tensors[t] for t in members]) for tensors in (p, g, aligned)]
         if len(vectors[0]) == 0:
-            assert stats.norms[group].tolist() == [0, 0] and stats.coefficients[group].tolist() == list(WEIGHTS)
+            assert stats.norms[group].tolist() == [0, 0] and stats.coefficients[
+                group
+            ].tolist() == list(WEIGHTS)
             continue
         assert relative_error(vectors[2], decomposed(*vectors[:2])) < 1e-12
-        mixture = stats.coefficients[group, 0] * vectors[0] + stats.coefficients[group, 1] * vectors[1]
+        mixture = (
+            stats.coefficients[group, 0] * vectors[0] + stats.coefficients[group, 1] * vectors[1]
+        )
         assert relative_error(vectors[2], mixture) < 1e-12
     torch.testing.assert_close(aligned[3], 0.7 * p[3] + 0.3 * g[3], rtol=1e-14, atol=0)
     for t, expected in ((5, 0.3 * g[5]), (7, 0.7 * p[7]), (8, 0.3 * g[8])):
@@ -85,7 +102,10 @@ def test_each_part_orthogonal_to_the_other_gradient_is_kept():
     p, g = (flatten(tensors) for tensors in gradient_pair())
     for kept, other, weights in ((p, g, (1, 0)), (g, p, (0, 1))):
         (aligned,), stats = gf.align_gradients([p], [g], weights=weights)
-        assert abs((aligned @ other - stats.alpha[0] * (kept @ other)).item()) < 1e-12 * (kept.norm() * other.norm()).item()
+        assert (
+            abs((aligned @ other - stats.alpha[0] * (kept @ other)).item())
+            < 1e-12 * (kept.norm() * other.norm()).item()
+        )
         (orthogonal,), _ = gf.align_gradients([p], [g], weights=weights, power=1e4)  # rho = 0
         assert abs((orthogonal @ other).item()) < 1e-12 * (orthogonal.norm() * other.norm()).item()
 
@@ -101,7 +121,9 @@ def test_each_part_orthogonal_to_the_other_gradient_is_kept():
 )
 @pytest.mark.parametrize("scale", [1e-10, 1.0, 1e15])
 def test_special_directions(generation, cosine, alpha, expected, scale):
-    p, g, expected = (torch.tensor(vector, dtype=torch.float64) for vector in ([3, 4], generation, expected))
+    p, g, expected = (
+        torch.tensor(vector, dtype=torch.float64) for vector in ([3, 4], generation, expected)
+    )
     p, g = p * scale, g * scale
     for first, second, weights in ((p, g, WEIGHTS), (g, p, WEIGHTS[::-1])):
         (aligned,), stats = gf.align_gradients([first], [second], weights=weights)
@@ -114,7 +136,9 @@ def test_special_directions(generation, cosine, alpha, expected, scale):
 def test_coefficients_do_not_change_when_both_gradients_are_scaled(scale):
     p, g = gradient_pair()
     _, stats = gf.align_gradients(p, g)
-    _, scaled = gf.align_gradients([scale * tensor for tensor in p], [scale * tensor for tensor in g])
+    _, scaled = gf.align_gradients(
+        [scale * tensor for tensor in p], [scale * tensor for tensor in g]
+    )
     torch.testing.assert_close(scaled.coefficients, stats.coefficients, rtol=1e-12, atol=0)
 
 
@@ -129,13 +153,19 @@ def test_a_nan_reaches_its_own_group_alone():
     p, g = [torch.ones(3), torch.ones(3)], [torch.ones(3), torch.tensor([1.0, math.nan, 1.0])]
     aligned, stats = gf.align_gradients(p, g, groups=[0, 1])
     assert aligned[0].tolist() == [1] * 3
-    assert aligned[1].isnan().all() and stats.coefficients.isnan().tolist() == [[False] * 2, [True] * 2]
+    assert aligned[1].isnan().all() and stats.coefficients.isnan().tolist() == [
+        [False] * 2,
+        [True] * 2,
+    ]
 
 
 def test_parallel_gradients_never_leave_the_range_of_the_cosine():
-    # Rounding puts the cosine of some of these a few 1e-16 outside -1 to 1; a fractional power of what is then negative would be NaN.
+    # Rounding puts the cosine of some of these a few 1e-16 outside -1 to 1; a fractional power of
+    # what is then negative would be NaN.
     p = random_gradients([(3,)] * 200, seed=3)
-    _, stats = gf.align_gradients(p, [-3.7 * tensor for tensor in p], power=0.5, groups=list(range(200)))
+    _, stats = gf.align_gradients(
+        p, [-3.7 * tensor for tensor in p], power=0.5, groups=list(range(200))
+    )
     assert stats.cosine.min() >= -1 and not stats.alpha.isnan().any()
 
 
@@ -158,7 +188,9 @@ UNREACHED = {  # losses -> tensors that they do not reach; tensor 9 is its group
 
 
 def with_unreached(gradients, replace):
-    """The gradients of losses, those of UNREACHED replaced; a third loss and further ones reach everything but tensor 2."""
+    """The gradients of losses, those of UNREACHED replaced; a third loss and further ones reach
+    everything but tensor 2.
+    """
     gradients = [list(tensors) for tensors in gradients]
     for losses, indices in UNREACHED.items():
         for loss in losses:
@@ -173,7 +205,9 @@ def negative_zeros(tensor):
     return -torch.zeros_like(tensor)
 
 
-@pytest.mark.parametrize("replace", [torch.zeros_like, negative_zeros], ids=["zeros", "negative zeros"])
+@pytest.mark.parametrize(
+    "replace", [torch.zeros_like, negative_zeros], ids=["zeros", "negative zeros"]
+)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_zeros_are_as_good_as_none(dtype, replace):
     pair = gradient_pair(REACHED_SHAPES, dtype=dtype)
@@ -193,8 +227,12 @@ def test_zeros_are_as_good_as_none(dtype, replace):
     torch.testing.assert_close(stats.norms[1], torch.stack([p.norm(), g.norm()]), rtol=1e-6, atol=0)
     result = flatten([aligned[t] for t in (4, 5, 8)])
     assert relative_error(result, decomposed(p, g)) < 4 * torch.finfo(dtype).eps
-    torch.testing.assert_close(aligned[3], (0.7 * pair[0][3].double()).to(dtype), rtol=torch.finfo(dtype).eps, atol=0)
-    assert stats.norms[2].tolist() == [0, 0] and stats.coefficients[2].tolist() == list(WEIGHTS)  # nothing of it is shared
+    torch.testing.assert_close(
+        aligned[3], (0.7 * pair[0][3].double()).to(dtype), rtol=torch.finfo(dtype).eps, atol=0
+    )
+    assert stats.norms[2].tolist() == [0, 0] and stats.coefficients[2].tolist() == list(
+        WEIGHTS
+    )  # nothing of it is shared
 
 
 @pytest.mark.parametrize("value", [5e-324, 1e-170])
@@ -214,7 +252,9 @@ def test_a_nan_does_not_spread_to_tensors_that_one_loss_reaches():
     g = [torch.ones(2), torch.ones(2), torch.zeros(2)]
     aligned, stats = gf.align_gradients(p, g)
     assert aligned[0].isnan().all() and stats.norms.isnan().tolist() == [[True, False]]
-    torch.testing.assert_close(aligned[1:], [torch.tensor([0.3, 0.3]), torch.tensor([math.inf, 0.7])])
+    torch.testing.assert_close(
+        aligned[1:], [torch.tensor([0.3, 0.3]), torch.tensor([math.inf, 0.7])]
+    )
 
 
 def test_gram_and_combine_take_zeros_as_they_are():
@@ -227,14 +267,25 @@ def test_gram_and_combine_take_zeros_as_they_are():
 @pytest.mark.parametrize("n", range(2, 9))
 @pytest.mark.parametrize("backend", ["reference", None])
 def test_matrices_of_groups_and_coefficients_of_tensors_equal_loops(n, backend):
-    gradients = with_unreached([random_gradients(REACHED_SHAPES, seed=i, shift=0.2 * i) for i in range(n)], torch.zeros_like)
+    gradients = with_unreached(
+        [random_gradients(REACHED_SHAPES, seed=i, shift=0.2 * i) for i in range(n)],
+        torch.zeros_like,
+    )
     gradients[n - 1][0][2] = math.nan
     groups = [-1 if group is None else group for group in REACHED_GROUPS]
     groups[4] = -1  # a shared tensor without a group
     shared = [t for t in range(10) if all(tensors[t].count_nonzero() for tensors in gradients)]
     assert shared == ([0, 2, 4, 5, 8] if n == 2 else [0, 4, 5, 8])
-    grams = torch.stack([torch.tensor([[(a[t] * b[t]).sum() for b in gradients] for a in gradients]) for t in range(10)])
-    coefficients, weights = torch.randn(4, n, dtype=torch.float64), [0.7 - 0.2 * i for i in range(n)]
+    grams = torch.stack(
+        [
+            torch.tensor([[(a[t] * b[t]).sum() for b in gradients] for a in gradients])
+            for t in range(10)
+        ]
+    )
+    coefficients, weights = (
+        torch.randn(4, n, dtype=torch.float64),
+        [0.7 - 0.2 * i for i in range(n)],
+    )
     backends = gf.use_backend(backend) if backend else nullcontext()
     with backends:
         matrices = torch.ops.genrep_fast.group_gram(grams, groups, 4)
@@ -244,8 +295,13 @@ def test_matrices_of_groups_and_coefficients_of_tensors_equal_loops(n, backend):
         for i in range(n):
             for j in range(n):
                 exact = math.fsum(grams[t, i, j].item() for t in counted)
-                assert matrices[group, i, j].item() == pytest.approx(exact, rel=1e-12, abs=1e-12, nan_ok=True)
-    expected = [coefficients[group].tolist() if t in shared and group >= 0 else weights for t, group in enumerate(groups)]
+                assert matrices[group, i, j].item() == pytest.approx(
+                    exact, rel=1e-12, abs=1e-12, nan_ok=True
+                )
+    expected = [
+        coefficients[group].tolist() if t in shared and group >= 0 else weights
+        for t, group in enumerate(groups)
+    ]
     assert rows.tolist() == expected
 
 
@@ -263,16 +319,30 @@ def test_gram_equals_inner_products(n):
         for i in range(n):
             for j in range(n):
                 products = [(gradients[i][t] * gradients[j][t]).sum().item() for t in members]
-                assert matrices[group, i, j].item() == pytest.approx(math.fsum(products), rel=1e-12, abs=1e-12)
+                assert matrices[group, i, j].item() == pytest.approx(
+                    math.fsum(products), rel=1e-12, abs=1e-12
+                )
 
 
-@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float16, torch.float16)])
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float16),
+    ],
+)
 def test_reference_gram_is_exact_to_float64_rounding(dtypes):
-    p, g = (random_gradients([(100_003,)], seed=i, shift=0.1, dtype=dtype)[0] for i, dtype in enumerate(dtypes))
+    p, g = (
+        random_gradients([(100_003,)], seed=i, shift=0.1, dtype=dtype)[0]
+        for i, dtype in enumerate(dtypes)
+    )
     with gf.use_backend("reference"):
         matrix = gf.gram([p], [g])[0]
     assert torch.equal(matrix, matrix.T)
-    for entry, (a, b) in zip((matrix[0, 0], matrix[0, 1], matrix[1, 1]), ((p, p), (p, g), (g, g)), strict=True):
+    for entry, (a, b) in zip(
+        (matrix[0, 0], matrix[0, 1], matrix[1, 1]), ((p, p), (p, g), (g, g)), strict=True
+    ):
         # Products of float32 numbers are exact in float64, and fsum rounds once.
         exact = math.fsum((a.double() * b.double()).tolist())
         scale = (a.double().norm() * b.double().norm()).item()
@@ -289,7 +359,10 @@ def test_gram_of_large_values_does_not_overflow():
 def test_combine_equals_loops(n):
     gradients = [random_gradients(seed=i) for i in range(n)]
     gradients[0][6] = gradients[n - 1][2] = None
-    coefficients, weights = torch.randn(3, n, dtype=torch.float64), [0.5 - 0.3 * i for i in range(n)]
+    coefficients, weights = (
+        torch.randn(3, n, dtype=torch.float64),
+        [0.5 - 0.3 * i for i in range(n)],
+    )
     unwritten = [torch.full(shape, math.nan, dtype=torch.float64) for shape in SHAPES]
     results = gf.combine(gradients, coefficients, GROUPS, weights=weights, out=unwritten)
     for t, result in enumerate(results):
@@ -304,7 +377,9 @@ def test_combine_equals_loops(n):
 
 def test_combine_without_groups_takes_the_first_row():
     p, g = gradient_pair()
-    for result, a, b in zip(gf.combine((p, g), torch.tensor([[2.0, -1.0], [9.0, 9.0]])), p, g, strict=True):
+    for result, a, b in zip(
+        gf.combine((p, g), torch.tensor([[2.0, -1.0], [9.0, 9.0]])), p, g, strict=True
+    ):
         torch.testing.assert_close(result, 2 * a - b, rtol=1e-14, atol=1e-14)
 
 
@@ -317,7 +392,11 @@ def test_out_may_be_an_input(alias):
     pairs[0][3] = pairs[1][5] = pairs[0][8] = pairs[1][8] = None
     expected, _ = gf.align_gradients(*pairs, groups=GROUPS)
     p, g = ([None if tensor is None else tensor.clone() for tensor in tensors] for tensors in pairs)
-    out = {"perception": p, "generation": g, "new": [torch.full(shape, math.nan) for shape in SHAPES]}[alias]
+    out = {
+        "perception": p,
+        "generation": g,
+        "new": [torch.full(shape, math.nan) for shape in SHAPES],
+    }[alias]
     results, _ = gf.align_gradients(p, g, groups=GROUPS, out=out)
     for t in range(len(SHAPES)):
         if t == 8:
@@ -353,9 +432,13 @@ def test_dtype_of_the_result_is_promoted(first, second, expected):
 def test_error_is_at_most_twice_that_of_the_plain_formula(dtype, size):
     p, g = (tensors[0] for tensors in gradient_pair([(size,)], dtype=dtype))
     exact = decomposed(p.double(), g.double())
-    scale = (p.double().norm() + g.double().norm()).item()  # one element: the gradients may be opposite, and the result zero
+    scale = (
+        p.double().norm() + g.double().norm()
+    ).item()  # one element: the gradients may be opposite, and the result zero
     (aligned,), _ = gf.align_gradients([p], [g])
-    error, plain_error = ((result.double() - exact).norm().item() / scale for result in (aligned, decomposed(p, g)))
+    error, plain_error = (
+        (result.double() - exact).norm().item() / scale for result in (aligned, decomposed(p, g))
+    )
     bound = 2 * plain_error + torch.finfo(dtype).eps / 8  # the plain formula may be exact by chance
     print(f"{dtype}, {size}: error {error:.1e}, plain formula {plain_error:.1e}, bound {bound:.1e}")
     assert error <= bound
@@ -371,7 +454,12 @@ def test_half_precision_is_rounded_once(dtype):
 
 def test_strides_do_not_matter():
     base = random_gradients([(6, 10), (10, 6), (4, 3, 2, 2)], seed=4)
-    p = [base[0][::2, 1::3], base[1].t(), base[2].to(memory_format=torch.channels_last), torch.tensor(2.0).expand(5)]
+    p = [
+        base[0][::2, 1::3],
+        base[1].t(),
+        base[2].to(memory_format=torch.channels_last),
+        torch.tensor(2.0).expand(5),
+    ]
     g = [tensor.flip(0).clone(memory_format=torch.contiguous_format) for tensor in p]
     strided = torch.full((3, 6), math.nan, dtype=torch.float64)[:, ::2]
     results, stats = gf.align_gradients(p, g, out=[strided, None, None, None])
@@ -380,7 +468,10 @@ def test_strides_do_not_matter():
     torch.testing.assert_close(stats.coefficients, dense_stats.coefficients, rtol=1e-14, atol=0)
 
 
-@pytest.mark.parametrize(("gradients", "groups", "num_groups"), [([], None, 1), ([], [], 0), ([None, None], None, 1), ([None], [2], 3)])
+@pytest.mark.parametrize(
+    ("gradients", "groups", "num_groups"),
+    [([], None, 1), ([], [], 0), ([None, None], None, 1), ([None], [2], 3)],
+)
 def test_nothing_to_align(gradients, groups, num_groups):
     aligned, stats = gf.align_gradients(gradients, gradients, groups=groups)
     assert aligned == [None] * len(gradients)
@@ -392,7 +483,11 @@ def test_nothing_to_align(gradients, groups, num_groups):
 def test_no_gradient_is_recorded():
     p, g = ([torch.ones(3, requires_grad=True)] for _ in range(2))
     (aligned,), stats = gf.align_gradients(p, g)
-    assert not aligned.requires_grad and not stats.coefficients.requires_grad and not gf.gram(p, g).requires_grad
+    assert (
+        not aligned.requires_grad
+        and not stats.coefficients.requires_grad
+        and not gf.gram(p, g).requires_grad
+    )
     assert gf.align_gradients(p, g, out=p)[0][0] is p[0] and p[0].is_leaf
 
 
@@ -405,42 +500,174 @@ ONE_ROW = torch.ones(1, 2)
 @pytest.mark.parametrize(
     ("call", "exception", "message"),
     [
-        (lambda: gf.align_gradients([A], [A, A]), ValueError, r"generation must have 1 entries, got 2"),
-        (lambda: gf.align_gradients(A, [A]), TypeError, r"perception must be a list or a tuple, got Tensor"),
-        (lambda: gf.align_gradients([A], [[1.0, 2.0]]), TypeError, r"generation\[0\] must be a tensor, got list"),
-        (lambda: gf.align_gradients([1.0], [A]), TypeError, r"perception\[0\] must be a tensor, got float"),
-        (lambda: gf.align_gradients([B, A], [B, B]), ValueError, r"generation\[1\] must have shape \(2,\), got \(3,\)"),
-        (lambda: gf.align_gradients([A], [A.to_sparse()]), ValueError, r"generation\[0\] must be dense"),
-        (lambda: gf.align_gradients([A], [A.int()]), TypeError, r"generation\[0\] must be float32, .* got torch.int32"),
-        (lambda: gf.align_gradients([A.cfloat()], [A]), TypeError, r"perception\[0\] must be float32, .* got torch.complex64"),
-        (lambda: gf.align_gradients([A], [A.to("meta")]), ValueError, r"generation\[0\] must be on cpu .* got meta"),
-        (lambda: gf.align_gradients([A], [A], weights=(1.0,)), ValueError, r"weights must be 2 finite numbers"),
-        (lambda: gf.align_gradients([A], [A], weights=(1.0, math.inf)), ValueError, r"weights must be 2 finite numbers"),
-        (lambda: gf.align_gradients([A], [A], weights=0.7), TypeError, r"weights must be a sequence of numbers, got 0.7"),
-        (lambda: gf.align_gradients([A], [A], power=-1), ValueError, r"power must be finite and not negative, got -1"),
-        (lambda: gf.align_gradients([A], [A], power=math.nan), ValueError, r"power must be finite and not negative, got nan"),
-        (lambda: gf.align_gradients([A], [A], power="2"), TypeError, r"power must be a number, got str"),
-        (lambda: gf.align_gradients([A], [A], groups=[0, 0]), ValueError, r"groups must have 1 entries, got 2"),
-        (lambda: gf.align_gradients([A], [A], groups=[-1]), ValueError, r"groups\[0\] must not be negative, got -1"),
-        (lambda: gf.align_gradients([A], [A], groups=[0.0]), TypeError, r"groups\[0\] must be an int or None, got float"),
-        (lambda: gf.align_gradients([A], [A], groups=[True]), TypeError, r"groups\[0\] must be an int or None, got bool"),
-        (lambda: gf.align_gradients([A], [A], groups=[10**10]), ValueError, r"groups\[0\] must be below 1048576, got 10000000000"),
-        (lambda: gf.align_gradients([A], [A], groups=torch.zeros(1)), TypeError, r"groups must be a list or a tuple, got Tensor"),
-        (lambda: gf.align_gradients([A], [A], out=[A, A]), ValueError, r"out must have 1 entries, got 2"),
-        (lambda: gf.align_gradients([A], [A], out=[B]), ValueError, r"out\[0\] must have shape \(2,\), got \(3,\)"),
-        (lambda: gf.align_gradients([A], [A], out=[torch.ones(1).expand(2)]), ValueError, r"out\[0\] is written to and must not be"),
+        (
+            lambda: gf.align_gradients([A], [A, A]),
+            ValueError,
+            r"generation must have 1 entries, got 2",
+        ),
+        (
+            lambda: gf.align_gradients(A, [A]),
+            TypeError,
+            r"perception must be a list or a tuple, got Tensor",
+        ),
+        (
+            lambda: gf.align_gradients([A], [[1.0, 2.0]]),
+            TypeError,
+            r"generation\[0\] must be a tensor, got list",
+        ),
+        (
+            lambda: gf.align_gradients([1.0], [A]),
+            TypeError,
+            r"perception\[0\] must be a tensor, got float",
+        ),
+        (
+            lambda: gf.align_gradients([B, A], [B, B]),
+            ValueError,
+            r"generation\[1\] must have shape \(2,\), got \(3,\)",
+        ),
+        (
+            lambda: gf.align_gradients([A], [A.to_sparse()]),
+            ValueError,
+            r"generation\[0\] must be dense",
+        ),
+        (
+            lambda: gf.align_gradients([A], [A.int()]),
+            TypeError,
+            r"generation\[0\] must be float32, .* got torch.int32",
+        ),
+        (
+            lambda: gf.align_gradients([A.cfloat()], [A]),
+            TypeError,
+            r"perception\[0\] must be float32, .* got torch.complex64",
+        ),
+        (
+            lambda: gf.align_gradients([A], [A.to("meta")]),
+            ValueError,
+            r"generation\[0\] must be on cpu .* got meta",
+        ),
+        (
+            lambda: gf.align_gradients([A], [A], weights=(1.0,)),
+            ValueError,
+            r"weights must be 2 finite numbers",
+        ),
+        (
+            lambda: gf.align_gradients([A], [A], weights=(1.0, math.inf)),
+            ValueError,
+            r"weights must be 2 finite numbers",
+        ),
+        (
+            lambda: gf.align_gradients([A], [A], weights=0.7),
+            TypeError,
+            r"weights must be a sequence of numbers, got 0.7",
+        ),
+        (
+            lambda: gf.align_gradients([A], [A], power=-1),
+            ValueError,
+            r"power must be finite and not negative, got -1",
+        ),
+        (
+            lambda: gf.align_gradients([A], [A], power=math.nan),
+            ValueError,
+            r"power must be finite and not negative, got nan",
+        ),
+        (
+            lambda: gf.align_gradients([A], [A], power="2"),
+            TypeError,
+            r"power must be a number, got str",
+        ),
+        (
+            lambda: gf.align_gradients([A], [A], groups=[0, 0]),
+            ValueError,
+            r"groups must have 1 entries, got 2",
+        ),
+        (
+            lambda: gf.align_gradients([A], [A], groups=[-1]),
+            ValueError,
+            r"groups\[0\] must not be negative, got -1",
+        ),
+        (
+            lambda: gf.align_gradients([A], [A], groups=[0.0]),
+            TypeError,
+            r"groups\[0\] must be an int or None, got float",
+        ),
+        (
+            lambda: gf.align_gradients([A], [A], groups=[True]),
+            TypeError,
+            r"groups\[0\] must be an int or None, got bool",
+        ),
+        (
+            lambda: gf.align_gradients([A], [A], groups=[10**10]),
+            ValueError,
+            r"groups\[0\] must be below 1048576, got 10000000000",
+        ),
+        (
+            lambda: gf.align_gradients([A], [A], groups=torch.zeros(1)),
+            TypeError,
+            r"groups must be a list or a tuple, got Tensor",
+        ),
+        (
+            lambda: gf.align_gradients([A], [A], out=[A, A]),
+            ValueError,
+            r"out must have 1 entries, got 2",
+        ),
+        (
+            lambda: gf.align_gradients([A], [A], out=[B]),
+            ValueError,
+            r"out\[0\] must have shape \(2,\), got \(3,\)",
+        ),
+        (
+            lambda: gf.align_gradients([A], [A], out=[torch.ones(1).expand(2)]),
+            ValueError,
+            r"out\[0\] is written to and must not be",
+        ),
         (lambda: gf.gram([A]), ValueError, r"gradients of 2 to 8 losses are needed, got 1"),
         (lambda: gf.gram(*[[A]] * 9), ValueError, r"gradients of 2 to 8 losses are needed, got 9"),
-        (lambda: gf.gram([A], [A], [B]), ValueError, r"gradients\[2\]\[0\] must have shape \(2,\), got \(3,\)"),
-        (lambda: gf.combine(([A], [A]), torch.ones(2)), ValueError, r"coefficients must have shape \[1 groups or more, 2\], got \(2,\)"),
-        (lambda: gf.combine(([A], [A]), torch.ones(1, 3)), ValueError, r"coefficients must have shape .* got \(1, 3\)"),
-        (lambda: gf.combine(([A], [A]), ONE_ROW, [1]), ValueError, r"coefficients must have shape \[2 groups or more, 2\], got \(1, 2\)"),
-        (lambda: gf.combine(([A], [A]), ONE_ROW.int()), TypeError, r"coefficients must be float32, .* got torch.int32"),
-        (lambda: gf.combine(([A], [A]), ONE_ROW.to("meta")), ValueError, r"coefficients must be on cpu"),
-        (lambda: gf.combine(([A], [A]), [1.0, 1.0]), TypeError, r"coefficients must be a tensor, got list"),
-        (lambda: gf.combine(([A], [A]), ONE_ROW, [None]), ValueError, r"weights must be given where"),
+        (
+            lambda: gf.gram([A], [A], [B]),
+            ValueError,
+            r"gradients\[2\]\[0\] must have shape \(2,\), got \(3,\)",
+        ),
+        (
+            lambda: gf.combine(([A], [A]), torch.ones(2)),
+            ValueError,
+            r"coefficients must have shape \[1 groups or more, 2\], got \(2,\)",
+        ),
+        (
+            lambda: gf.combine(([A], [A]), torch.ones(1, 3)),
+            ValueError,
+            r"coefficients must have shape .* got \(1, 3\)",
+        ),
+        (
+            lambda: gf.combine(([A], [A]), ONE_ROW, [1]),
+            ValueError,
+            r"coefficients must have shape \[2 groups or more, 2\], got \(1, 2\)",
+        ),
+        (
+            lambda: gf.combine(([A], [A]), ONE_ROW.int()),
+            TypeError,
+            r"coefficients must be float32, .* got torch.int32",
+        ),
+        (
+            lambda: gf.combine(([A], [A]), ONE_ROW.to("meta")),
+            ValueError,
+            r"coefficients must be on cpu",
+        ),
+        (
+            lambda: gf.combine(([A], [A]), [1.0, 1.0]),
+            TypeError,
+            r"coefficients must be a tensor, got list",
+        ),
+        (
+            lambda: gf.combine(([A], [A]), ONE_ROW, [None]),
+            ValueError,
+            r"weights must be given where",
+        ),
         (lambda: gf.combine(([A], [None]), ONE_ROW), ValueError, r"weights must be given where"),
-        (lambda: gf.combine(([A], [A]), ONE_ROW, weights=[1.0]), ValueError, r"weights must be 2 finite numbers"),
+        (
+            lambda: gf.combine(([A], [A]), ONE_ROW, weights=[1.0]),
+            ValueError,
+            r"weights must be 2 finite numbers",
+        ),
     ],
 )
 def test_wrong_arguments_raise(call, exception, message):
@@ -460,19 +687,48 @@ def test_nothing_is_written_when_a_later_tensor_is_wrong():
 
 def overlapping_outputs():
     """Name -> gradients of two losses, outputs, and the tensors that overlap."""
-    p, g, flat = [torch.ones(4), torch.full((4,), 10.0)], [torch.zeros(4), torch.zeros(4)], torch.arange(16.0)
+    p, g, flat = (
+        [torch.ones(4), torch.full((4,), 10.0)],
+        [torch.zeros(4), torch.zeros(4)],
+        torch.arange(16.0),
+    )
     square, rows = flat.view(4, 4), flat.view(4, 4).unbind(0)
     shared = torch.zeros(4)
     return {
         "exchanged": (p, g, [p[1], p[0]], r"out\[0\] overlaps perception\[1\]"),
         "another input": (p, g, [None, g[0]], r"out\[1\] overlaps generation\[0\]"),
-        "shifted": ([flat[:5]], [torch.ones(5)], [flat[1:6]], r"out\[0\] overlaps perception\[0\]: unless it is exactly"),
+        "shifted": (
+            [flat[:5]],
+            [torch.ones(5)],
+            [flat[1:6]],
+            r"out\[0\] overlaps perception\[0\]: unless it is exactly",
+        ),
         "one output twice": (p, g, [shared, shared], r"out\[0\] overlaps out\[1\]"),
         "outputs in part": (p, g, [flat[:4], flat[3:7]], r"out\[0\] overlaps out\[1\]"),
-        "transposed": ([square], [torch.ones(4, 4)], [square.T], r"out\[0\] overlaps perception\[0\]: unless"),
-        "a column of an input": ([square, rows[0]], [torch.ones(4, 4), p[0]], [None, square[:, 2]], r"out\[1\] overlaps perception\[0\]"),
-        "another dtype": ([flat[:4]], [torch.ones(4)], [flat.view(torch.bfloat16)[4:8]], r"out\[0\] overlaps perception\[0\]"),
-        "an input of one loss": ([None, p[1]], g, [p[1], None], r"out\[0\] overlaps perception\[1\]"),
+        "transposed": (
+            [square],
+            [torch.ones(4, 4)],
+            [square.T],
+            r"out\[0\] overlaps perception\[0\]: unless",
+        ),
+        "a column of an input": (
+            [square, rows[0]],
+            [torch.ones(4, 4), p[0]],
+            [None, square[:, 2]],
+            r"out\[1\] overlaps perception\[0\]",
+        ),
+        "another dtype": (
+            [flat[:4]],
+            [torch.ones(4)],
+            [flat.view(torch.bfloat16)[4:8]],
+            r"out\[0\] overlaps perception\[0\]",
+        ),
+        "an input of one loss": (
+            [None, p[1]],
+            g,
+            [p[1], None],
+            r"out\[0\] overlaps perception\[1\]",
+        ),
         "windows": (
             [torch.ones(3, 4)],
             [torch.ones(3, 4)],
@@ -489,7 +745,9 @@ def test_outputs_that_share_memory_are_refused_before_anything_is_written(name):
     before = [tensor.clone() for tensor in tensors]
     with pytest.raises(ValueError, match=message):
         gf.align_gradients(p, g, out=out)
-    message = message.replace("perception", r"gradients\[0\]").replace("generation", r"gradients\[1\]")
+    message = message.replace("perception", r"gradients\[0\]").replace(
+        "generation", r"gradients\[1\]"
+    )
     with pytest.raises(ValueError, match=message):
         gf.combine((p, g), ONE_ROW, weights=WEIGHTS, out=out)
     torch.testing.assert_close(tensors, before, rtol=0, atol=0)
@@ -519,7 +777,9 @@ def test_outputs_may_lie_between_the_inputs(kind):
     for seed, part in enumerate(parts):
         part.copy_(torch.randn(part.shape, generator=torch.Generator().manual_seed(seed)))
     p, g, out = parts[::3], parts[1::3], list(parts[2::3])
-    expected, _ = gf.align_gradients([tensor.clone() for tensor in p], [tensor.clone() for tensor in g])
+    expected, _ = gf.align_gradients(
+        [tensor.clone() for tensor in p], [tensor.clone() for tensor in g]
+    )
     results, _ = gf.align_gradients(p, g, out=out)
     assert all(result is tensor for result, tensor in zip(results, out, strict=True))
     torch.testing.assert_close(results, expected)
@@ -527,7 +787,9 @@ def test_outputs_may_lie_between_the_inputs(kind):
 
 def test_out_may_be_views_in_the_place_of_both_inputs():
     p = [torch.arange(6.0).view(2, 3), torch.ones(3)]
-    results, _ = gf.align_gradients(p, p, weights=(1.0, 1.0), power=0.0, out=[tensor.detach() for tensor in p])
+    results, _ = gf.align_gradients(
+        p, p, weights=(1.0, 1.0), power=0.0, out=[tensor.detach() for tensor in p]
+    )
     torch.testing.assert_close(results, [2 * torch.arange(6.0).view(2, 3), torch.full((3,), 2.0)])
     assert results[0].data_ptr() == p[0].data_ptr()
 
@@ -546,8 +808,19 @@ def operator_arguments():
         "gram": ([*p, *g], 2, [1, 0], 2),
         "group_gram": (torch.stack([gf.gram(p, g)[0], torch.zeros(2, 2).double()]), [1, -1], 3),
         "alignment_coefficients": (gf.gram(p, g), [0.7, 0.3], 2.0),
-        "tensor_coefficients": (torch.ones(1, 2, dtype=torch.float64), torch.cat([gf.gram(p, g)] * 3), [0, -1, 0], [0.7, 0.3]),
-        "combine": ([*p, None, g[1]], torch.ones(1, 2, dtype=torch.float64), [-1, 0], [0.7, 0.3], [torch.empty(3), torch.empty(2, 2)]),
+        "tensor_coefficients": (
+            torch.ones(1, 2, dtype=torch.float64),
+            torch.cat([gf.gram(p, g)] * 3),
+            [0, -1, 0],
+            [0.7, 0.3],
+        ),
+        "combine": (
+            [*p, None, g[1]],
+            torch.ones(1, 2, dtype=torch.float64),
+            [-1, 0],
+            [0.7, 0.3],
+            [torch.empty(3), torch.empty(2, 2)],
+        ),
     }
 
 
@@ -560,13 +833,18 @@ def test_opcheck(name):
 def test_the_reference_never_asks_the_device(name):
     # A fake tensor has no values: whatever would synchronise the host with the device raises.
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        arguments = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, operator_arguments()[name])
+        arguments = torch.utils._pytree.tree_map_only(
+            torch.Tensor, mode.from_tensor, operator_arguments()[name]
+        )
         getattr(reference, name)(*arguments)
 
 
 def test_alignment_never_asks_the_device():
     with FakeTensorMode() as mode:
-        p, g = ([mode.from_tensor(tensor) for tensor in tensors] for tensors in gradient_pair(dtype=torch.float32))
+        p, g = (
+            [mode.from_tensor(tensor) for tensor in tensors]
+            for tensors in gradient_pair(dtype=torch.float32)
+        )
         p[0] = None
         aligned, stats = gf.align_gradients(p, g, groups=GROUPS)
     assert [tensor.shape for tensor in aligned] == [torch.Size(shape) for shape in SHAPES]
@@ -595,10 +873,17 @@ def test_compiles_into_one_graph(backend):
 def test_compiles_with_weights_and_power_that_vary():
     p, g = gradient_pair(dtype=torch.float32)
     compiled = torch.compile(
-        lambda weight, power: gf.align_gradients(p, g, weights=(weight, 1 - weight), power=power)[0], fullgraph=True, backend="aot_eager"
+        lambda weight, power: gf.align_gradients(p, g, weights=(weight, 1 - weight), power=power)[
+            0
+        ],
+        fullgraph=True,
+        backend="aot_eager",
     )
     for weight, power in ((0.7, 2.0), (0.6, 2.0), (0.5, 1.0), (0.5, 3.0)):
-        torch.testing.assert_close(compiled(weight, power), gf.align_gradients(p, g, weights=(weight, 1 - weight), power=power)[0])
+        torch.testing.assert_close(
+            compiled(weight, power),
+            gf.align_gradients(p, g, weights=(weight, 1 - weight), power=power)[0],
+        )
 
 
 def test_autocast_changes_nothing():

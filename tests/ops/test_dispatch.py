@@ -14,12 +14,23 @@ from genrep_fast.dispatch import selection
 
 @pytest.fixture
 def registry(monkeypatch):
-    """The registry with nothing but the reference, restored after the test; no backend is insisted on."""
+    """The registry with nothing but the reference, restored after the test; no backend is insisted
+    on.
+    """
     monkeypatch.delenv("GENREP_FAST_BACKEND", raising=False)
-    copies = {name: {"reference": by_backend["reference"]} for name, by_backend in selection._implementations.items()}
+    copies = {
+        name: {"reference": by_backend["reference"]}
+        for name, by_backend in selection._implementations.items()
+    }
     monkeypatch.setattr(selection, "_implementations", copies)
     monkeypatch.setattr(
-        selection, "_unavailable", {"cpu": "it was not built", "triton": "triton is not installed", "cuda": "it was not built"}
+        selection,
+        "_unavailable",
+        {
+            "cpu": "it was not built",
+            "triton": "triton is not installed",
+            "cuda": "it was not built",
+        },
     )
     return selection
 
@@ -48,8 +59,12 @@ def test_another_backend_changes_no_caller(calls):
     compiled = torch.compile(gf.posterior, fullgraph=True, backend="aot_eager")
     assert (gf.posterior(SCORES) == 7).all() and (compiled(SCORES) == 7).all()
     assert calls == ["posterior", "posterior"]
-    torch.testing.assert_close(gf.distillation_loss(SCORES, SCORES), torch.tensor(0.0))  # which the backend does not hold
-    torch.testing.assert_close(gf.posterior(SCORES.double()), SCORES.double().log_softmax(1))  # float64 is the reference's
+    torch.testing.assert_close(
+        gf.distillation_loss(SCORES, SCORES), torch.tensor(0.0)
+    )  # which the backend does not hold
+    torch.testing.assert_close(
+        gf.posterior(SCORES.double()), SCORES.double().log_softmax(1)
+    )  # float64 is the reference's
 
 
 ALIGNMENT = ("gram", "group_gram", "alignment_coefficients", "tensor_coefficients", "combine")
@@ -57,11 +72,17 @@ ALIGNMENT = ("gram", "group_gram", "alignment_coefficients", "tensor_coefficient
 
 @pytest.fixture
 def alignment_calls(registry):
-    """The alignment operators that a fake "cpu" backend, which holds all five, has run; each does what the reference does."""
+    """The alignment operators that a fake "cpu" backend, which holds all five, has run; each does
+    what the reference does.
+    """
     ran = []
     for name in ALIGNMENT:
         reference = registry._implementations[name]["reference"]
-        registry.register_implementation(name, "cpu", lambda *args, name=name, reference=reference: ran.append(name) or reference(*args))
+        registry.register_implementation(
+            name,
+            "cpu",
+            lambda *args, name=name, reference=reference: ran.append(name) or reference(*args),
+        )
     return ran
 
 
@@ -74,7 +95,10 @@ def test_float64_gram_matrices_of_float32_gradients_reach_every_backend(alignmen
 def test_one_float64_gradient_among_float32_ones_takes_the_reference(alignment_calls):
     gf.gram([torch.ones(3), torch.ones(3).double()], [torch.ones(3), torch.ones(3).double()])
     assert alignment_calls == []
-    with gf.use_backend("cpu"), pytest.raises(gf.BackendUnavailableError, match="float64 runs on the reference alone"):
+    with (
+        gf.use_backend("cpu"),
+        pytest.raises(gf.BackendUnavailableError, match="float64 runs on the reference alone"),
+    ):
         gf.gram([torch.ones(3), torch.ones(3).double()], [torch.ones(3), torch.ones(3).double()])
 
 
@@ -104,18 +128,29 @@ def test_the_environment_variable_insists(calls, monkeypatch):
     with gf.use_backend("cpu"):  # the nearer wish wins
         assert (gf.posterior(SCORES) == 7).all()
     monkeypatch.setenv("GENREP_FAST_BACKEND", "triton")
-    with pytest.raises(gf.BackendUnavailableError, match="'triton' was asked for, but triton is not installed"):
+    with pytest.raises(
+        gf.BackendUnavailableError, match="'triton' was asked for, but triton is not installed"
+    ):
         gf.posterior(SCORES)
     monkeypatch.setenv("GENREP_FAST_BACKEND", "fast")
-    with pytest.raises(ValueError, match="GENREP_FAST_BACKEND must be one of reference, cpu, triton, cuda, got 'fast'"):
+    with pytest.raises(
+        ValueError,
+        match="GENREP_FAST_BACKEND must be one of reference, cpu, triton, cuda, got 'fast'",
+    ):
         gf.posterior(SCORES)
 
 
 @pytest.mark.parametrize(
     ("function", "match"),
     [
-        (lambda: gf.distillation_loss(SCORES, SCORES), "'cpu' was asked for, but it does not implement distillation_loss"),
-        (lambda: gf.posterior(SCORES.double()), "'cpu' was asked for, but posterior in float64 runs on the reference alone"),
+        (
+            lambda: gf.distillation_loss(SCORES, SCORES),
+            "'cpu' was asked for, but it does not implement distillation_loss",
+        ),
+        (
+            lambda: gf.posterior(SCORES.double()),
+            "'cpu' was asked for, but posterior in float64 runs on the reference alone",
+        ),
     ],
 )
 def test_an_insisted_backend_that_cannot_run_says_why(calls, function, match):
@@ -125,7 +160,13 @@ def test_an_insisted_backend_that_cannot_run_says_why(calls, function, match):
 
 def test_a_backend_of_another_device_says_why(registry):
     registry.register_implementation("posterior", "cuda", lambda *arguments: None)
-    with gf.use_backend("cuda"), pytest.raises(gf.BackendUnavailableError, match="'cuda' was asked for, but posterior got tensors on cpu"):
+    with (
+        gf.use_backend("cuda"),
+        pytest.raises(
+            gf.BackendUnavailableError,
+            match="'cuda' was asked for, but posterior got tensors on cpu",
+        ),
+    ):
         gf.posterior(SCORES)
 
 
@@ -149,10 +190,17 @@ def test_registering_for_an_unknown_backend_is_refused(registry):
 def test_info(calls):
     info = gf.info()
     assert (info["genrep_fast"], info["torch"]) == (gf.__version__, torch.__version__)
-    assert {"log_likelihood", "posterior", "distillation_loss", "score_update"} <= set(info["backends"]["reference"]["operators"])
+    assert {"log_likelihood", "posterior", "distillation_loss", "score_update"} <= set(
+        info["backends"]["reference"]["operators"]
+    )
     cpu, triton = info["backends"]["cpu"], info["backends"]["triton"]
     assert (cpu["available"], cpu["operators"], cpu["reason"]) == (True, ["posterior"], None)
-    assert triton == {"available": False, "operators": [], "reason": "triton is not installed", "build": None}
+    assert triton == {
+        "available": False,
+        "operators": [],
+        "reason": "triton is not installed",
+        "build": None,
+    }
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -164,7 +212,11 @@ def test_autocast_is_off_inside_operators(registry, compiled):
         return (log_likelihood @ log_likelihood.T @ log_likelihood).contiguous()
 
     registry.register_implementation("posterior", "cpu", watching)
-    function = torch.compile(gf.posterior, fullgraph=True, backend="aot_eager") if compiled else gf.posterior
+    function = (
+        torch.compile(gf.posterior, fullgraph=True, backend="aot_eager")
+        if compiled
+        else gf.posterior
+    )
     with torch.autocast("cpu", dtype=torch.bfloat16):
         result = function(SCORES)
         assert torch.is_autocast_enabled("cpu")
@@ -182,15 +234,23 @@ def test_the_fastest_backend_depends_on_the_largest_argument(monkeypatch):
     assert selection.fastest_measured("posterior", device, (torch.ones(1000),)) is None
     lists = [[torch.ones(40), None, torch.ones(60)], [torch.ones(40), torch.ones(61)]]
     assert selection.fastest_measured("combine", device, (lists[0], torch.ones(9), 2.0)) == "cuda"
-    assert selection.fastest_measured("combine", device, (lists[0], torch.ones(9), lists[1])) == "triton"
+    assert (
+        selection.fastest_measured("combine", device, (lists[0], torch.ones(9), lists[1]))
+        == "triton"
+    )
 
 
 def test_a_measured_backend_goes_first_where_it_is_there(calls, monkeypatch):
     monkeypatch.setitem(selection._PREFERENCE, "cpu", ("reference", "cpu"))
     reference = selection._implementations["posterior"]["reference"]
     assert selection.select_implementation("posterior", "cpu", False) is reference
-    assert selection.select_implementation("posterior", "cpu", False, "cpu") is selection._implementations["posterior"]["cpu"]
-    assert selection.select_implementation("posterior", "cpu", False, "triton") is reference  # not there
+    assert (
+        selection.select_implementation("posterior", "cpu", False, "cpu")
+        is selection._implementations["posterior"]["cpu"]
+    )
+    assert (
+        selection.select_implementation("posterior", "cpu", False, "triton") is reference
+    )  # not there
     assert selection.select_implementation("posterior", "cpu", True, "cpu") is reference  # float64
     with gf.use_backend("reference"):
         assert selection.select_implementation("posterior", "cpu", False, "cpu") is reference
@@ -204,7 +264,9 @@ def test_the_committed_table_names_operators_and_backends():
     assert table
     for operators in table.values():
         assert set(operators) == set(operator_definitions.schemas) - NOT_MEASURED
-        assert operators["log_likelihood_backward"] == operators["log_likelihood"]  # whose bits of l it needs
+        assert (
+            operators["log_likelihood_backward"] == operators["log_likelihood"]
+        )  # whose bits of l it needs
         for steps in operators.values():
             assert {backend for _, backend in steps} <= {"triton", "cuda"}
             *limits, last = [most for most, _ in steps]

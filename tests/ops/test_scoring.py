@@ -1,4 +1,6 @@
-"""Likelihood against torch.distributions, its gradients, what it refuses, and what torch.compile makes of it with posterior and loss."""
+"""Likelihood against torch.distributions, its gradients, what it refuses, and what torch.compile
+makes of it with posterior and loss.
+"""
 
 import math
 
@@ -22,7 +24,9 @@ SIZES = [
 
 
 def random(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
 def chain_coefficients(steps, dtype=torch.float64):
@@ -46,14 +50,18 @@ def inputs(batch, classes, steps, channels, extra=0, spatial=(), dtype=torch.flo
 
 
 def small_chunk(dtype=torch.float64, requires_grad=False):
-    tensors = [tensor.requires_grad_(requires_grad) for tensor in inputs(2, 3, 4, 2, 1, (3,), dtype=dtype)]
+    tensors = [
+        tensor.requires_grad_(requires_grad) for tensor in inputs(2, 3, 4, 2, 1, (3,), dtype=dtype)
+    ]
     return (*tensors, chain_coefficients(4))
 
 
 def distribution_log_likelihood(x, model_output, x_t, steps, reduction, per_location):
     """The chain's Gaussian kernels as torch.distributions, computed in x's dtype."""
     std = torch.linspace(0.5, 2, steps, dtype=torch.float64)
-    per_step = [tensor.to(x.dtype).reshape(steps, *[1] * (x.ndim - 1)) for tensor in (std, std.flip(0))]
+    per_step = [
+        tensor.to(x.dtype).reshape(steps, *[1] * (x.ndim - 1)) for tensor in (std, std.flip(0))
+    ]
     mean = 0.5 * x_t + per_step[1] * model_output[:, :, :, : x.shape[1]]  # [B, K, S, C, *spatial]
     x = x[:, None].expand(-1, mean.shape[1], *[-1] * (x.ndim - 1))
     scale = per_step[0].expand_as(mean)
@@ -65,7 +73,9 @@ def distribution_log_likelihood(x, model_output, x_t, steps, reduction, per_loca
         kernels = Independent(Normal(mean, scale), mean.ndim - 3)
     if reduction == "mean":
         return kernels.log_prob(x.unsqueeze(-2) if per_location else x.unsqueeze(2)).mean(-1)
-    return MixtureSameFamily(Categorical(logits=torch.zeros(kernels.batch_shape, dtype=x.dtype)), kernels).log_prob(x)
+    return MixtureSameFamily(
+        Categorical(logits=torch.zeros(kernels.batch_shape, dtype=x.dtype)), kernels
+    ).log_prob(x)
 
 
 @pytest.mark.parametrize("per_location", [False, True])
@@ -73,8 +83,20 @@ def distribution_log_likelihood(x, model_output, x_t, steps, reduction, per_loca
 @pytest.mark.parametrize("size", SIZES)
 def test_log_likelihood_equals_torch_distributions(size, reduction, per_location):
     x, model_output, x_t = inputs(*size)
-    got = gf.log_likelihood(x, model_output, chain_coefficients(size[2]), x_t, reduction=reduction, per_location=per_location)
-    torch.testing.assert_close(got, distribution_log_likelihood(x, model_output, x_t, size[2], reduction, per_location), rtol=1e-10, atol=0)
+    got = gf.log_likelihood(
+        x,
+        model_output,
+        chain_coefficients(size[2]),
+        x_t,
+        reduction=reduction,
+        per_location=per_location,
+    )
+    torch.testing.assert_close(
+        got,
+        distribution_log_likelihood(x, model_output, x_t, size[2], reduction, per_location),
+        rtol=1e-10,
+        atol=0,
+    )
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -83,7 +105,11 @@ def test_shared_class_chains_equal_the_same_chains_for_every_image(reduction):
     coefficients, x_t = chain_coefficients(5), random(4, 5, 2, 3)
     shared = gf.log_likelihood(x, model_output[0], coefficients, x_t, reduction=reduction)
     expanded = gf.log_likelihood(
-        x, model_output[:1].expand(3, -1, -1, -1, -1), coefficients, x_t.expand(3, -1, -1, -1, -1), reduction=reduction
+        x,
+        model_output[:1].expand(3, -1, -1, -1, -1),
+        coefficients,
+        x_t.expand(3, -1, -1, -1, -1),
+        reduction=reduction,
     )
     torch.testing.assert_close(shared, expanded, rtol=0, atol=0)
     assert shared.shape == (3, 4)
@@ -92,7 +118,9 @@ def test_shared_class_chains_equal_the_same_chains_for_every_image(reduction):
 def test_locations_of_the_mean_add_up_to_the_image():
     x, model_output, x_t, coefficients = small_chunk()
     image = gf.log_likelihood(x, model_output, coefficients, x_t, reduction="mean")
-    locations = gf.log_likelihood(x, model_output, coefficients, x_t, reduction="mean", per_location=True)
+    locations = gf.log_likelihood(
+        x, model_output, coefficients, x_t, reduction="mean", per_location=True
+    )
     torch.testing.assert_close(locations.sum(-1), image)
 
 
@@ -100,7 +128,9 @@ def test_one_class_of_outputs_serves_every_class_of_targets():
     x, model_output, _, coefficients = small_chunk()
     x_t = random(1, 5, 1, 2, 3)
     got = gf.log_likelihood(x, model_output[:, :1], coefficients, x_t)
-    expected = gf.log_likelihood(x, model_output[:, :1].expand(-1, 5, -1, -1, -1), coefficients, x_t.expand(2, -1, 4, -1, -1))
+    expected = gf.log_likelihood(
+        x, model_output[:, :1].expand(-1, 5, -1, -1, -1), coefficients, x_t.expand(2, -1, 4, -1, -1)
+    )
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
@@ -111,26 +141,44 @@ def test_strided_inputs_give_the_contiguous_result(reduction):
 
     x, model_output, x_t = inputs(2, 3, 4, 2, 0, (3, 5))
     coefficients = chain_coefficients(4)
-    tables = (coefficients.data, coefficients.noisy, coefficients.output, coefficients.inv_var, coefficients.log_norm)
+    tables = (
+        coefficients.data,
+        coefficients.noisy,
+        coefficients.output,
+        coefficients.inv_var,
+        coefficients.log_norm,
+    )
     arguments = (strided(x), strided(model_output), strided(x_t), *tables, reduction, True)
     torch.library.opcheck(OPS.log_likelihood.default, arguments)
     likelihood, remainder = OPS.log_likelihood(*arguments)
-    expected = gf.log_likelihood(x, model_output, coefficients, x_t, reduction=reduction, per_location=True)
+    expected = gf.log_likelihood(
+        x, model_output, coefficients, x_t, reduction=reduction, per_location=True
+    )
     torch.testing.assert_close(likelihood, expected)
-    detached = [argument.detach() if isinstance(argument, torch.Tensor) else argument for argument in arguments]
+    detached = [
+        argument.detach() if isinstance(argument, torch.Tensor) else argument
+        for argument in arguments
+    ]
     grads = (strided(likelihood).detach(), likelihood.detach(), remainder.detach())
-    torch.library.opcheck(OPS.log_likelihood_backward.default, (*grads, *detached, [True, True, True]))
+    torch.library.opcheck(
+        OPS.log_likelihood_backward.default, (*grads, *detached, [True, True, True])
+    )
     torch.library.opcheck(OPS.posterior.default, (strided(expected), None, 1.0))
     logits, scores = strided(-expected), strided(expected)
     torch.library.opcheck(OPS.distillation_loss.default, (logits, scores, None, 1.0))
     grad = strided(expected[:, 0]).detach()
-    torch.library.opcheck(OPS.distillation_loss_backward.default, (grad, logits.detach(), scores.detach(), None, 1.0, [True, True]))
+    torch.library.opcheck(
+        OPS.distillation_loss_backward.default,
+        (grad, logits.detach(), scores.detach(), None, 1.0, [True, True]),
+    )
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0)])
 def test_empty_inputs(shape):
     batch, classes, steps = shape
-    x, model_output, x_t = (tensor.requires_grad_() for tensor in inputs(batch, classes, steps, 2, 0, (3,)))
+    x, model_output, x_t = (
+        tensor.requires_grad_() for tensor in inputs(batch, classes, steps, 2, 0, (3,))
+    )
     got = gf.log_likelihood(x, model_output, chain_coefficients(steps), x_t)
     assert got.shape == (batch, classes)
     assert (got == -math.inf).all()
@@ -153,10 +201,24 @@ def test_log_likelihood_dtypes(dtype):
 def test_low_precision_error_is_at_most_twice_the_naive_one(channels, dtype, reduction):
     low = inputs(3, 4, 7, channels, dtype=dtype)
     exact = distribution_log_likelihood(*(tensor.double() for tensor in low), 7, reduction, False)
-    naive = (distribution_log_likelihood(*low, 7, reduction, False).double() - exact).abs().max().item()
-    error = (gf.log_likelihood(low[0], low[1], chain_coefficients(7), low[2], reduction=reduction).double() - exact).abs().max().item()
+    naive = (
+        (distribution_log_likelihood(*low, 7, reduction, False).double() - exact).abs().max().item()
+    )
+    error = (
+        (
+            gf.log_likelihood(
+                low[0], low[1], chain_coefficients(7), low[2], reduction=reduction
+            ).double()
+            - exact
+        )
+        .abs()
+        .max()
+        .item()
+    )
     tolerance = 2 * naive + 1e-6
-    print(f"{dtype}, {channels} channels, {reduction}: worst error {error:.3g} nats, tolerance {tolerance:.3g}")
+    print(
+        f"{dtype}, {channels} channels, {reduction}: worst error {error:.3g} nats, tolerance {tolerance:.3g}"
+    )
     assert error <= tolerance
 
 
@@ -166,20 +228,41 @@ def test_log_likelihood_gradients(reduction, per_location):
     x, model_output, x_t, coefficients = small_chunk(requires_grad=True)
 
     def run(*tensors):
-        return gf.log_likelihood(tensors[0], tensors[1], coefficients, tensors[2], reduction=reduction, per_location=per_location)
+        return gf.log_likelihood(
+            tensors[0],
+            tensors[1],
+            coefficients,
+            tensors[2],
+            reduction=reduction,
+            per_location=per_location,
+        )
 
     assert torch.autograd.gradcheck(run, (x, model_output, x_t))
-    shared = (x, model_output[0, :, :, :2].detach().requires_grad_(), x_t[:1, :, :1].detach().requires_grad_())
+    shared = (
+        x,
+        model_output[0, :, :, :2].detach().requires_grad_(),
+        x_t[:1, :, :1].detach().requires_grad_(),
+    )
     assert torch.autograd.gradcheck(run, shared)
 
 
 def test_only_the_gradients_asked_for_are_computed():
     x, model_output, x_t, coefficients = small_chunk()
-    tables = (coefficients.data, coefficients.noisy, coefficients.output, coefficients.inv_var, coefficients.log_norm)
+    tables = (
+        coefficients.data,
+        coefficients.noisy,
+        coefficients.output,
+        coefficients.inv_var,
+        coefficients.log_norm,
+    )
     arguments = (x, model_output, x_t, *tables, "mixture", False)
-    gradients = OPS.log_likelihood_backward(random(2, 3), *OPS.log_likelihood(*arguments), *arguments, [False, True, False])
+    gradients = OPS.log_likelihood_backward(
+        random(2, 3), *OPS.log_likelihood(*arguments), *arguments, [False, True, False]
+    )
     assert [gradient.numel() for gradient in gradients] == [0, model_output.numel(), 0]
-    gradients = OPS.distillation_loss_backward(random(2), random(2, 3), random(2, 3), None, 1.0, [True, False])
+    gradients = OPS.distillation_loss_backward(
+        random(2), random(2, 3), random(2, 3), None, 1.0, [True, False]
+    )
     assert [gradient.numel() for gradient in gradients] == [6, 0]
 
 
@@ -222,25 +305,68 @@ def test_steps_without_likelihood_pass_no_gradient():
     ("changed", "error", "match"),
     [
         ({"x": None}, TypeError, "x must be a tensor, got NoneType"),
-        ({"x": torch.zeros(2, 2, 3, dtype=torch.int64)}, TypeError, "x must be float32.*got torch.int64"),
-        ({"x": torch.zeros(2, 2, 3)}, TypeError, "model_output must be float64 if and only if x is"),
+        (
+            {"x": torch.zeros(2, 2, 3, dtype=torch.int64)},
+            TypeError,
+            "x must be float32.*got torch.int64",
+        ),
+        (
+            {"x": torch.zeros(2, 2, 3)},
+            TypeError,
+            "model_output must be float64 if and only if x is",
+        ),
         ({"x": torch.zeros(2).double()}, ValueError, r"x must be \[B, C, \*spatial\], got \(2,\)"),
-        ({"x": torch.zeros(2, 2, 3, device="meta").double()}, ValueError, "model_output must be on meta.*got cpu"),
-        ({"model_output": random(3, 4, 2)}, ValueError, "model_output must have x's 3 axes and 2 more"),
-        ({"model_output": random(3, 3, 4, 2, 3)}, ValueError, "model_output must have x's batch size 2 or 1, got 3"),
-        ({"model_output": random(2, 3, 5, 2, 3)}, ValueError, "model_output must have the coefficients' 4 steps, got 5"),
-        ({"model_output": random(2, 3, 4, 1, 3)}, ValueError, "model_output must have at least x's 2 channels, got 1"),
-        ({"model_output": random(2, 3, 4, 2, 4)}, ValueError, r"model_output must have x's spatial shape \(3,\), got \(4,\)"),
+        (
+            {"x": torch.zeros(2, 2, 3, device="meta").double()},
+            ValueError,
+            "model_output must be on meta.*got cpu",
+        ),
+        (
+            {"model_output": random(3, 4, 2)},
+            ValueError,
+            "model_output must have x's 3 axes and 2 more",
+        ),
+        (
+            {"model_output": random(3, 3, 4, 2, 3)},
+            ValueError,
+            "model_output must have x's batch size 2 or 1, got 3",
+        ),
+        (
+            {"model_output": random(2, 3, 5, 2, 3)},
+            ValueError,
+            "model_output must have the coefficients' 4 steps, got 5",
+        ),
+        (
+            {"model_output": random(2, 3, 4, 1, 3)},
+            ValueError,
+            "model_output must have at least x's 2 channels, got 1",
+        ),
+        (
+            {"model_output": random(2, 3, 4, 2, 4)},
+            ValueError,
+            r"model_output must have x's spatial shape \(3,\), got \(4,\)",
+        ),
         ({"x_t": None}, ValueError, "x_t must be given"),
-        ({"x_t": random(2, 2, 4, 2, 3)}, ValueError, "x_t must have model_output's 3 classes or 1, got 2"),
-        ({"x_t": random(2, 3, 2, 2, 3)}, ValueError, "x_t must have 1 step or the coefficients' 4, got 2"),
+        (
+            {"x_t": random(2, 2, 4, 2, 3)},
+            ValueError,
+            "x_t must have model_output's 3 classes or 1, got 2",
+        ),
+        (
+            {"x_t": random(2, 3, 2, 2, 3)},
+            ValueError,
+            "x_t must have 1 step or the coefficients' 4, got 2",
+        ),
         ({"x_t": random(2, 3, 4, 3, 3)}, ValueError, "x_t must have x's 2 channels, got 3"),
         ({"coefficients": 1}, TypeError, "coefficients must be StepCoefficients, got int"),
         ({"reduction": "sum"}, ValueError, "reduction must be .* got 'sum'"),
     ],
 )
 def test_log_likelihood_refuses(changed, error, match):
-    arguments = dict(zip(("x", "model_output", "x_t", "coefficients"), small_chunk(), strict=True)) | changed
+    arguments = (
+        dict(zip(("x", "model_output", "x_t", "coefficients"), small_chunk(), strict=True))
+        | changed
+    )
     with pytest.raises(error, match=match):
         gf.log_likelihood(**arguments)
 
@@ -253,7 +379,9 @@ def test_the_mean_of_no_steps_is_refused():
 
 def test_steps_that_cannot_be_scored_are_refused():
     one = torch.ones(1)
-    coefficients = gf.StepCoefficients(data=one, noisy=0 * one, output=-one, inv_var=one / 0, log_norm=one)
+    coefficients = gf.StepCoefficients(
+        data=one, noisy=0 * one, output=-one, inv_var=one / 0, log_norm=one
+    )
     with pytest.raises(ValueError, match="cannot be scored"):
         gf.log_likelihood(torch.zeros(2, 3), torch.zeros(2, 4, 1, 3), coefficients)
 
@@ -261,15 +389,31 @@ def test_steps_that_cannot_be_scored_are_refused():
 def operator_calls():
     """Every operator with arguments that reach all of its branches."""
     x, model_output, x_t, coefficients = small_chunk()
-    tables = (coefficients.data, coefficients.noisy, coefficients.output, coefficients.inv_var, coefficients.log_norm)
+    tables = (
+        coefficients.data,
+        coefficients.noisy,
+        coefficients.output,
+        coefficients.inv_var,
+        coefficients.log_norm,
+    )
     chunk = (x, model_output, x_t, *tables)
     grad, calls = random(2, 3, seed=4), {}
     for reduction in REDUCTIONS:
         differentiable = tuple(tensor.detach().clone().requires_grad_() for tensor in chunk[:3])
-        calls[f"log_likelihood-{reduction}"] = (OPS.log_likelihood, (*differentiable, *tables, reduction, reduction == "mean"))
+        calls[f"log_likelihood-{reduction}"] = (
+            OPS.log_likelihood,
+            (*differentiable, *tables, reduction, reduction == "mean"),
+        )
         calls[f"log_likelihood_backward-{reduction}"] = (
             OPS.log_likelihood_backward,
-            (grad, *OPS.log_likelihood(*chunk, reduction, False), *chunk, reduction, False, [True, reduction == "mean", True]),
+            (
+                grad,
+                *OPS.log_likelihood(*chunk, reduction, False),
+                *chunk,
+                reduction,
+                False,
+                [True, reduction == "mean", True],
+            ),
         )
         state = random(3 if reduction == "mixture" else 2, 2, 5).abs()
         classes = torch.tensor([4, 0, 2])
@@ -295,9 +439,15 @@ def test_the_whole_way_compiles_without_a_graph_break(backend, reduction):
     prior = torch.tensor([0.2, 0.5, 0.3]).log()
 
     def loss(model_output, logits):
-        likelihood = gf.log_likelihood(x, model_output, coefficients, x_t, reduction=reduction, per_location=per_location)
+        likelihood = gf.log_likelihood(
+            x, model_output, coefficients, x_t, reduction=reduction, per_location=per_location
+        )
         evidence, posterior = gf.log_evidence(likelihood), gf.posterior(likelihood, log_prior=prior)
-        return gf.distillation_loss(logits, likelihood, log_prior=prior, temperature=3.0) + evidence.mean() + posterior.mean()
+        return (
+            gf.distillation_loss(logits, likelihood, log_prior=prior, temperature=3.0)
+            + evidence.mean()
+            + posterior.mean()
+        )
 
     results = []
     for function in (loss, torch.compile(loss, fullgraph=True, backend=backend)):
@@ -321,7 +471,12 @@ def test_autocast_changes_nothing():
     def run():
         likelihood = gf.log_likelihood(x, model_output, coefficients, x_t)
         loss = gf.distillation_loss(random(2, 3, dtype=torch.float32), likelihood)
-        return likelihood, gf.posterior(likelihood), loss, *torch.autograd.grad(loss, (x, model_output, x_t))
+        return (
+            likelihood,
+            gf.posterior(likelihood),
+            loss,
+            *torch.autograd.grad(loss, (x, model_output, x_t)),
+        )
 
     expected = run()
     with torch.autocast("cpu", dtype=torch.bfloat16):

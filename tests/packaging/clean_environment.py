@@ -1,4 +1,5 @@
-"""A wheel where there is nothing else: torch, what the package itself requires, and pytest; no compiler on PATH.
+"""A wheel where there is nothing else: torch, what the package itself requires, and pytest; no
+compiler on PATH.
 
 python tests/packaging/clean_environment.py WHEEL TORCH...   # `make wheel-matrix`: the operators' tests beside each version of torch
 """
@@ -13,7 +14,12 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-OPERATOR_TESTS = ("ops/test_alignment.py", "ops/test_optimizer.py", "kernels/test_kernels.py", "kernels/test_scoring_kernels.py")
+OPERATOR_TESTS = (
+    "ops/test_alignment.py",
+    "ops/test_optimizer.py",
+    "kernels/test_kernels.py",
+    "kernels/test_scoring_kernels.py",
+)
 IMPORT = "import time, torch; start = time.perf_counter(); import genrep_fast; print(time.perf_counter() - start)"
 
 
@@ -22,34 +28,52 @@ def create(folder: Path, wheel: Path, torch: str) -> Path:
     venv.create(folder, with_pip=True)
     python = folder / "bin/python"
     install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    # torch by itself: together with a wheel that asks for torch >= 2.11, pip may look for the newest one.
-    for packages in ([f"torch=={torch}"], ["numpy", "safetensors", "pytest", "pytest-benchmark"], ["--no-deps", wheel]):
+    # torch by itself: together with a wheel that asks for torch >= 2.11, pip may look for the
+    # newest one.
+    for packages in (
+        [f"torch=={torch}"],
+        ["numpy", "safetensors", "pytest", "pytest-benchmark"],
+        ["--no-deps", wheel],
+    ):
         run(*install, *packages)
     return python
 
 
 def run(*command: object, **options) -> str:
     """Standard output; RuntimeError with what was printed where the command fails."""
-    result = subprocess.run([str(part) for part in command], capture_output=True, text=True, **options)
+    result = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, **options
+    )
     if result.returncode:
-        raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{result.stdout}\n{result.stderr}")
+        raise RuntimeError(
+            f"{' '.join(map(str, command))} failed:\n{result.stdout}\n{result.stderr}"
+        )
     return result.stdout
 
 
 def run_alone(python: Path, *arguments: object, cwd: Path, **environment: str) -> str:
     """Run Python with nothing on PATH but the environment's own programs."""
-    return run(python, *arguments, cwd=cwd, env={"PATH": str(python.parent), "HOME": str(cwd), "OMP_NUM_THREADS": "1", **environment})
+    return run(
+        python,
+        *arguments,
+        cwd=cwd,
+        env={"PATH": str(python.parent), "HOME": str(cwd), "OMP_NUM_THREADS": "1", **environment},
+    )
 
 
 def run_operator_tests(python: Path, folder: Path, **environment: str) -> tuple[int, int]:
-    """Numbers of the operators' tests that passed and that were skipped; of the C++ kernels, as Triton is not there."""
+    """Numbers of the operators' tests that passed and that were skipped; of the C++ kernels, as
+    Triton is not there.
+    """
     folder.mkdir()
     for name in ("conftest.py", *OPERATOR_TESTS):
         shutil.copy(ROOT / "tests" / name, folder)
     # Inductor needs a compiler of its own on a CPU.
     options = ["-q", "--import-mode=importlib", "-k", "not triton and not inductor"]
     summary = run_alone(python, "-m", "pytest", *options, ".", cwd=folder, **environment)
-    return tuple(int((re.search(rf"(\d+) {kind}", summary) or [0, 0])[1]) for kind in ("passed", "skipped"))
+    return tuple(
+        int((re.search(rf"(\d+) {kind}", summary) or [0, 0])[1]) for kind in ("passed", "skipped")
+    )
 
 
 def main() -> None:
@@ -61,9 +85,12 @@ def main() -> None:
             python = create(folder / "environment", Path(wheel).resolve(), version)
             passed, skipped = run_operator_tests(python, folder / "tests")
             seconds = [float(run_alone(python, "-c", IMPORT, cwd=folder)) for _ in range(5)]
-            installed = run_alone(python, "-c", "import torch; print(torch.__version__)", cwd=folder).strip()
+            installed = run_alone(
+                python, "-c", "import torch; print(torch.__version__)", cwd=folder
+            ).strip()
             print(
-                f"torch {installed}: {passed} passed, {skipped} skipped; import after torch {statistics.median(seconds):.3f} s", flush=True
+                f"torch {installed}: {passed} passed, {skipped} skipped; import after torch {statistics.median(seconds):.3f} s",
+                flush=True,
             )
 
 

@@ -1,4 +1,6 @@
-"""What may import what: rooms import from the rooms below them, and the two wings stand side by side."""
+"""What may import what: rooms import from the rooms below them, and the two wings stand side by
+side.
+"""
 
 import ast
 import re
@@ -6,7 +8,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "genrep_fast"
-# From the ground up; a room imports from lower floors alone, and rooms of one floor not from each other.
+# From the ground up; a room imports from lower floors alone, and rooms of one floor not from each
+# other.
 FLOORS = (
     {"_version", "extras", "files", "memory_overlap"},
     {"dispatch", "reference", "coefficients"},
@@ -29,7 +32,9 @@ def modules():
 
 
 def imported_rooms(path, parts):
-    """Rooms from which a module imports, wherever in it; what stands under TYPE_CHECKING does not count."""
+    """Rooms from which a module imports, wherever in it; what stands under TYPE_CHECKING does not
+    count.
+    """
     package = list(parts[:-1])
     tree = ast.parse(path.read_text())
     for_types = {id(child) for node in tree.body if isinstance(node, ast.If) for child in node.body}
@@ -71,7 +76,11 @@ def test_the_wings_have_empty_doors():
 
 def test_the_architecture_page_names_every_folder_and_nothing_else():
     text = (ROOT / "docs/architecture.md").read_text()
-    named = set(re.findall(r"`((?:genrep_fast|kernels|csrc|benchmarks|tests|docs|examples)(?:/[\w.]+)*/?)`", text))
+    named = set(
+        re.findall(
+            r"`((?:genrep_fast|kernels|csrc|benchmarks|tests|docs|examples)(?:/[\w.]+)*/?)`", text
+        )
+    )
     missing = [name for name in named if not (ROOT / name).exists()]
     assert missing == []
     tops = ("genrep_fast", "kernels", "csrc", "tests")

@@ -1,4 +1,6 @@
-"""The suite behind `genrep bench`: which cases it finds, that its gates can fail, its rows, report and comparison of commits."""
+"""The suite behind `genrep bench`: which cases it finds, that its gates can fail, its rows, report
+and comparison of commits.
+"""
 
 import csv
 import io
@@ -23,7 +25,9 @@ def test_cases_of_a_quick_and_of_a_full_run():
     assert set(quick) < set(full)
     assert {name for name, _ in full} == set(suite.SUITES)
     assert ("scoring", "latent forward") in quick
-    assert set(suite.find_cases(["operators"], "gram *", True)) == {("operators", f"gram {size}") for size in SIZES}
+    assert set(suite.find_cases(["operators"], "gram *", True)) == {
+        ("operators", f"gram {size}") for size in SIZES
+    }
 
 
 @pytest.mark.parametrize("name", suite.SUITES)
@@ -39,7 +43,9 @@ def test_nothing_to_measure():
         suite.find_cases(["scoring", "operators"], "gram", False)
 
 
-@pytest.mark.parametrize(("option", "value"), [("threads", 0), ("seconds", -1.0), ("seconds", float("nan"))])
+@pytest.mark.parametrize(
+    ("option", "value"), [("threads", 0), ("seconds", -1.0), ("seconds", float("nan"))]
+)
 def test_options_out_of_range(option, value):
     with pytest.raises(ValueError, match=f"{option} must .*, got {value}"):
         suite.run(["scoring"], "small forward", **{option: value})
@@ -47,7 +53,10 @@ def test_options_out_of_range(option, value):
 
 def test_the_command_refuses_them(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for arguments, message in ((["--suite", "speed"], "got 'speed'"), (["--against", "no-such-commit"], "'no-such-commit' is no commit")):
+    for arguments, message in (
+        (["--suite", "speed"], "got 'speed'"),
+        (["--against", "no-such-commit"], "'no-such-commit' is no commit"),
+    ):
         with pytest.raises(SystemExit) as exit_:
             cli.main(["bench", *arguments])
         error = capsys.readouterr().err
@@ -79,7 +88,9 @@ def scale(values):
 def test_a_wrong_kernel_does_not_pass_the_gate(name, monkeypatch):
     case_name, operator = BROKEN[name]
     case = import_module(f"genrep_fast.benchmarks.bench_{name}").CASES[case_name]()
-    *_, provider = (provider for provider in case.providers.values() if provider.role in ("ours", "variant"))
+    *_, provider = (
+        provider for provider in case.providers.values() if provider.role in ("ours", "variant")
+    )
     assert provider.error() < 1e-2
     kernel = selection._implementations[operator]["cpu"]
 
@@ -106,8 +117,19 @@ def fail():
 
 def small_case(**errors):
     source, target = torch.ones(1000), torch.empty(1000)
-    roles = {"loop": "eager", "fused": "compiled", "peer a": "peer", "peer b": "peer", "least": "bound", "mine": "ours", "other": "ours"}
-    providers = {name: Provider(lambda: target.copy_(source), errors.get(name, lambda: 1e-7), role) for name, role in roles.items()}
+    roles = {
+        "loop": "eager",
+        "fused": "compiled",
+        "peer a": "peer",
+        "peer b": "peer",
+        "least": "bound",
+        "mine": "ours",
+        "other": "ours",
+    }
+    providers = {
+        name: Provider(lambda: target.copy_(source), errors.get(name, lambda: 1e-7), role)
+        for name, role in roles.items()
+    }
     return Case(providers, 1000, 8000, 2000, lambda: target.copy_(source), 8000)
 
 
@@ -116,19 +138,35 @@ def rows(monkeypatch):
     monkeypatch.setattr(measurement, "keep_freed_memory", lambda: None)  # of this process, for good
     case = small_case(other=fail)
     (rows,) = measurement.measure(
-        {("scoring", "tiny"): lambda: case}, seconds=0, cold=False, chosen=lambda name, role: name != "least" or role != "bound"
+        {("scoring", "tiny"): lambda: case},
+        seconds=0,
+        cold=False,
+        chosen=lambda name, role: name != "least" or role != "bound",
     )
     return {row["provider"]: row for row in rows}
 
 
 def test_ratios_and_bandwidth(rows):
-    assert set(rows) == {"loop", "fused", "peer a", "peer b", "mine", "other"}  # the bound was not chosen
+    assert set(rows) == {
+        "loop",
+        "fused",
+        "peer a",
+        "peer b",
+        "mine",
+        "other",
+    }  # the bound was not chosen
     mine = rows["mine"]
-    assert mine["error"] == 1e-7 and (mine["elements"], mine["moved_bytes"], mine["flops"]) == (1000, 8000, 2000)
+    assert mine["error"] == 1e-7 and (mine["elements"], mine["moved_bytes"], mine["flops"]) == (
+        1000,
+        8000,
+        2000,
+    )
     assert mine["over_eager"] == pytest.approx(rows["loop"]["ms"] / mine["ms"])
     assert mine["over_compiled"] == pytest.approx(rows["fused"]["ms"] / mine["ms"])
     fastest = min(("peer a", "peer b"), key=lambda name: rows[name]["ms"])
-    assert mine["peer"] == fastest and mine["over_peer"] == pytest.approx(rows[fastest]["ms"] / mine["ms"])
+    assert mine["peer"] == fastest and mine["over_peer"] == pytest.approx(
+        rows[fastest]["ms"] / mine["ms"]
+    )
     assert mine["low_ms"] <= mine["ms"] <= mine["high_ms"]
     assert mine["bandwidth_percent"] == pytest.approx(100 * mine["floor_ms"] / mine["ms"])
     assert mine["floor_ms"] == pytest.approx(mine["moved_bytes"] / mine["copy_gb_per_s"] / 1e6)
@@ -141,7 +179,9 @@ def test_what_is_wrong_is_not_timed(rows):
 
 def test_a_case_in_which_everything_fails(monkeypatch):
     case = Case({"mine": Provider(fail, fail, "ours")}, 1, None, 1, fail, 1)
-    (rows,) = measurement.measure({("scoring", "tiny"): lambda: case}, seconds=0, cold=True, chosen=lambda name, role: True)
+    (rows,) = measurement.measure(
+        {("scoring", "tiny"): lambda: case}, seconds=0, cold=True, chosen=lambda name, role: True
+    )
     assert [row["provider"] for row in rows if "failure" in row] == ["mine"]
 
 
@@ -161,13 +201,26 @@ def results(rows):
 
 
 def test_report_files(results, tmp_path):
-    assert {path.name for path in report.write(results, tmp_path, complete=False)} == {"bench.json", "bench.csv"}
+    assert {path.name for path in report.write(results, tmp_path, complete=False)} == {
+        "bench.json",
+        "bench.csv",
+    }
     paths = report.write(results, tmp_path / "run")
-    assert {path.name for path in paths} == {"bench.json", "bench.csv", "table.md", "report.html", "roofline.png"}
+    assert {path.name for path in paths} == {
+        "bench.json",
+        "bench.csv",
+        "table.md",
+        "report.html",
+        "roofline.png",
+    }
     assert json.loads((tmp_path / "run/bench.json").read_text()) == results
     assert (tmp_path / "run/roofline.png").read_bytes().startswith(b"\x89PNG")
     html = (tmp_path / "run/report.html").read_text()
-    assert html.count('<img src="data:image/png;base64,') == 1 and "<td>mine</td>" in html and "relative error 1.0" in html
+    assert (
+        html.count('<img src="data:image/png;base64,') == 1
+        and "<td>mine</td>" in html
+        and "relative error 1.0" in html
+    )
 
 
 def test_lines_are_keyed(results):
@@ -200,7 +253,10 @@ def test_tables_are_written_between_marks(results, tmp_path):
     (tmp_path / "some-cpu").mkdir()
     (tmp_path / "some-cpu/bench.json").write_text(json.dumps(results))
     written = report.written_tables(page, tmp_path)
-    assert written == f"above\n<!-- table: bench.json -->\n{report.table(results)}<!-- end of table -->\nbelow\n"
+    assert (
+        written
+        == f"above\n<!-- table: bench.json -->\n{report.table(results)}<!-- end of table -->\nbelow\n"
+    )
     page = "<!-- table: bench.json scoring -->\n<!-- end of table -->\n<!-- table: bench.json optimizer -->\n<!-- end of table -->"
     assert report.written_tables(page, tmp_path).count("| mine |") == 1
     assert report.written_tables("no marks\n", tmp_path) == "no marks\n"
@@ -208,12 +264,37 @@ def test_tables_are_written_between_marks(results, tmp_path):
 
 
 def step_rows():
-    ms = {("denoiser", "torch"): 100, ("teacher evaluations", "torch"): 5, ("step", "unaligned"): 110}
-    ms |= {(case, "eager reference"): value for case, value in (("scoring", 50), ("alignment", 9), ("optimizer", 8), ("average", 2))}
-    ms |= {("method", "eager reference"): 70, ("step", "eager reference"): 175, ("scoring", "mine"): 1, ("Gram pass", "mine"): 1}
-    ms |= {("update", "mine"): 4, ("method", "mine"): 5, ("step", "mine"): 100, ("update", "eager reference"): 19}
+    ms = {
+        ("denoiser", "torch"): 100,
+        ("teacher evaluations", "torch"): 5,
+        ("step", "unaligned"): 110,
+    }
+    ms |= {
+        (case, "eager reference"): value
+        for case, value in (("scoring", 50), ("alignment", 9), ("optimizer", 8), ("average", 2))
+    }
+    ms |= {
+        ("method", "eager reference"): 70,
+        ("step", "eager reference"): 175,
+        ("scoring", "mine"): 1,
+        ("Gram pass", "mine"): 1,
+    }
+    ms |= {
+        ("update", "mine"): 4,
+        ("method", "mine"): 5,
+        ("step", "mine"): 100,
+        ("update", "eager reference"): 19,
+    }
     return [
-        {"suite": "training_step", "case": case, "provider": provider, "role": "ours", "ms": float(value), "flops": 0, "moved_bytes": None}
+        {
+            "suite": "training_step",
+            "case": case,
+            "provider": provider,
+            "role": "ours",
+            "ms": float(value),
+            "flops": 0,
+            "moved_bytes": None,
+        }
         | {"extra_bytes": 0, "error": 0.0, "elements": 1}
         for (case, provider), value in ms.items()
     ]
@@ -256,7 +337,10 @@ def test_commits_are_measured_in_turn(monkeypatch):
         ran.append(site.name)
         assert options == {"quick": True}
         times = {"a": 1.0, "b": 2.0 if site.name == "new" else 1.5}
-        return [{"suite": "scoring", "case": case, "provider": "mine", "ms": ms + 0.001 * len(ran)} for case, ms in times.items()]
+        return [
+            {"suite": "scoring", "case": case, "provider": "mine", "ms": ms + 0.001 * len(ran)}
+            for case, ms in times.items()
+        ]
 
     monkeypatch.setattr(against, "_build", build)
     monkeypatch.setattr(against, "_run", run)
@@ -276,17 +360,28 @@ def run(suites, roles):
 
 
 def test_each_commit_runs_its_own_benchmarks(monkeypatch, tmp_path):
-    for name, suite_source in (("old", SUITE.format(more="", case="a")), ("new", SUITE.format(more='"retrieval"', case="b"))):
+    for name, suite_source in (
+        ("old", SUITE.format(more="", case="a")),
+        ("new", SUITE.format(more='"retrieval"', case="b")),
+    ):
         for folder in ("genrep_fast", "kernels/triton", "benchmarks", "csrc"):
             (tmp_path / name / folder).mkdir(parents=True)
-        for file in ("genrep_fast/__init__.py", "kernels/triton/__init__.py", "benchmarks/__init__.py"):
+        for file in (
+            "genrep_fast/__init__.py",
+            "kernels/triton/__init__.py",
+            "benchmarks/__init__.py",
+        ):
             (tmp_path / name / file).touch()
         (tmp_path / name / "csrc/build.py").write_text("def build(package, objects): pass\n")
         (tmp_path / name / "benchmarks/suite.py").write_text(suite_source)
         against._build(tmp_path / name, tmp_path / "sites" / name)
     found = {}
     for name in ("old", "new"):
-        rows = against._run(tmp_path / "sites" / name, {"suites": ["alignment", "retrieval"]}, tmp_path / "rows.json")
+        rows = against._run(
+            tmp_path / "sites" / name,
+            {"suites": ["alignment", "retrieval"]},
+            tmp_path / "rows.json",
+        )
         found[name] = [(row["suite"], row["case"]) for row in rows]
     assert found == {"old": [("alignment", "a")], "new": [("alignment", "b"), ("retrieval", "b")]}
 

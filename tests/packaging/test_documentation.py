@@ -1,4 +1,6 @@
-"""README.md and docs/: their Python runs, their `genrep` commands parse, their links lead somewhere."""
+"""README.md and docs/: their Python runs, their `genrep` commands parse, their links lead
+somewhere.
+"""
 
 import dataclasses
 import functools
@@ -14,8 +16,12 @@ from genrep_fast.training.config import TrainingConfig
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-OPTIONS = r"(genrep (?:train|evaluate|classify|generate|bench|info)(?: [^`#\n]*)? --(?!help)[^`#\n]*)"
-COMMAND_LINES = sorted({line.strip() for page in PAGES for line in re.findall(OPTIONS, page.read_text())})
+OPTIONS = (
+    r"(genrep (?:train|evaluate|classify|generate|bench|info)(?: [^`#\n]*)? --(?!help)[^`#\n]*)"
+)
+COMMAND_LINES = sorted(
+    {line.strip() for page in PAGES for line in re.findall(OPTIONS, page.read_text())}
+)
 
 
 def name(page: Path) -> str:
@@ -48,8 +54,12 @@ def test_commands_parse(line, monkeypatch):
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_links_lead_somewhere(page):
-    targets = [target for target in re.findall(r"\]\(([^)]+)\)", page.read_text()) if "://" not in target]
-    assert [target for target in targets if not (page.parent / target.partition("#")[0]).exists()] == []
+    targets = [
+        target for target in re.findall(r"\]\(([^)]+)\)", page.read_text()) if "://" not in target
+    ]
+    assert [
+        target for target in targets if not (page.parent / target.partition("#")[0]).exists()
+    ] == []
 
 
 def test_every_training_option_is_explained():
@@ -62,4 +72,7 @@ def test_tables_are_those_of_the_committed_results():
     assert {page.name for page in pages} >= {"README.md", "alignment.md", "scoring.md"}
     for page in pages:
         assert written_tables(page.read_text(), ROOT / "benchmarks/results") == page.read_text()
-        assert "<!-- table: " in page.read_text() and "| --- |" in page.read_text().partition("<!-- table: ")[2]
+        assert (
+            "<!-- table: " in page.read_text()
+            and "| --- |" in page.read_text().partition("<!-- table: ")[2]
+        )

@@ -1,4 +1,6 @@
-"""The scripts of examples/ run, learn, and resume; their way of using other frameworks holds with mixed precision and checkpoints."""
+"""The scripts of examples/ run, learn, and resume; their way of using other frameworks holds with
+mixed precision and checkpoints.
+"""
 
 import copy
 import re
@@ -14,7 +16,9 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 @pytest.fixture
 def run_example(monkeypatch, capsys, tmp_path):
-    """A function that runs a script with these arguments, as from a shell, and returns what it printed."""
+    """A function that runs a script with these arguments, as from a shell, and returns what it
+    printed.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # Lightning sets it for good
 
@@ -54,37 +58,57 @@ def test_plain_pytorch(run_example):
 
 @pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
 def test_accelerate(mixed_precision, run_example, accelerate):
-    assert_learns(run_example("accelerate_loop.py", "--epochs", 3, "--mixed_precision", mixed_precision))
+    assert_learns(
+        run_example("accelerate_loop.py", "--epochs", 3, "--mixed_precision", mixed_precision)
+    )
 
 
 def test_accelerate_resumes(run_example, accelerate):
     whole = run_example("accelerate_loop.py", "--epochs", 2, "--output_dir", "run").splitlines()
-    resumed = run_example("accelerate_loop.py", "--epochs", 2, "--resume_from_checkpoint", "run/epoch-1").splitlines()
+    resumed = run_example(
+        "accelerate_loop.py", "--epochs", 2, "--resume_from_checkpoint", "run/epoch-1"
+    ).splitlines()
     assert len(resumed) == 2 and resumed == whole[-2:]
 
 
 def test_lightning(run_example):
     pytest.importorskip("lightning")
     output = run_example("lightning_module.py", "--epochs", 3)
-    (perception,), (generation,) = (re.findall(rf"'{loss}': ([.\d]+)", output) for loss in ("perception", "generation"))
+    (perception,), (generation,) = (
+        re.findall(rf"'{loss}': ([.\d]+)", output) for loss in ("perception", "generation")
+    )
     assert float(perception) < 0.5 and float(generation) < 0.4  # 2.3 and 0.8 before training
     assert float(re.search(r"test_accuracy\W+([.\d]+)", output)[1]) > 0.7
 
 
 @pytest.fixture
 def lightning_fit(tmp_path):
-    """A function that trains a module of the Lightning example on random images; returns the trainer and the module."""
+    """A function that trains a module of the Lightning example on random images; returns the
+    trainer and the module.
+    """
     lightning = pytest.importorskip("lightning")
     module_class = runpy.run_path(str(EXAMPLES / "lightning_module.py"))["DigitsModule"]
     generator = torch.Generator().manual_seed(0)
-    images, labels = torch.randn(100, 1, 8, 8, generator=generator), torch.randint(10, (100,), generator=generator)
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, labels), batch_size=50)
+    images, labels = (
+        torch.randn(100, 1, 8, 8, generator=generator),
+        torch.randint(10, (100,), generator=generator),
+    )
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(images, labels), batch_size=50
+    )
 
     def fit(epochs, *, ckpt_path=None, **options):
         torch.manual_seed(0)
         module = module_class()
-        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-        trainer = lightning.Trainer(accelerator="cpu", max_epochs=epochs, default_root_dir=tmp_path, **quiet, **options)
+        quiet = {
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": False,
+        }
+        trainer = lightning.Trainer(
+            accelerator="cpu", max_epochs=epochs, default_root_dir=tmp_path, **quiet, **options
+        )
         trainer.fit(module, loader, ckpt_path=ckpt_path)
         return trainer, module
 
@@ -103,7 +127,10 @@ def test_lightning_with_a_scaler(lightning_fit):
             return torch.autocast("cpu", enabled=False)  # so that only the scaling differs
 
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=1000)
-    (_, scaled), (_, plain) = lightning_fit(2, plugins=[Scaled("16-mixed", "cpu", scaler)]), lightning_fit(2)
+    (_, scaled), (_, plain) = (
+        lightning_fit(2, plugins=[Scaled("16-mixed", "cpu", scaler)]),
+        lightning_fit(2),
+    )
     torch.testing.assert_close(flat(scaled), flat(plain), rtol=1e-4, atol=1e-5)
 
 
@@ -118,4 +145,6 @@ def test_lightning_resumes(lightning_fit, tmp_path):
             for name in ("step", "exp_avg", "exp_avg_sq"):
                 assert torch.equal(one[number][name], other[number][name])
     assert resumed.global_step == 2
-    assert torch.equal(flat(copy.deepcopy(module)), flat(module))  # no aligner holds on to a module that was trained
+    assert torch.equal(
+        flat(copy.deepcopy(module)), flat(module)
+    )  # no aligner holds on to a module that was trained

@@ -21,9 +21,13 @@ ROOT = Path(__file__).parents[2]
 
 
 def run_python(code: str, cwd: Path, python_path: Path) -> str:
-    """Standard output of `code` in a fresh interpreter, as if `python_path` were installed and `cwd` the working directory."""
+    """Standard output of `code` in a fresh interpreter, as if `python_path` were installed and
+    `cwd` the working directory.
+    """
     environment = os.environ | {"PYTHONPATH": str(python_path)}
-    result = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
 
@@ -36,7 +40,10 @@ def test_public_names_exist_and_are_documented(name):
 def test_all_holds_every_public_import():
     assert dir(gf) == sorted(gf.__all__)
     imported = {
-        alias.name for node in ast.parse(Path(gf.__file__).read_text()).body if isinstance(node, ast.ImportFrom) for alias in node.names
+        alias.name
+        for node in ast.parse(Path(gf.__file__).read_text()).body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
     }
     assert imported - {"annotations", "import_module"} | set(gf._LAZY) == set(gf.__all__)
 
@@ -63,13 +70,36 @@ print(torch.cuda.is_initialized())
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """The wheel without native code, built from a copy, so that nothing of an earlier build gets in; test_build.py has the other one."""
+    """The wheel without native code, built from a copy, so that nothing of an earlier build gets
+    in; test_build.py has the other one.
+    """
     source, output = tmp_path_factory.mktemp("build") / "source", tmp_path_factory.mktemp("wheel")
-    ignored = shutil.ignore_patterns(".*", "build", "dist", "runs", "device-results", "*.egg-info", "__pycache__", "*.so", "build.json")
+    ignored = shutil.ignore_patterns(
+        ".*",
+        "build",
+        "dist",
+        "runs",
+        "device-results",
+        "*.egg-info",
+        "__pycache__",
+        "*.so",
+        "build.json",
+    )
     shutil.copytree(ROOT, source, ignore=ignored)
-    options = ["--quiet", "--no-deps", "--no-build-isolation", "--disable-pip-version-check", "--wheel-dir", output, source]
+    options = [
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--disable-pip-version-check",
+        "--wheel-dir",
+        output,
+        source,
+    ]
     result = subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", *options], env=os.environ | {"GENREP_FAST_PURE": "1"}, capture_output=True, text=True
+        [sys.executable, "-m", "pip", "wheel", *options],
+        env=os.environ | {"GENREP_FAST_PURE": "1"},
+        capture_output=True,
+        text=True,
     )
     assert result.returncode == 0, result.stderr
     return next(output.glob("*.whl"))
@@ -77,9 +107,15 @@ def wheel(tmp_path_factory) -> Path:
 
 def test_wheel_holds_the_package_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    package = {str(path.relative_to(ROOT)) for pattern in ("*.py", "*.jinja") for path in (ROOT / "genrep_fast").rglob(pattern)}
+    package = {
+        str(path.relative_to(ROOT))
+        for pattern in ("*.py", "*.jinja")
+        for path in (ROOT / "genrep_fast").rglob(pattern)
+    }
     package |= {"genrep_fast/gpu_backends.json"}
-    kernels = {f"genrep_fast/kernels/{path.name}" for path in (ROOT / "kernels/triton").glob("*.py")}
+    kernels = {
+        f"genrep_fast/kernels/{path.name}" for path in (ROOT / "kernels/triton").glob("*.py")
+    }
     benchmarks = {
         f"genrep_fast/benchmarks/{path.name}"
         for path in (ROOT / "benchmarks").glob("*.*")
@@ -87,7 +123,9 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     }
     metadata = f"genrep_fast-{gf.__version__}.dist-info/"
     assert wheel.name == f"genrep_fast-{gf.__version__}-py3-none-any.whl"
-    assert {name for name in names if not name.startswith(metadata)} == package | kernels | benchmarks
+    assert {
+        name for name in names if not name.startswith(metadata)
+    } == package | kernels | benchmarks
     assert metadata + "licenses/LICENSE" in names
 
 
@@ -97,7 +135,9 @@ def test_wheel_metadata(wheel):
     lines = archive.read(metadata + "METADATA").decode().splitlines()
     assert f"Version: {gf.__version__}" in lines
     assert "Requires-Python: >=3.10" in lines
-    assert {line for line in lines if line.startswith("Requires-Dist") and "extra ==" not in line} == {
+    assert {
+        line for line in lines if line.startswith("Requires-Dist") and "extra ==" not in line
+    } == {
         "Requires-Dist: torch>=2.11",
         "Requires-Dist: numpy",
         "Requires-Dist: safetensors",
@@ -122,7 +162,9 @@ def test_repository_root_does_not_shadow_hugging_face_kernels(tmp_path):
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels/__init__.py").touch()
     (tmp_path / "kernels-1.0.dist-info").mkdir()
-    (tmp_path / "kernels-1.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 1.0\n")
+    (tmp_path / "kernels-1.0.dist-info/METADATA").write_text(
+        "Metadata-Version: 2.1\nName: kernels\nVersion: 1.0\n"
+    )
     assert run_python(code, ROOT, tmp_path) == f"True {tmp_path / 'kernels/__init__.py'}"
 
 
@@ -146,23 +188,39 @@ def test_info_json(capsys):
     assert found["backends"]["reference"]["available"]
 
 
-EXTRA = ("accelerate", "diffusers", "jinja2", "jsonargparse", "matplotlib", "PIL", "rich", "sklearn", "torchmetrics")
+EXTRA = (
+    "accelerate",
+    "diffusers",
+    "jinja2",
+    "jsonargparse",
+    "matplotlib",
+    "PIL",
+    "rich",
+    "sklearn",
+    "torchmetrics",
+)
 
 
 def run_without(missing, code: str, *, status: int = 0):
     """Standard output and error of `code` where the modules `missing` are not installed."""
     code = f"import sys\nsys.modules.update(dict.fromkeys({tuple(missing)!r}))\n{code}"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
     assert result.returncode == status, result.stderr
     return result.stdout, result.stderr
 
 
 def test_the_extra_is_that_of_the_project():
-    block = re.search(r"^train = \[\n(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE)[1]
+    block = re.search(
+        r"^train = \[\n(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE
+    )[1]
     packages = re.findall(r'^ *"([\w-]+)', block, re.MULTILINE)
     modules = {"pillow": "PIL", "scikit-learn": "sklearn"}
-    assert {modules.get(package, package) for package in packages} == set(extras.MODULES) == set(EXTRA)
+    assert (
+        {modules.get(package, package) for package in packages} == set(extras.MODULES) == set(EXTRA)
+    )
 
 
 @pytest.mark.parametrize("name", ["GenRep", "GenRepPipeline"])
@@ -215,7 +273,9 @@ runpy.run_module("genrep_fast", run_name="__main__")
     assert errors == ""
     if "--json" in arguments:
         assert json.loads(output)["backends"]["reference"]["available"]
-    assert output.startswith({"--json": "{", "--help": "usage: genrep info"}.get(arguments[-1], "genrep_fast  "))
+    assert output.startswith(
+        {"--json": "{", "--help": "usage: genrep info"}.get(arguments[-1], "genrep_fast  ")
+    )
 
 
 def test_info_imports_nothing_that_it_does_not_need(tmp_path):
@@ -242,10 +302,14 @@ print("modules", *(set({EXTRA!r}) & set(sys.modules)))
 def test_commands_without_the_extra_name_it(missing, arguments, line):
     code = f"from genrep_fast import cli\ncli.main({arguments!r})"
     output, errors = run_without(missing, code, status=2)
-    assert output == "" and errors == f'{line}, which comes with: pip install "genrep_fast[train]"\n'
+    assert (
+        output == "" and errors == f'{line}, which comes with: pip install "genrep_fast[train]"\n'
+    )
 
 
-@pytest.mark.parametrize("arguments", [["info", "--xml"], ["info", "--json", "yes"], ["info", "more"]])
+@pytest.mark.parametrize(
+    "arguments", [["info", "--xml"], ["info", "--json", "yes"], ["info", "more"]]
+)
 def test_info_refuses_other_arguments_in_one_line(arguments, capsys):
     with pytest.raises(SystemExit) as exit_:
         cli.main(arguments)

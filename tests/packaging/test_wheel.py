@@ -1,4 +1,6 @@
-"""The wheel as `make wheel` builds it: its tag and contents, and that its operators work where there is nothing else."""
+"""The wheel as `make wheel` builds it: its tag and contents, and that its operators work where
+there is nothing else.
+"""
 
 import importlib.util
 import json
@@ -17,7 +19,9 @@ import torch
 import genrep_fast as gf
 
 ROOT = Path(__file__).parents[2]
-ARCHITECTURES = re.search(r"^WHEEL_ARCHITECTURES := (.*)$", (ROOT / "Makefile").read_text(), re.M)[1]
+ARCHITECTURES = re.search(r"^WHEEL_ARCHITECTURES := (.*)$", (ROOT / "Makefile").read_text(), re.M)[
+    1
+]
 
 
 def load(path):
@@ -27,18 +31,39 @@ def load(path):
     return module
 
 
-clean_environment, native_build = load(ROOT / "tests/packaging/clean_environment.py"), load(ROOT / "csrc/build.py")
+clean_environment, native_build = (
+    load(ROOT / "tests/packaging/clean_environment.py"),
+    load(ROOT / "csrc/build.py"),
+)
 needs_nvcc = pytest.mark.skipif(native_build.nvcc() is None, reason="nvcc is not there")
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A copy of the sources with the built wheel in dist/, so that nothing of an earlier build gets in."""
+    """A copy of the sources with the built wheel in dist/, so that nothing of an earlier build gets
+    in.
+    """
     folder = tmp_path_factory.mktemp("wheel") / "source"
-    ignored = shutil.ignore_patterns(".*", "build", "dist", "runs", "device-results", "*.egg-info", "__pycache__", "*.so", "build.json")
+    ignored = shutil.ignore_patterns(
+        ".*",
+        "build",
+        "dist",
+        "runs",
+        "device-results",
+        "*.egg-info",
+        "__pycache__",
+        "*.so",
+        "build.json",
+    )
     shutil.copytree(ROOT, folder, ignore=ignored)
     target = "repaired-wheel" if native_build.nvcc() else "repaired-wheel GENREP_FAST_CUDA=0"
-    clean_environment.run("make", "--no-print-directory", *target.split(), f"BIN={Path(sys.executable).parent}", cwd=folder)
+    clean_environment.run(
+        "make",
+        "--no-print-directory",
+        *target.split(),
+        f"BIN={Path(sys.executable).parent}",
+        cwd=folder,
+    )
     return folder
 
 
@@ -50,12 +75,19 @@ def wheel(source):
 
 @pytest.fixture(scope="module")
 def python(wheel, tmp_path_factory):
-    """Of an environment with the wheel and this torch, without the +cpu of a wheel that lies on some index."""
-    return clean_environment.create(tmp_path_factory.mktemp("clean") / "environment", wheel, version("torch").partition("+")[0])
+    """Of an environment with the wheel and this torch, without the +cpu of a wheel that lies on
+    some index.
+    """
+    return clean_environment.create(
+        tmp_path_factory.mktemp("clean") / "environment", wheel, version("torch").partition("+")[0]
+    )
 
 
 def test_tag_and_size(wheel):
-    assert re.fullmatch(rf"genrep_fast-{re.escape(gf.__version__)}-py3-none-manylinux_2_\d+_{os.uname().machine}\.whl", wheel.name)
+    assert re.fullmatch(
+        rf"genrep_fast-{re.escape(gf.__version__)}-py3-none-manylinux_2_\d+_{os.uname().machine}\.whl",
+        wheel.name,
+    )
     metadata = zipfile.ZipFile(wheel).read(f"genrep_fast-{gf.__version__}.dist-info/WHEEL").decode()
     assert re.findall(r"^Tag: (py3-none-manylinux)_", metadata, re.M) == ["py3-none-manylinux"]
     assert wheel.stat().st_size <= 20e6
@@ -63,9 +95,15 @@ def test_tag_and_size(wheel):
 
 
 def test_contents(wheel):
-    names = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith((".so", ".json", ".libs")) or ".libs/" in name]
+    names = [
+        name
+        for name in zipfile.ZipFile(wheel).namelist()
+        if name.endswith((".so", ".json", ".libs")) or ".libs/" in name
+    ]
     built = {*native_build.libraries(), "build.json", "gpu_backends.json"}
-    assert {name.removeprefix("genrep_fast/") for name in names} == built  # none of torch's libraries
+    assert {
+        name.removeprefix("genrep_fast/") for name in names
+    } == built  # none of torch's libraries
 
 
 @needs_nvcc
@@ -74,11 +112,19 @@ def test_machine_code_for_every_architecture(wheel, tmp_path):
     library = zipfile.ZipFile(wheel).extract("genrep_fast/_C_cuda.so", tmp_path)
     cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     *numbers, last = (number.replace(".", "") for number in ARCHITECTURES.split(";"))
-    elf, ptx = (set(re.findall(r"sm_(\w+)", clean_environment.run(cuobjdump, option, library))) for option in ("--list-elf", "--list-ptx"))
-    assert elf == {*numbers, last.removesuffix("+PTX")} and ptx == {last.removesuffix("+PTX")} and "+PTX" in last
+    elf, ptx = (
+        set(re.findall(r"sm_(\w+)", clean_environment.run(cuobjdump, option, library)))
+        for option in ("--list-elf", "--list-ptx")
+    )
+    assert (
+        elf == {*numbers, last.removesuffix("+PTX")}
+        and ptx == {last.removesuffix("+PTX")}
+        and "+PTX" in last
+    )
 
 
-# On Blackwell two kernels that few calls reach do not fit into the registers: eight losses, and summed gradients of single locations.
+# On Blackwell two kernels that few calls reach do not fit into the registers: eight losses, and
+# summed gradients of single locations.
 SPILLS = {("gram_kernelILi8E", "100"), ("gram_kernelILi8E", "120"), ("sum_kernelILb1E", "120")}
 
 
@@ -89,27 +135,48 @@ def test_no_other_cuda_kernel_spills(source):
     pattern = r"entry function '(\w+)' for 'sm_(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
     kernels = [kernel for report in logs.values() for kernel in re.findall(pattern, report, re.S)]
     assert len(kernels) >= 40 * len(ARCHITECTURES.split(";"))
-    spilling = {(re.search(r"[a-z_]+_kernel(I\w+?E)?", name)[0], sm) for name, sm, *sizes in kernels if sizes != ["0", "0", "0"]}
+    spilling = {
+        (re.search(r"[a-z_]+_kernel(I\w+?E)?", name)[0], sm)
+        for name, sm, *sizes in kernels
+        if sizes != ["0", "0", "0"]
+    }
     assert spilling <= SPILLS
 
 
 @pytest.mark.parametrize("capability", ["avx512", "avx2", "default"])
 def test_operators_in_every_instruction_set(python, capability, tmp_path):
-    passed, skipped = clean_environment.run_operator_tests(python, tmp_path / "tests", GENREP_FAST_CPU_CAPABILITY=capability)
+    passed, skipped = clean_environment.run_operator_tests(
+        python, tmp_path / "tests", GENREP_FAST_CPU_CAPABILITY=capability
+    )
     assert passed > 900 and skipped < 20
 
 
 def test_information_without_anything_else(python, tmp_path):
     found = json.loads(
-        clean_environment.run_alone(python, "-c", "import genrep_fast, json; print(json.dumps(genrep_fast.info()))", cwd=tmp_path)
+        clean_environment.run_alone(
+            python,
+            "-c",
+            "import genrep_fast, json; print(json.dumps(genrep_fast.info()))",
+            cwd=tmp_path,
+        )
     )
     assert found["torch"] == torch.__version__ and found["triton"] is None
     assert found["built"]["torch_target"] == native_build.TORCH_TARGET
     assert set(found["built"]["libraries"]) == set(native_build.libraries())
     if native_build.nvcc():
-        assert found["built"]["architectures"] == ARCHITECTURES and found["built"]["minimum_driver"] >= 525
-    assert found["backends"]["cpu"]["available"] and found["backends"]["triton"]["reason"] == "triton is not installed"
+        assert (
+            found["built"]["architectures"] == ARCHITECTURES
+            and found["built"]["minimum_driver"] >= 525
+        )
+    assert (
+        found["backends"]["cpu"]["available"]
+        and found["backends"]["triton"]["reason"] == "triton is not installed"
+    )
     answer = subprocess.run(found["reproduce"], shell=True, capture_output=True, text=True)
-    assert json.loads(answer.stdout)["built"] == found["built"]  # info needs none of the command line's own requirements
-    answer = subprocess.run([python, "-m", "genrep_fast", "bench"], cwd=tmp_path, capture_output=True, text=True)
+    assert (
+        json.loads(answer.stdout)["built"] == found["built"]
+    )  # info needs none of the command line's own requirements
+    answer = subprocess.run(
+        [python, "-m", "genrep_fast", "bench"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert answer.returncode == 2 and "genrep_fast[train]" in answer.stderr

@@ -1,4 +1,6 @@
-"""ChainBank: its chains against diffusers' own steps, its likelihood against torch.distributions, refresh and files bit by bit."""
+"""ChainBank: its chains against diffusers' own steps, its likelihood against torch.distributions,
+refresh and files bit by bit.
+"""
 
 import importlib
 import json
@@ -39,23 +41,39 @@ class Denoiser:
 
 def ddpm(**config):
     scheduler = DDPMScheduler(**{"clip_sample": False, "variance_type": "fixed_large", **config})
-    scheduler.alphas_cumprod, scheduler.one = scheduler.alphas_cumprod.double(), scheduler.one.double()
+    scheduler.alphas_cumprod, scheduler.one = (
+        scheduler.alphas_cumprod.double(),
+        scheduler.one.double(),
+    )
     return scheduler
 
 
 def ddim(**config):
     scheduler = DDIMScheduler(**{"clip_sample": False, **config})
-    scheduler.alphas_cumprod, scheduler.final_alpha_cumprod = scheduler.alphas_cumprod.double(), scheduler.final_alpha_cumprod.double()
+    scheduler.alphas_cumprod, scheduler.final_alpha_cumprod = (
+        scheduler.alphas_cumprod.double(),
+        scheduler.final_alpha_cumprod.double(),
+    )
     return scheduler
 
 
 def build(denoiser=None, scheduler=None, **changes):
-    options = {"num_inference_steps": STEPS, "chains": CHAINS, "burn_in": 3, "thin": 2, "seed": 5, "dtype": torch.float64, **changes}
+    options = {
+        "num_inference_steps": STEPS,
+        "chains": CHAINS,
+        "burn_in": 3,
+        "thin": 2,
+        "seed": 5,
+        "dtype": torch.float64,
+        **changes,
+    }
     return ChainBank.build(denoiser or Denoiser(), scheduler or ddpm(), CLASSES, SHAPE, **options)
 
 
 def diffusers_chain(monkeypatch, denoiser, scheduler, chain_ids, labels, center, eta, seed=5):
-    """Centres [N, STEPS, *SHAPE] of chains run with the scheduler's own step, fed with the bank's noise."""
+    """Centres [N, STEPS, *SHAPE] of chains run with the scheduler's own step, fed with the bank's
+    noise.
+    """
     drawn = torch.zeros(())
     module = importlib.import_module(type(scheduler).__module__)
     monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: drawn)
@@ -67,7 +85,11 @@ def diffusers_chain(monkeypatch, denoiser, scheduler, chain_ids, labels, center,
         if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
             # The scheduler's step rounds to float32.
             step = scheduler.sigmas[row + 1].double() - scheduler.sigmas[row].double()
-            centers.append(x_t - scheduler.sigmas[row].double() * output if center == "sample" else x_t + step * output)
+            centers.append(
+                x_t - scheduler.sigmas[row].double() * output
+                if center == "sample"
+                else x_t + step * output
+            )
             x_t = x_t + step * output
             continue
         drawn = torch.zeros(x_t.shape, dtype=torch.float64)
@@ -87,9 +109,19 @@ def diffusers_chain(monkeypatch, denoiser, scheduler, chain_ids, labels, center,
         (ddpm, {"prediction_type": "v_prediction"}, {}, 4),
         (ddpm, {"clip_sample": True, "clip_sample_range": 0.7}, {}, 2),
         (ddpm, {"variance_type": "learned_range"}, {"variance": "fixed_large"}, 4),
-        (ddpm, {"variance_type": "learned_range"}, {"variance": "fixed_small", "sigma_floor": 0.1}, 4),
+        (
+            ddpm,
+            {"variance_type": "learned_range"},
+            {"variance": "fixed_small", "sigma_floor": 0.1},
+            4,
+        ),
         (ddim, {}, {"eta": 1.0, "sigma_floor": 0.1}, 2),
-        (ddim, {"clip_sample": True, "prediction_type": "sample"}, {"eta": 0.5, "sigma_floor": 0.1}, 4),
+        (
+            ddim,
+            {"clip_sample": True, "prediction_type": "sample"},
+            {"eta": 0.5, "sigma_floor": 0.1},
+            4,
+        ),
         (ddim, {"clip_sample": True}, {"sigma_floor": 0.2}, 2),
         (FlowMatchEulerDiscreteScheduler, {"shift": 2.0}, {"sigma_floor": 0.2}, 2),
     ],
@@ -99,7 +131,9 @@ def test_chains_are_the_schedulers_own(monkeypatch, make, config, options, chann
     bank = build(denoiser, make(**config), center=center, **options)
     labels = torch.arange(CLASSES).repeat_interleave(CHAINS)
     chain_ids = torch.arange(CLASSES * CHAINS)  # class · chains + chain
-    whole = diffusers_chain(monkeypatch, denoiser, make(**config), chain_ids, labels, center, options.get("eta", 0.0))
+    whole = diffusers_chain(
+        monkeypatch, denoiser, make(**config), chain_ids, labels, center, options.get("eta", 0.0)
+    )
     expected = whole[:, 3::2].reshape(CLASSES, CHAINS * 4, *SHAPE)
     torch.testing.assert_close(bank.centers, expected, rtol=1e-9, atol=1e-9)
 
@@ -110,9 +144,13 @@ def test_sizes_standard_deviations_and_evaluations():
     bank = build(denoiser, scheduler, sigma_floor=0.15)
     assert bank.centers.shape == (CLASSES, CHAINS * 4, *SHAPE)
     assert bank.evaluations == denoiser.seen == CLASSES * CHAINS * STEPS
-    assert torch.equal(scheduler.timesteps, timesteps) and scheduler.num_inference_steps is None, "the caller's scheduler was changed"
+    assert torch.equal(scheduler.timesteps, timesteps) and scheduler.num_inference_steps is None, (
+        "the caller's scheduler was changed"
+    )
     scheduler.set_timesteps(STEPS)
-    kept = StepCoefficients.chain(scheduler, scheduler.timesteps[3::2], sigma_floor=0.15, dtype=torch.float64)
+    kept = StepCoefficients.chain(
+        scheduler, scheduler.timesteps[3::2], sigma_floor=0.15, dtype=torch.float64
+    )
     torch.testing.assert_close(bank.std, kept.inv_var.rsqrt().repeat(CHAINS))
 
 
@@ -134,19 +172,26 @@ def test_centers_are_kept_in_the_chosen_dtype(dtype):
     assert bank.log_likelihood(torch.zeros(2, *SHAPE)).dtype == torch.float32
 
 
-# --- likelihood --------------------------------------------------------------------------------------------------------------------------
+# --- likelihood
+# --------------------------------------------------------------------------------------------------------------------------
 
 
 def mixture(bank, x):
     """log p(x|y) [B, K] of torch.distributions, float64."""
     centers, std = bank.centers.double().flatten(2), bank.std.double()  # [K, S, D], [S]
-    components = torch.distributions.Independent(torch.distributions.Normal(centers, std[:, None]), 1)
+    components = torch.distributions.Independent(
+        torch.distributions.Normal(centers, std[:, None]), 1
+    )
     weights = torch.distributions.Categorical(torch.ones(centers.shape[:2], dtype=torch.float64))
-    return torch.distributions.MixtureSameFamily(weights, components).log_prob(x.double().flatten(1)[:, None])
+    return torch.distributions.MixtureSameFamily(weights, components).log_prob(
+        x.double().flatten(1)[:, None]
+    )
 
 
 def images(batch, dtype=torch.float64):
-    return torch.randn(batch, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(batch)).to(dtype)
+    return torch.randn(
+        batch, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(batch)
+    ).to(dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -162,7 +207,9 @@ def test_likelihood_is_the_mixture_of_torch_distributions(monkeypatch, batch, el
 @pytest.mark.parametrize("backend", ["", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_residuals_that_are_written_out_are_few(monkeypatch, dtype, backend):
-    """Only the reference writes them out: one image and one class at a time where more would be too many; kernels get all at once."""
+    """Only the reference writes them out: one image and one class at a time where more would be too
+    many; kernels get all at once.
+    """
     monkeypatch.setenv("GENREP_FAST_BACKEND", backend)  # empty: whatever is fastest
     monkeypatch.setattr(chain_bank, "_REFERENCE_ELEMENTS", 1000)
     parts, original = [], chain_bank.log_likelihood
@@ -176,7 +223,9 @@ def test_residuals_that_are_written_out_are_few(monkeypatch, dtype, backend):
     bank.log_likelihood(images(5, dtype))
     kernel = dtype == torch.float32 and not backend and gf.info()["backends"]["cpu"]["available"]
     class_elements = bank.centers[0].numel()  # 480
-    assert parts == ([5 * CLASSES * class_elements] if kernel else [2 * class_elements, class_elements] * 5)
+    assert parts == (
+        [5 * CLASSES * class_elements] if kernel else [2 * class_elements, class_elements] * 5
+    )
 
 
 def test_no_images_have_no_likelihood():
@@ -192,9 +241,17 @@ class RecordedOutputs(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         result = function(*arguments, **(keywords or {}))
-        known = {value.untyped_storage().data_ptr() for value in tree_leaves((arguments, keywords)) if isinstance(value, torch.Tensor)}
+        known = {
+            value.untyped_storage().data_ptr()
+            for value in tree_leaves((arguments, keywords))
+            if isinstance(value, torch.Tensor)
+        }
         outputs = [value for value in tree_leaves(result) if isinstance(value, torch.Tensor)]
-        self.made += [(value.dtype, value.numel()) for value in outputs if value.untyped_storage().data_ptr() not in known]
+        self.made += [
+            (value.dtype, value.numel())
+            for value in outputs
+            if value.untyped_storage().data_ptr() not in known
+        ]
         return result
 
 
@@ -210,7 +267,10 @@ def test_refreshing_one_chain_does_not_copy_the_bank():
     bank = build(dtype=torch.float32)
     with RecordedOutputs() as recorded:
         bank.refresh(Denoiser())
-    assert max(elements for dtype, elements in recorded.made if dtype == torch.float32) <= bank.centers.numel() // CHAINS
+    assert (
+        max(elements for dtype, elements in recorded.made if dtype == torch.float32)
+        <= bank.centers.numel() // CHAINS
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -247,10 +307,14 @@ def test_gradients_of_float32_images():
 )
 def test_one_hot_tied_and_uniform_posteriors(centers, expected, dtype):
     bank = build(dtype=dtype)
-    bank.centers.copy_(torch.tensor(centers, dtype=dtype).reshape(CLASSES, 1, 1, 1, 1).expand_as(bank.centers))
+    bank.centers.copy_(
+        torch.tensor(centers, dtype=dtype).reshape(CLASSES, 1, 1, 1, 1).expand_as(bank.centers)
+    )
     likelihood = bank.log_likelihood(torch.zeros(1, *SHAPE, dtype=dtype))
     torch.testing.assert_close(likelihood, mixture(bank, torch.zeros(1, *SHAPE)).to(dtype))
-    torch.testing.assert_close(gf.posterior(likelihood).exp(), torch.tensor([expected], dtype=dtype))
+    torch.testing.assert_close(
+        gf.posterior(likelihood).exp(), torch.tensor([expected], dtype=dtype)
+    )
 
 
 def test_many_classes():
@@ -267,7 +331,9 @@ def test_many_classes():
         batch_size=20_000,
     )
     x = torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(bank.log_likelihood(x).double(), mixture(bank, x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        bank.log_likelihood(x).double(), mixture(bank, x), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_a_nan_stays_in_its_class_and_image():
@@ -294,7 +360,8 @@ def test_wrong_images_raise(x, error, message):
         build().log_likelihood(x)
 
 
-# --- refresh and files -------------------------------------------------------------------------------------------------------------------
+# --- refresh and files
+# -------------------------------------------------------------------------------------------------------------------
 
 
 def changed_chains(before, after):
@@ -357,7 +424,10 @@ def not_replaced(file, path):
     raise OSError("disk full")
 
 
-@pytest.mark.parametrize("module, name, failing", [(chain_bank, "save_file", half_written), (os, "replace", not_replaced)])
+@pytest.mark.parametrize(
+    "module, name, failing",
+    [(chain_bank, "save_file", half_written), (os, "replace", not_replaced)],
+)
 def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch, module, name, failing):
     path = tmp_path / "bank.safetensors"
     bank = build()
@@ -377,7 +447,11 @@ def test_a_file_that_is_no_bank_gets_one_clear_error(tmp_path, content):
     if content == "another safetensors":
         save_file({"weight": torch.ones(3)}, path)
     else:
-        path.write_bytes({"truncated": path.read_bytes()[:-100], "empty": b"", "text": b"not a bank at all"}[content])
+        path.write_bytes(
+            {"truncated": path.read_bytes()[:-100], "empty": b"", "text": b"not a bank at all"}[
+                content
+            ]
+        )
     with pytest.raises(ValueError, match="bank.safetensors is truncated or not a chain bank"):
         ChainBank.load(path)
 
@@ -386,11 +460,28 @@ FAMILIES = {
     "ddpm": (ddpm(), {}),
     "ddpm, trailing, fixed_large": (ddpm(timestep_spacing="trailing"), {}),
     "ddpm, linspace, clipped": (ddpm(timestep_spacing="linspace", clip_sample=True), {}),
-    "ddpm, fixed_small, steps_offset": (ddpm(variance_type="fixed_small", steps_offset=1), {"sigma_floor": 0.1}),
-    "ddpm, zero terminal SNR": (ddpm(rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing"), {}),
-    "learned_range scored large": (ddpm(variance_type="learned_range"), {"variance": "fixed_large"}),
-    "learned_range scored small": (ddpm(variance_type="learned_range"), {"variance": "fixed_small", "sigma_floor": 1}),
-    "learned_range, trailing": (ddpm(variance_type="learned_range", timestep_spacing="trailing"), {"variance": "fixed_large"}),
+    "ddpm, fixed_small, steps_offset": (
+        ddpm(variance_type="fixed_small", steps_offset=1),
+        {"sigma_floor": 0.1},
+    ),
+    "ddpm, zero terminal SNR": (
+        ddpm(
+            rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing"
+        ),
+        {},
+    ),
+    "learned_range scored large": (
+        ddpm(variance_type="learned_range"),
+        {"variance": "fixed_large"},
+    ),
+    "learned_range scored small": (
+        ddpm(variance_type="learned_range"),
+        {"variance": "fixed_small", "sigma_floor": 1},
+    ),
+    "learned_range, trailing": (
+        ddpm(variance_type="learned_range", timestep_spacing="trailing"),
+        {"variance": "fixed_large"},
+    ),
     "ddim": (ddim(), {"eta": 0.5, "sigma_floor": 0.1}),
     "ddim, eta 0, no alpha one": (ddim(set_alpha_to_one=False), {"sigma_floor": 0.1}),
     "flow": (FlowMatchEulerDiscreteScheduler(shift=3.0), {"sigma_floor": 0.2}),
@@ -400,7 +491,9 @@ FAMILIES = {
 def parts(path):
     """The state and the tensors of a bank's file."""
     with safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["chain_bank"]), {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        return json.loads(file.metadata()["chain_bank"]), {
+            name: file.get_tensor(name).clone() for name in file
+        }  # noqa: SIM118
 
 
 def refused(path, message=""):
@@ -409,7 +502,11 @@ def refused(path, message=""):
         ChainBank.load(path)
     line = str(error.value)
     assert re.search(message, line), line
-    assert line.startswith(f"{path} is truncated or not a chain bank: ") and "\n" not in line and len(line) < 500 + len(str(path))
+    assert (
+        line.startswith(f"{path} is truncated or not a chain bank: ")
+        and "\n" not in line
+        and len(line) < 500 + len(str(path))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -427,7 +524,15 @@ def saved(tmp_path_factory):
 def test_every_bank_that_can_be_built_loads(tmp_path, family, dtype, center):
     scheduler, options = FAMILIES[family]
     for burn_in, thin in ((0, 1), (STEPS - 1, 1), (1, 10**30)):
-        bank = build(Denoiser(4), scheduler, dtype=dtype, center=center, burn_in=burn_in, thin=thin, **{"sigma_floor": 0.1, **options})
+        bank = build(
+            Denoiser(4),
+            scheduler,
+            dtype=dtype,
+            center=center,
+            burn_in=burn_in,
+            thin=thin,
+            **{"sigma_floor": 0.1, **options},
+        )
         bank.refresh(Denoiser(4), chains=3)
         bank.save(tmp_path / "bank")
         loaded = ChainBank.load(tmp_path / "bank")
@@ -437,7 +542,10 @@ def test_every_bank_that_can_be_built_loads(tmp_path, family, dtype, center):
         state, tensors = parts(tmp_path / "bank")
         again_state, again_tensors = parts(tmp_path / "again")
         assert state == again_state
-        assert all(torch.equal(tensors[name].view(torch.uint8), table.view(torch.uint8)) for name, table in again_tensors.items())
+        assert all(
+            torch.equal(tensors[name].view(torch.uint8), table.view(torch.uint8))
+            for name, table in again_tensors.items()
+        )
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
@@ -512,7 +620,10 @@ def test_settings_that_do_not_fit_are_refused(tmp_path, saved, field, value, mes
         ({"evaluations": 119}, "evaluations must be 120"),
         ({"evaluations": "120"}, "evaluations must be an integer"),
         ({"settings": None}, "settings must be a dictionary, got NoneType"),
-        ({"settings": {}}, "settings must hold chains, burn_in, thin, center, sigma_floor, seed, clip_range, got none"),
+        (
+            {"settings": {}},
+            "settings must hold chains, burn_in, thin, center, sigma_floor, seed, clip_range, got none",
+        ),
         ({"version": 2}, "chain_bank must hold nothing but a bank's, got 'version'"),
     ],
 )
@@ -564,18 +675,36 @@ def with_value(row, value):
         (replaced("centers", torch.Tensor.int), "centers torch.int32 .*dtype must be float32"),
         (replaced("centers", lambda table: table.to(torch.float8_e4m3fn)), "dtype must be float32"),
         (replaced("centers", torch.Tensor.double), "coefficients.data must be torch.float64"),
-        (replaced("centers", lambda table: table[:, :, 0, 0, 0].clone()), r"centers must be \[K, S, \*sample_shape\]"),
+        (
+            replaced("centers", lambda table: table[:, :, 0, 0, 0].clone()),
+            r"centers must be \[K, S, \*sample_shape\]",
+        ),
         (replaced("centers", lambda table: table[:0]), "num_classes must be at least 1, got 0"),
-        (replaced("centers", lambda table: table[:, :-1].clone()), "centers must hold 4 chains of 4 kept steps a class"),
-        (replaced("centers", lambda table: table[..., :0]), "sample_shape must hold positive integers"),
-        (replaced("centers", lambda table: torch.empty(3, 2**40, 0)), "sample_shape must hold positive integers"),
+        (
+            replaced("centers", lambda table: table[:, :-1].clone()),
+            "centers must hold 4 chains of 4 kept steps a class",
+        ),
+        (
+            replaced("centers", lambda table: table[..., :0]),
+            "sample_shape must hold positive integers",
+        ),
+        (
+            replaced("centers", lambda table: torch.empty(3, 2**40, 0)),
+            "sample_shape must hold positive integers",
+        ),
         (replaced("timesteps", torch.Tensor.bool), "timesteps must be numbers"),
         (replaced("timesteps", lambda table: -table), "timesteps must be finite and not negative"),
         (replaced("timesteps", lambda table: table.flip(0)), "timesteps must not increase"),
-        (replaced("timesteps", lambda table: table[:-1].clone()), "must be torch.float64 .9.|centers must hold"),
+        (
+            replaced("timesteps", lambda table: table[:-1].clone()),
+            "must be torch.float64 .9.|centers must hold",
+        ),
         (replaced("timesteps", lambda table: table[:0]), "burn_in must be less than"),
         (replaced("timesteps", lambda table: table[:, None].clone()), "timesteps must be numbers"),
-        (replaced("score_std", lambda table: table[:2].clone()), r"score_std must be torch.float64 \[10\]"),
+        (
+            replaced("score_std", lambda table: table[:2].clone()),
+            r"score_std must be torch.float64 \[10\]",
+        ),
         (replaced("score_std", torch.Tensor.float), "score_std must be torch.float64"),
         (replaced("score_std", torch.Tensor.neg), "score_std must not be negative"),
         (replaced("score_std", with_value(3, math.nan)), "score_std must be finite, got nan"),
@@ -584,18 +713,42 @@ def with_value(row, value):
         (replaced("std", with_value(3, 0.0)), "coefficients.std must be the kernel's std"),
         (replaced("mean_noisy", with_value(0, math.inf)), "mean_noisy must be finite, got inf"),
         (replaced("coefficients.data", with_value(0, 2.0)), "coefficients.data must be 1"),
-        (replaced("coefficients.mean_output", with_value(0, math.nan)), "coefficients.mean_output must be finite"),
-        (replaced("coefficients.std", with_value(3, 0.5)), "coefficients.std must be the kernel's std"),
+        (
+            replaced("coefficients.mean_output", with_value(0, math.nan)),
+            "coefficients.mean_output must be finite",
+        ),
+        (
+            replaced("coefficients.std", with_value(3, 0.5)),
+            "coefficients.std must be the kernel's std",
+        ),
         (replaced("coefficients.inv_var", torch.Tensor.neg), "coefficients.inv_var must follow"),
-        (replaced("coefficients.log_norm", with_value(3, 7.0)), "coefficients.log_norm must follow"),
-        (replaced("coefficients.std", torch.Tensor.double), "coefficients.std must be torch.float32"),
-        (replaced("log_variance_ratio", with_value(2, 50.0)), "log_variance_ratio must not be positive, got 50.0"),
-        (replaced("log_variance_ratio", with_value(2, math.nan)), "log_variance_ratio must be finite"),
-        (replaced("log_variance_ratio", lambda table: table[:3].clone()), "log_variance_ratio must be torch.float64"),
+        (
+            replaced("coefficients.log_norm", with_value(3, 7.0)),
+            "coefficients.log_norm must follow",
+        ),
+        (
+            replaced("coefficients.std", torch.Tensor.double),
+            "coefficients.std must be torch.float32",
+        ),
+        (
+            replaced("log_variance_ratio", with_value(2, 50.0)),
+            "log_variance_ratio must not be positive, got 50.0",
+        ),
+        (
+            replaced("log_variance_ratio", with_value(2, math.nan)),
+            "log_variance_ratio must be finite",
+        ),
+        (
+            replaced("log_variance_ratio", lambda table: table[:3].clone()),
+            "log_variance_ratio must be torch.float64",
+        ),
         (without("log_variance_ratio"), "coefficients.std must be the kernel's std"),
         (without("mean_sample"), "tensors must hold mean_sample, got none"),
         (without("coefficients.std"), "tensors must hold coefficients.std, got none"),
-        (lambda tensors: {**tensors, "payload": torch.ones(1)}, "tensors must hold nothing but a bank's, got 'payload'"),
+        (
+            lambda tensors: {**tensors, "payload": torch.ones(1)},
+            "tensors must hold nothing but a bank's, got 'payload'",
+        ),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(tmp_path, saved, change, message):
@@ -604,12 +757,41 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path, saved, change, message):
     refused(tmp_path / "bank", message)
 
 
-VALUES = [0, 1, -1, 2, 3, 7, 10, 10**9, 2**64, 0.5, -0.5, 1e-9, 1e300, math.nan, math.inf, True, None, "", "mean", [], {}, [1], {"a": 1}]
+VALUES = [
+    0,
+    1,
+    -1,
+    2,
+    3,
+    7,
+    10,
+    10**9,
+    2**64,
+    0.5,
+    -0.5,
+    1e-9,
+    1e300,
+    math.nan,
+    math.inf,
+    True,
+    None,
+    "",
+    "mean",
+    [],
+    {},
+    [1],
+    {"a": 1},
+]
 
 
 def mutated_state(state, generator):
     state = {**state, "settings": dict(state["settings"])}
-    fields = [*(("settings", name) for name in state["settings"]), (None, "drawn"), (None, "evaluations"), ("settings", "extra")]
+    fields = [
+        *(("settings", name) for name in state["settings"]),
+        (None, "drawn"),
+        (None, "evaluations"),
+        ("settings", "extra"),
+    ]
     owner, name = generator.choice(fields)
     owner = state if owner is None else state[owner]
     if generator.random() < 0.1:
@@ -630,9 +812,24 @@ def mutated_tensors(tensors, generator):
     if kind == "swapped":
         return {**tensors, name: tensors[generator.choice(list(tensors))].clone()}
     if kind == "dtype":
-        return {**tensors, name: table.to(generator.choice([torch.int64, torch.float16, torch.float32, torch.float64, torch.bool]))}
+        return {
+            **tensors,
+            name: table.to(
+                generator.choice(
+                    [torch.int64, torch.float16, torch.float32, torch.float64, torch.bool]
+                )
+            ),
+        }
     if kind == "shape":
-        shapes = [table[:-1], table[:0], torch.cat([table, table]), table[None], table[..., None], table.new_empty(0), table.flip(0)]
+        shapes = [
+            table[:-1],
+            table[:0],
+            torch.cat([table, table]),
+            table[None],
+            table[..., None],
+            table.new_empty(0),
+            table.flip(0),
+        ]
         return {**tensors, name: generator.choice(shapes).clone()}
     values = [0, 1, -1, 1e30, 0.5] if table.dtype.is_floating_point else [0, 1, -1, 10**12]
     flat[place] = generator.choice(values + [math.nan, math.inf] * table.dtype.is_floating_point)
@@ -715,7 +912,9 @@ def test_a_loaded_bank_is_mapped_into_memory_and_leaves_its_file_alone(tmp_path)
     before, loaded = path.read_bytes(), ChainBank.load(path)
     assert "bank.safetensors" in Path("/proc/self/maps").read_text()
     loaded.refresh(Denoiser(), chains=CHAINS)
-    assert path.read_bytes() == before and not torch.equal(loaded.centers, ChainBank.load(path).centers)
+    assert path.read_bytes() == before and not torch.equal(
+        loaded.centers, ChainBank.load(path).centers
+    )
 
 
 def test_a_missing_file_is_missing(tmp_path):
@@ -749,7 +948,12 @@ def never(*_):
         (ddpm(), {"thin": 1.5}, TypeError, "thin must be an integer, got 1.5"),
         (ddpm(), {"chains": True}, TypeError, "chains must be an integer, got True"),
         (ddpm(), {"sigma_floor": "0.1"}, TypeError, "sigma_floor must be a number, got '0.1'"),
-        (ddpm(clip_sample=True, clip_sample_range=-1.0), {}, ValueError, "clip_range must be finite and positive, got -1.0"),
+        (
+            ddpm(clip_sample=True, clip_sample_range=-1.0),
+            {},
+            ValueError,
+            "clip_range must be finite and positive, got -1.0",
+        ),
         (ddpm(), {"batch_size": 0}, ValueError, "batch_size must be at least 1"),
         (ddpm(), {"burn_in": -1}, ValueError, "burn_in must be at least 0"),
         (ddpm(), {"burn_in": STEPS}, ValueError, "burn_in must be less than num_inference_steps"),
@@ -757,7 +961,12 @@ def never(*_):
         (ddpm(), {"seed": -1}, ValueError, "seed must be at least 0"),
         (ddpm(), {"seed": 2**64}, ValueError, "seed must be less than"),
         (ddpm(), {"dtype": torch.int64}, TypeError, "dtype must be float32, bfloat16"),
-        (ddpm(), {"dtype": torch.float8_e4m3fn}, TypeError, "dtype must be float32, bfloat16.* got torch.float8"),
+        (
+            ddpm(),
+            {"dtype": torch.float8_e4m3fn},
+            TypeError,
+            "dtype must be float32, bfloat16.* got torch.float8",
+        ),
         (ddpm(variance_type="fixed_small"), {}, ValueError, r"rows \[9\].*sigma_floor"),
         (ddpm(variance_type="learned_range"), {}, ValueError, "variance must be"),
         (ddpm(variance_type="learned"), {"variance": "fixed_large"}, ValueError, "variance_type"),
@@ -771,7 +980,12 @@ def test_bad_settings_raise_before_the_network_runs(scheduler, changes, error, m
 
 
 @pytest.mark.parametrize(
-    "options, message", [({"chains": 0}, "chains must"), ({"chains": CHAINS + 1}, "chains must"), ({"batch_size": 0}, "batch_size")]
+    "options, message",
+    [
+        ({"chains": 0}, "chains must"),
+        ({"chains": CHAINS + 1}, "chains must"),
+        ({"batch_size": 0}, "batch_size"),
+    ],
 )
 def test_bad_refresh_arguments_raise(options, message):
     with pytest.raises(ValueError, match=message):
@@ -786,7 +1000,12 @@ def test_autocast_does_not_reach_the_likelihood():
 
 
 @pytest.mark.parametrize(
-    ("shape", "message"), [((), "sample_shape must be"), ((0, 3), "positive integers, got"), ((2.0,), "positive integers")]
+    ("shape", "message"),
+    [
+        ((), "sample_shape must be"),
+        ((0, 3), "positive integers, got"),
+        ((2.0,), "positive integers"),
+    ],
 )
 def test_a_sample_needs_a_shape(shape, message):
     with pytest.raises(ValueError, match=message):

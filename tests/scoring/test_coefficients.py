@@ -1,18 +1,27 @@
-"""StepCoefficients against diffusers' own `step`, `add_noise` and `get_velocity`, and every pitfall of reading a scheduler."""
+"""StepCoefficients against diffusers' own `step`, `add_noise` and `get_velocity`, and every pitfall
+of reading a scheduler.
+"""
 
 import dataclasses
 import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 
 from genrep_fast import StepCoefficients
 from genrep_fast.coefficients.transitions import normal_tables
 
 SHAPE = (2, 3, 5, 7)
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
-BOUND = 1.2e-5  # relative error against schedulers that compute in float32; the worst seen is printed
+BOUND = (
+    1.2e-5  # relative error against schedulers that compute in float32; the worst seen is printed
+)
 SCALED_LINEAR = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 STABLE_DIFFUSION = {**SCALED_LINEAR, "set_alpha_to_one": False, "steps_offset": 1}
 
@@ -35,7 +44,9 @@ def in_float64(scheduler):
 
 
 def draw(*shape, dtype=torch.float32):
-    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(len(shape) + sum(shape)))
+    return torch.randn(
+        *shape, dtype=dtype, generator=torch.Generator().manual_seed(len(shape) + sum(shape))
+    )
 
 
 def relative_error(ours, theirs):
@@ -43,7 +54,11 @@ def relative_error(ours, theirs):
 
 
 def apply(coefficients, row, x_t, output, noise):
-    return coefficients.mean_noisy[row] * x_t + coefficients.mean_output[row] * output + coefficients.std[row] * noise
+    return (
+        coefficients.mean_noisy[row] * x_t
+        + coefficients.mean_output[row] * output
+        + coefficients.std[row] * noise
+    )
 
 
 def check_steps(scheduler, coefficients, bound, record, **options):
@@ -52,7 +67,9 @@ def check_steps(scheduler, coefficients, bound, record, **options):
     x_t, output = draw(*SHAPE, dtype=dtype), 0.5 * draw(*SHAPE, dtype=dtype).flip(0)
     worst = 0.0
     for row, timestep in enumerate(scheduler.timesteps):
-        theirs = scheduler.step(output, timestep, x_t, generator=torch.Generator().manual_seed(row), **options).prev_sample
+        theirs = scheduler.step(
+            output, timestep, x_t, generator=torch.Generator().manual_seed(row), **options
+        ).prev_sample
         noise = torch.randn(SHAPE, dtype=dtype, generator=torch.Generator().manual_seed(row))
         worst = max(worst, relative_error(apply(coefficients, row, x_t, output, noise), theirs))
     record("relative_error", worst)
@@ -64,12 +81,16 @@ def check_steps(scheduler, coefficients, bound, record, **options):
 @pytest.mark.parametrize("steps", [7, 50])
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "fixed_small_log"])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_ddpm_chain_is_the_schedulers_step(prediction, variance, steps, precision, bound, record_property):
+def test_ddpm_chain_is_the_schedulers_step(
+    prediction, variance, steps, precision, bound, record_property
+):
     scheduler = ddpm(prediction_type=prediction, variance_type=variance)
     if precision == "float64":
         in_float64(scheduler)
     scheduler.set_timesteps(steps)
-    coefficients = StepCoefficients.chain(scheduler, scheduler.timesteps, dtype=getattr(torch, precision))
+    coefficients = StepCoefficients.chain(
+        scheduler, scheduler.timesteps, dtype=getattr(torch, precision)
+    )
     check_steps(scheduler, coefficients, bound, record_property)
 
 
@@ -77,12 +98,16 @@ def test_ddpm_chain_is_the_schedulers_step(prediction, variance, steps, precisio
 @pytest.mark.parametrize("config", [{}, STABLE_DIFFUSION], ids=["default", "stable-diffusion"])
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_ddim_chain_is_the_schedulers_step(prediction, eta, config, precision, bound, record_property):
+def test_ddim_chain_is_the_schedulers_step(
+    prediction, eta, config, precision, bound, record_property
+):
     scheduler = ddim(prediction_type=prediction, **config)
     if precision == "float64":
         in_float64(scheduler)
     scheduler.set_timesteps(50)
-    coefficients = StepCoefficients.chain(scheduler, scheduler.timesteps, eta=eta, dtype=getattr(torch, precision))
+    coefficients = StepCoefficients.chain(
+        scheduler, scheduler.timesteps, eta=eta, dtype=getattr(torch, precision)
+    )
     check_steps(scheduler, coefficients, bound, record_property, eta=eta)
 
 
@@ -90,26 +115,39 @@ def test_ddim_chain_is_the_schedulers_step(prediction, eta, config, precision, b
 def test_flow_chain_is_the_schedulers_step(shift, record_property):
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     scheduler.set_timesteps(13)
-    check_steps(scheduler, StepCoefficients.chain(scheduler, scheduler.timesteps), BOUND, record_property)
+    check_steps(
+        scheduler, StepCoefficients.chain(scheduler, scheduler.timesteps), BOUND, record_property
+    )
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
 def test_a_full_ddpm_chain_takes_the_neighbouring_timestep(variance, record_property):
-    # In float64: between neighbours the scheduler's own float32 1 − ᾱ/ᾱ′ loses more than the bound (3e-5 of a step).
+    # In float64: between neighbours the scheduler's own float32 1 − ᾱ/ᾱ′ loses more than the bound
+    # (3e-5 of a step).
     scheduler = in_float64(ddpm(num_train_timesteps=63, variance_type=variance))
     coefficients = StepCoefficients.chain(scheduler, scheduler.timesteps, dtype=torch.float64)
     check_steps(scheduler, coefficients, 1e-12, record_property)
 
 
-@pytest.mark.parametrize("scheduler", [ddpm(variance_type="fixed_large"), ddpm(), ddim()], ids=["fixed_large", "fixed_small", "ddim"])
+@pytest.mark.parametrize(
+    "scheduler",
+    [ddpm(variance_type="fixed_large"), ddpm(), ddim()],
+    ids=["fixed_large", "fixed_small", "ddim"],
+)
 def test_std_alone_is_the_schedulers_noise_response(scheduler):
     in_float64(scheduler).set_timesteps(20)
     options = {"eta": 0.7} if isinstance(scheduler, DDIMScheduler) else {}
-    coefficients = StepCoefficients.chain(scheduler, scheduler.timesteps, dtype=torch.float64, **options)
+    coefficients = StepCoefficients.chain(
+        scheduler, scheduler.timesteps, dtype=torch.float64, **options
+    )
     zero = torch.zeros(1, 1, 4, dtype=torch.float64)
     for row, timestep in enumerate(scheduler.timesteps):
-        response = scheduler.step(zero, timestep, zero, generator=torch.Generator().manual_seed(0), **options).prev_sample
-        noise = torch.randn(zero.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        response = scheduler.step(
+            zero, timestep, zero, generator=torch.Generator().manual_seed(0), **options
+        ).prev_sample
+        noise = torch.randn(
+            zero.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+        )
         torch.testing.assert_close(coefficients.std[row] * noise, response, rtol=1e-10, atol=1e-12)
 
 
@@ -128,13 +166,25 @@ def test_the_last_step_adds_no_noise_but_fixed_large_scores_it():
 def test_chain_scores_the_normal_density_around_its_center(prediction, center):
     scheduler = in_float64(ddpm(prediction_type=prediction))
     scheduler.set_timesteps(11)
-    coefficients = StepCoefficients.chain(scheduler, scheduler.timesteps[:-1], center=center, dtype=torch.float64)
+    coefficients = StepCoefficients.chain(
+        scheduler, scheduler.timesteps[:-1], center=center, dtype=torch.float64
+    )
     x, x_t, output = (draw(1, 2, size, dtype=torch.float64)[..., :4] for size in (4, 5, 6))
     for row, timestep in enumerate(scheduler.timesteps[:-1]):
         step = scheduler.step(output, timestep, x_t, generator=torch.Generator().manual_seed(3))
-        noise = torch.randn(x_t.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-        expected = step.pred_original_sample if center == "sample" else step.prev_sample - coefficients.std[row] * noise
-        r = coefficients.data[row] * x + coefficients.noisy[row] * x_t + coefficients.output[row] * output
+        noise = torch.randn(
+            x_t.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3)
+        )
+        expected = (
+            step.pred_original_sample
+            if center == "sample"
+            else step.prev_sample - coefficients.std[row] * noise
+        )
+        r = (
+            coefficients.data[row] * x
+            + coefficients.noisy[row] * x_t
+            + coefficients.output[row] * output
+        )
         ours = (-0.5 * coefficients.inv_var[row] * r**2 + coefficients.log_norm[row]).sum()
         density = torch.distributions.Normal(expected, coefficients.std[row]).log_prob(x).sum()
         torch.testing.assert_close(ours, density, rtol=1e-9, atol=0)
@@ -148,11 +198,15 @@ def test_floor_and_center_never_change_how_the_chain_moves():
     for name in ("mean_noisy", "mean_output", "std"):
         assert torch.equal(getattr(plain, name), getattr(other, name))
     torch.testing.assert_close(other.inv_var, plain.std.clamp(min=0.3) ** -2)
-    torch.testing.assert_close(other.log_norm, -0.5 * (2 * math.pi * plain.std.clamp(min=0.3) ** 2).log())
+    torch.testing.assert_close(
+        other.log_norm, -0.5 * (2 * math.pi * plain.std.clamp(min=0.3) ** 2).log()
+    )
     assert other.unscorable == ()
 
 
-@pytest.mark.parametrize("make, options", [(ddpm, {}), (ddim, {}), (FlowMatchEulerDiscreteScheduler, {})])
+@pytest.mark.parametrize(
+    "make, options", [(ddpm, {}), (ddim, {}), (FlowMatchEulerDiscreteScheduler, {})]
+)
 def test_a_vanishing_std_is_refused_when_scored_and_not_before(make, options):
     scheduler = make(**options)
     scheduler.set_timesteps(5)
@@ -169,10 +223,14 @@ def test_mean_parameterization_takes_the_output_as_it_is_and_allows_clipping():
     scheduler = DDPMScheduler(clip_sample=True)
     scheduler.set_timesteps(10)
     coefficients = StepCoefficients.chain(scheduler, scheduler.timesteps, parameterization="mean")
-    assert torch.equal(coefficients.mean_output, torch.ones(10)) and torch.equal(coefficients.output, -torch.ones(10))
+    assert torch.equal(coefficients.mean_output, torch.ones(10)) and torch.equal(
+        coefficients.output, -torch.ones(10)
+    )
     assert not coefficients.noisy.any() and not coefficients.mean_noisy.any()
     with pytest.raises(ValueError, match="center"):
-        StepCoefficients.chain(scheduler, scheduler.timesteps, parameterization="mean", center="sample")
+        StepCoefficients.chain(
+            scheduler, scheduler.timesteps, parameterization="mean", center="sample"
+        )
 
 
 @pytest.mark.parametrize("option", ["clip_sample", "thresholding"])
@@ -182,24 +240,38 @@ def test_clipping_schedulers_are_refused_with_what_to_set(make, option):
         StepCoefficients.chain(make(**{option: True}), [500])
 
 
-# --- evidence lower bound ----------------------------------------------------------------------------------------------------------------
+# --- evidence lower bound
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def elbo_case(prediction):
-    """A scheduler, its timesteps, x, the noise, x_s for each step, and the training target of each step, all float64 [S, 2, 9]."""
+    """A scheduler, its timesteps, x, the noise, x_s for each step, and the training target of each
+    step, all float64 [S, 2, 9].
+    """
     x, noise = draw(2, 9, dtype=torch.float64), draw(9, 2, dtype=torch.float64).T
     if prediction == "flow":
         scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
         scheduler.set_timesteps(9)
         timesteps = scheduler.timesteps[1::3]
         scheduler.sigmas = scheduler.sigmas.double()
-        x_s = torch.stack([scheduler.scale_noise(x, timestep[None], noise) for timestep in timesteps])
+        x_s = torch.stack(
+            [scheduler.scale_noise(x, timestep[None], noise) for timestep in timesteps]
+        )
         return scheduler, timesteps, x, noise, x_s, (noise - x).expand_as(x_s)
     scheduler = in_float64(ddpm(prediction_type=prediction))
     timesteps = torch.tensor([0, 17, 500, 999])
     x_s = torch.stack([scheduler.add_noise(x, noise, timestep.expand(2)) for timestep in timesteps])
-    velocity = torch.stack([scheduler.get_velocity(x, noise, timestep.expand(2)) for timestep in timesteps])
-    return scheduler, timesteps, x, noise, x_s, {"epsilon": noise, "sample": x, "v_prediction": velocity}[prediction].expand_as(x_s)
+    velocity = torch.stack(
+        [scheduler.get_velocity(x, noise, timestep.expand(2)) for timestep in timesteps]
+    )
+    return (
+        scheduler,
+        timesteps,
+        x,
+        noise,
+        x_s,
+        {"epsilon": noise, "sample": x, "v_prediction": velocity}[prediction].expand_as(x_s),
+    )
 
 
 def implied_noise(prediction, x_s, output, alpha, sigma):
@@ -219,20 +291,35 @@ def implied_noise(prediction, x_s, output, alpha, sigma):
 @pytest.mark.parametrize("prediction", [*PREDICTIONS, "flow"])
 def test_elbo_is_the_weighted_squared_error(prediction, input, space, weight):
     scheduler, timesteps, x, noise, x_s, target = elbo_case(prediction)
-    weights = torch.ones(len(timesteps)) if weight == "uniform" else torch.arange(1.0, len(timesteps) + 1)
+    weights = (
+        torch.ones(len(timesteps)) if weight == "uniform" else torch.arange(1.0, len(timesteps) + 1)
+    )
     coefficients = StepCoefficients.elbo(
-        scheduler, timesteps, input=input, space=space, weight="uniform" if weight == "uniform" else weights, dtype=torch.float64
+        scheduler,
+        timesteps,
+        input=input,
+        space=space,
+        weight="uniform" if weight == "uniform" else weights,
+        dtype=torch.float64,
     )
     assert coefficients.mean_noisy is None and not coefficients.log_norm.any()
     output = draw(len(timesteps), 2, 9, dtype=torch.float64)
-    levels = scheduler.sigmas[1:-1:3] if prediction == "flow" else scheduler.alphas_cumprod[timesteps]
-    alpha, sigma = (1 - levels, levels) if prediction == "flow" else (levels.sqrt(), (1 - levels).sqrt())
+    levels = (
+        scheduler.sigmas[1:-1:3] if prediction == "flow" else scheduler.alphas_cumprod[timesteps]
+    )
+    alpha, sigma = (
+        (1 - levels, levels) if prediction == "flow" else (levels.sqrt(), (1 - levels).sqrt())
+    )
     for row in range(len(timesteps)):
         error = target[row] - output[row]
         if space == "epsilon":
             error = noise - implied_noise(prediction, x_s[row], output[row], alpha[row], sigma[row])
         given = target[row] if input == "target" else x_s[row]
-        r = coefficients.data[row] * x + coefficients.noisy[row] * given + coefficients.output[row] * output[row]
+        r = (
+            coefficients.data[row] * x
+            + coefficients.noisy[row] * given
+            + coefficients.output[row] * output[row]
+        )
         ours = (-0.5 * coefficients.inv_var[row] * r**2).sum(1)
         torch.testing.assert_close(ours, -weights[row] * error.square().sum(1), rtol=1e-9, atol=0)
 
@@ -247,14 +334,17 @@ def test_elbo_does_not_mind_clipping():
     StepCoefficients.elbo(DDPMScheduler(clip_sample=True), [5]).require_scorable()
 
 
-# --- precision and schedules -------------------------------------------------------------------------------------------------------------
+# --- precision and schedules
+# -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
 def test_half_precision_alphas_are_rebuilt_from_the_betas(half):
     scheduler, exact = ddpm(**SCALED_LINEAR), ddpm(**SCALED_LINEAR)
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(half)
-    ours, theirs = (StepCoefficients.elbo(each, [0, 1, 500, 999], input="noisy") for each in (scheduler, exact))
+    ours, theirs = (
+        StepCoefficients.elbo(each, [0, 1, 500, 999], input="noisy") for each in (scheduler, exact)
+    )
     for name in ("data", "noisy", "output"):
         torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-4, atol=0)
 
@@ -263,7 +353,9 @@ def test_half_precision_alphas_are_rebuilt_from_the_betas(half):
 def test_half_precision_alphas_without_their_betas_are_refused(stale):
     scheduler = ddpm()
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(torch.bfloat16)
-    scheduler.betas = scheduler.betas.to(torch.bfloat16) if stale == "half betas" else scheduler.betas * 1.1
+    scheduler.betas = (
+        scheduler.betas.to(torch.bfloat16) if stale == "half betas" else scheduler.betas * 1.1
+    )
     with pytest.raises(ValueError, match="alphas_cumprod is torch.bfloat16"):
         StepCoefficients.elbo(scheduler, [5])
 
@@ -271,7 +363,10 @@ def test_half_precision_alphas_without_their_betas_are_refused(stale):
 def test_tables_are_rounded_once_from_float64():
     scheduler = ddpm()
     scheduler.set_timesteps(50)
-    single, double = (StepCoefficients.chain(scheduler, scheduler.timesteps[:-1], dtype=dtype) for dtype in (torch.float32, torch.float64))
+    single, double = (
+        StepCoefficients.chain(scheduler, scheduler.timesteps[:-1], dtype=dtype)
+        for dtype in (torch.float32, torch.float64)
+    )
     for field in dataclasses.fields(StepCoefficients)[:8]:
         assert getattr(double, field.name).dtype == torch.float64
         assert torch.equal(getattr(single, field.name), getattr(double, field.name).float())
@@ -284,10 +379,17 @@ def test_zero_terminal_snr_has_no_clean_sample_from_epsilon():
     for prediction in ("sample", "v_prediction"):
         scheduler = ddim(prediction_type=prediction, **config)
         scheduler.set_timesteps(10)
-        check_steps(scheduler, StepCoefficients.chain(scheduler, scheduler.timesteps), BOUND, lambda *_: None)
+        check_steps(
+            scheduler,
+            StepCoefficients.chain(scheduler, scheduler.timesteps),
+            BOUND,
+            lambda *_: None,
+        )
 
 
-@pytest.mark.parametrize("spacing, differs", [("leading", False), ("linspace", True), ("trailing", True)])
+@pytest.mark.parametrize(
+    "spacing, differs", [("leading", False), ("linspace", True), ("trailing", True)]
+)
 def test_the_successor_decides_and_ddims_own_pairs_can_be_given(spacing, differs):
     scheduler = ddim(timestep_spacing=spacing)
     scheduler.set_timesteps(7)
@@ -305,7 +407,9 @@ def test_a_thinned_list_keeps_the_chains_own_pairs():
     scheduler.set_timesteps(50)
     whole = StepCoefficients.chain(scheduler, scheduler.timesteps)
     thinned = StepCoefficients.chain(scheduler, scheduler.timesteps[11::3])
-    assert torch.equal(thinned.std, whole.std[11::3]) and torch.equal(thinned.mean_noisy, whole.mean_noisy[11::3])
+    assert torch.equal(thinned.std, whole.std[11::3]) and torch.equal(
+        thinned.mean_noisy, whole.mean_noisy[11::3]
+    )
     with pytest.raises(ValueError, match=r"\[981\] are not in scheduler.timesteps"):
         StepCoefficients.chain(scheduler, [981])
 
@@ -316,13 +420,17 @@ def test_set_alpha_to_one_decides_the_final_level():
         final = scheduler.alphas_cumprod[0].item() if final is None else final
         level = scheduler.alphas_cumprod[500].item()
         coefficients = StepCoefficients.chain(scheduler, [500], [-20], eta=1.0, dtype=torch.float64)
-        assert coefficients.std.item() == pytest.approx(math.sqrt((1 - level / final) * (1 - final) / (1 - level)), rel=1e-9)
+        assert coefficients.std.item() == pytest.approx(
+            math.sqrt((1 - level / final) * (1 - final) / (1 - level)), rel=1e-9
+        )
 
 
 def test_flow_levels_are_read_not_shifted_again():
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     before = StepCoefficients.chain(scheduler, scheduler.timesteps[:1])
-    assert before.mean_output.item() == pytest.approx((scheduler.sigmas[1] - scheduler.sigmas[0]).item(), rel=1e-6)
+    assert before.mean_output.item() == pytest.approx(
+        (scheduler.sigmas[1] - scheduler.sigmas[0]).item(), rel=1e-6
+    )
     final = StepCoefficients.chain(scheduler, scheduler.timesteps[-1:])
     assert final.mean_output.item() == pytest.approx(-scheduler.sigmas[-1].item(), rel=1e-6)
 
@@ -341,10 +449,13 @@ def test_a_variance_that_fits_no_table_needs_a_choice(variance):
     with pytest.raises(ValueError, match='variance must be "fixed_small" or "fixed_large"'):
         StepCoefficients.chain(scheduler, [500])
     chosen = StepCoefficients.chain(scheduler, [500], variance="fixed_large")
-    assert torch.equal(chosen.std, StepCoefficients.chain(ddpm(variance_type="fixed_large"), [500]).std)
+    assert torch.equal(
+        chosen.std, StepCoefficients.chain(ddpm(variance_type="fixed_large"), [500]).std
+    )
 
 
-# --- bad input ---------------------------------------------------------------------------------------------------------------------------
+# --- bad input
+# ---------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -356,8 +467,18 @@ def test_a_variance_that_fits_no_table_needs_a_choice(variance):
         (ddpm, {"timesteps": [5.0]}, TypeError, "timesteps must be integers"),
         (ddpm, {"timesteps": 5}, TypeError, "timesteps must be a one-dimensional"),
         (ddpm, {"timesteps": [True]}, TypeError, "timesteps must be a one-dimensional"),
-        (ddpm, {"timesteps": [5], "previous_timesteps": [5]}, ValueError, "previous_timesteps must lie below"),
-        (ddpm, {"timesteps": [5], "previous_timesteps": [4, 3]}, ValueError, "previous_timesteps must have as many"),
+        (
+            ddpm,
+            {"timesteps": [5], "previous_timesteps": [5]},
+            ValueError,
+            "previous_timesteps must lie below",
+        ),
+        (
+            ddpm,
+            {"timesteps": [5], "previous_timesteps": [4, 3]},
+            ValueError,
+            "previous_timesteps must have as many",
+        ),
         (ddpm, {"timesteps": [5], "parameterization": "flow"}, ValueError, "parameterization"),
         (ddpm, {"timesteps": [5], "eta": 0.5}, ValueError, "eta does not exist"),
         (ddpm, {"timesteps": [5], "center": "x0"}, ValueError, "center"),
@@ -365,9 +486,24 @@ def test_a_variance_that_fits_no_table_needs_a_choice(variance):
         (ddpm, {"timesteps": [5], "sigma_floor": 1e-7}, ValueError, "sigma_floor"),
         (ddpm, {"timesteps": [5], "dtype": torch.float16}, TypeError, "float32 or float64"),
         (ddim, {"timesteps": [5], "eta": 1.5}, ValueError, "eta must be from 0 to 1"),
-        (ddim, {"timesteps": [5], "variance": "fixed_small"}, ValueError, "variance does not exist"),
-        (FlowMatchEulerDiscreteScheduler, {"timesteps": [5.5]}, ValueError, r"\[5.5\] are not in scheduler.timesteps"),
-        (FlowMatchEulerDiscreteScheduler, {"timesteps": [1000.0], "parameterization": "epsilon"}, ValueError, "parameterization"),
+        (
+            ddim,
+            {"timesteps": [5], "variance": "fixed_small"},
+            ValueError,
+            "variance does not exist",
+        ),
+        (
+            FlowMatchEulerDiscreteScheduler,
+            {"timesteps": [5.5]},
+            ValueError,
+            r"\[5.5\] are not in scheduler.timesteps",
+        ),
+        (
+            FlowMatchEulerDiscreteScheduler,
+            {"timesteps": [1000.0], "parameterization": "epsilon"},
+            ValueError,
+            "parameterization",
+        ),
     ],
 )
 def test_bad_chain_arguments_raise_one_clear_error(make, arguments, error, message):
@@ -375,7 +511,9 @@ def test_bad_chain_arguments_raise_one_clear_error(make, arguments, error, messa
         StepCoefficients.chain(make(), **arguments)
 
 
-@pytest.mark.parametrize("option, value", [("input", "x_t"), ("space", "x0"), ("parameterization", "mean")])
+@pytest.mark.parametrize(
+    "option, value", [("input", "x_t"), ("space", "x0"), ("parameterization", "mean")]
+)
 def test_bad_elbo_arguments_raise_one_clear_error(option, value):
     with pytest.raises(ValueError, match=option):
         StepCoefficients.elbo(ddpm(), [5], **{option: value})
@@ -400,7 +538,11 @@ def tables(**changes):
         ({"inv_var": torch.tensor([1.0, -1.0, 1.0])}, ValueError, "inv_var must not"),
         ({"log_norm": torch.tensor([1, math.nan, 1])}, ValueError, "log_norm must be finite"),
         ({"std": torch.ones(3)}, ValueError, "must be given together"),
-        ({"mean_noisy": torch.ones(3), "mean_output": torch.ones(3), "std": -torch.ones(3)}, ValueError, "std must not be negative"),
+        (
+            {"mean_noisy": torch.ones(3), "mean_output": torch.ones(3), "std": -torch.ones(3)},
+            ValueError,
+            "std must not be negative",
+        ),
     ],
 )
 def test_tables_given_directly_are_checked(changes, error, message):
@@ -423,7 +565,11 @@ def test_another_device_gets_the_tables_without_a_second_check():
     """meta holds no values that could be read."""
     coefficients = StepCoefficients(**tables(inv_var=torch.tensor([1.0, math.inf, 2.0])))
     moved = coefficients.to("meta")
-    assert moved.data.device.type == moved.log_norm.device.type == "meta" and moved.unscorable == (1,) and moved.needs_noisy
+    assert (
+        moved.data.device.type == moved.log_norm.device.type == "meta"
+        and moved.unscorable == (1,)
+        and moved.needs_noisy
+    )
     assert coefficients.data.device.type == "cpu"
 
 
@@ -436,7 +582,13 @@ def test_tables_know_whether_the_noisy_input_is_needed():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_scoring_tables_stand_in_the_order_of_the_operators(dtype):
     coefficients = StepCoefficients(**tables())
-    given = (coefficients.data, coefficients.noisy, coefficients.output, coefficients.inv_var, coefficients.log_norm)
+    given = (
+        coefficients.data,
+        coefficients.noisy,
+        coefficients.output,
+        coefficients.inv_var,
+        coefficients.log_norm,
+    )
     for table, expected in zip(coefficients.scoring_tables(dtype), given, strict=True):
         assert table.dtype == dtype and torch.equal(table.float(), expected)
         assert (table is expected) == (dtype == torch.float32)

@@ -1,4 +1,6 @@
-"""What a run writes and reads again: checkpoints that run nothing and notice damage, one run a folder, files whole or not at all."""
+"""What a run writes and reads again: checkpoints that run nothing and notice damage, one run a
+folder, files whole or not at all.
+"""
 
 import dataclasses
 import errno
@@ -40,7 +42,9 @@ FILES = (
 
 @pytest.fixture(autouse=True)
 def fresh_accelerator_state():
-    """Accelerate keeps one state a process, whatever precision and accumulation the next run asks for."""
+    """Accelerate keeps one state a process, whatever precision and accumulation the next run asks
+    for.
+    """
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -105,7 +109,9 @@ def flip(path, position=None, bit=0):
 
 
 def write_manifest(folder, change=None):
-    """Make the manifest one of the files that are there, as far as they can be read; `change` gets its content first."""
+    """Make the manifest one of the files that are there, as far as they can be read; `change` gets
+    its content first.
+    """
     manifest = json.loads((folder / "manifest.json").read_text())
     for name in list(manifest["files"]):
         path = folder / name
@@ -181,7 +187,9 @@ def test_nothing_in_a_checkpoint_is_unpickled(copied, newest, finished, tmp_path
 def test_a_checkpoint_of_accelerate_is_refused_with_the_reason(copied, newest, finished):
     shutil.rmtree(newest)
     shutil.rmtree(newest.with_name(BEFORE))
-    Trainer(dataclasses.replace(finished[0], output=str(copied), resume=True), make_splits()).accelerator.save_state(str(newest))
+    Trainer(
+        dataclasses.replace(finished[0], output=str(copied), resume=True), make_splits()
+    ).accelerator.save_state(str(newest))
     with pytest.raises(
         ValueError,
         match=f"{NEWEST} cannot be read .*pickles, which can run code: train anew in another folder",
@@ -192,7 +200,9 @@ def test_a_checkpoint_of_accelerate_is_refused_with_the_reason(copied, newest, f
 # Damage
 
 
-@pytest.mark.parametrize("damage", ["flip", "empty", "half", "longer", "missing", "link", "folder", "pipe"])
+@pytest.mark.parametrize(
+    "damage", ["flip", "empty", "half", "longer", "missing", "link", "folder", "pipe"]
+)
 @pytest.mark.parametrize("file", FILES)
 def test_damage_is_named_with_the_checkpoint_before(copied, newest, tmp_path, file, damage):
     path = newest / file
@@ -200,7 +210,9 @@ def test_damage_is_named_with_the_checkpoint_before(copied, newest, tmp_path, fi
     if damage == "flip":
         flip(path)
     elif damage in ("empty", "half", "longer"):
-        path.write_bytes({"empty": b"", "half": content[: len(content) // 2], "longer": content + b" "}[damage])
+        path.write_bytes(
+            {"empty": b"", "half": content[: len(content) // 2], "longer": content + b" "}[damage]
+        )
     else:
         path.unlink()
         (tmp_path / "elsewhere").write_bytes(content)
@@ -233,7 +245,9 @@ def test_the_checkpoint_before_a_damaged_one_serves(copied, newest, finished, fi
         resume(copied, config)
     assert snapshot(copied) == before
     shutil.rmtree(newest)
-    assert all(torch.equal(a, b) for a, b in zip(resume(copied, config).parameters, expected, strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(resume(copied, config).parameters, expected, strict=True)
+    )
 
 
 def test_any_bit_of_the_manifest_counts(newest):
@@ -285,7 +299,9 @@ def test_a_path_in_the_manifest_is_not_followed(newest, tmp_path, monkeypatch, w
     (tmp_path / "run" / "secret").write_text("x")
     (tmp_path / "secret").write_text("x")
     name = where.format(tmp=tmp_path)
-    write_manifest(newest, lambda manifest: manifest["files"].update({name: {"bytes": 1, "sha256": "0" * 64}}))
+    write_manifest(
+        newest, lambda manifest: manifest["files"].update({name: {"bytes": 1, "sha256": "0" * 64}})
+    )
     read = []
     original = checkpoints._hash
     monkeypatch.setattr(checkpoints, "_hash", lambda path: read.append(path.name) or original(path))
@@ -296,9 +312,13 @@ def test_a_path_in_the_manifest_is_not_followed(newest, tmp_path, monkeypatch, w
 
 def test_a_manifest_of_another_format_or_step_is_named(newest):
     write_manifest(newest, lambda manifest: manifest.update(format="genrep_fast checkpoint 2"))
-    with pytest.raises(ValueError, match="has the format 'genrep_fast checkpoint 2', this genrep_fast reads"):
+    with pytest.raises(
+        ValueError, match="has the format 'genrep_fast checkpoint 2', this genrep_fast reads"
+    ):
         read_checkpoint(newest)
-    write_manifest(newest, lambda manifest: manifest.update(format="genrep_fast checkpoint 1", step=5))
+    write_manifest(
+        newest, lambda manifest: manifest.update(format="genrep_fast checkpoint 1", step=5)
+    )
     with pytest.raises(ValueError, match="manifest.json is that of step 5"):
         read_checkpoint(newest)
     write_manifest(newest, lambda manifest: manifest.update(step=4))
@@ -417,15 +437,24 @@ def test_weights_of_another_network_change_nothing(copied, newest, finished):
             change(changed)
             save_file(changed, path)
             write_manifest(newest)
-            run = Trainer(dataclasses.replace(config, output=str(copied), resume=True), make_splits())
+            run = Trainer(
+                dataclasses.replace(config, output=str(copied), resume=True), make_splits()
+            )
             before = [tensor.clone() for tensor in (*run.parameters, *run.averages)]
             with pytest.raises(
                 ValueError,
                 match=f"checkpoint {newest} is not one of this run: .*{file}.safetensors.* {message}",
             ):
                 run.run()
-            assert all(torch.equal(a, b) for a, b in zip((*run.parameters, *run.averages), before, strict=True))
-            assert run.state.step == 0 and run.state.teacher is None and not run.optimizer.state_dict()["state"]
+            assert all(
+                torch.equal(a, b)
+                for a, b in zip((*run.parameters, *run.averages), before, strict=True)
+            )
+            assert (
+                run.state.step == 0
+                and run.state.teacher is None
+                and not run.optimizer.state_dict()["state"]
+            )
         path.write_bytes(content)
 
 
@@ -444,8 +473,14 @@ def test_weights_of_another_network_change_nothing(copied, newest, finished):
         ),
         ({"schedule": {}}, "schedule in state.json is not"),
         ({"scaler": {"scale": 1.0}}, "scaler .* mixed precision"),
-        ({"schedule": {"last_epoch": 4, "_step_count": 5, "_last_lr": ["x"]}}, "schedule .* numbers"),
-        ({"schedule": {"last_epoch": 4, "_step_count": 5, "_last_lr": []}}, "0 learning rates for 1"),
+        (
+            {"schedule": {"last_epoch": 4, "_step_count": 5, "_last_lr": ["x"]}},
+            "schedule .* numbers",
+        ),
+        (
+            {"schedule": {"last_epoch": 4, "_step_count": 5, "_last_lr": []}},
+            "0 learning rates for 1",
+        ),
         ({"teacher": {"temperature": "x"}}, "teacher's part of state.json must be numbers"),
         ({"teacher": {"temperature": 1.0}}, "state.json lacks"),
         ({"options": 7}, "state.json lacks"),
@@ -489,7 +524,9 @@ def test_a_run_goes_on_in_another_place(copied, finished, tmp_path):
 
 
 def train_scaled(config):
-    """With the GradScaler of fp16: steps whose gradients overflow are skipped until the scale has fallen often enough."""
+    """With the GradScaler of fp16: steps whose gradients overflow are skipped until the scale has
+    fallen often enough.
+    """
     accelerator = Accelerator()
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=2)
     run = Trainer(config, make_splits(), accelerator)
@@ -529,7 +566,9 @@ def test_the_scale_of_fp16_survives_a_checkpoint(finished, tmp_path, monkeypatch
     assert all(torch.equal(a, b) for a, b in zip(resumed.parameters, whole.parameters, strict=True))
     scales = [run.accelerator.scaler.state_dict() for run in (resumed, whole)]
     assert scales[0] == scales[1] and scales[0]["scale"] < 2.0**122
-    steps_taken = max(state["step"].item() for state in whole.optimizer.state_dict()["state"].values())
+    steps_taken = max(
+        state["step"].item() for state in whole.optimizer.state_dict()["state"].values()
+    )
     assert 0 < steps_taken < 15, "no step was skipped"
 
 
@@ -544,7 +583,9 @@ def test_a_damaged_configuration_is_one_line(capsys, copied, content):
     (copied / "config.json").write_bytes(content)
     before = snapshot(copied)
     capsys.readouterr()
-    assert f"{copied}/config.json is damaged" in failure(capsys, "train", "--resume", "--output", copied)
+    assert f"{copied}/config.json is damaged" in failure(
+        capsys, "train", "--resume", "--output", copied
+    )
     assert snapshot(copied) == before
     line = failure(capsys, "evaluate", "--checkpoint", copied)
     assert f"{copied}/config.json is damaged" in line
@@ -581,7 +622,9 @@ def test_odd_options_in_the_configuration_are_named(copied, name, value):
         b"\n",
     ],
 )
-def test_a_damaged_history_is_one_line_and_a_resumed_run_writes_it_again(capsys, copied, finished, content):
+def test_a_damaged_history_is_one_line_and_a_resumed_run_writes_it_again(
+    capsys, copied, finished, content
+):
     history = copied / "history.jsonl"
     whole = history.read_bytes()
     history.write_bytes(whole + content + b"\n")
@@ -605,7 +648,9 @@ def test_a_full_disk_is_told_and_the_checkpoint_before_is_kept(finished, tmp_pat
             written.append(path)
             if len(written) == 3:
                 Path(path).write_bytes(b"half")
-                raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+                raise SafetensorError(
+                    "Error while serializing: I/O error: No space left on device (os error 28)"
+                )
         save_file(tensors, path, metadata)
 
     with monkeypatch.context() as patch:
@@ -616,7 +661,10 @@ def test_a_full_disk_is_told_and_the_checkpoint_before_is_kept(finished, tmp_pat
     folder = tmp_path / "run" / "checkpoints"
     assert sorted(os.listdir(folder)) == ["step-0000001", "step-0000002"]
     assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
-    assert all(torch.equal(a, b) for a, b in zip(resume(tmp_path / "run", config).parameters, finished[1], strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(resume(tmp_path / "run", config).parameters, finished[1], strict=True)
+    )
 
 
 def test_a_file_limit_ends_in_one_line(copied, finished):
@@ -713,7 +761,11 @@ def hold():
     processes = []
 
     def start(folder):
-        processes.append(subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True))
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True
+            )
+        )
         assert processes[-1].stdout.readline() == "held\n"
         return processes[-1]
 
@@ -723,7 +775,9 @@ def hold():
         process.communicate()
 
 
-def test_a_second_run_is_one_line_by_any_spelling(capsys, hold, copied, tmp_path, monkeypatch, finished):
+def test_a_second_run_is_one_line_by_any_spelling(
+    capsys, hold, copied, tmp_path, monkeypatch, finished
+):
     (tmp_path / "link").symlink_to(copied, target_is_directory=True)
     monkeypatch.chdir(tmp_path)
     process = hold(copied)
@@ -736,7 +790,10 @@ def test_a_second_run_is_one_line_by_any_spelling(capsys, hold, copied, tmp_path
     with pytest.raises(BlockingIOError):
         resume("run", finished[0])
     line = failure(capsys, "train", "--output", copied)
-    assert line.startswith(f"genrep train: output: {copied} is in use") and "choose another folder" in line
+    assert (
+        line.startswith(f"genrep train: output: {copied} is in use")
+        and "choose another folder" in line
+    )
     assert snapshot(copied) == before
 
 
@@ -744,7 +801,9 @@ def test_an_evaluation_waits_for_nobody_but_its_own_folder(capsys, hold, copied)
     change_json(copied / "config.json", data="digits")
     hold(copied / "evaluation")
     capsys.readouterr()
-    assert f"output: {copied / 'evaluation'} is in use" in failure(capsys, "evaluate", "--checkpoint", copied)
+    assert f"output: {copied / 'evaluation'} is in use" in failure(
+        capsys, "evaluate", "--checkpoint", copied
+    )
     with only_writer(copied):
         pass
 

@@ -1,4 +1,6 @@
-"""The command `genrep`: what it leaves behind, and one line on standard error for everything that cannot be done."""
+"""The command `genrep`: what it leaves behind, and one line on standard error for everything that
+cannot be done.
+"""
 
 import json
 import re
@@ -51,13 +53,26 @@ def trained(image_folder, tiny_backbone, tmp_path_factory):
         "--output",
         str(root / "run"),
     ]
-    sizes = ["--diffusion_steps", "20", "--perception_steps", "20", "--joint_steps", "20", "--teacher_steps", "4", "--batch_size", "16"]
+    sizes = [
+        "--diffusion_steps",
+        "20",
+        "--perception_steps",
+        "20",
+        "--joint_steps",
+        "20",
+        "--teacher_steps",
+        "4",
+        "--batch_size",
+        "16",
+    ]
     cli.main(["train", *arguments, *sizes, "--steps", "3"])
     return root / "run"
 
 
 def failure(capsys, *arguments):
-    """The line that a command leaves on standard error, having ended with status 2 and written nothing else."""
+    """The line that a command leaves on standard error, having ended with status 2 and written
+    nothing else.
+    """
     with pytest.raises(SystemExit) as error:
         cli.main([str(argument) for argument in arguments])
     assert error.value.code == 2
@@ -73,16 +88,36 @@ def test_train_leaves_metrics_report_checkpoint_and_pipeline(trained):
     assert "<html" in report and "data:image/png;base64" in report
     assert list((trained / "figures").glob("*.png"))
     assert [path.name for path in (trained / "checkpoints").iterdir()]
-    assert len((trained / "history.jsonl").read_text().splitlines()) == 3  # the last step of each stage
-    assert {path.name for path in (trained / "model").iterdir()} == {"model", "scheduler", "model_index.json"}
+    assert (
+        len((trained / "history.jsonl").read_text().splitlines()) == 3
+    )  # the last step of each stage
+    assert {path.name for path in (trained / "model").iterdir()} == {
+        "model",
+        "scheduler",
+        "model_index.json",
+    }
 
 
 @pytest.mark.parametrize("place", [".", "model"])
 def test_generate_writes_one_picture_a_label(trained, tmp_path, capsys, place):
-    arguments = ["generate", "--checkpoint", str(trained / place), "--num_inference_steps", "4", "--labels", "2", "0", "2"]
+    arguments = [
+        "generate",
+        "--checkpoint",
+        str(trained / place),
+        "--num_inference_steps",
+        "4",
+        "--labels",
+        "2",
+        "0",
+        "2",
+    ]
     cli.main([*arguments, "--output", str(tmp_path / "a")])
     files = sorted((tmp_path / "a").iterdir())
-    assert [file.name for file in files] == ["0000-class-2.png", "0001-class-0.png", "0002-class-2.png"]
+    assert [file.name for file in files] == [
+        "0000-class-2.png",
+        "0001-class-0.png",
+        "0002-class-2.png",
+    ]
     assert capsys.readouterr().out.splitlines() == [str(file) for file in files]
     pictures = [Image.open(file) for file in files]
     assert all((picture.mode, picture.size) == ("L", (8, 8)) for picture in pictures)
@@ -100,13 +135,25 @@ def test_classify_prints_a_class_and_its_probability(trained, image_folder, caps
     cli.main(["classify", "--checkpoint", str(trained), "--images", *images])
     lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
     assert [line[0] for line in lines] == images
-    assert all(name in CLASSES and 1 / 3 - 1e-3 <= float(probability) <= 1 for _, name, probability in lines)
+    assert all(
+        name in CLASSES and 1 / 3 - 1e-3 <= float(probability) <= 1
+        for _, name, probability in lines
+    )
 
 
 def test_evaluate_writes_its_results_where_it_is_told(trained, image_folder, tmp_path):
     before = (trained / "metrics.json").read_bytes()
-    options = ["--elbo_steps", "2", "--samples_per_class", "2", "--output", str(tmp_path / "results")]
-    cli.main(["evaluate", "--checkpoint", str(trained), "--data", f"folder:{image_folder}", *options])
+    options = [
+        "--elbo_steps",
+        "2",
+        "--samples_per_class",
+        "2",
+        "--output",
+        str(tmp_path / "results"),
+    ]
+    cli.main(
+        ["evaluate", "--checkpoint", str(trained), "--data", f"folder:{image_folder}", *options]
+    )
     metrics = json.loads((tmp_path / "results" / "metrics.json").read_text())
     assert metrics["sizes"]["samples_per_class"] == 2 and metrics["sizes"]["elbo_steps"] == 2
     assert (tmp_path / "results" / "report.html").is_file()
@@ -119,7 +166,9 @@ def test_info_tells_versions_and_backends(capsys):
     assert found["backends"]["reference"]["available"] and found["torch"]
     cli.main(["info"])
     lines = capsys.readouterr().out.splitlines()
-    assert re.match(r"genrep_fast +\d", lines[0]) and any(re.match(r"reference +\d+ operators", line) for line in lines)
+    assert re.match(r"genrep_fast +\d", lines[0]) and any(
+        re.match(r"reference +\d+ operators", line) for line in lines
+    )
 
 
 @pytest.mark.parametrize("command", ["", "train", "evaluate", "classify", "generate", "info"])
@@ -143,15 +192,25 @@ def test_bad_arguments_are_one_line(capsys):
 
 def test_bad_data_is_one_line(capsys, image_folder, tmp_path):
     output = ["--output", tmp_path / "run"]
-    assert failure(capsys, "train", "--data", "cifar", *output).startswith("genrep train: data must be 'digits', 'folder:PATH'")
-    assert "does not exist" in failure(capsys, "train", "--data", f"folder:{tmp_path / 'none'}", *output)
+    assert failure(capsys, "train", "--data", "cifar", *output).startswith(
+        "genrep train: data must be 'digits', 'folder:PATH'"
+    )
+    assert "does not exist" in failure(
+        capsys, "train", "--data", f"folder:{tmp_path / 'none'}", *output
+    )
     (tmp_path / "empty").mkdir()
-    assert "at least two classes" in failure(capsys, "train", "--data", f"folder:{tmp_path / 'empty'}", *output)
+    assert "at least two classes" in failure(
+        capsys, "train", "--data", f"folder:{tmp_path / 'empty'}", *output
+    )
     broken = tmp_path / "broken"
     shutil.copytree(image_folder, broken)
     (broken / "bee" / "7.png").write_bytes(b"no image")
-    assert str(broken / "bee" / "7.png") in failure(capsys, "train", "--data", f"folder:{broken}", *output)
-    assert "even, got 9 × 9" in failure(capsys, "train", "--data", f"folder:{image_folder}", "--image_size", "9", *output)
+    assert str(broken / "bee" / "7.png") in failure(
+        capsys, "train", "--data", f"folder:{broken}", *output
+    )
+    assert "even, got 9 × 9" in failure(
+        capsys, "train", "--data", f"folder:{image_folder}", "--image_size", "9", *output
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -163,7 +222,9 @@ def test_missing_folders_are_one_line(capsys, tmp_path, option):
 
 def test_an_unknown_backbone_is_one_line(capsys, tmp_path):
     (tmp_path / "config.json").write_text('{"_class_name": "UNet3DModel"}')
-    assert "backbone must be one of" in failure(capsys, "train", "--backbone", tmp_path, "--output", tmp_path / "run")
+    assert "backbone must be one of" in failure(
+        capsys, "train", "--backbone", tmp_path, "--output", tmp_path / "run"
+    )
 
 
 def test_a_used_folder_and_other_options_are_one_line(capsys, trained, image_folder):
@@ -176,12 +237,20 @@ def test_a_used_folder_and_other_options_are_one_line(capsys, trained, image_fol
 def test_a_bad_checkpoint_is_one_line(capsys, trained, image_folder, tmp_path):
     picture = image_folder / "ape" / "0.png"
     capsys.readouterr()
-    for command in (("generate", "--labels", "1"), ("classify", "--images", picture), ("evaluate",)):
-        assert "holds no trained pipeline" in failure(capsys, *command, "--checkpoint", tmp_path / "none")
+    for command in (
+        ("generate", "--labels", "1"),
+        ("classify", "--images", picture),
+        ("evaluate",),
+    ):
+        assert "holds no trained pipeline" in failure(
+            capsys, *command, "--checkpoint", tmp_path / "none"
+        )
     shutil.copytree(trained / "model", tmp_path / "model")
     weights = tmp_path / "model" / "model" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:500])
-    assert "diffusion_pytorch_model.safetensors" in failure(capsys, "classify", "--checkpoint", tmp_path / "model", "--images", picture)
+    assert "diffusion_pytorch_model.safetensors" in failure(
+        capsys, "classify", "--checkpoint", tmp_path / "model", "--images", picture
+    )
 
 
 def test_bad_images_and_labels_are_one_line(capsys, trained, image_folder, tmp_path):
@@ -194,12 +263,25 @@ def test_bad_images_and_labels_are_one_line(capsys, trained, image_folder, tmp_p
             capsys, "classify", "--checkpoint", trained, "--images", tmp_path / name
         )
     generate = ("generate", "--checkpoint", trained, "--output", tmp_path / "pictures")
-    assert "labels must be in [0, 3), got [0, 3]" in failure(capsys, *generate, "--labels", "0", "3")
-    assert "num_inference_steps must be at least 1" in failure(capsys, *generate, "--labels", "0", "--num_inference_steps", "0")
+    assert "labels must be in [0, 3), got [0, 3]" in failure(
+        capsys, *generate, "--labels", "0", "3"
+    )
+    assert "num_inference_steps must be at least 1" in failure(
+        capsys, *generate, "--labels", "0", "--num_inference_steps", "0"
+    )
     assert not (tmp_path / "pictures").exists()
 
 
 def test_data_of_other_classes_is_one_line(capsys, trained, tmp_path):
     capsys.readouterr()
-    line = failure(capsys, "evaluate", "--checkpoint", trained, "--data", "digits", "--output", tmp_path / "results")
+    line = failure(
+        capsys,
+        "evaluate",
+        "--checkpoint",
+        trained,
+        "--data",
+        "digits",
+        "--output",
+        tmp_path / "results",
+    )
     assert "3 classes, got 10" in line

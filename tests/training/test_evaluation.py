@@ -1,4 +1,6 @@
-"""Evaluation: every metric against an independent computation, and whole evaluations of a model whose right answers are known."""
+"""Evaluation: every metric against an independent computation, and whole evaluations of a model
+whose right answers are known.
+"""
 
 import json
 import math
@@ -29,7 +31,9 @@ from genrep_fast.reporting.html import SUMMARY, write_report
 from genrep_fast.scoring.estimators import ElboEstimator
 
 SHAPE, NUM_CLASSES = (1, 8, 8), 3
-SETTINGS = EvaluationSettings(elbo_steps=4, num_inference_steps=10, samples_per_class=4, batch_size=7, seed=3)
+SETTINGS = EvaluationSettings(
+    elbo_steps=4, num_inference_steps=10, samples_per_class=4, batch_size=7, seed=3
+)
 FIGURES = {"reliability", "samples", "nearest_training_images", "evidence"}
 HISTORY = [
     {
@@ -47,7 +51,8 @@ HISTORY = [
 def random_predictions(count, num_classes=5, seed=0):
     generator = torch.Generator().manual_seed(seed)
     log_probabilities = (torch.randn(count, num_classes, generator=generator) * 2).log_softmax(1)
-    # Labels drawn from the predictions: some bins are overconfident and others not, so that the binning matters.
+    # Labels drawn from the predictions: some bins are overconfident and others not, so that the
+    # binning matters.
     return log_probabilities, log_probabilities.exp().multinomial(1, generator=generator).squeeze(1)
 
 
@@ -62,7 +67,13 @@ def test_classification_metrics_equal_explicit_loops(count):
         nll -= row[label]
         members = bins.setdefault(min(int(confidence * CALIBRATION_BINS), CALIBRATION_BINS - 1), [])
         members.append((confidence, right))
-    ece = sum(abs(sum(c for c, _ in members) - sum(r for _, r in members)) for members in bins.values()) / count
+    ece = (
+        sum(
+            abs(sum(c for c, _ in members) - sum(r for _, r in members))
+            for members in bins.values()
+        )
+        / count
+    )
     expected = {"top1": correct / count, "nll": nll / count, "ece": ece}
     assert classification_metrics(log_probabilities, labels) == pytest.approx(expected, abs=2e-6)
 
@@ -72,7 +83,10 @@ def test_reliability_bins_hold_every_image_once_and_give_the_calibration_error()
     confidence, accuracy, count = reliability_bins(log_probabilities, labels)
     assert count.sum() == 333 and confidence.shape == accuracy.shape == (CALIBRATION_BINS,)
     filled = count > 0
-    assert (np.abs(confidence[filled] - (np.flatnonzero(filled) + 0.5) / CALIBRATION_BINS) <= 0.5 / CALIBRATION_BINS + 1e-9).all()
+    assert (
+        np.abs(confidence[filled] - (np.flatnonzero(filled) + 0.5) / CALIBRATION_BINS)
+        <= 0.5 / CALIBRATION_BINS + 1e-9
+    ).all()
     ece = np.nansum(count * np.abs(confidence - accuracy)) / 333
     assert ece == pytest.approx(classification_metrics(log_probabilities, labels)["ece"], abs=1e-6)
 
@@ -85,41 +99,65 @@ def test_certain_predictions_fall_into_the_last_bin():
 
 @pytest.mark.parametrize("spoiled", [torch.full((4, 3), math.nan), torch.zeros(0, 3)])
 def test_classification_metrics_are_nan_where_undefined(spoiled):
-    assert all(math.isnan(value) for value in classification_metrics(spoiled, torch.zeros(len(spoiled), dtype=torch.int64)).values())
+    assert all(
+        math.isnan(value)
+        for value in classification_metrics(
+            spoiled, torch.zeros(len(spoiled), dtype=torch.int64)
+        ).values()
+    )
 
 
 @pytest.mark.parametrize(("count", "reference_count"), [(63, 127), (200, 50)])
 def test_frechet_distance_equals_the_matrix_square_root(count, reference_count):
     generator = np.random.default_rng(0)
     mixing = generator.normal(size=(7, 7))
-    features, reference = generator.normal(size=(count, 7)) @ mixing + 1, generator.normal(size=(reference_count, 7))
+    features, reference = (
+        generator.normal(size=(count, 7)) @ mixing + 1,
+        generator.normal(size=(reference_count, 7)),
+    )
     covariances = np.cov(features.T), np.cov(reference.T)
     root = scipy.linalg.sqrtm(covariances[0] @ covariances[1])
-    expected = np.square(features.mean(0) - reference.mean(0)).sum() + np.trace(covariances[0] + covariances[1] - 2 * root.real)
-    assert frechet_distance(torch.from_numpy(features), torch.from_numpy(reference)) == pytest.approx(expected, rel=1e-9)
+    expected = np.square(features.mean(0) - reference.mean(0)).sum() + np.trace(
+        covariances[0] + covariances[1] - 2 * root.real
+    )
+    assert frechet_distance(
+        torch.from_numpy(features), torch.from_numpy(reference)
+    ) == pytest.approx(expected, rel=1e-9)
 
 
 def test_frechet_distance_bears_constant_features_and_is_nan_where_undefined():
     features = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
     features[:, 2:] = 0
     assert frechet_distance(features, features) == pytest.approx(0, abs=1e-5)
-    assert frechet_distance(features, features + torch.tensor([0, 0, 3.0, 4, 0])) == pytest.approx(25, rel=1e-6)
+    assert frechet_distance(features, features + torch.tensor([0, 0, 3.0, 4, 0])) == pytest.approx(
+        25, rel=1e-6
+    )
     assert math.isnan(frechet_distance(features[:1], features))
     assert math.isnan(frechet_distance(features, features.log()))
 
 
 def test_nearest_distances_equal_scipy():
     generator = torch.Generator().manual_seed(0)
-    images, reference = torch.rand(11, 3, 4, 5, generator=generator), torch.rand(29, 3, 4, 5, generator=generator)
+    images, reference = (
+        torch.rand(11, 3, 4, 5, generator=generator),
+        torch.rand(29, 3, 4, 5, generator=generator),
+    )
     expected = scipy.spatial.distance.cdist(images.flatten(1), reference.flatten(1)).min(1)
-    np.testing.assert_allclose(nearest_distances(images, reference, batch_size=4), expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        nearest_distances(images, reference, batch_size=4), expected, rtol=1e-5
+    )
 
 
 def test_auroc_is_the_share_of_rightly_ordered_pairs():
     generator = torch.Generator().manual_seed(0)
-    inside, outside = torch.randn(31, generator=generator) + 0.5, torch.randn(17, generator=generator)
+    inside, outside = (
+        torch.randn(31, generator=generator) + 0.5,
+        torch.randn(17, generator=generator),
+    )
     outside[0] = inside[0]
-    pairs = [1.0 if a > b else 0.5 if a == b else 0.0 for a in inside.tolist() for b in outside.tolist()]
+    pairs = [
+        1.0 if a > b else 0.5 if a == b else 0.0 for a in inside.tolist() for b in outside.tolist()
+    ]
     assert auroc(inside, outside) == pytest.approx(sum(pairs) / len(pairs), abs=1e-12)
     assert math.isnan(auroc(inside, outside / 0)) and math.isnan(auroc(inside, outside[:0]))
 
@@ -162,13 +200,17 @@ def splits(templates):
 
     def split(count):
         labels = torch.arange(count) % NUM_CLASSES
-        return ImageDataset(templates[labels] + 0.05 * torch.randn(count, *SHAPE, generator=generator), labels)
+        return ImageDataset(
+            templates[labels] + 0.05 * torch.randn(count, *SHAPE, generator=generator), labels
+        )
 
     return DataSplits(split(90), split(17), split(31), ("a", "b", "<c>"), SHAPE)
 
 
 class TemplateModel(torch.nn.Module):
-    """A denoiser that knows the classes: x̂0 is the class's template, and a head that compares an image with the templates."""
+    """A denoiser that knows the classes: x̂0 is the class's template, and a head that compares an
+    image with the templates.
+    """
 
     def __init__(self, templates, scheduler, scale=1.0):
         super().__init__()
@@ -198,7 +240,9 @@ class TemplateModel(torch.nn.Module):
         return (x_t - alpha.sqrt() * self.templates[labels]) / (1 - alpha).sqrt()
 
     def forward(self, x_t, timestep, labels):
-        return SimpleNamespace(sample=self.denoise(x_t, timestep, labels), log_std_shift=torch.zeros(len(x_t)))
+        return SimpleNamespace(
+            sample=self.denoise(x_t, timestep, labels), log_std_shift=torch.zeros(len(x_t))
+        )
 
 
 @pytest.fixture(scope="module")
@@ -215,11 +259,15 @@ def evaluate_quickly(*args, **kwargs):
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory, templates, splits, scheduler):
-    """A whole evaluation of the model that knows the answers, run once, with a temperature that only our stand-in for its fit gives."""
+    """A whole evaluation of the model that knows the answers, run once, with a temperature that
+    only our stand-in for its fit gives.
+    """
     output_dir, progress, fits = tmp_path_factory.mktemp("evaluation"), [], []
     model = TemplateModel(templates, scheduler).train()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluator, "fit_temperature", lambda *arguments: fits.append(arguments) or 50.0)
+        patch.setattr(
+            evaluator, "fit_temperature", lambda *arguments: fits.append(arguments) or 50.0
+        )
         metrics = evaluate_quickly(
             model,
             scheduler,
@@ -231,12 +279,19 @@ def evaluated(tmp_path_factory, templates, splits, scheduler):
             teacher={"percent_of_a_training_step": 3.14159, "seconds_in_steps": 2.0},
             progress=lambda what, fraction: progress.append(fraction),
         )
-    return SimpleNamespace(metrics=metrics, output_dir=output_dir, progress=progress, fits=fits, model=model)
+    return SimpleNamespace(
+        metrics=metrics, output_dir=output_dir, progress=progress, fits=fits, model=model
+    )
 
 
 def test_a_model_that_knows_the_classes_is_measured_as_such(evaluated):
     metrics = evaluated.metrics
-    assert metrics["head"]["top1"] == metrics["posterior"]["top1"] == metrics["classifier"]["test_top1"] == 1
+    assert (
+        metrics["head"]["top1"]
+        == metrics["posterior"]["top1"]
+        == metrics["classifier"]["test_top1"]
+        == 1
+    )
     assert metrics["head"]["ece"] < 0.01 and metrics["posterior"]["uncalibrated_ece"] < 0.01
     assert metrics["generation"]["recognition_rate"] == 1
     assert metrics["generation"]["recognition_rate_per_class"] == {"a": 1, "b": 1, "<c>": 1}
@@ -246,14 +301,29 @@ def test_a_model_that_knows_the_classes_is_measured_as_such(evaluated):
 
 def test_samples_are_compared_with_training_images(evaluated, templates, splits):
     # The last reverse step lands on the template itself, whose nearest training image is known.
-    generation, (train_images, _), (test_images, _) = evaluated.metrics["generation"], as_tensors(splits.train), as_tensors(splits.test)
-    nearest, nearest_test = (
-        scipy.spatial.distance.cdist(images.flatten(1), train_images.flatten(1)).min(1) for images in (templates, test_images)
+    generation, (train_images, _), (test_images, _) = (
+        evaluated.metrics["generation"],
+        as_tensors(splits.train),
+        as_tensors(splits.test),
     )
-    assert generation["nearest_training_distance"] == pytest.approx(np.median(np.repeat(nearest, 4)[:-1]), rel=1e-3)
-    assert generation["nearest_training_distance_of_test"] == pytest.approx(np.median(nearest_test), rel=1e-3)
-    assert generation["nearest_training_ratio"] == pytest.approx(np.median(np.repeat(nearest, 4)[:-1]) / np.median(nearest_test), rel=1e-3)
-    assert generation["frechet_ratio"] == generation["frechet_distance"] / generation["frechet_distance_of_training_subset"] > 0
+    nearest, nearest_test = (
+        scipy.spatial.distance.cdist(images.flatten(1), train_images.flatten(1)).min(1)
+        for images in (templates, test_images)
+    )
+    assert generation["nearest_training_distance"] == pytest.approx(
+        np.median(np.repeat(nearest, 4)[:-1]), rel=1e-3
+    )
+    assert generation["nearest_training_distance_of_test"] == pytest.approx(
+        np.median(nearest_test), rel=1e-3
+    )
+    assert generation["nearest_training_ratio"] == pytest.approx(
+        np.median(np.repeat(nearest, 4)[:-1]) / np.median(nearest_test), rel=1e-3
+    )
+    assert (
+        generation["frechet_ratio"]
+        == generation["frechet_distance"] / generation["frechet_distance_of_training_subset"]
+        > 0
+    )
 
 
 def test_metrics_state_their_sizes_evaluations_and_times(evaluated):
@@ -275,9 +345,18 @@ def test_metrics_state_their_sizes_evaluations_and_times(evaluated):
         "batch_size": 7,
         "seed": 3,
     }
-    assert metrics["posterior"]["network_evaluations"] == 31 * 3 * 4 and metrics["posterior"]["network_evaluations_per_image"] == 12
+    assert (
+        metrics["posterior"]["network_evaluations"] == 31 * 3 * 4
+        and metrics["posterior"]["network_evaluations_per_image"] == 12
+    )
     assert metrics["seconds"].pop("training") == {"stage_0": 1.5}
-    assert set(metrics["seconds"]) == {"head", "posterior", "classifier", "generation", "out_of_distribution"}
+    assert set(metrics["seconds"]) == {
+        "head",
+        "posterior",
+        "classifier",
+        "generation",
+        "out_of_distribution",
+    }
     assert metrics["training"]["stage_2"] == HISTORY[-1]
     assert metrics["teacher"] == {"percent_of_a_training_step": 3.14159, "seconds_in_steps": 2.0}
 
@@ -287,12 +366,16 @@ def test_posterior_is_calibrated_on_the_calibration_split(evaluated, templates, 
     ((likelihood, labels),) = evaluated.fits
     calibration_images, calibration_labels = as_tensors(splits.calibration)
     assert torch.equal(labels, calibration_labels)
-    torch.testing.assert_close(likelihood, estimator.log_likelihood(calibration_images), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        likelihood, estimator.log_likelihood(calibration_images), rtol=1e-5, atol=1e-5
+    )
 
     images, labels = as_tensors(splits.test)
     likelihood, metrics = estimator.log_likelihood(images).double(), evaluated.metrics["posterior"]
     assert metrics["temperature"] == 50
-    assert metrics["uncalibrated_nll"] == pytest.approx(torch.nn.functional.cross_entropy(likelihood, labels).item(), abs=1e-6)
+    assert metrics["uncalibrated_nll"] == pytest.approx(
+        torch.nn.functional.cross_entropy(likelihood, labels).item(), abs=1e-6
+    )
     assert metrics["nll"] > 0.1 and metrics["nll"] == pytest.approx(
         torch.nn.functional.cross_entropy(likelihood / 50, labels).item(), rel=1e-4
     )
@@ -301,7 +384,9 @@ def test_posterior_is_calibrated_on_the_calibration_split(evaluated, templates, 
 def test_files_are_complete_and_the_report_is_self_contained(evaluated):
     output_dir = evaluated.output_dir
     names = {*FIGURES, "training", "alignment"}
-    assert {path.relative_to(output_dir).as_posix() for path in output_dir.rglob("*") if path.is_file()} == {
+    assert {
+        path.relative_to(output_dir).as_posix() for path in output_dir.rglob("*") if path.is_file()
+    } == {
         "metrics.json",
         "report.html",
         *(f"figures/{name}.png" for name in names),
@@ -337,20 +422,39 @@ def test_returned_metrics_are_what_the_file_holds(evaluated):
 
 def test_what_is_not_finite_is_null_and_named(tmp_path, templates, splits, scheduler):
     model = TemplateModel(templates, scheduler, scale=math.nan)
-    evaluate_quickly(model, scheduler, splits, tmp_path, settings=SETTINGS, history=[{"stage": 0, "step": 1, "generation": math.nan}])
+    evaluate_quickly(
+        model,
+        scheduler,
+        splits,
+        tmp_path,
+        settings=SETTINGS,
+        history=[{"stage": 0, "step": 1, "generation": math.nan}],
+    )
     metrics = strict_json(tmp_path / "metrics.json")
     assert metrics["head"] == {"top1": None, "nll": None, "ece": None}
-    assert metrics["generation"]["frechet_ratio"] is None and metrics["generation"]["recognition_rate_per_class"]["a"] is None
+    assert (
+        metrics["generation"]["frechet_ratio"] is None
+        and metrics["generation"]["recognition_rate_per_class"]["a"] is None
+    )
     assert metrics["out_of_distribution"] == {"uniform_auroc": None, "shuffled_auroc": None}
-    assert {"head.top1", "posterior.temperature", "generation.recognition_rate", "training.stage_0.generation"} <= set(metrics["undefined"])
+    assert {
+        "head.top1",
+        "posterior.temperature",
+        "generation.recognition_rate",
+        "training.stage_0.generation",
+    } <= set(metrics["undefined"])
     assert metrics["classifier"]["test_top1"] == 1
     report = (tmp_path / "report.html").read_text()
     assert "not measured" in report and "head.top1" in report
 
 
 def test_smallest_evaluation_runs(tmp_path, templates, splits, scheduler):
-    settings = EvaluationSettings(elbo_steps=1, num_inference_steps=2, samples_per_class=1, test_images=1, batch_size=1)
-    metrics = evaluate_quickly(TemplateModel(templates, scheduler), scheduler, splits, tmp_path, settings=settings)
+    settings = EvaluationSettings(
+        elbo_steps=1, num_inference_steps=2, samples_per_class=1, test_images=1, batch_size=1
+    )
+    metrics = evaluate_quickly(
+        TemplateModel(templates, scheduler), scheduler, splits, tmp_path, settings=settings
+    )
     assert metrics["sizes"]["test_images"] == metrics["sizes"]["calibration_images"] == 1
     assert metrics["undefined"] == [
         "generation.frechet_distance",

@@ -1,4 +1,6 @@
-"""Training: resuming to the bit, gradients, averages, losses, teachers, and what happens when something breaks."""
+"""Training: resuming to the bit, gradients, averages, losses, teachers, and what happens when
+something breaks.
+"""
 
 import dataclasses
 import json
@@ -39,7 +41,9 @@ TIMES = ("teacher_seconds",)
 
 @pytest.fixture(autouse=True)
 def fresh_accelerator_state():
-    """Accelerate keeps one state a process, whatever precision and accumulation the next run asks for."""
+    """Accelerate keeps one state a process, whatever precision and accumulation the next run asks
+    for.
+    """
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -117,7 +121,9 @@ def assert_same_run(actual, expected):
         "momentum": lambda trainer: list(trainer.state.momentum.parameters()),
         "bank": lambda trainer: [trainer.state.teacher.estimator.centers],
         "optimizer": lambda trainer: [
-            value for state in trainer.optimizer.state_dict()["state"].values() for _, value in sorted(state.items())
+            value
+            for state in trainer.optimizer.state_dict()["state"].values()
+            for _, value in sorted(state.items())
         ],
     }
     for name, of in tensors.items():
@@ -146,14 +152,18 @@ def interrupt_after(monkeypatch, steps):
 
 
 @pytest.mark.parametrize(
-    ("backbone", "accumulation", "interruptions"), [("dit", 1, (1, 3, 4, 5, 7)), ("dit", 2, (4, 7)), ("unet", 1, (7,))]
+    ("backbone", "accumulation", "interruptions"),
+    [("dit", 1, (1, 3, 4, 5, 7)), ("dit", 2, (4, 7)), ("unet", 1, (7,))],
 )
-def test_an_interrupted_run_goes_on_to_the_bit(make_config, backbones, tmp_path, backbone, accumulation, interruptions):
+def test_an_interrupted_run_goes_on_to_the_bit(
+    make_config, backbones, tmp_path, backbone, accumulation, interruptions
+):
     options = {"backbone": str(backbones / backbone), "gradient_accumulation_steps": accumulation}
     config = make_config(**options, output=str(tmp_path / "whole"))
     whole = train(config)
     assert [row["step"] for row in whole.state.history] == list(range(1, 10))
-    # Before any checkpoint; at the end of a stage, where a checkpoint lies; and between checkpoints of every stage.
+    # Before any checkpoint; at the end of a stage, where a checkpoint lies; and between checkpoints
+    # of every stage.
     for steps in interruptions:
         output = tmp_path / f"interrupted {steps}"
         with pytest.MonkeyPatch.context() as patch:
@@ -162,20 +172,31 @@ def test_an_interrupted_run_goes_on_to_the_bit(make_config, backbones, tmp_path,
                 train(dataclasses.replace(config, output=str(output)))
         resumed = resume(config, output)
         assert_same_run(resumed, whole)
-        for name in ("model/model/diffusion_pytorch_model.safetensors", "checkpoints/step-0000009/bank.safetensors"):
+        for name in (
+            "model/model/diffusion_pytorch_model.safetensors",
+            "checkpoints/step-0000009/bank.safetensors",
+        ):
             assert (output / name).read_bytes() == (Path(config.output) / name).read_bytes()
         rows = history_file(output)
         assert without_times(rows) == without_times(whole.state.history)
 
 
-@pytest.mark.skipif(not gf.info()["backends"]["cpu"]["available"], reason="the compiled library is not built")
+@pytest.mark.skipif(
+    not gf.info()["backends"]["cpu"]["available"], reason="the compiled library is not built"
+)
 def test_kernels_and_reference_train_alike(make_config, backbones, tmp_path, monkeypatch):
-    """They round differently, by 1e-7; 20 steps make 1e-5 of it in the distillation loss, the worst of seven seeds, and 6e-6 elsewhere."""
+    """They round differently, by 1e-7; 20 steps make 1e-5 of it in the distillation loss, the worst
+    of seven seeds, and 6e-6 elsewhere.
+    """
     histories = []
     for backend in ("", "reference"):
         monkeypatch.setenv("GENREP_FAST_BACKEND", backend)  # empty: whatever is fastest
         stages = {"diffusion_steps": 8, "perception_steps": 4, "joint_steps": 8}
-        trainer = train(make_config(backbone=str(backbones / "unet"), output=str(tmp_path / f"run {backend}"), **stages))
+        trainer = train(
+            make_config(
+                backbone=str(backbones / "unet"), output=str(tmp_path / f"run {backend}"), **stages
+            )
+        )
         histories.append(without_times(trainer.state.history))
     for row, expected in zip(*histories, strict=True):
         assert row == pytest.approx(expected, rel=5e-5, abs=3e-5)
@@ -205,14 +226,32 @@ def test_a_killed_process_goes_on_to_the_bit(backbones, tmp_path):
             "checkpoint_every": 3,
             "evaluate": "false",
         }
-        return ["train", *(str(word) for name, value in options.items() for word in (f"--{name}", value)), *flags]
+        return [
+            "train",
+            *(str(word) for name, value in options.items() for word in (f"--{name}", value)),
+            *flags,
+        ]
 
     target = random.randrange(1, 17)
-    command = [sys.executable, "-c", "import sys; from genrep_fast.cli import main; main(sys.argv[1:])", *arguments("killed")]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(Path(cli.__file__).parents[1])}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from genrep_fast.cli import main; main(sys.argv[1:])",
+        *arguments("killed"),
+    ]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        "PYTHONPATH": str(Path(cli.__file__).parents[1]),
+    }
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 240
-    while not any(int(path.name[5:]) >= target for path in (tmp_path / "killed" / "checkpoints").glob("step-*")):
+    while not any(
+        int(path.name[5:]) >= target
+        for path in (tmp_path / "killed" / "checkpoints").glob("step-*")
+    ):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
         time.sleep(0.002)
     time.sleep(random.uniform(0, 0.05))
@@ -227,13 +266,23 @@ def test_a_killed_process_goes_on_to_the_bit(backbones, tmp_path):
         "checkpoints/step-0000024/bank.safetensors",
         "model/model/diffusion_pytorch_model.safetensors",
     ):
-        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), f"killed after step {target}"
+        assert (tmp_path / "killed" / name).read_bytes() == (
+            tmp_path / "whole" / name
+        ).read_bytes(), f"killed after step {target}"
     histories = [without_times(history_file(tmp_path / run)) for run in ("killed", "whole")]
-    assert histories[0] == histories[1] and [row["step"] for row in histories[0]] == [8, 10, 12, 20, 24]
+    assert histories[0] == histories[1] and [row["step"] for row in histories[0]] == [
+        8,
+        10,
+        12,
+        20,
+        24,
+    ]
 
 
 @pytest.mark.parametrize("what", ["write_atomically", "save_checkpoint", "GenRepPipeline"])
-def test_a_run_that_ends_around_its_last_checkpoint_is_completed(finished_run, tmp_path, monkeypatch, what):
+def test_a_run_that_ends_around_its_last_checkpoint_is_completed(
+    finished_run, tmp_path, monkeypatch, what
+):
     config, expected = finished_run
     original = getattr(trainer_module, what)
 
@@ -249,7 +298,10 @@ def test_a_run_that_ends_around_its_last_checkpoint_is_completed(finished_run, t
             train(dataclasses.replace(config, output=str(output)))
     resumed = resume(config, output)
     assert all(torch.equal(a, b) for a, b in zip(resumed.parameters, expected, strict=True))
-    for name in ("model/model/diffusion_pytorch_model.safetensors", "model/scheduler/scheduler_config.json"):
+    for name in (
+        "model/model/diffusion_pytorch_model.safetensors",
+        "model/scheduler/scheduler_config.json",
+    ):
         assert (output / name).read_bytes() == (Path(config.output) / name).read_bytes()
     assert len(history_file(output)) == 4
 
@@ -258,26 +310,58 @@ def test_history_tells_losses_statistics_and_costs(make_config, tmp_path):
     trainer = train(make_config(log_every=2))
     rows = history_file(tmp_path / "run")
     assert rows == trainer.state.history
-    assert [(row["step"], row["stage"]) for row in rows] == [(2, 0), (3, 0), (4, 1), (5, 1), (6, 2), (8, 2), (9, 2)]
+    assert [(row["step"], row["stage"]) for row in rows] == [
+        (2, 0),
+        (3, 0),
+        (4, 1),
+        (5, 1),
+        (6, 2),
+        (8, 2),
+        (9, 2),
+    ]
     common = {"step", "stage", "learning_rate", "gradient_norm"}
     teacher = {"teacher_evaluations", "teacher_seconds"}
-    generation, perception = {"generation", "diffusion"}, {"perception", "discrimination", "distillation"}
+    generation, perception = (
+        {"generation", "diffusion"},
+        {"perception", "discrimination", "distillation"},
+    )
     joint = {"representation_alignment", "variational_bound", "cosine", "alpha"}
-    expected = {0: generation, 1: perception | teacher, 2: generation | perception | joint | teacher}
+    expected = {
+        0: generation,
+        1: perception | teacher,
+        2: generation | perception | joint | teacher,
+    }
     for row in rows:
         assert set(row) == common | expected[row["stage"]]
-    # 3 classes, 4 chains, 4 steps; one chain in four is renewed after every second step from stage 1 on
-    assert [row["teacher_evaluations"] for row in rows[2:]] == [48 + 12 * n for n in (1, 1, 2, 3, 3)]
-    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-0000008", "step-0000009"]
+    # 3 classes, 4 chains, 4 steps; one chain in four is renewed after every second step from stage
+    # 1 on
+    assert [row["teacher_evaluations"] for row in rows[2:]] == [
+        48 + 12 * n for n in (1, 1, 2, 3, 3)
+    ]
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == [
+        "step-0000008",
+        "step-0000009",
+    ]
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("teacher", ["bank", "image_chain", "elbo", "none"])
 def test_every_teacher_and_precision_trains(make_config, teacher, precision):
-    trainer = train(make_config(teacher=teacher, mixed_precision=precision, diffusion_steps=1, perception_steps=1, joint_steps=2))
+    trainer = train(
+        make_config(
+            teacher=teacher,
+            mixed_precision=precision,
+            diffusion_steps=1,
+            perception_steps=1,
+            joint_steps=2,
+        )
+    )
     history = trainer.state.history
     assert [("distillation" in row) for row in history] == [False] + [teacher != "none"] * 3
-    assert all(parameter.dtype == torch.float32 and parameter.isfinite().all() for parameter in trainer.parameters)
+    assert all(
+        parameter.dtype == torch.float32 and parameter.isfinite().all()
+        for parameter in trainer.parameters
+    )
     if teacher == "none":
         assert trainer.state.teacher is None
         return
@@ -286,7 +370,9 @@ def test_every_teacher_and_precision_trains(make_config, teacher, precision):
 
 
 def test_the_teachers_share_of_a_step_is_told(make_config, monkeypatch):
-    """The scores of 6 batches in the steps of the last stages; the calibration's one batch and 3 refreshes are told apart."""
+    """The scores of 6 batches in the steps of the last stages; the calibration's one batch and 3
+    refreshes are told apart.
+    """
     clock = SimpleNamespace(seconds=0.0)
     monkeypatch.setattr(progress, "wall_clock", lambda device: clock.seconds)
     monkeypatch.setattr(trainer_module, "time", SimpleNamespace(perf_counter=lambda: clock.seconds))
@@ -325,8 +411,13 @@ def test_the_teachers_share_survives_a_checkpoint(finished_run):
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
 def test_a_stopwatch_adds_up_its_blocks(device):
-    """On a GPU the seconds of the device, which are many more than those of the calls that ask for its work."""
-    stopwatch, matrix = progress.Stopwatch(torch.device(device)), torch.ones(8192, 8192, device=device) if device == "cuda" else None
+    """On a GPU the seconds of the device, which are many more than those of the calls that ask for
+    its work.
+    """
+    stopwatch, matrix = (
+        progress.Stopwatch(torch.device(device)),
+        torch.ones(8192, 8192, device=device) if device == "cuda" else None,
+    )
     for _ in range(2):
         with stopwatch:
             if device == "cuda":
@@ -355,13 +446,22 @@ def test_other_teachers_go_on_to_the_bit_too(make_config, tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize(("backbone", "vae"), [("unet", None), ("latent dit", "vae"), (None, None)])
-def test_other_backbones_train_and_are_loaded_again(make_config, backbones, tmp_path, backbone, vae):
-    folders = {name: str(backbones / value) if value else None for name, value in (("backbone", backbone), ("vae", vae))}
+def test_other_backbones_train_and_are_loaded_again(
+    make_config, backbones, tmp_path, backbone, vae
+):
+    folders = {
+        name: str(backbones / value) if value else None
+        for name, value in (("backbone", backbone), ("vae", vae))
+    }
     splits = make_splits(3, 16) if vae else make_splits()
-    trainer = train(make_config(**folders, diffusion_steps=1, perception_steps=1, joint_steps=1), splits)
+    trainer = train(
+        make_config(**folders, diffusion_steps=1, perception_steps=1, joint_steps=1), splits
+    )
     pipeline = GenRepPipeline.from_pretrained(tmp_path / "run" / "model")
     images = splits.test.images
-    assert torch.equal(pipeline(images).logits, trainer.model.perceive(trainer.model.encode(images)).detach())
+    assert torch.equal(
+        pipeline(images).logits, trainer.model.perceive(trainer.model.encode(images)).detach()
+    )
     assert list(pipeline.model.config.class_names) == ["ape", "bee", "cat"]
     assert (pipeline.model.vae is None) == (vae is None)
 
@@ -369,15 +469,25 @@ def test_other_backbones_train_and_are_loaded_again(make_config, backbones, tmp_
 def test_no_diffusion_stage_and_no_perception_stage(make_config):
     trainer = train(make_config(diffusion_steps=0, perception_steps=0, joint_steps=2))
     assert [row["stage"] for row in trainer.state.history] == [2, 2]
-    assert trainer.state.seconds["diffusion"] == trainer.state.seconds["perception"] == 0 < trainer.state.seconds["joint"]
+    assert (
+        trainer.state.seconds["diffusion"]
+        == trainer.state.seconds["perception"]
+        == 0
+        < trainer.state.seconds["joint"]
+    )
 
 
 def test_without_semantics_the_modulation_is_left_alone(make_config):
     trainer = train(make_config(semantic=False))
-    assert not any({"representation_alignment", "variational_bound"} & set(row) for row in trainer.state.history)
+    assert not any(
+        {"representation_alignment", "variational_bound"} & set(row)
+        for row in trainer.state.history
+    )
     assert "cosine" in trainer.state.history[-1]
     assert not any(parameter.any() for parameter in trainer.model.mean_modulation.parameters())
-    assert not any(parameter.any() for parameter in trainer.model.log_std_modulation[-1].parameters())
+    assert not any(
+        parameter.any() for parameter in trainer.model.log_std_modulation[-1].parameters()
+    )
 
 
 @pytest.mark.parametrize(("rate", "given"), [(1.0, True), (0.0, False)])
@@ -385,7 +495,11 @@ def test_semantic_rate_says_whose_features_modulate(make_config, monkeypatch, ra
     trainer, seen = Trainer(make_config(semantic_rate=rate, teacher="none"), make_splits()), []
     original = trainer.model.forward
     monkeypatch.setattr(
-        trainer.model, "forward", lambda *a, **k: seen.append((k["modulate"], k["semantic"] is not None)) or original(*a, **k)
+        trainer.model,
+        "forward",
+        lambda *a, **k: (
+            seen.append((k["modulate"], k["semantic"] is not None)) or original(*a, **k)
+        ),
     )
     trainer.run()
     assert seen == [(False, False)] * 3 + [(True, given)] * 4
@@ -393,7 +507,9 @@ def test_semantic_rate_says_whose_features_modulate(make_config, monkeypatch, ra
 
 def test_only_the_labelled_images_teach_the_head(make_config):
     trainer = Trainer(make_config(labelled_per_class=2), make_splits())
-    batches = [batch for batch, _ in zip(trainer._loader(), range(3), strict=False)]  # one epoch: 24 images
+    batches = [
+        batch for batch, _ in zip(trainer._loader(), range(3), strict=False)
+    ]  # one epoch: 24 images
     labels, labelled = (torch.cat([batch[position] for batch in batches]) for position in (1, 2))
     assert labels[labelled].bincount().tolist() == [2] * NUM_CLASSES and len(labelled) == 24
     train(make_config(labelled_per_class=2))
@@ -409,24 +525,37 @@ def test_batches_are_whole_epochs_in_an_order_of_their_own(make_config):
 
 
 def applied_gradients(trainer):
-    """Gradients that the optimizer applied, one list a step: its first moment is the gradient itself where beta1 is 0."""
+    """Gradients that the optimizer applied, one list a step: its first moment is the gradient
+    itself where beta1 is 0.
+    """
     optimizer, seen = trainer.optimizer.optimizer, []
     for group in optimizer.param_groups:
         group["betas"] = (0.0, 0.999)
 
     def record(*_):
-        seen.append([optimizer.state[p]["exp_avg"].clone() if p in optimizer.state else None for p in trainer.parameters])
+        seen.append(
+            [
+                optimizer.state[p]["exp_avg"].clone() if p in optimizer.state else None
+                for p in trainer.parameters
+            ]
+        )
 
     optimizer.register_step_post_hook(record)
     return seen
 
 
 def total_norm(gradients):
-    return torch.cat([gradient.double().flatten() for gradient in gradients if gradient is not None]).norm().item()
+    return (
+        torch.cat([gradient.double().flatten() for gradient in gradients if gradient is not None])
+        .norm()
+        .item()
+    )
 
 
 def test_accumulated_micro_batches_equal_one_batch(make_config, tmp_path):
-    """With a loss that draws nothing: the real one stratifies its timesteps over a micro-batch, so its numbers differ by chance."""
+    """With a loss that draws nothing: the real one stratifies its timesteps over a micro-batch, so
+    its numbers differ by chance.
+    """
 
     def fixed_loss(model, x, labels, **_):
         loss = F.mse_loss(model(x, 100, labels, modulate=False).sample, x)
@@ -439,7 +568,12 @@ def test_accumulated_micro_batches_equal_one_batch(make_config, tmp_path):
             "gradient_accumulation_steps": accumulation,
             "output": str(tmp_path / str(accumulation)),
         }
-        trainer = Trainer(make_config(diffusion_steps=2, perception_steps=0, joint_steps=0, max_grad_norm=0, **options), make_splits())
+        trainer = Trainer(
+            make_config(
+                diffusion_steps=2, perception_steps=0, joint_steps=0, max_grad_norm=0, **options
+            ),
+            make_splits(),
+        )
         trainer.generation_loss = fixed_loss
         found[accumulation] = applied_gradients(trainer)
         trainer.run()
@@ -452,7 +586,9 @@ def test_accumulated_micro_batches_equal_one_batch(make_config, tmp_path):
 
 def test_gradients_are_clipped(make_config, tmp_path):
     for limit in (1e-3, 0.0):
-        trainer = Trainer(make_config(max_grad_norm=limit, output=str(tmp_path / str(limit))), make_splits())
+        trainer = Trainer(
+            make_config(max_grad_norm=limit, output=str(tmp_path / str(limit))), make_splits()
+        )
         seen = applied_gradients(trainer)
         trainer.run()
         norms = [total_norm(gradients) for gradients in seen]
@@ -461,7 +597,9 @@ def test_gradients_are_clipped(make_config, tmp_path):
             assert norms == pytest.approx([limit] * 9, rel=2e-3)  # the divisor is the norm + 1e-6
             assert min(row["gradient_norm"] for row in trainer.state.history) > 10 * limit
         else:
-            assert min(norms) > 1e-2 and not any("gradient_norm" in row for row in trainer.state.history)
+            assert min(norms) > 1e-2 and not any(
+                "gradient_norm" in row for row in trainer.state.history
+            )
 
 
 @pytest.mark.parametrize("align", [True, False])
@@ -472,17 +610,25 @@ def test_joint_gradients_are_aligned_on_the_attention_blocks(make_config, backbo
     applied = applied_gradients(trainer)
 
     def record(*_):
-        collected = [[None if g is None else g.double() for g in gradients] for gradients in trainer.aligner._gradients]
+        collected = [
+            [None if g is None else g.double() for g in gradients]
+            for gradients in trainer.aligner._gradients
+        ]
         seen.append(dict(zip(trainer.aligner.names, collected, strict=True)))
 
     trainer.optimizer.optimizer.register_step_pre_hook(record)
     trainer.run()
-    parts, written = seen[-1], [None if gradient is None else gradient.double() for gradient in applied[-1]]
+    parts, written = (
+        seen[-1],
+        [None if gradient is None else gradient.double() for gradient in applied[-1]],
+    )
     blocks, shared = {}, 0
     for index, name in enumerate(trainer.names):
         p, g = parts["perception"][index], parts["generation"][index]
         if align and ".attentions." in name and p is not None and g is not None:
-            blocks.setdefault(name.split(".attentions.")[0] + name.split(".attentions.")[1][0], []).append((p, g, written[index]))
+            blocks.setdefault(
+                name.split(".attentions.")[0] + name.split(".attentions.")[1][0], []
+            ).append((p, g, written[index]))
         elif p is None and g is None:
             assert written[index] is None
         else:
@@ -492,14 +638,20 @@ def test_joint_gradients_are_aligned_on_the_attention_blocks(make_config, backbo
     assert shared > 10
     cosines = []
     for tensors in blocks.values():
-        p, g, actual = (torch.cat([t[position].flatten() for t in tensors]) for position in range(3))
+        p, g, actual = (
+            torch.cat([t[position].flatten() for t in tensors]) for position in range(3)
+        )
         cosines.append(p @ g / (p.norm() * g.norm()))
         damping = ((cosines[-1] + 1) / 2) ** 2
         p_parallel, g_parallel = (p @ g) / (g @ g) * g, (p @ g) / (p @ p) * p
-        expected = 0.7 * (p - p_parallel + damping * p_parallel) + 0.3 * (g - g_parallel + damping * g_parallel)
+        expected = 0.7 * (p - p_parallel + damping * p_parallel) + 0.3 * (
+            g - g_parallel + damping * g_parallel
+        )
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-7)
     row = trainer.state.history[-1]
-    assert len(cosines) == (4 if align else 0) and {"cosine", "alpha"} & set(row) == ({"cosine", "alpha"} if align else set())
+    assert len(cosines) == (4 if align else 0) and {"cosine", "alpha"} & set(row) == (
+        {"cosine", "alpha"} if align else set()
+    )
     if align:
         cosines = torch.stack(cosines)
         assert row["cosine"] == pytest.approx(cosines.mean().item(), abs=1e-5)
@@ -511,14 +663,20 @@ def test_the_only_loss_of_an_early_stage_counts_whole(make_config):
     applied = applied_gradients(trainer)
 
     def record(*_):
-        (gradients,) = [gradients for gradients in trainer.aligner._gradients if any(gradient is not None for gradient in gradients)]
+        (gradients,) = [
+            gradients
+            for gradients in trainer.aligner._gradients
+            if any(gradient is not None for gradient in gradients)
+        ]
         seen.append([None if gradient is None else gradient.clone() for gradient in gradients])
 
     trainer.optimizer.optimizer.register_step_pre_hook(record)
     trainer.run()
     assert len(applied) == len(seen) == 5
     for written, collected in zip(applied, seen, strict=True):
-        assert [gradient is None for gradient in written] == [gradient is None for gradient in collected]
+        assert [gradient is None for gradient in written] == [
+            gradient is None for gradient in collected
+        ]
         pairs = [(w, c) for w, c in zip(written, collected, strict=True) if w is not None]
         assert len(pairs) > 5
         for w, c in pairs:
@@ -554,14 +712,27 @@ def test_scaled_losses_train_like_unscaled_ones(make_config, tmp_path):
 
 
 def test_a_step_whose_gradients_overflow_is_skipped(make_config, monkeypatch):
-    """A thousand times the loss, scaled by 2^127, overflows until the scaler has halved its scale often enough."""
-    trainer, seen = Trainer(make_config(diffusion_steps=20, perception_steps=0, joint_steps=0), make_splits(), scaled(2.0**127)), []
+    """A thousand times the loss, scaled by 2^127, overflows until the scaler has halved its scale
+    often enough.
+    """
+    trainer, seen = (
+        Trainer(
+            make_config(diffusion_steps=20, perception_steps=0, joint_steps=0),
+            make_splits(),
+            scaled(2.0**127),
+        ),
+        [],
+    )
     change_loss(trainer, monkeypatch, 1e3)
     optimizer = trainer.optimizer.optimizer
     kept = [parameter.detach().clone() for parameter in trainer.parameters]
 
     def record(*_):
-        moved = [not torch.equal(p, k) for values in (trainer.parameters, trainer.averages) for p, k in zip(values, kept, strict=True)]
+        moved = [
+            not torch.equal(p, k)
+            for values in (trainer.parameters, trainer.averages)
+            for p, k in zip(values, kept, strict=True)
+        ]
         seen.append((any(moved), max(state["step"].item() for state in optimizer.state.values())))
 
     optimizer.register_step_post_hook(record)
@@ -573,13 +744,18 @@ def test_a_step_whose_gradients_overflow_is_skipped(make_config, monkeypatch):
 
 
 def test_averages_are_saved_and_start_anew_in_every_stage(make_config, tmp_path, monkeypatch):
-    """The average's decay is diffusers': min(decay, (1 + n) / (10 + n)) after n steps, 0 for the first."""
+    """The average's decay is diffusers': min(decay, (1 + n) / (10 + n)) after n steps, 0 for the
+    first.
+    """
     followed, momentum = {}, 0.9
     original = Trainer._step
 
     def step(self, stage, batches):
         if stage not in followed:
-            followed[stage] = {"semantic": [p.detach().double() for p in self.parameters], "count": 0}
+            followed[stage] = {
+                "semantic": [p.detach().double() for p in self.parameters],
+                "count": 0,
+            }
             if stage > 0:  # a stage starts from the averages of the one before
                 for p, average in zip(self.parameters, followed[stage - 1]["average"], strict=True):
                     torch.testing.assert_close(p.double(), average, rtol=1e-5, atol=1e-6)
@@ -587,42 +763,69 @@ def test_averages_are_saved_and_start_anew_in_every_stage(make_config, tmp_path,
         found, now = followed[stage], [p.detach().double() for p in self.parameters]
         n = found["count"]
         decay = 0.0 if n == 0 else min(0.995, (1 + n) / (10 + n))
-        found["average"] = now if n == 0 else [decay * a + (1 - decay) * p for a, p in zip(found["average"], now, strict=True)]
-        found["semantic"] = [momentum * s + (1 - momentum) * p for s, p in zip(found["semantic"], now, strict=True)]
+        found["average"] = (
+            now
+            if n == 0
+            else [decay * a + (1 - decay) * p for a, p in zip(found["average"], now, strict=True)]
+        )
+        found["semantic"] = [
+            momentum * s + (1 - momentum) * p for s, p in zip(found["semantic"], now, strict=True)
+        ]
         found["count"], found["now"] = n + 1, now
         return metrics
 
     monkeypatch.setattr(Trainer, "_step", step)
-    trainer = train(make_config(momentum=momentum, learning_rate=0.01, perception_learning_rate=0.01))
+    trainer = train(
+        make_config(momentum=momentum, learning_rate=0.01, perception_learning_rate=0.01)
+    )
     saved = GenRepPipeline.from_pretrained(tmp_path / "run" / "model").model
     expected = {"average": saved, "semantic": trainer.state.momentum}
     for name, network in expected.items():
         for parameter, value in zip(trainer.names, followed[2][name], strict=True):
-            torch.testing.assert_close(network.get_parameter(parameter).double(), value, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(
+                network.get_parameter(parameter).double(), value, rtol=1e-5, atol=1e-6
+            )
     differences = [
-        (saved.get_parameter(name).double() - value).abs().max() for name, value in zip(trainer.names, followed[2]["now"], strict=True)
+        (saved.get_parameter(name).double() - value).abs().max()
+        for name, value in zip(trainer.names, followed[2]["now"], strict=True)
     ]
     assert max(differences) > 1e-4, "the last weights themselves would pass too"
 
 
 def test_the_null_class_of_a_new_backbone_is_the_mean_of_the_others(make_config):
-    trainer = train(make_config(backbone=None, diffusion_steps=2, perception_steps=0, joint_steps=0, teacher="none"))
+    trainer = train(
+        make_config(
+            backbone=None, diffusion_steps=2, perception_steps=0, joint_steps=0, teacher="none"
+        )
+    )
     table = trainer.model.backbone.class_embedding.weight
     assert table[:-1].abs().max() > 0
     torch.testing.assert_close(table[-1], table[:-1].mean(0))
     trainer._enter_stage(1)
-    assert all(torch.equal(a, p) for a, p in zip(trainer.averages, trainer.parameters, strict=True)), "an average without the new class"
+    assert all(
+        torch.equal(a, p) for a, p in zip(trainer.averages, trainer.parameters, strict=True)
+    ), "an average without the new class"
 
 
 @pytest.mark.parametrize("log_every", [1, 100])
-def test_a_loss_that_is_not_a_number_ends_the_run_and_keeps_its_checkpoints(make_config, tmp_path, monkeypatch, log_every):
-    options = {"log_every": log_every, "diffusion_steps": 9, "perception_steps": 0, "joint_steps": 0}
+def test_a_loss_that_is_not_a_number_ends_the_run_and_keeps_its_checkpoints(
+    make_config, tmp_path, monkeypatch, log_every
+):
+    options = {
+        "log_every": log_every,
+        "diffusion_steps": 9,
+        "perception_steps": 0,
+        "joint_steps": 0,
+    }
     whole = train(make_config(**options, output=str(tmp_path / "whole")))
     trainer = Trainer(make_config(**options), make_splits())
     change_loss(trainer, monkeypatch, torch.nan, after=4)
     with pytest.raises(FloatingPointError, match=rf"step [56].* kept in {tmp_path / 'run'}"):
         trainer.run()
-    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-0000002", "step-0000004"]
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == [
+        "step-0000002",
+        "step-0000004",
+    ]
     resumed = resume(whole.config, tmp_path / "run")
     assert all(torch.equal(a, b) for a, b in zip(resumed.parameters, whole.parameters, strict=True))
     assert resumed.state.history == whole.state.history
@@ -631,8 +834,22 @@ def test_a_loss_that_is_not_a_number_ends_the_run_and_keeps_its_checkpoints(make
 @pytest.fixture(scope="module")
 def finished_run(backbones, tmp_path_factory):
     output = tmp_path_factory.mktemp("finished") / "run"
-    options = {"diffusion_steps": 1, "perception_steps": 1, "joint_steps": 2, "batch_size": 8, "teacher_chains": 2, "teacher_steps": 4}
-    config = TrainingConfig(output=str(output), backbone=str(backbones / "dit"), checkpoint_every=1, log_every=1, evaluate=False, **options)
+    options = {
+        "diffusion_steps": 1,
+        "perception_steps": 1,
+        "joint_steps": 2,
+        "batch_size": 8,
+        "teacher_chains": 2,
+        "teacher_steps": 4,
+    }
+    config = TrainingConfig(
+        output=str(output),
+        backbone=str(backbones / "dit"),
+        checkpoint_every=1,
+        log_every=1,
+        evaluate=False,
+        **options,
+    )
     trainer = train(config)
     return config, [parameter.detach().clone() for parameter in trainer.parameters]
 
@@ -646,11 +863,20 @@ def test_a_used_output_folder_is_refused(finished_run):
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("seed", 5), ("batch_size", 9), ("gradient_weights", (0.5, 0.5)), ("teacher", "elbo"), ("vae", "elsewhere")]
+    ("option", "value"),
+    [
+        ("seed", 5),
+        ("batch_size", 9),
+        ("gradient_weights", (0.5, 0.5)),
+        ("teacher", "elbo"),
+        ("vae", "elsewhere"),
+    ],
 )
 def test_resuming_with_another_option_names_it(finished_run, option, value):
     config, _ = finished_run
-    assert dataclasses.replace(config, resume=True).resumed() == dataclasses.replace(config, resume=True)
+    assert dataclasses.replace(config, resume=True).resumed() == dataclasses.replace(
+        config, resume=True
+    )
     with pytest.raises(ValueError, match=rf"{option} is .* now, but .*config.json says"):
         dataclasses.replace(config, resume=True, **{option: value}).resumed()
 
@@ -697,10 +923,16 @@ def test_steps_are_shared_out_in_the_ratio_of_the_stages():
         ),
         ({"backbone": "unet"}, (3, 8), r"the backbone wants \[1, 8, 8\]"),
         ({"backbone": None}, (1, 9), "image_size must be even, got 9 × 9"),
-        ({"backbone": None, "vae": "vae"}, (1, 8), "vae: a latent model needs a backbone, got none"),
+        (
+            {"backbone": None, "vae": "vae"},
+            (1, 8),
+            "vae: a latent model needs a backbone, got none",
+        ),
     ],
 )
-def test_data_that_does_not_fit_the_backbone_is_refused(make_config, backbones, options, splits, message):
+def test_data_that_does_not_fit_the_backbone_is_refused(
+    make_config, backbones, options, splits, message
+):
     folders = {name: value and str(backbones / value) for name, value in options.items()}
     with pytest.raises(ValueError, match=message):
         Trainer(make_config(**folders), make_splits(*splits))
@@ -713,17 +945,34 @@ def test_missing_folders_are_named(make_config, tmp_path):
 
 
 def test_the_scheduler_of_a_pretrained_backbone_is_used(make_config, tmp_path):
-    DDPMScheduler(num_train_timesteps=100, prediction_type="v_prediction").save_pretrained(tmp_path / "scheduler")
-    train(make_config(scheduler=str(tmp_path / "scheduler"), diffusion_steps=1, perception_steps=1, joint_steps=1))
+    DDPMScheduler(num_train_timesteps=100, prediction_type="v_prediction").save_pretrained(
+        tmp_path / "scheduler"
+    )
+    train(
+        make_config(
+            scheduler=str(tmp_path / "scheduler"),
+            diffusion_steps=1,
+            perception_steps=1,
+            joint_steps=1,
+        )
+    )
     config = GenRepPipeline.from_pretrained(tmp_path / "run" / "model").scheduler.config
-    assert (config.num_train_timesteps, config.prediction_type, config.clip_sample) == (100, "v_prediction", False)
+    assert (config.num_train_timesteps, config.prediction_type, config.clip_sample) == (
+        100,
+        "v_prediction",
+        False,
+    )
 
 
 @pytest.mark.parametrize("teacher", ["bank", "image_chain", "elbo"])
 def test_every_teacher_trains_with_a_learned_variance(make_config, backbones, tmp_path, teacher):
     DDPMScheduler(variance_type="learned_range").save_pretrained(tmp_path / "scheduler")
     folders = {"backbone": str(backbones / "learned dit"), "scheduler": str(tmp_path / "scheduler")}
-    trainer = train(make_config(**folders, teacher=teacher, diffusion_steps=1, perception_steps=1, joint_steps=1))
+    trainer = train(
+        make_config(
+            **folders, teacher=teacher, diffusion_steps=1, perception_steps=1, joint_steps=1
+        )
+    )
     assert trainer.state.history[-1]["distillation"] >= 0
     assert trainer.scheduler.config.variance_type == "learned_range"
 
@@ -738,16 +987,23 @@ def test_timesteps_are_stratified(batch):
     for _ in range(20):
         timesteps = stratified_timesteps(batch, 1000, torch.device("cpu"))
         assert timesteps.dtype == torch.int64
-        assert ((timesteps + 1) * batch > torch.arange(batch) * 1000).all() and (timesteps * batch < (torch.arange(batch) + 1) * 1000).all()
+        assert ((timesteps + 1) * batch > torch.arange(batch) * 1000).all() and (
+            timesteps * batch < (torch.arange(batch) + 1) * 1000
+        ).all()
 
 
 @pytest.mark.parametrize("labelled", [[True, False, True, True, False], [False] * 5])
 def test_perception_loss_equals_an_explicit_sum(labelled):
     generator = torch.Generator().manual_seed(0)
-    logits, teacher = torch.randn(5, 4, generator=generator), 30 * torch.randn(5, 4, generator=generator)
+    logits, teacher = (
+        torch.randn(5, 4, generator=generator),
+        30 * torch.randn(5, 4, generator=generator),
+    )
     labels = torch.tensor([3, 1, 0, 2, 2])
     distillation = gf.distillation_loss(logits, teacher, temperature=20.0)
-    loss, parts = perception_loss(logits, labels, torch.tensor(labelled), distillation, distillation_weight=0.6)
+    loss, parts = perception_loss(
+        logits, labels, torch.tensor(labelled), distillation, distillation_weight=0.6
+    )
     student = logits.double().log_softmax(1)
     target = (teacher.double() / 20).softmax(1)
     losses_of_labelled = [-student[i, labels[i]].item() for i in range(5) if labelled[i]]
@@ -761,7 +1017,9 @@ def test_perception_loss_equals_an_explicit_sum(labelled):
 TIMESTEPS = torch.tensor([0, 1, 2, 250, 700, 998, 999])
 
 
-def variational_bound(tiny_model, monkeypatch, learned, prediction_type, own=False, variance_type="fixed_small"):
+def variational_bound(
+    tiny_model, monkeypatch, learned, prediction_type, own=False, variance_type="fixed_small"
+):
     """The loss's own value with known timesteps and noise, and all that it was made of."""
     model = tiny_model("unet", active=True, **({"out_channels": 2} if learned else {}))
     torch.nn.init.constant_(model.log_std_modulation[-1].bias, -0.4)
@@ -769,34 +1027,54 @@ def variational_bound(tiny_model, monkeypatch, learned, prediction_type, own=Fal
     x = torch.rand(7, 1, 8, 8, generator=generator) * 2 - 1
     labels = torch.arange(7) % NUM_CLASSES
     semantic = model.frozen_copy().semantic_features(x)
-    scheduler = DDPMScheduler(clip_sample=False, prediction_type=prediction_type, variance_type=variance_type)
+    scheduler = DDPMScheduler(
+        clip_sample=False, prediction_type=prediction_type, variance_type=variance_type
+    )
     loss = GenerationLoss(scheduler, alignment_weight=0.0, variance_weight=1.0)
     monkeypatch.setattr(losses, "stratified_timesteps", lambda *_: TIMESTEPS)
     torch.manual_seed(6)
     _, parts = loss(model, x, labels, semantic=semantic, own=own)
     torch.manual_seed(6)
     x_t = loss.scheduler.add_noise(x, torch.randn_like(x), TIMESTEPS)
-    return model, x, x_t, model(x_t, TIMESTEPS, labels, semantic=semantic), parts["variational_bound"]
+    return (
+        model,
+        x,
+        x_t,
+        model(x_t, TIMESTEPS, labels, semantic=semantic),
+        parts["variational_bound"],
+    )
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned"])
-def test_variational_bound_is_the_divergence_of_the_reverse_steps(tiny_model, monkeypatch, variance, prediction_type):
-    """Against torch's KL of the two normal distributions, whose means and variances are diffusers' own, at every kind of timestep."""
+def test_variational_bound_is_the_divergence_of_the_reverse_steps(
+    tiny_model, monkeypatch, variance, prediction_type
+):
+    """Against torch's KL of the two normal distributions, whose means and variances are diffusers'
+    own, at every kind of timestep.
+    """
     fixed = "fixed_large" if variance == "fixed_large" else "fixed_small"
-    _, x, x_t, output, actual = variational_bound(tiny_model, monkeypatch, variance == "learned", prediction_type, variance_type=fixed)
-    monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, **__: torch.zeros(()))
+    _, x, x_t, output, actual = variational_bound(
+        tiny_model, monkeypatch, variance == "learned", prediction_type, variance_type=fixed
+    )
+    monkeypatch.setattr(
+        "diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, **__: torch.zeros(())
+    )
     denoised = DDPMScheduler(clip_sample=False, prediction_type=prediction_type)
     exact = DDPMScheduler(clip_sample=False, prediction_type="sample")
     total = 0.0
     for i, timestep in enumerate(TIMESTEPS.tolist()):
         true_mean = exact.step(x[i].double(), timestep, x_t[i].double()).prev_sample
-        mean = denoised.step(output.sample[i, :1].detach().double(), timestep, x_t[i].double()).prev_sample
+        mean = denoised.step(
+            output.sample[i, :1].detach().double(), timestep, x_t[i].double()
+        ).prev_sample
         small = exact._get_variance(max(timestep, 1)).double().sqrt()  # that of t = 0 is zero
         log_std = small.log() + output.log_std_shift[i].detach().double()
         large = exact._get_variance(timestep, variance_type="fixed_large").double().sqrt()
         if variance == "learned":
-            log_std = log_std + (output.sample[i, 1:].detach().double() + 1) / 2 * (large / small).log()
+            log_std = (
+                log_std + (output.sample[i, 1:].detach().double() + 1) / 2 * (large / small).log()
+            )
         elif variance == "fixed_large":
             log_std = log_std + (large / small).log()
         divergence = kl_divergence(Normal(true_mean, small), Normal(mean, log_std.exp()))
