@@ -491,9 +491,8 @@ FAMILIES = {
 def parts(path):
     """The state and the tensors of a bank's file."""
     with safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["chain_bank"]), {
-            name: file.get_tensor(name).clone() for name in file
-        }  # noqa: SIM118
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        return json.loads(file.metadata()["chain_bank"]), tensors
 
 
 def refused(path, message=""):
