@@ -1,6 +1,4 @@
-"""Two commits on the same machine, in turn, each with its own benchmarks: what got slower beyond
-the noise.
-"""
+"""Two commits in turn on one machine, with their own benchmarks: what got slower beyond noise."""
 
 from __future__ import annotations
 
@@ -37,11 +35,10 @@ def compare(
     rounds: int = 5,
     progress: Callable[[str], None] = lambda text: None,
 ) -> list[dict]:
-    """Measure `revision` and the sources as they lie here, in as many rounds of one and the other,
-    each with its own benchmarks.
+    """Measure `revision` and the sources as they lie here, each with its own benchmarks, in turn.
 
     Rows of both belong together where suite, case and provider have the same names: the work of a
-        case must not change under its name.
+    case must not change under its name.
 
     Args:
         revision: of this checkout's git.

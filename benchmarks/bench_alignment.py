@@ -1,5 +1,4 @@
-"""Aligning two gradients: time against the floor that memory sets, beside eager, compiled and
-published ways of doing it.
+"""Aligning two gradients: time over memory's floor, beside eager, compiled and published ways.
 
 Gram reads both gradients, combine reads both and writes one: 5 N elements, 2.5 times what copying N
 elements moves. Every provider must first agree with the decomposition in float64. "list" is the 192
@@ -59,8 +58,9 @@ class Setting:
 
 
 def transformer_shapes(numel):
-    """Shapes of about `numel` parameters in 12 blocks of a diffusion transformer (DiT-B has width
-    768): 192 tensors, half of them tiny.
+    """Shapes of about `numel` parameters in 12 blocks of a diffusion transformer.
+
+    192 tensors, half of them tiny; DiT-B has width 768.
     """
     width = max(1, round((numel / (12 * 18)) ** 0.5))
     attention = [(width, width), (width,)] * 4

@@ -1,5 +1,6 @@
-"""Class-chain bank: a batch of images against the centres of every class, log (1/S) sum_s N(x;
-center, sigma_s^2 I).
+"""Class-chain bank: a batch of images against the centres of every class.
+
+The likelihood is log (1/S) sum_s N(x; center, sigma_s^2 I).
 
 A bank of 10 classes and as many chains of 75 steps as the case says, run by the scheduler with an
 analytic denoiser, D = 1 x 32 x 32. The centres are bfloat16 numbers, so that banks in float32 and
@@ -29,9 +30,7 @@ BACKENDS = compiled_backends("log_likelihood")
 
 
 def denoiser(x_t, timesteps, labels):
-    """The exact noise prediction for data N(m_y, 0.25 I) with m_y a wave of as many periods as the
-    label.
-    """
+    """The exact noise prediction for N(m_y, 0.25 I), m_y a wave of as many periods as the label."""
     level = DDPMScheduler().alphas_cumprod.to(x_t)[timesteps].view(-1, 1, 1, 1)
     mean = torch.sin(
         labels.view(-1, 1, 1, 1) * torch.linspace(0, 2 * math.pi, SHAPE[2], device=x_t.device)
@@ -148,9 +147,7 @@ def expected(setting):
 
 
 def error_of(name, setting):
-    """Largest error in nats; 1e-5 of the largest likelihood is allowed, 1e-2 where a matrix product
-    cancels.
-    """
+    """Largest error in nats; allowed: 1e-5 of the largest likelihood, of a matrix product 1e-2."""
     exact = expected(setting)
     error = (PROVIDERS[name][1](setting).double() - exact).abs().max().item()
     if (

@@ -1,11 +1,12 @@
-"""Every operator by itself and in three sizes, on each backend that can run: what decides between
-Triton and CUDA C++ on a GPU.
+"""Every operator by itself and in three sizes, on each backend that can run.
 
-The same arguments go to ``torch.ops.genrep_fast.<operator>`` under every backend. Each must first
-agree with the reference in float64, in the norm. Memory moves at least what is read and written,
-each tensor once.
+This decides between Triton and CUDA C++ on a GPU. The same arguments go to
+``torch.ops.genrep_fast.<operator>`` under every backend. Each must first agree with the reference
+in float64, in the norm. Memory moves at least what is read and written, each tensor once.
 
-    python -m genrep_fast.benchmarks.bench_operators BACKEND    # the large cases between marks of the CUDA profiler, for ncu
+    python -m genrep_fast.benchmarks.bench_operators BACKEND
+
+runs the large cases between marks of the CUDA profiler, for ncu.
 """
 
 import functools
@@ -164,7 +165,8 @@ def reverse_step(batch):
 PARAMETERS = [(10**5,), (10**7,), (10**8,)]
 CHUNKS = [(1, 5, 5), (4, 10, 25), (8, 10, 200)]
 SCORES = [(8, 10), (64, 1000), (8, 150, 16384)]
-ARGUMENTS = {  # case -> operator, what makes its arguments, FLOPs an element of the largest one, sizes
+# case -> operator, what makes its arguments, FLOPs an element of the largest one, sizes
+ARGUMENTS = {
     "gram": ("gram", gram, 6, PARAMETERS),
     "alignment_coefficients": (
         "alignment_coefficients",

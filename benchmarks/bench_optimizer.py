@@ -97,8 +97,9 @@ PROVIDERS = {  # name -> role and function
 
 
 def error_of(name, numel, layout):
-    """Relative, of parameters and averages; in the norm, as Adam divides by gradients of any size,
-    small wrong ones too.
+    """Relative error of parameters and averages, in the norm.
+
+    Adam divides by gradients of any size, small wrong ones too.
     """
     setting, exact = Setting(numel, layout), Setting(numel, layout, torch.float64)
     for _ in range(3):

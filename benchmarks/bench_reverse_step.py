@@ -1,5 +1,4 @@
-"""Reverse step with its score: ours, diffusers' own step followed by eager scoring, and both
-through torch.compile.
+"""Reverse step with its score: ours, diffusers' step and eager scoring, and both compiled.
 
 "step" is one step of 2^24 elements: read x_t, o and x, write x' (without x where there is no
 score). "chain" is 50 such steps, one after the other, of 16 samples of 4 x 32 x 32, the denoiser's
@@ -121,8 +120,9 @@ def providers_of(scored):
 
 
 def error_of(name, provider, setting):
-    """Largest error of the samples, or of the scores, over the largest value; diffusers and
-    torch.compile draw noise of their own.
+    """Largest error of the samples, or of the scores, over the largest value.
+
+    diffusers and torch.compile draw noise of their own.
     """
     if name == "normal_":
         return 0.0

@@ -1,10 +1,10 @@
-"""Scoring: a denoiser's outputs through the mixture likelihood to the distillation loss; forward,
-with backward, and streamed.
+"""Scoring: a denoiser's outputs through the mixture likelihood to the distillation loss.
 
-The outputs [B, K, S, C, H, W] must be read once. "backward" means both passes, to the gradients of
-outputs and logits: read, read and write. "streamed" hands over one step at a time and ends with the
-same loss; it must read once. Each provider must first agree with the reference in float64.
-Precisions are such that every step and class carries weight: no gradient vanishes.
+Measured forward, with backward, and streamed. The outputs [B, K, S, C, H, W] must be read once.
+"backward" means both passes, to the gradients of outputs and logits: read, read and write.
+"streamed" hands over one step at a time and ends with the same loss; it must read once. Each
+provider must first agree with the reference in float64. Precisions are such that every step and
+class carries weight: no gradient vanishes.
 
 Providers: `eager reference` (genrep_fast.reference, which materialises the residuals), `eager,
 preallocated` (with out= and in place), `eager, mse_loss` (F.mse_loss for the residuals), `compiled
@@ -55,10 +55,9 @@ SIZES = {
 
 
 class Setting:
-    """Logits [B, K, *loc], images [B, C, H, W], outputs [B, K, S, C, H, W] and tables whose
-    residual is x - o.
+    """Logits [B, K, *loc], images [B, C, H, W], outputs [B, K, S, C, H, W] and tables.
 
-    Outputs that are to be streamed lie in memory step by step.
+    Their residual is x - o. Outputs that are to be streamed lie in memory step by step.
     """
 
     def __init__(self, size, dtype, streamed):
@@ -252,8 +251,9 @@ def expected(setting, direction):
 
 
 def error_of(name, direction, setting):
-    """Largest error over the largest value, of loss and gradients; allowed is 1e-4, or what
-    rounding a result to its dtype costs.
+    """Largest error over the largest value, of loss and gradients.
+
+    Allowed is 1e-4, or what rounding a result to its dtype costs.
     """
     worst = 0.0
     for result, value in zip(

@@ -1,9 +1,10 @@
-"""A whole joint training step of GenRep on scikit-learn's digits, in its parts: what the method
-costs beside its network.
+"""A whole joint training step of GenRep, in its parts: what the method costs beside its network.
 
-A UNet of 11 million parameters, with batches, losses, groups and bank as `genrep train` has them by
-default: 128 images, and 128 chains a class of 25 steps, every fourth kept after a fifth, for which
-an analytic denoiser stands in (scoring costs the same whatever the centres).
+On scikit-learn's digits, a UNet of 11 million parameters, with batches, losses, groups and bank as
+`genrep train` has them by default: 128 images, and 128 chains a class of 25 steps, every fourth
+kept after a fifth, for which an analytic denoiser stands in (scoring costs the same whatever the
+centres).
+
 Cases:
 
 - "denoiser": forward and backward passes of both losses and the momentum network's features, as
@@ -20,7 +21,7 @@ Cases:
   and alignment, AdamW(fused=True) and average.
 
 Every provider must first agree with float64: the loss, parameters and averages after an update; for
-    the whole step, with the eager one.
+the whole step, with the eager one.
 """
 
 import functools
@@ -44,8 +45,7 @@ BACKENDS = compiled_backends("gram", "adamw_step", "log_likelihood", "distillati
 
 
 class Update:
-    """What one step changes: parameters, averages and the state of both optimizers; and the
-    gradients of both losses.
+    """What one step changes: parameters, averages, states of both optimizers; and both gradients.
 
     A gradient is None where a loss does not reach the parameter.
     """
@@ -398,9 +398,7 @@ def case(name):
 
 
 def moved_by_update(update):
-    """Bytes: gradients read once, those that are aligned twice; parameters, moments and averages
-    read and written.
-    """
+    """Bytes: gradients once, aligned ones twice; parameters, moments, averages read and written."""
     elements = 0
     for parameter, group, *gradients in zip(
         update.parameters, update.groups, *update.gradients, strict=True

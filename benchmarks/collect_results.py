@@ -1,8 +1,11 @@
 """What benchmarks/on_device.sh found, in one file.
 
-    python benchmarks/collect_results.py environment FILE        # device, versions, and what the native libraries say about themselves
-    python benchmarks/collect_results.py results FOLDER OUTPUT   # results.json and table.txt; exit status 1 unless everything succeeded
-    python benchmarks/collect_results.py backends RESULTS FILE   # the faster backend of each operator, into genrep_fast/gpu_backends.json
+    python benchmarks/collect_results.py environment FILE
+        writes device, versions, and what the native libraries say about themselves
+    python benchmarks/collect_results.py results FOLDER OUTPUT
+        writes results.json and table.txt; its exit status is 1 unless everything succeeded
+    python benchmarks/collect_results.py backends RESULTS FILE
+        enters the faster backend of each operator into genrep_fast/gpu_backends.json
 
 results.json holds `date` (UTC), `commit`, `finished`, `succeeded` (every step passed, or was
 skipped for want of a tool), `environment` (see above), `steps` (verdict and seconds of each, in the
@@ -158,8 +161,9 @@ def compare_backends(rows: list[dict]) -> list[dict]:
 
 
 def kernels_of(log: Path) -> list[dict]:
-    """Kernels in ncu's CSV, among whatever else was printed: name, percent of the memory's peak
-    throughput, and microseconds.
+    """Kernels in ncu's CSV: name, percent of the memory's peak throughput, and microseconds.
+
+    Whatever else was printed is passed over.
     """
     lines = log.read_text(errors="replace").splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
@@ -177,8 +181,7 @@ def kernels_of(log: Path) -> list[dict]:
 
 
 def faster_backends(comparison: list[dict]) -> dict[str, list[list]]:
-    """Operator -> [number of elements, backend that is the faster one up to it], the last number
-    None.
+    """Operator -> [number of elements, faster backend up to it], the last number None.
 
     Between two sizes that were measured the border is their geometric mean. A gradient finds its
     steps' likelihoods again only where it runs on forward's backend, whose entry it takes
@@ -221,7 +224,8 @@ def table(found: dict) -> str:
     ]
     lines += [
         "",
-        f"{'case':54}{'provider':32}{'ms':>10}{'host ms':>10}{'% of copy':>11}{'eager':>8}{'compiled':>10}",
+        f"{'case':54}{'provider':32}{'ms':>10}{'host ms':>10}{'% of copy':>11}"
+        f"{'eager':>8}{'compiled':>10}",
     ]
     for row in found["rows"]:
         figures = [
@@ -236,14 +240,12 @@ def table(found: dict) -> str:
             " " * int(spec.partition(".")[0]) if value is None else format(value, spec)
             for value, spec in figures
         )
-        lines.append(
-            f"{row['suite'] + ': ' + row['case']:54}{row['provider']:32}{text}{row.get('failure', '')}"
-        )
+        case, failure = f"{row['suite']}: {row['case']}", row.get("failure", "")
+        lines.append(f"{case:54}{row['provider']:32}{text}{failure}")
     lines += ["", f"{'Triton over CUDA':54}{'provider':32}{'elements':>12}{'ratio':>8}"]
     for row in found["triton_over_cuda"]:
-        lines.append(
-            f"{row['suite'] + ': ' + row['case']:54}{row['provider']:32}{row['elements']:12}{row['ratio']:8.2f}"
-        )
+        case = f"{row['suite']}: {row['case']}"
+        lines.append(f"{case:54}{row['provider']:32}{row['elements']:12}{row['ratio']:8.2f}")
     for backend, kernels in found["ncu"].items():
         lines += ["", f"{'ncu, ' + backend:100}{'us':>10}{'% of peak':>11}"]
         lines += [

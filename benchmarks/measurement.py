@@ -1,6 +1,4 @@
-"""How the benchmarks measure: cases and their providers, the correctness gate, interleaved times
-with empty caches, memory, and ratios.
-"""
+"""How the benchmarks measure: cases and providers, correctness gate, times, memory, and ratios."""
 
 from __future__ import annotations
 
@@ -70,8 +68,9 @@ class Case:
 
 
 class Quantiles(NamedTuple):
-    """20 %, 50 % and 80 % quantiles of a time in milliseconds; on a GPU also the median time after
-    which the host goes on.
+    """20 %, 50 % and 80 % quantiles of a time in milliseconds.
+
+    On a GPU also the median time after which the host goes on.
     """
 
     low: float
@@ -191,13 +190,13 @@ def _time(case: Case, all_rows: list[dict], seconds: float) -> None:
 
 
 def measure_together(runs: dict[str, Callable[[], object]], seconds: float) -> dict[str, Quantiles]:
-    """Call every one of `runs` in turn, after two calls that do not count, for about `seconds` and
-    seven times at least.
+    """Call every one of `runs` in turn, for about `seconds` and seven times at least.
 
-    What disturbs the machine for a while disturbs all of them, so that their ratios hold although
-    their times wander. Before each call the caches are emptied, lest it profit, or suffer, from
-    what the one before it left there. A GPU is kept busy until the whole call is queued, so that
-    its time is that of its kernels; what Python, dispatch and launches take is the host's.
+    Two calls before these do not count. What disturbs the machine for a while disturbs all of them,
+    so that their ratios hold although their times wander. Before each call the caches are emptied,
+    lest it profit, or suffer, from what the one before it left there. A GPU is kept busy until the
+    whole call is queued, so that its time is that of its kernels; what Python, dispatch and
+    launches take is the host's.
     """
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     filler = torch.zeros(_CACHE_BYTES // 4, device=DEVICE)
@@ -216,8 +215,9 @@ def measure_together(runs: dict[str, Callable[[], object]], seconds: float) -> d
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep freed memory, as a GPU's caching allocator does: a large temporary
-    then costs no page faults ("warm").
+    """Have the C library keep freed memory, as a GPU's caching allocator does.
+
+    A large temporary then costs no page faults ("warm").
     """
     library = ctypes.CDLL(None)
     library.mallopt(_M_MMAP_MAX, 0)
@@ -225,8 +225,9 @@ def keep_freed_memory() -> None:
 
 
 def peak_extra_bytes(run: Callable[[], object]) -> int:
-    """Most memory that one call of `run` holds on top of what is held before: of the GPU, or
-    resident in this process (Linux).
+    """Most memory that one call of `run` holds on top of what is held before.
+
+    Of the GPU, or resident in this process (Linux).
     """
     run()
     if DEVICE == "cuda":
@@ -270,8 +271,9 @@ def _time_on_host(run: Callable[[], object]) -> float:
 
 
 def _time_on_gpu(run: Callable[[], object], host_seconds: float) -> tuple[float, float]:
-    """Seconds that the GPU takes once it has the whole of `run`, which takes the host about
-    `host_seconds`, and those of the host.
+    """Seconds that the GPU takes once it has the whole of `run`, and those of the host.
+
+    To hand it over takes the host about `host_seconds`.
     """
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda._sleep(int((1.5 * host_seconds + 2e-4) * _CYCLES_PER_SECOND))

@@ -1,12 +1,11 @@
-"""Every operator of one backend on tensors that fill their memory to the last byte, for a tool that
-watches memory.
+"""Every operator of one backend on tensors that fill their memory, for a tool that watches memory.
 
     compute-sanitizer --tool memcheck python benchmarks/operators_once.py cuda
 
-Sizes are odd, dtypes mixed, memory is laid out in every way that kernels tell apart, n gradients
-are 2, 3 and 8, and one is missing. That every result is finite is all that is checked: the tests in
-tests/kernels compare values. torch's own kernels are left out where they can be, as a tool would
-watch them too.
+Tensors fill their memory to the last byte. Sizes are odd, dtypes mixed, memory is laid out in every
+way that kernels tell apart, n gradients are 2, 3 and 8, and one is missing. That every result is
+finite is all that is checked: the tests in tests/kernels compare values. torch's own kernels are
+left out where they can be, as a tool would watch them too.
 """
 
 import itertools

@@ -1,7 +1,10 @@
-"""What a run of the suite leaves: CSV and JSON keyed by device, versions and commit, and a report
-of a table and two pictures.
+"""What a run of the suite leaves: CSV and JSON, and a report of a table and two pictures.
 
-python -m genrep_fast.benchmarks.report README.md   # writes the tables of benchmarks/results/ anew, between their marks
+CSV and JSON are keyed by device, versions and commit.
+
+    python -m genrep_fast.benchmarks.report README.md
+
+writes the tables of benchmarks/results/ anew, between their marks.
 """
 
 from __future__ import annotations
@@ -58,8 +61,10 @@ _PARTS = {  # of a training step: case -> colour
 
 
 def write(results: dict, folder: Path, complete: bool = True) -> list[Path]:
-    """Write bench.json and bench.csv, and of `complete` results table.md, report.html and the
-    pictures; return the paths.
+    """Write the results' files and return their paths.
+
+    These are bench.json and bench.csv, and of `complete` results table.md, report.html and the
+    pictures.
     """
     folder.mkdir(parents=True, exist_ok=True)
     content = {"bench.json": json.dumps(results, indent=1) + "\n", "bench.csv": as_csv(results)}
@@ -93,9 +98,7 @@ def as_csv(results: dict) -> str:
 
 
 def table(results: dict) -> str:
-    """Our providers' rows in Markdown, the conditions and what else there is to say in sentences
-    below it.
-    """
+    """Our providers' rows in Markdown, and sentences below: conditions, and what else there is."""
     heads, lines = cells(results)
     rule = "| --- | --- |" + " ---: |" * (len(heads) - 2)
     rows = ["| " + " | ".join(line) + " |" for line in (heads, *lines)]
@@ -144,13 +147,17 @@ def remarks(results: dict) -> list[str]:
         environment["packages"],
         environment["commit"].replace("-dirty", " with changes"),
     )
-    where = f"{environment['device']}, {environment['threads']} threads, {environment['allocator']} allocator"
+    where = (
+        f"{environment['device']}, {environment['threads']} threads, "
+        f"{environment['allocator']} allocator"
+    )
     versions = (
         f"torch {packages['torch']}, Triton {packages['triton']}, commit {commit[:10]}{commit[40:]}"
     )
     conditions = (
-        f"`{environment['command']}` on {environment['date'][:10]}: {where}; {versions}. Eager, compiled and best peer: their time as a "
-        "multiple of ours. Of bandwidth: the time in which a copy of the same run moves what must be moved, as a share of ours."
+        f"`{environment['command']}` on {environment['date'][:10]}: {where}; {versions}. "
+        "Eager, compiled and best peer: their time as a multiple of ours. Of bandwidth: the time "
+        "in which a copy of the same run moves what must be moved, as a share of ours."
     )
     return [conditions, *_share_of_step(results["rows"])]
 
@@ -183,8 +190,9 @@ def page(results: dict, illustrations: list[Illustration]) -> str:
 
 
 def gpu_table(results: dict) -> str:
-    """Of what benchmarks/on_device.sh found: the operators' large cases, each by the backend that
-    gpu_backends.json makes the default.
+    """The operators' large cases of what benchmarks/on_device.sh found.
+
+    Each by the backend that gpu_backends.json makes the default.
     """
     fastest = json.loads((Path(genrep_fast.__file__).parent / "gpu_backends.json").read_text())[
         results["environment"]["capability"]
@@ -240,7 +248,8 @@ def pictures(results: dict) -> list[Illustration]:
 
 @illustration(
     "roofline",
-    "Roofline: operations a second against operations a byte, under the rates measured in the same run.",
+    "Roofline: operations a second against operations a byte, "
+    "under the rates measured in the same run.",
 )
 def draw_roofline(environment: dict, rows: list[dict]) -> Figure:
     """A point a provider and case, coloured by role."""
@@ -284,9 +293,7 @@ def draw_roofline(environment: dict, rows: list[dict]) -> Figure:
     "A joint training step of GenRep in its parts, in milliseconds; below, all but the denoiser.",
 )
 def draw_training_step(rows: list[dict]) -> Figure:
-    """A bar for the eager reference and for each backend of ours: all parts, and what the method
-    adds.
-    """
+    """A bar for the reference and each backend of ours: all parts, and what the method adds."""
     ms = {
         (row["case"], row["provider"]): row["ms"] for row in rows if row["suite"] == "training_step"
     }
@@ -353,7 +360,8 @@ def _share_of_step(rows: list[dict]) -> list[str]:
     if ("teacher evaluations", "torch") in ms and ("step", "unaligned") in ms:
         teacher = 100 * ms["teacher evaluations", "torch"] / ms["step", "unaligned"]
         shares[1] += (
-            f" The teacher's network evaluations, apart from it: {teacher:.1f}% of a step without the method."
+            f" The teacher's network evaluations, apart from it: {teacher:.1f}% of a step "
+            "without the method."
         )
     return shares
 

@@ -34,8 +34,9 @@ QUICK_SECONDS, SECONDS = 0.5, 3.0
 def find_cases(
     suites: Sequence[str], pattern: str | None, quick: bool
 ) -> dict[tuple[str, str], Callable[[], Case]]:
-    """(suite, case) -> what builds it; of all cases those that match `pattern`, else those of a
-    quick or a full run.
+    """(suite, case) -> what builds it.
+
+    Of all cases those that match `pattern`, else those of a quick or a full run.
 
     Raises:
         ValueError: for a suite that does not exist and where no case is left.
@@ -102,9 +103,7 @@ def run(
 
 
 def environment(cold: bool = False) -> dict:
-    """What figures depend on: date, command, commit, device, versions, threads and the allocator's
-    temper.
-    """
+    """What figures depend on: date, command, commit, device, versions, threads and allocator."""
     installed = {
         distribution.metadata["Name"]: distribution.version
         for distribution in metadata.distributions()
@@ -129,8 +128,9 @@ def environment(cold: bool = False) -> dict:
 
 
 def commit() -> str:
-    """Of the sources where they are a git checkout, with ``-dirty`` behind it where they differ
-    from it; $COMMIT; or unknown.
+    """Of the sources where they are a git checkout; $COMMIT; or unknown.
+
+    ``-dirty`` stands behind it where the sources differ from it.
     """
     command = [
         "git",
@@ -149,9 +149,7 @@ def commit() -> str:
 
 
 def device_name() -> str:
-    """The GPU's name, or the processor's with its number of cores and the instruction set that the
-    kernels run in.
-    """
+    """The GPU's name, or the processor's with its cores and the kernels' instruction set."""
     if DEVICE == "cuda":
         return torch.cuda.get_device_name()
     try:

@@ -1,4 +1,4 @@
-"""Every provider of every suite under pytest-benchmark, on its smallest case: `pytest benchmarks/`."""
+"""Every provider of every suite on its smallest case, by pytest-benchmark: `pytest benchmarks/`."""
 
 import functools
 from importlib import import_module

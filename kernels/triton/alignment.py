@@ -2,7 +2,8 @@
 
 For n gradients of N elements, see `genrep_fast.reference.alignment`:
 
-    gram[i, j] = sum_k gradients_i[k] gradients_j[k],        out[k] = sum_i c_i gradients_i[k],        c from the Gram matrix
+    gram[i, j] = sum_k gradients_i[k] gradients_j[k]
+    out[k] = sum_i c_i gradients_i[k],    c from the Gram matrix
 
 gram reads nN elements and does n(n+1)N FLOPs; combine reads nN, writes N, and does 2nN FLOPs:
 memory bounds both. gram works in float64: products of float32 numbers are exact in it and never
@@ -11,7 +12,7 @@ a pair of float32 gradients, a multiprocessor of an H100 reads an element each i
 converts them in 0.13 (16 a clock) and multiplies and adds in 0.05 (64 a clock).
 
 Sums have a fixed order: every chunk writes its own to a slot, and a second kernel adds up the slots
-    of each group.
+of each group.
 
 Between the two stand a few numbers a tensor and a group: sums of the tensors' own Gram matrices,
 coefficients, the choice of a tensor's.
@@ -45,9 +46,7 @@ def gram(gradients: list[Tensor | None], n: int, groups: list[int], num_groups: 
 
 
 def group_gram(grams: Tensor, groups: list[int], num_groups: int) -> Tensor:
-    """Gram matrices [num_groups, n, n] of groups from the tensors' own [T, n, n]; see the
-    reference.
-    """
+    """Gram matrices [num_groups, n, n] of groups from the tensors' [T, n, n]; see the reference."""
     n = grams.shape[1]
     matrices = grams.new_empty(num_groups, n, n)
     if num_groups > 0:
@@ -97,9 +96,7 @@ def tensor_coefficients(
 def alignment_coefficients(
     gram: Tensor, weights: list[float], power: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Coefficients [G, 2], cosine [G] and alpha [G] of Gram matrices [G, 2, 2], all float64; see
-    the reference.
-    """
+    """Coefficients [G, 2], cosine and alpha [G], float64, of gram [G, 2, 2]; see the reference."""
     num_groups = len(gram)
     coefficients, cosine, alpha = (
         gram.new_empty(num_groups, 2),
@@ -130,9 +127,7 @@ def combine(
     weights: list[float],
     out: list[Tensor],
 ) -> None:
-    """Write sum_i c_i gradients_i into ``out[t]``, which may be one of its inputs; see the
-    reference.
-    """
+    """Write sum_i c_i gradients_i into ``out[t]``, maybe one of its inputs; see the reference."""
     by_list = by_loss(gradients, len(groups))
     with torch.cuda.device_of(coefficients):
         tables = plan([*by_list, out], groups, len(coefficients), coefficients.device)
@@ -154,7 +149,7 @@ def combine(
 
 @triton.jit
 def combined(pointers, offsets, mask, row_weights, N: tl.constexpr, DTYPES: tl.constexpr):
-    """sum_i row_weights_i gradients_i in float32, over the first N pointers that are not missing."""
+    """sum_i row_weights_i gradients_i in float32, over the first N pointers that are there."""
     total = tl.zeros(offsets.shape, tl.float32)
     for i in tl.static_range(N):
         if DTYPES[i] is not None:
@@ -263,9 +258,7 @@ def group_gram_kernel(
     BLOCK: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):
-    """matrices[group]: sum of grams[t] over the group's members t that every loss reaches, BLOCK at
-    a time.
-    """
+    """matrices[group]: sum of grams[t] over the members t that every loss reaches."""
     group = tl.program_id(0).to(tl.int64)
     entries = tl.arange(0, ENTRIES)[None, :]  # of a matrix, row by row
     position = tl.load(bounds_ptr + group)
@@ -303,8 +296,7 @@ def tensor_coefficients_kernel(
     N: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """rows[t] of BLOCK tensors: the group's row of coefficients where every loss reaches t, else
-    the weights.
+    """rows[t]: coefficients of its group where every loss reaches t, else the weights.
 
     The weights are parameters of their own, as a tuple of numbers arrives in float32.
     """
@@ -333,7 +325,7 @@ def _coefficients_kernel(
     power: tl.float64,
     BLOCK: tl.constexpr,
 ):
-    """Coefficients, cosine and alpha of BLOCK groups; names and special cases are the reference's."""
+    """Coefficients, cosine and alpha of BLOCK groups; names and cases as in the reference."""
     groups = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = groups < num_groups
     first = tl.load(gram_ptr + 4 * groups, mask=mask)

@@ -1,5 +1,4 @@
-"""Kernels over lists of separate tensors: tables of addresses on the device, so that nothing is
-copied or concatenated.
+"""Kernels over lists of separate tensors, by tables of addresses: nothing is copied or joined.
 
 A kernel gets lists of T tensors (gradients of the first loss, of the second, parameters, ...), in
 which tensor t of every list has the same number of elements. The table has a row for each t with
@@ -47,10 +46,10 @@ class Launch(NamedTuple):
 class Plan(NamedTuple):
     """The tables of one call, on the device."""
 
-    rows: Tensor  # int64 [T, lists + 3]: addresses (0: missing), elements, group, and the slot of the first chunk
-    bounds: (
-        Tensor  # int64 [groups + 1]: chunks of group g have the slots bounds[g] to bounds[g + 1]
-    )
+    # int64 [T, lists + 3]: addresses (0: missing), elements, group, and the slot of the first chunk
+    rows: Tensor
+    # int64 [groups + 1]: chunks of group g have the slots bounds[g] to bounds[g + 1]
+    bounds: Tensor
     slots: int  # chunks of all tensors
     launches: list[Launch]
 
@@ -99,7 +98,7 @@ def group_tables(groups: Sequence[int], num_groups: int, device: torch.device) -
 
 
 def by_loss(gradients: Sequence[Tensor | None], num_tensors: int) -> list[Sequence[Tensor | None]]:
-    """Split flattened gradients, ``gradients[i * num_tensors + t]``, into the lists of the losses."""
+    """Split flattened gradients, ``gradients[i * num_tensors + t]``, into lists, one for a loss."""
     return [
         gradients[first : first + num_tensors] for first in range(0, len(gradients), num_tensors)
     ]
@@ -120,9 +119,7 @@ def locate(chunks_ptr, rows_ptr, LISTS: tl.constexpr, CHUNK: tl.constexpr):
 
 @triton.jit
 def chunk_pointers(row_ptr, start, DTYPES: tl.constexpr, ALIGNED: tl.constexpr):
-    """Pointers to element `start` of the row's tensors, 0 for a missing one; and the number of
-    elements from there on.
-    """
+    """Pointers to element `start` of a row's tensors (0: missing); and how many elements follow."""
     pointers = ()
     for i in tl.static_range(len(DTYPES)):
         if DTYPES[i] is None:
@@ -174,9 +171,8 @@ def _build(
         first_slots[t] = slots
         slots += counts[t]
         bounds[groups[t] + 1] = slots
-    bounds = list(
-        itertools.accumulate(bounds, max)
-    )  # a group without chunks ends where the one before it does
+    # A group without chunks ends where the one before it does.
+    bounds = list(itertools.accumulate(bounds, max))
 
     members: dict[tuple, list[int]] = {}
     for t, count in enumerate(counts):

@@ -3,7 +3,8 @@
 With h = sum_i c_i g_i, see `genrep_fast.reference.optimizer`:
 
     m <- m + (1 - beta1) (h - m),    v <- beta2 v + (1 - beta2) h^2
-    param <- (1 - lr weight_decay) param - lr / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) + eps)
+    param <- (1 - lr weight_decay) param
+             - lr / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) + eps)
     ema <- ema + (1 - ema_decay) (param - ema)
 
 For n gradients of N elements: reads n + 4 and writes 4 elements for each of N (n + 3 and 3 without
@@ -40,8 +41,7 @@ def adamw_step(
     ema_decay: float,
     found_inf: Tensor | None,
 ) -> None:
-    """Update `params`, `exp_avgs`, `exp_avg_sqs` and `emas` (empty: none) in place; see the
-    reference.
+    """Update `params`, `exp_avgs`, `exp_avg_sqs`, `emas` (empty: none) in place; see the reference.
 
     Of `steps` and `lr` on the CPU, a CUDA graph keeps the values at its capture.
     """
@@ -82,8 +82,9 @@ def _step_factors(
     weight_decay: float,
     device: torch.device,
 ) -> Tensor:
-    """float32 [T, 3]: 1 - lr weight_decay, lr / (1 - beta1^step), sqrt(1 - beta2^step), worked out
-    in float64 where the scalars lie.
+    """float32 [T, 3]: 1 - lr weight_decay, lr / (1 - beta1^step), sqrt(1 - beta2^step).
+
+    Worked out in float64 where the scalars lie.
     """
     if any(scalar.device.type != "cpu" for scalar in (lr, *steps)):
         steps, lr = [upload(step, device) for step in steps], upload(lr, device)

@@ -1,6 +1,7 @@
 """Bayes' rule and the distillation loss with its gradients, see `genrep_fast.reference.posterior`.
 
-    log p = log_softmax_y( L / temperature + log prior ),    KL = sum_y p (log p - log q),    dKL/dlogits = q - p
+    log p = log_softmax_y( L / temperature + log prior )
+    KL = sum_y p (log p - log q),    dKL/dlogits = q - p
 
 Each reads B K numbers a location once or twice, and writes as much at most: memory bounds them.
 """
@@ -45,9 +46,7 @@ def distillation_loss_backward(
     temperature: float,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of student_logits and log_likelihood; empty where `output_mask` is False; see the
-    reference.
-    """
+    """Gradients of both inputs; empty where `output_mask` is False; see the reference."""
     tensors = (log_likelihood.contiguous(), student_logits.contiguous())
     grad_logits, grad_likelihood = (
         torch.empty_like(tensor) if needed else None
@@ -128,7 +127,7 @@ def _normalizer(
     CLASSES: tl.constexpr,
     LOCATIONS: tl.constexpr,
 ):
-    """Largest score, or 0, and log sum exp(score - largest) over the classes, [1, LOCATIONS] each."""
+    """Largest score, or 0, and log sum exp(score - largest) over classes, [1, LOCATIONS] each."""
     largest = tl.full([CLASSES, LOCATIONS], float("-inf"), tl.float64)
     total = tl.zeros([CLASSES, LOCATIONS], tl.float64)
     first = 0
@@ -161,9 +160,7 @@ def _log_probabilities(
     normalizer,
     CLASSES: tl.constexpr,
 ):
-    """Log-probabilities of CLASSES classes from `first` on, their places in [B, K, locations], and
-    their mask.
-    """
+    """Log-probabilities of CLASSES classes from `first` on, their places, and their mask."""
     class_ = first + tl.arange(0, CLASSES)[:, None]
     places = (image * classes + class_) * locations + location
     mask = mask & (class_ < classes)
@@ -357,9 +354,7 @@ def _distillation_backward_kernel(
     CLASSES: tl.constexpr,
     LOCATIONS: tl.constexpr,
 ):
-    """grad (q - p) and grad p (log p - log q - KL) / temperature, of a block of locations of one
-    image.
-    """
+    """grad (q - p) and grad p (log p - log q - KL) / temperature of a block of locations."""
     image, location, inside = _place(classes, locations, LOCATIONS)
     if prior_ptr is not None:
         prior_ptr += image * prior_stride

@@ -65,7 +65,7 @@ def reverse_step(
     x: Tensor | None,
     std_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """x' of x_t's shape and dtype, and the score float32 [B], or [0] without x; see the reference."""
+    """x' of x_t's shape and dtype; the score float32 [B], or [0] without x; see the reference."""
     batch, channels = x_t.shape[:2]
     locations = math.prod(x_t.shape[2:])
     elements = channels * locations
@@ -112,13 +112,10 @@ def reverse_step(
 
 @triton.jit
 def _negative_log(word):
-    """-log u of u = (word + 1/2) 2^-32, by the single-precision polynomial of Cephes' logf for
-    log(1 + f).
-    """
+    """-log u of u = (word + 1/2) 2^-32, by the polynomial of Cephes' logf for log(1 + f)."""
     y = (word.to(tl.float32) + 0.5) * 2.0**-32
-    bits = (
-        y.to(tl.int32, bitcast=True) - 0x3F3504F3
-    )  # of sqrt(1/2): y = 2^exponent (1 + f), 1 + f in [sqrt(1/2), sqrt(2))
+    # The number is sqrt(1/2): y = 2^exponent (1 + f), 1 + f in [sqrt(1/2), sqrt(2)).
+    bits = y.to(tl.int32, bitcast=True) - 0x3F3504F3
     exponent = (bits >> 23).to(tl.float32)
     f = ((bits & 0x007FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1.0
     distance = ((word ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * 2.0**-32  # 1 - u
@@ -141,8 +138,9 @@ def _negative_log(word):
 
 @triton.jit
 def _cos_sin(word):
-    """cos and sin of 2 pi (word + 1/2) 2^-32, by Cephes' polynomials within the quadrant around a
-    multiple of pi / 2.
+    """cos and sin of 2 pi (word + 1/2) 2^-32.
+
+    By Cephes' polynomials within the quadrant around a multiple of pi / 2.
     """
     quadrant = (word + 0x20000000) >> 30
     rest = (word - (quadrant << 30)).to(tl.int32, bitcast=True)

@@ -1,10 +1,11 @@
-"""Posterior scoring: log-likelihoods of images under every class, their gradients, and the
-streaming update.
+"""Posterior scoring: log-likelihoods of images under every class, gradients, streaming update.
 
 With residual r = a_s x + b_s x_t + c_s o over the D elements of a row (image i, class k, step s),
 see `genrep_fast.reference.scoring`:
 
-    l[i, k, s] = sum(-v_s r^2 / 2 + n_s),        L[i, k] = logsumexp_s l - log S  or  mean_s l,        dL/do = -v_s c_s r softmax_s(l)
+    l[i, k, s] = sum(-v_s r^2 / 2 + n_s)
+    L[i, k] = logsumexp_s l - log S  or  mean_s l
+    dL/do = -v_s c_s r softmax_s(l)
 
 Forward reads the B K S D elements of o once and does 6 FLOPs for each (8 with x_t): memory bounds
 it, unless a batch shares its centres o [K, S, D]. Then a tile of images meets every centre that is
@@ -81,19 +82,18 @@ class Tile(NamedTuple):
 class Chunk(NamedTuple):
     """The first arguments of the operators as kernels see them."""
 
-    tensors: tuple[
-        Tensor | None, ...
-    ]  # x, model_output, x_t [1|B, 1|K, 1|S, C, locations], and the tables [S]
-    strides: tuple[
-        int, ...
-    ]  # of x: batch, outer, inner; of model_output, x_t: batch, class, step, outer, inner
+    # x, model_output, x_t [1|B, 1|K, 1|S, C, locations], and the tables [S]
+    tensors: tuple[Tensor | None, ...]
+    # of x: batch, outer, inner; of model_output, x_t: batch, class, step, outer, inner
+    strides: tuple[int, ...]
     batch: int
     classes: int
     steps: int
     channels: int
     locations: int
     elements: int  # of a row
-    inner_size: int  # elements are outer * inner: in the order of model_output's memory, or channels * locations
+    # elements are outer * inner: in the order of model_output's memory, or channels * locations
+    inner_size: int
     channels_inner: bool
     kind: str  # "rows", "images" or "locations"
     flat: bool  # elements, or locations, lie one behind the other
@@ -321,8 +321,9 @@ def _chunk(
 
 
 def _five_axes(tensor: Tensor, channels: int, locations: int) -> Tensor:
-    """[..., C', *spatial] -> the first channels [..., C, locations]; a copy where the locations
-    have no common stride.
+    """[..., C', *spatial] -> the first channels [..., C, locations].
+
+    A copy where the locations have no common stride.
     """
     return tensor[:, :, :, :channels].reshape(*tensor.shape[:3], channels, locations)
 
@@ -391,9 +392,7 @@ def _row_gradients(
     grad_output: Tensor | None,
     scales: Tensor | None,
 ) -> None:
-    """Write the gradient of a model_output that no axis shares, and the scales of all rows, where
-    wanted.
-    """
+    """Write the gradient of a model_output that no axis shares, and all scales, where wanted."""
     tile = chunk.tile(backward=True)
     programs, group_size, groups = chunk.split(tile)
     if programs == 0 or chunk.steps == 0:
@@ -433,8 +432,9 @@ def _sum_gradients(
     gradient: Tensor,
     table: Tensor,
 ) -> None:
-    """Write a gradient [1|B, 1|K, 1|S, C, *spatial], summed over axes of size 1; `table` is its
-    input's factor in the residual.
+    """Write a gradient [1|B, 1|K, 1|S, C, *spatial], summed over axes of size 1.
+
+    `table` is its input's factor in the residual.
     """
     target = _five_axes(gradient, chunk.channels, chunk.locations)
     if target.numel() == 0:
@@ -466,9 +466,7 @@ def _sum_gradients(
 
 @triton.jit
 def _view(pointer, batch, class_, step, outer, inner, KIND: tl.constexpr, ALIGNED: tl.constexpr):
-    """A tensor's pointer and strides; where they are multiples of 16, in a way that the compiler
-    sees it.
-    """
+    """A tensor's pointer and strides; that they are multiples of 16, the compiler sees."""
     if ALIGNED:
         step = step // 16 * 16
         outer = outer // 16 * 16 if KIND == "locations" else outer
@@ -477,9 +475,7 @@ def _view(pointer, batch, class_, step, outer, inner, KIND: tl.constexpr, ALIGNE
 
 @triton.jit
 def _locate(pairs, classes, KIND: tl.constexpr, PAIRS: tl.constexpr):
-    """Image, class and location of the program's pairs, [PAIRS] or scalars; the mask of those that
-    exist; and the group.
-    """
+    """Image, class and location of the pairs, [PAIRS] or scalars; which exist; and the group."""
     program = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(pairs, PAIRS)
     other = program // tiles
@@ -505,9 +501,7 @@ def _rows(
     ALIGNED: tl.constexpr,
     SHARED: tl.constexpr,
 ):
-    """Pointers to the first elements of rows, [PAIRS, 1, 1], [PAIRS, STEPS, 1], or [1, STEPS, 1]
-    where images share them.
-    """
+    """Pointers to rows [PAIRS, 1 or STEPS, 1], or [1, STEPS, 1] where images share them."""
     if SHARED:
         pointer = view[0] + class_ * view[2]
         return (tl.multiple_of(pointer, 16) if ALIGNED else pointer) + step[None, :, None] * view[3]
@@ -555,9 +549,7 @@ def _tile(
     ALIGNED: tl.constexpr,
     SHARED_NOISY: tl.constexpr,
 ):
-    """Pointers to the rows of x, model_output and x_t in a tile of pairs and steps, and the masks
-    of those that there are.
-    """
+    """Pointers to rows of x, model_output and x_t in a tile of pairs and steps, and their masks."""
     SHARED: tl.constexpr = KIND == "images"
     pair_mask, step_mask = mask[:, None, None], inside[None, :, None]
     rows = (
@@ -731,8 +723,9 @@ def _finish(
     MIXTURE: tl.constexpr,
     TARGET: tl.constexpr,
 ):
-    """Write L and its remainder [plane], or merge into the state [3 or 2, plane] of an
-    accumulation; plane: image, column, location.
+    """Write L and its remainder [plane], or merge into an accumulation's state [3 or 2, plane].
+
+    plane: image, column, location.
     """
     if TARGET == "likelihood":
         row = (image * columns + class_) * locations + location
@@ -748,9 +741,8 @@ def _finish(
             tl.store(results[1] + row, remainder.to(tl.float32), mask=mask)
     else:
         column = class_ if results[2] is None else tl.load(results[2] + class_)
-        inside = (column >= 0) & (
-            column < columns
-        )  # the caller's assertion about the others comes later
+        # The caller's assertion about the others comes later.
+        inside = (column >= 0) & (column < columns)
         column, mask = tl.where(inside, column, 0), mask & inside
         row = (image * columns + column) * locations + location
         first = tl.load(results[1] + row, mask=mask, other=0.0)
@@ -817,8 +809,9 @@ def _score_kernel(
     BLOCK: tl.constexpr,
     RUN: tl.constexpr,
 ):
-    """State of one group of steps of a tile of pairs: into partials [groups, 3, rows], or where it
-    is the only group into `results`.
+    """State of one group of steps of a tile of pairs.
+
+    Goes into partials [groups, 3, rows], or where it is the only group into `results`.
     """
     views = (
         _view(x_ptr, x_batch, 0, 0, x_outer, x_inner, KIND, ALIGNED),
@@ -1000,8 +993,9 @@ def _backward_kernel(
     BLOCK: tl.constexpr,
     RUN: tl.constexpr,
 ):
-    """Of the rows of one group of steps: gradients of model_output, and scales [pairs, steps];
-    either where its pointer is there.
+    """Of rows of one group of steps: gradients of model_output, and scales [pairs, steps].
+
+    Either is written where its pointer is there.
     """
     views = (
         _view(x_ptr, x_batch, 0, 0, x_outer, x_inner, KIND, ALIGNED),
@@ -1169,10 +1163,10 @@ def _sum_kernel(
     TERMS: tl.constexpr,
     RUN: tl.constexpr,
 ):
-    """BLOCK elements of a gradient, each the sum over all images, classes and steps that share it,
-    TERMS at a time.
+    """BLOCK elements of a gradient, summed over what shares it, TERMS rows at a time.
 
-    Without `scales_ptr`, where likelihoods are of locations, scales are computed here.
+    Each is the sum over all images, classes and steps that share it. Without `scales_ptr`, where
+    likelihoods are of locations, scales are computed here.
     """
     views = (
         _view(x_ptr, x_batch, 0, 0, x_outer, x_inner, "locations", False),
