@@ -1,5 +1,4 @@
-"""Where kernels run, and tiny, randomly initialised models of diffusers' real classes, shared by
-many tests.
+"""Where kernels run, and tiny, randomly initialised models of diffusers' real classes.
 
 Diffusers is imported where a model is built, so that the operators' tests need torch and pytest
 alone.
@@ -11,7 +10,9 @@ import pytest
 import torch
 
 HAS_GPU = torch.cuda.is_available()
-if not HAS_GPU:  # Triton then runs in its interpreter, which it decides when it is imported, by diffusers for example
+# Without a GPU Triton runs in its interpreter. It decides so when it is imported, by diffusers for
+# example.
+if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
 import genrep_fast as gf  # noqa: E402

@@ -417,9 +417,8 @@ def with_last(gradient, value):
     )
 
 
-@pytest.mark.parametrize(
-    "rule", ["genrep", "nash_mtl"]
-)  # the weights of nash_mtl depend on the gradients' scale
+# The weights of nash_mtl depend on the gradients' scale.
+@pytest.mark.parametrize("rule", ["genrep", "nash_mtl"])
 @pytest.mark.parametrize("options", [{}, {"max_norm": 0.05, "ema_decay": 0.9}])
 def test_grad_scaler(options, rule):
     fused, expected = Fused(Model(torch.float32), **options), Fused(Model(torch.float32), **options)
@@ -457,7 +456,8 @@ def test_grad_scaler_skips_a_step_that_overflows(spoiled, first_step_scaled, max
     scaled_step(fused, scaler, [1, 2], SPOILED[spoiled])
     expected.step([0])
     assert_same(fused, expected, rtol=1e-5, atol=1e-7)
-    if first_step_scaled:  # otherwise the scaler came unexpected: the update is skipped, but the scaler has not seen why
+    # Otherwise the scaler came unexpected: the update is skipped, but it has not seen why.
+    if first_step_scaled:
         assert scaler.get_scale() == 2.0**9
     scaled_step(fused, scaler, [3])
     expected.step([3])
@@ -509,9 +509,8 @@ def accelerate():
 
 
 def test_accelerate_with_a_scaler(accelerate):
-    accelerate.Accelerator(
-        cpu=True
-    )  # which would make a scaler itself with fp16, but for that it wants a GPU
+    # It would make a scaler itself with fp16, but for that it wants a GPU.
+    accelerate.Accelerator(cpu=True)
     fused, expected = (
         Fused(Model(torch.float32), max_norm=0.1),
         Fused(Model(torch.float32), max_norm=0.1),

@@ -405,9 +405,8 @@ def test_every_gradient_is_read_once_for_its_gram_matrix(max_norm, scaler, monke
     optimizer = gf.AlignedAdamW(
         model.parameters(), aligner=gf.GradientAligner(model), max_norm=max_norm
     )
-    optimizer.aligner.finish(
-        scaler_used=scaler
-    )  # whether a GradScaler is expected to look at .grad
+    # Whether a GradScaler is expected to look at .grad.
+    optimizer.aligner.finish(scaler_used=scaler)
     optimizer.aligner.backward(*model(batch(dtype=torch.float32)))
     optimizer.step()
     # Nine parameters are reached and five of them shared, whose matrices say enough without
@@ -424,10 +423,11 @@ def test_flat_gradients_are_neighbours_in_one_buffer():
         pointers.append([parameter.grad.data_ptr() for parameter in trained(model)[:8]])
         model.zero_grad()
     assert pointers[0] == pointers[1]
+    # The parameter without a group is the last.
     sizes = [
         8 * parameter.numel()
         for parameter in (*trained(model)[:4], model.unused, *trained(model)[4:8])
-    ]  # without a group: last
+    ]
     starts = [sum(sizes[:t]) for t in range(9)]
     assert [pointer - pointers[0][0] for pointer in pointers[0]] == [*starts[:4], *starts[5:]]
 
@@ -439,9 +439,8 @@ def test_flat_gram_matrices_follow_every_micro_batch():
         [torch.tensor([0.0, -1.0, 1.0]), torch.tensor([2.0, 1.0])],
     ]
     aligner = gf.GradientAligner(parameters, flat=True)
-    optimizer = gf.AlignedAdamW(
-        parameters, aligner=aligner
-    )  # which checks for a GradScaler what was collected so far
+    # The optimizer checks for a GradScaler what was collected so far.
+    optimizer = gf.AlignedAdamW(parameters, aligner=aligner)
     for batches in ((0, 1), (1,)):
         for name, side in zip(NAMES, gradients, strict=True):
             with aligner.collect(name):
@@ -528,7 +527,8 @@ def test_flat_gradients_of_another_dtype_than_their_parameter():
     with (
         pytest.raises(
             ValueError,
-            match=r"the gradient of params\[0\] must be torch.bfloat16 like its flat buffer, got torch.float32",
+            match=r"the gradient of params\[0\] must be torch.bfloat16 like its flat buffer, "
+            "got torch.float32",
         ),
         aligner.collect("perception"),
     ):
@@ -844,7 +844,8 @@ def test_a_held_gradient_is_named():
     aligner.backward(*model(batch()))
     with pytest.raises(
         RuntimeError,
-        match=r"blocks\.0\.weight holds a \.grad already.*zero_grad\(set_to_none=True\).*AlignedAdamW",
+        match=r"blocks\.0\.weight holds a \.grad already.*"
+        r"zero_grad\(set_to_none=True\).*AlignedAdamW",
     ):
         aligner.backward(*model(batch()))
     unnamed = gf.GradientAligner(model.parameters())

@@ -252,7 +252,8 @@ def test_a_drop_of_a_part_is_refused(set_to_none):
     for call in (lambda: collect(aligner, net), lambda: aligner.backward(*net(batch()))):
         with pytest.raises(
             RuntimeError,
-            match=r"a \.grad was written to, replaced or set to None .* start the step over with zero_grad\(\)",
+            match=r"a \.grad was written to, replaced or set to None .* "
+            r"start the step over with zero_grad\(\)",
         ):
             call()
     aligner.zero_grad()
@@ -359,7 +360,8 @@ def test_parameters_that_were_replaced():
     net.zero_grad()
     with pytest.raises(
         RuntimeError,
-        match=r"no loss reached any of the aligner's 8 parameters: .* load_state_dict\(assign=True\)",
+        match="no loss reached any of the aligner's 8 parameters: .* "
+        r"load_state_dict\(assign=True\)",
     ):
         unnamed.backward(*net(batch()))
 
@@ -374,7 +376,8 @@ def test_parameters_that_joined_the_module(fused):
     net.first = nn.Sequential(net.first, nn.Linear(3, 3))
     with pytest.raises(
         RuntimeError,
-        match=r"a loss reached first\.1\.weight, which is not among the aligner's parameters: it joined",
+        match=r"a loss reached first\.1\.weight, which is not among the aligner's parameters: "
+        "it joined",
     ):
         aligner.backward(*net(batch()))
         optimizer.step()

@@ -32,14 +32,8 @@ ANY_N = ("imtl_g", "aligned_mtl", "config")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 CASES = [*((name, 2) for name in RULES), *((name, 5) for name in ANY_N)]
 EQUAL_TO_TORCHJD = [name for name in RULES if name not in ("genrep", "nash_mtl")]
-NON_CONFLICTING = [
-    "pcgrad",
-    "upgrad",
-    "dualproj",
-    "mgda",
-    "nash_mtl",
-    "config",
-]  # imtl_g too, but for opposite gradients
+# imtl_g too, but for opposite gradients.
+NON_CONFLICTING = ["pcgrad", "upgrad", "dualproj", "mgda", "nash_mtl", "config"]
 
 
 class Projector(DualConeProjector):
@@ -333,9 +327,8 @@ def test_angles_from_a_hundred_millionth_to_a_tenth(name, dtype, scale, sign, le
         assert weights.isfinite().all()
         norms, actual_angle = rounded.norm(dim=1), angle_to_dependence(rounded, sign)
         if actual_angle < 0.95 * negligible_angle:
-            line = torch.tensor(
-                [1, sign * length], dtype=torch.float64
-            )  # of the mathematical gradients, along their direction
+            # Of the mathematical gradients, along their direction.
+            line = torch.tensor([1, sign * length], dtype=torch.float64)
             expected = named(name)((line[:, None] * line)[None] * norms[0] ** 2)[0]
             error, kind = relative_error(weights, rounded, expected @ rounded), "dependent"
         elif actual_angle >= 1e-2 and name != "nash_mtl":
@@ -642,7 +635,8 @@ def test_a_state_is_not_shared_by_groups(weighting):
         (torchjd.ExcessMTL(1), "got the aggregator ExcessMTL, which needs the gradients"),
         (
             torchjd.GramianWeightedAggregator(GenRepWeighting()),
-            r"such as the aggregator's \.gramian_weighting, got the aggregator GramianWeightedAggregator",
+            r"such as the aggregator's \.gramian_weighting, "
+            "got the aggregator GramianWeightedAggregator",
         ),
         (torchjd.ExcessMTLWeighting(), "got ExcessMTLWeighting, which needs the gradients"),
         (
@@ -705,7 +699,8 @@ def test_a_private_weighting_is_answered_with_the_rule():
     torch.nn.Module.__init__(weighting)
     with pytest.raises(
         TypeError,
-        match='got _NashMTLWeighting, which needs the gradients; for two losses there is rule="nash_mtl"',
+        match="got _NashMTLWeighting, which needs the gradients; "
+        'for two losses there is rule="nash_mtl"',
     ):
         named(weighting)
 
@@ -810,7 +805,8 @@ def test_torchjd_stays_optional():
     script = """
 import sys, torch
 from genrep_fast.alignment.rules import resolve_rule
-resolve_rule(lambda gram: gram[:, 0], (0.7, 0.3), 2.0, 2)(torch.eye(2)[None].double(), torch.float32)
+rule = resolve_rule(lambda gram: gram[:, 0], (0.7, 0.3), 2.0, 2)
+rule(torch.eye(2)[None].double(), torch.float32)
 assert not any(name.startswith("torchjd") for name in sys.modules)
 sys.modules["torchjd"] = None
 try:

@@ -110,7 +110,10 @@ def test_joint_mode_is_refused_under_ddp_in_one_process(fused, built_from, find_
         optimizer = gf.AlignedAdamW(net.parameters(), aligner=aligner) if fused else None
         losses = wrapped(torch.ones(2, 6))
         last_call = r"optimizer\.step\(\)" if fused else r"aligner\.align\(\)"
-        message = rf"DistributedDataParallel reduces but one, and 1 process is running.*aligner\.collect\(name\).*{last_call}"
+        message = (
+            "DistributedDataParallel reduces but one, and 1 process is running.*"
+            rf"aligner\.collect\(name\).*{last_call}"
+        )
         with pytest.raises(
             RuntimeError, match=f"{message}.*find_unused_parameters=True.*sync_each_batch=True"
         ):
@@ -139,7 +142,8 @@ def test_the_message_for_two_processes_names_what_helps(monkeypatch):
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     with pytest.raises(
         RuntimeError,
-        match=r"2 processes are .* optimizer\.step\(\).*find_unused_parameters=True.*sync_each_batch=True",
+        match=r"2 processes are .* optimizer\.step\(\).*"
+        "find_unused_parameters=True.*sync_each_batch=True",
     ):
         aligner.backward(*net(torch.ones(2, 6)))
     assert not optimizer.state

@@ -17,17 +17,8 @@ pytestmark = pytest.mark.usefixtures("backend")
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
-SIZES = [
-    1,
-    63,
-    0,
-    127,
-    129,
-    1009,
-    256,
-    256,
-    2 * 16384 + 5,
-]  # the second of 256 is unaligned, the last one is of several chunks
+# The second of 256 is unaligned, the last one is of several chunks.
+SIZES = [1, 63, 0, 127, 129, 1009, 256, 256, 2 * 16384 + 5]
 GROUPS = [0, 1, 1, -1, 3, 0, 0, 1, 3]  # group 2 is empty
 NUM_GROUPS = 5
 DTYPES = [
@@ -269,9 +260,8 @@ GROUPINGS = {  # a name -> groups of 120 tensors or more, number of groups
 }
 
 
-@pytest.mark.filterwarnings(
-    "ignore:invalid value encountered in:RuntimeWarning"
-)  # of the interpreter, inf - inf
+# Of the interpreter, inf - inf.
+@pytest.mark.filterwarnings("ignore:invalid value encountered in:RuntimeWarning")
 @pytest.mark.parametrize("name", GROUPINGS)
 @pytest.mark.parametrize("n", [2, 3, 8])
 def test_group_gram(n, name):
@@ -364,12 +354,12 @@ def test_zeros_are_combined_as_if_they_were_missing(dtypes):
     gradients, weights = losses(dtypes), [0.7 - 0.2 * i for i in range(n)]
     for i, t, value in ((0, 5, 0.0), (n - 1, 6, -0.0), (0, 7, 0.0), (n - 1, 7, 0.0), (0, 8, 0.0)):
         gradients[i * T + t].fill_(value)
-    gradients[3][100] = gradients[(n - 1) * T + 8][-1] = (
-        math.nan
-    )  # of a tensor without a group, and beside zeros
+    # Of a tensor without a group, and beside zeros.
+    gradients[3][100] = gradients[(n - 1) * T + 8][-1] = math.nan
+    # The third is empty.
     shared = [
         group if group >= 0 and t not in (2, 5, 6, 7, 8) else -1 for t, group in enumerate(GROUPS)
-    ]  # the third is empty
+    ]
     out, expected = tensors(F32, seed=8, scale=math.nan), tensors(F32, seed=8, scale=math.nan)
     matrices = combine_shared(gradients, n, GROUPS, NUM_GROUPS, weights, out)
     counted = [t for t, group in enumerate(shared) if group >= 0]
@@ -388,15 +378,15 @@ def test_zeros_are_combined_as_if_they_were_missing(dtypes):
 # Coefficients
 
 
-@pytest.mark.filterwarnings(
-    "ignore:.* encountered in:RuntimeWarning"
-)  # of the interpreter, at zeros
+# Of the interpreter, at zeros.
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 @pytest.mark.parametrize("power", [0.0, 0.5, 2.0, 7.3])
 @pytest.mark.parametrize("weights", [[0.7, 0.3], [1.0, 0.0]])
 def test_alignment_coefficients(weights, power):
+    # More groups than a block holds.
     vectors = torch.randn(
         150, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64
-    )  # more groups than a block holds
+    )
     vectors *= 10 ** torch.linspace(-70, 70, 150, dtype=torch.float64)[:, None, None]
     vectors[3, 1] = vectors[4, 0] = vectors[5] = 0
     vectors[6, 1] = vectors[6, 0]
@@ -422,9 +412,8 @@ def test_coefficients_of_opposite_gradients():
     coefficients, cosine, alpha = operators.alignment_coefficients(gram, [0.7, 0.3], 0.5)
     assert cosine.min() == -1 and alpha.min() == 0
     expected = torch.tensor([0.7 + 0.3 * 3.7, 0.3 + 0.7 / 3.7], dtype=torch.float64)
-    torch.testing.assert_close(
-        coefficients.cpu(), expected.expand(200, 2), rtol=1e-7, atol=0
-    )  # the root of a rounding error is 1e-8
+    # The root of a rounding error is 1e-8.
+    torch.testing.assert_close(coefficients.cpu(), expected.expand(200, 2), rtol=1e-7, atol=0)
 
 
 def test_no_groups():
@@ -440,11 +429,9 @@ def test_no_groups():
 
 
 def random_coefficients(n, num_groups=NUM_GROUPS):
-    return (
-        torch.randn(n, num_groups, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-        .to(DEVICE)
-        .T
-    )  # not contiguous
+    """Coefficients [num_groups, n], not contiguous."""
+    generator = torch.Generator().manual_seed(9)
+    return torch.randn(n, num_groups, generator=generator, dtype=torch.float64).to(DEVICE).T
 
 
 def assert_combined(gradients, n, out, num_groups=NUM_GROUPS, groups=GROUPS):
@@ -494,9 +481,8 @@ def test_out_may_be_an_input(alias):
 def test_combine_without_weights_and_without_groups():
     p, g = torch.ones(10, device=DEVICE), torch.full((10,), 2.0, device=DEVICE)
     out = torch.full((10,), math.nan, device=DEVICE)
-    transposed = torch.tensor(
-        [[3.0], [0.5]], dtype=torch.float64, device=DEVICE
-    ).T  # not contiguous
+    # Not contiguous.
+    transposed = torch.tensor([[3.0], [0.5]], dtype=torch.float64, device=DEVICE).T
     operators.combine([p, g], transposed, [0], [], [out])
     assert out.tolist() == [4] * 10
     operators.combine(

@@ -24,9 +24,8 @@ from genrep_fast.reference import scoring as reference
 
 pytestmark = [
     pytest.mark.usefixtures("backend"),
-    pytest.mark.filterwarnings(
-        "ignore:.* encountered in:RuntimeWarning"
-    ),  # of the interpreter, at infinities
+    # Of the interpreter, at infinities.
+    pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning"),
 ]
 HAS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if HAS_GPU else torch.device("cpu")
@@ -147,9 +146,8 @@ def assert_accurate(name, result, plain, exact, size=None):
     bound = (
         2 * plain_error + torch.finfo(result.dtype).eps / (2 if result.dtype == F32 else 8) * scale
     )
-    print(
-        f"{name}, {result.dtype}: error {error:.1e}, plain formula {plain_error:.1e}, bound {bound:.1e}"
-    )
+    errors = f"error {error:.1e}, plain formula {plain_error:.1e}, bound {bound:.1e}"
+    print(f"{name}, {result.dtype}: {errors}")
     assert error <= bound
 
 
@@ -270,7 +268,9 @@ def pad(tensor, *sizes):
     return torch.nn.functional.pad(tensor, sizes, value=math.nan)
 
 
-LAYOUTS = {  # copies of [..., C, H, W] with a part of their memory, or all of it, in another order; what lies between is NaN
+# Copies of [..., C, H, W] with a part of their memory, or all of it, in another order; what lies
+# between is NaN.
+LAYOUTS = {
     "contiguous": lambda tensor: tensor.clone(),
     "unaligned": lambda tensor: torch.cat([tensor.flatten()[:1], tensor.flatten()])[1:].view(
         tensor.shape
@@ -493,7 +493,7 @@ def test_weights_add_up_to_one(shift, per_location, shared, interpreted):
 @pytest.mark.parametrize("per_location", [False, True])
 @pytest.mark.parametrize("shared", [False, True])
 def test_gaps_and_infinities(per_location, shared):
-    """One step beside gaps of 1e6 nats and more, steps without likelihood, and a class without any."""
+    """A step beside gaps of 1e6 nats and more, steps without likelihood, a class without any."""
     batch, classes, steps = 2, 5, 4
     x = random(batch, 2, 3, seed=1)
     model_output = random(1 if shared else batch, classes, steps, 3, 3, seed=2)
@@ -555,9 +555,8 @@ def test_a_nan_stays_in_its_image_and_class(reduction, per_location):
     else:
         expected[1, 1] = expected[2, 0] = True
     assert torch.equal(likelihood.isnan(), expected if per_location else expected[..., 0])
-    poisoned = expected[:, :, None, None].expand_as(
-        x_t
-    )  # every step has a softmax weight that is NaN; the mean's have none
+    # Every step has a softmax weight that is NaN; the mean's have none.
+    poisoned = expected[:, :, None, None].expand_as(x_t)
     for gradient, value in zip(gradients[1:], clean[3:], strict=True):
         gradient, value = gradient[:, :, :, :2], value[:, :, :, :2]
         assert_equal_bits([gradient[~poisoned]], [value[~poisoned]])
@@ -643,9 +642,8 @@ def assert_bayes(logits, likelihood, prior, temperature):
         posterior_reference.posterior(*double(arguments[1:])),
         logits.double().log_softmax(1),
     )
-    terms = torch.where(
-        log_p == -math.inf, 0, log_p.exp() * (log_p.abs() + log_q.abs())
-    )  # of the divergence, [B, K, *loc]
+    # Of the divergence, [B, K, *loc].
+    terms = torch.where(log_p == -math.inf, 0, log_p.exp() * (log_p.abs() + log_q.abs()))
 
     def compare(name, arguments, sizes):
         outputs = [getattr(operators, name)(*arguments)]
@@ -758,7 +756,7 @@ def state_of(batch, num_classes, spatial, reduction, per_location):
 
 
 def chunks_of_steps_and_classes(arguments, num_classes):
-    """The chunk's steps and classes in pieces and in another order, some classes with fewer steps."""
+    """The chunk's steps and classes in pieces, in another order, some classes with fewer steps."""
     x, model_output, x_t, *columns = arguments
     generator = torch.Generator().manual_seed(0)
     for steps in torch.randperm(model_output.shape[2], generator=generator).split([1, 4, 2, 4]):
@@ -767,10 +765,11 @@ def chunks_of_steps_and_classes(arguments, num_classes):
             .repeat_interleave(2)
             .split([6, 2, 2 * num_classes - 8])
         ):
+            # Classes are not contiguous.
             classes, own_steps = (
                 classes.to(DEVICE)[::2],
                 steps.to(DEVICE),
-            )  # classes are not contiguous
+            )
             own = [column[own_steps] for column in columns]
             yield (
                 (x, model_output[:, classes][:, :, own_steps], x_t[:, :, own_steps], *own),
@@ -895,12 +894,8 @@ def test_an_update_of_shared_centres_and_of_no_images():
 # Reverse step
 
 STEPS = 7
-SEEDS = [
-    0,
-    0x299F31D0A4093822,
-    2**63 - 1,
-    -3,
-]  # the last is 2^64 - 3 in the schema's signed integer
+# The last is 2^64 - 3 in the schema's signed integer.
+SEEDS = [0, 0x299F31D0A4093822, 2**63 - 1, -3]
 CHAIN_IDS = torch.tensor([2**32 - 1, 0, 7, 2**31, 12345])
 
 
@@ -1041,7 +1036,8 @@ def test_noise_of_extreme_words():
         assert error <= 1e-6
 
 
-EXTREME_CHAINS = {  # seed -> chain id, position of a word, word; words 0 and 2 make a radius, 1 and 3 an angle
+# seed -> chain id, position of a word, word; words 0 and 2 make a radius, 1 and 3 an angle
+EXTREME_CHAINS = {
     0: [
         (748582185, 0, 0x00000000),  # the largest radius
         (84170650, 0, 0x00000001),
@@ -1170,9 +1166,14 @@ def reverse_step_call():
 
 CALLS = {  # every operator: functions that return it and its arguments
     **{
-        f"{name}, {'shared' if shared else 'own'} centres, {reduction}, {'locations' if per_location else 'images'}": functools.partial(
-            scoring_call, name, shared, reduction, per_location
-        )
+        ", ".join(
+            (
+                name,
+                f"{'shared' if shared else 'own'} centres",
+                reduction,
+                "locations" if per_location else "images",
+            )
+        ): functools.partial(scoring_call, name, shared, reduction, per_location)
         for name in ("log_likelihood", "log_likelihood_backward", "score_update")
         for shared, reduction, per_location in itertools.product(
             (False, True), REDUCTIONS, (False, True)

@@ -209,7 +209,8 @@ SCORED = [  # B, K, S, C, spatial and options of `scored_chunk`, for each kind o
     ((2, 3, 50, 4, (16, 16)), {"x_t_axes": (2, 1, 50)}, True),
     ((2, 3, 50, 3, (13, 17)), {"dtype": BF16}, True),
 ]
-COMPILED = [  # dtypes of the gradients, and a size: of 256 elements loads are wide, of 255 they are not
+# Dtypes of the gradients, and a size: of 256 elements loads are wide, of 255 they are not.
+COMPILED = [
     *(((dtype, dtype), size) for dtype in (F32, BF16, F16) for size in (256, 255)),
     ((F32, BF16), 256),
     ((F32, None), 256),

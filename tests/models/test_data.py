@@ -16,7 +16,7 @@ SPLITS = ("train", "calibration", "test")
 
 
 def save_images(root, counts, size=(8, 8), mode="L"):
-    """Class folders of `counts[name]` images of one grey level each, all different within a folder."""
+    """Class folders of `counts[name]` images of one grey level each, different within a folder."""
     for name, count in counts.items():
         (root / name).mkdir(parents=True)
         for index in range(count):

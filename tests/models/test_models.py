@@ -27,7 +27,7 @@ def clean_images(count=5, channels=1):
 
 
 def class_tables(model):
-    """The class embeddings, one row a class with the null class last; a DiT has one in every block."""
+    """The class embeddings, a row a class, the null class last; a DiT has one in every block."""
     return class_embeddings(model.backbone)
 
 

@@ -230,9 +230,8 @@ def test_zeros_are_as_good_as_none(dtype, replace):
     torch.testing.assert_close(
         aligned[3], (0.7 * pair[0][3].double()).to(dtype), rtol=torch.finfo(dtype).eps, atol=0
     )
-    assert stats.norms[2].tolist() == [0, 0] and stats.coefficients[2].tolist() == list(
-        WEIGHTS
-    )  # nothing of it is shared
+    # Nothing of it is shared.
+    assert stats.norms[2].tolist() == [0, 0] and stats.coefficients[2].tolist() == list(WEIGHTS)
 
 
 @pytest.mark.parametrize("value", [5e-324, 1e-170])

@@ -59,12 +59,10 @@ def test_another_backend_changes_no_caller(calls):
     compiled = torch.compile(gf.posterior, fullgraph=True, backend="aot_eager")
     assert (gf.posterior(SCORES) == 7).all() and (compiled(SCORES) == 7).all()
     assert calls == ["posterior", "posterior"]
-    torch.testing.assert_close(
-        gf.distillation_loss(SCORES, SCORES), torch.tensor(0.0)
-    )  # which the backend does not hold
-    torch.testing.assert_close(
-        gf.posterior(SCORES.double()), SCORES.double().log_softmax(1)
-    )  # float64 is the reference's
+    # The backend does not hold this one.
+    torch.testing.assert_close(gf.distillation_loss(SCORES, SCORES), torch.tensor(0.0))
+    # float64 is the reference's.
+    torch.testing.assert_close(gf.posterior(SCORES.double()), SCORES.double().log_softmax(1))
 
 
 ALIGNMENT = ("gram", "group_gram", "alignment_coefficients", "tensor_coefficients", "combine")
@@ -248,9 +246,8 @@ def test_a_measured_backend_goes_first_where_it_is_there(calls, monkeypatch):
         selection.select_implementation("posterior", "cpu", False, "cpu")
         is selection._implementations["posterior"]["cpu"]
     )
-    assert (
-        selection.select_implementation("posterior", "cpu", False, "triton") is reference
-    )  # not there
+    # It is not there.
+    assert selection.select_implementation("posterior", "cpu", False, "triton") is reference
     assert selection.select_implementation("posterior", "cpu", True, "cpu") is reference  # float64
     with gf.use_backend("reference"):
         assert selection.select_implementation("posterior", "cpu", False, "cpu") is reference
@@ -264,9 +261,8 @@ def test_the_committed_table_names_operators_and_backends():
     assert table
     for operators in table.values():
         assert set(operators) == set(operator_definitions.schemas) - NOT_MEASURED
-        assert (
-            operators["log_likelihood_backward"] == operators["log_likelihood"]
-        )  # whose bits of l it needs
+        # It needs the bits of l that forward computed.
+        assert operators["log_likelihood_backward"] == operators["log_likelihood"]
         for steps in operators.values():
             assert {backend for _, backend in steps} <= {"triton", "cuda"}
             *limits, last = [most for most, _ in steps]

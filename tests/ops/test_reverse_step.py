@@ -44,8 +44,7 @@ def case(shape=(3, 2, 5, 7), dtype=torch.float32, extra=0):
     )
 
 
-# --- noise
-# -------------------------------------------------------------------------------------------------------------------------------
+# Noise
 
 
 @pytest.mark.parametrize(
@@ -117,8 +116,7 @@ def test_noise_depends_on_the_chain_not_on_its_place():
     assert torch.equal(chain_noise(1, ids[:0], 3, (2, 7)), whole[:0])
 
 
-# --- step and score
-# ----------------------------------------------------------------------------------------------------------------------
+# Step and score
 
 
 @pytest.mark.parametrize("scaled", [None, (), (3, 1, 1, 1), (2, 5, 7)])
@@ -189,9 +187,8 @@ def test_low_precision_is_computed_in_float32(dtype):
     )
     assert x_prev.dtype == dtype and score.dtype == torch.float32
     error = ((x_prev.double() - exact[0]).abs() / exact[0].abs().clamp(min=1)).max().item()
-    bound = (
-        torch.finfo(dtype).eps / 2 + 4 * torch.finfo(torch.float32).eps
-    )  # one rounding of the result, and float32's of its three terms
+    # One rounding of the result, and float32's of its three terms.
+    bound = torch.finfo(dtype).eps / 2 + 4 * torch.finfo(torch.float32).eps
     print(f"{dtype}: worst relative error of the step {error:.1e}, bound {bound:.1e}")
     assert error <= bound
     torch.testing.assert_close(score.double(), exact[1], rtol=2e-6, atol=0)
@@ -220,8 +217,7 @@ def test_the_last_row_moves_but_is_not_scored():
     assert reverse_step(x_t, output, tables, 8, seed=1, chain_ids=ids, x=x)[1].isfinite().all()
 
 
-# --- operator
-# ----------------------------------------------------------------------------------------------------------------------------
+# Operator
 
 
 @pytest.mark.parametrize("scored", [False, True])

@@ -216,9 +216,8 @@ def test_low_precision_error_is_at_most_twice_the_naive_one(channels, dtype, red
         .item()
     )
     tolerance = 2 * naive + 1e-6
-    print(
-        f"{dtype}, {channels} channels, {reduction}: worst error {error:.3g} nats, tolerance {tolerance:.3g}"
-    )
+    errors = f"worst error {error:.3g} nats, tolerance {tolerance:.3g}"
+    print(f"{dtype}, {channels} channels, {reduction}: {errors}")
     assert error <= tolerance
 
 

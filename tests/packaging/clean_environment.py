@@ -1,7 +1,9 @@
-"""A wheel where there is nothing else: torch, what the package itself requires, and pytest; no
-compiler on PATH.
+"""A wheel where there is nothing else: torch, the package's own requirements, pytest; no compiler.
 
-python tests/packaging/clean_environment.py WHEEL TORCH...   # `make wheel-matrix`: the operators' tests beside each version of torch
+    python tests/packaging/clean_environment.py WHEEL TORCH...
+
+is `make wheel-matrix`: the operators' tests beside each version of torch, without a compiler on
+PATH.
 """
 
 import re
@@ -20,7 +22,10 @@ OPERATOR_TESTS = (
     "kernels/test_kernels.py",
     "kernels/test_scoring_kernels.py",
 )
-IMPORT = "import time, torch; start = time.perf_counter(); import genrep_fast; print(time.perf_counter() - start)"
+IMPORT = (
+    "import time, torch; start = time.perf_counter(); "
+    "import genrep_fast; print(time.perf_counter() - start)"
+)
 
 
 def create(folder: Path, wheel: Path, torch: str) -> Path:
@@ -88,10 +93,9 @@ def main() -> None:
             installed = run_alone(
                 python, "-c", "import torch; print(torch.__version__)", cwd=folder
             ).strip()
-            print(
-                f"torch {installed}: {passed} passed, {skipped} skipped; import after torch {statistics.median(seconds):.3f} s",
-                flush=True,
-            )
+            counts = f"{passed} passed, {skipped} skipped"
+            import_time = f"import after torch {statistics.median(seconds):.3f} s"
+            print(f"torch {installed}: {counts}; {import_time}", flush=True)
 
 
 if __name__ == "__main__":

@@ -147,6 +147,7 @@ def rows(monkeypatch):
 
 
 def test_ratios_and_bandwidth(rows):
+    # The bound was not chosen.
     assert set(rows) == {
         "loop",
         "fused",
@@ -154,7 +155,7 @@ def test_ratios_and_bandwidth(rows):
         "peer b",
         "mine",
         "other",
-    }  # the bound was not chosen
+    }
     mine = rows["mine"]
     assert mine["error"] == 1e-7 and (mine["elements"], mine["moved_bytes"], mine["flops"]) == (
         1000,
@@ -253,11 +254,12 @@ def test_tables_are_written_between_marks(results, tmp_path):
     (tmp_path / "some-cpu").mkdir()
     (tmp_path / "some-cpu/bench.json").write_text(json.dumps(results))
     written = report.written_tables(page, tmp_path)
-    assert (
-        written
-        == f"above\n<!-- table: bench.json -->\n{report.table(results)}<!-- end of table -->\nbelow\n"
+    marked = f"<!-- table: bench.json -->\n{report.table(results)}<!-- end of table -->"
+    assert written == f"above\n{marked}\nbelow\n"
+    page = (
+        "<!-- table: bench.json scoring -->\n<!-- end of table -->\n"
+        "<!-- table: bench.json optimizer -->\n<!-- end of table -->"
     )
-    page = "<!-- table: bench.json scoring -->\n<!-- end of table -->\n<!-- table: bench.json optimizer -->\n<!-- end of table -->"
     assert report.written_tables(page, tmp_path).count("| mine |") == 1
     assert report.written_tables("no marks\n", tmp_path) == "no marks\n"
     assert report.written_tables(written, tmp_path) == written
@@ -355,7 +357,8 @@ SUITES = ("alignment",{more})
 
 def run(suites, roles):
     assert roles == ["ours", "variant"]
-    return {{"rows": [{{"suite": suite, "case": {case!r}, "provider": "mine", "ms": 1.0}} for suite in suites]}}
+    row = {{"case": {case!r}, "provider": "mine", "ms": 1.0}}
+    return {{"rows": [{{"suite": suite, **row}} for suite in suites]}}
 """
 
 

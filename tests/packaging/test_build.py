@@ -271,7 +271,8 @@ def test_without_torch_the_metadata_is_refused_before_anything_is_fetched(hook, 
     line = result.stderr.splitlines()[-1]
     assert result.returncode == 1 and not list(tmp_path.glob("*.dist-info/METADATA"))
     assert line.startswith(
-        "genrep_fast cannot build its native code, because torch is not installed: install it and run `pip install "
+        "genrep_fast cannot build its native code, because torch is not installed: "
+        "install it and run `pip install "
     )
 
 
@@ -354,11 +355,10 @@ def test_a_missing_symbol_is_one_sentence(tmp_path):
     [("570.124.06", 580, 570), ("580.65.06", 580, None), (None, 580, None), ("570.1", None, None)],
 )
 def test_an_older_driver_is_one_sentence(version, needed, driver, monkeypatch, tmp_path):
-    text = (
-        None
-        if version is None
-        else f"NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  {version}  Release Build  (dvs-builder)\n"
-    )
+    text = None
+    if version is not None:
+        module = f"NVIDIA UNIX Open Kernel Module for x86_64  {version}"
+        text = f"NVRM version: {module}  Release Build  (dvs-builder)\n"
     (tmp_path / "_C_cuda.so").touch()
     (tmp_path / "build.json").write_text(json.dumps({"minimum_driver": needed}))
     monkeypatch.setattr(libraries, "_FOLDER", tmp_path)

@@ -145,6 +145,5 @@ def test_lightning_resumes(lightning_fit, tmp_path):
             for name in ("step", "exp_avg", "exp_avg_sq"):
                 assert torch.equal(one[number][name], other[number][name])
     assert resumed.global_step == 2
-    assert torch.equal(
-        flat(copy.deepcopy(module)), flat(module)
-    )  # no aligner holds on to a module that was trained
+    # No aligner holds on to a module that was trained.
+    assert torch.equal(flat(copy.deepcopy(module)), flat(module))

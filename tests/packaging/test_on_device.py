@@ -71,9 +71,8 @@ def test_environment_is_recorded(dry_run):
         and environment["packages"]["torch"] == torch.__version__
     )
     backends = environment["info"]["backends"]
-    assert (
-        backends["cpu"]["build"] == gf.info()["backends"]["cpu"]["build"]
-    )  # built by the run itself
+    # Built by the run itself.
+    assert backends["cpu"]["build"] == gf.info()["backends"]["cpu"]["build"]
     assert not backends["cuda"]["available"]
 
 
@@ -211,7 +210,8 @@ def test_a_device_without_sanitizers_fails_nothing(folder, monkeypatch):
 
 def test_failing_tests_are_named(folder, monkeypatch):
     (folder / "test_some.py").write_text(
-        "import pytest\ndef test_good(): pass\ndef test_bad(): assert False\n@pytest.mark.skip\ndef test_absent(): pass\n"
+        "import pytest\ndef test_good(): pass\ndef test_bad(): assert False\n"
+        "@pytest.mark.skip\ndef test_absent(): pass\n"
         "@pytest.fixture\ndef broken(): raise OSError\ndef test_broken(broken): pass\n"
     )
     command = [
@@ -252,10 +252,11 @@ def test_triton_is_compared_with_cuda(folder, monkeypatch):
         operator_row("gram large", 10**8, "cuda", 2.0),
         operator_row("gram large", 10**8, "triton", 3.0),
     ]
+    # The host is slower.
     rows += [
         operator_row("gram small", 10, "cuda", 0.01, 0.2),
         operator_row("gram small", 10, "triton", 0.005, 0.5),
-    ]  # the host is slower
+    ]
     rows += [
         operator_row("combine small", 10, "cuda", 0.3),
         operator_row("posterior small", 10, "triton", 0.3),

@@ -1,4 +1,4 @@
-"""The package as users meet it: public names, light import, the wheel, and the command's surface."""
+"""The package as users meet it: public names, light import, wheel, and the command's surface."""
 
 import ast
 import json
@@ -62,7 +62,10 @@ print(*{name.partition(".")[0] for name in set(sys.modules) - before})
 print(torch.cuda.is_initialized())
 """
     modules, initialized = run_python(code, tmp_path, ROOT).splitlines()
-    heavy = "accelerate diffusers jinja2 jsonargparse matplotlib PIL rich scipy sklearn torchmetrics torchvision transformers triton"
+    heavy = (
+        "accelerate diffusers jinja2 jsonargparse matplotlib PIL rich scipy sklearn torchmetrics "
+        "torchvision transformers triton"
+    )
     assert "genrep_fast" in modules.split()
     assert set(modules.split()) & set(heavy.split()) == set()
     assert initialized == "False"
@@ -158,7 +161,10 @@ print(genrep_fast.gram([torch.ones(3)], [torch.ones(3)])[0, 0, 1])
 
 
 def test_repository_root_does_not_shadow_hugging_face_kernels(tmp_path):
-    code = "from diffusers.utils import is_kernels_available; import kernels; print(is_kernels_available(), kernels.__file__)"
+    code = (
+        "from diffusers.utils import is_kernels_available; "
+        "import kernels; print(is_kernels_available(), kernels.__file__)"
+    )
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels/__init__.py").touch()
     (tmp_path / "kernels-1.0.dist-info").mkdir()

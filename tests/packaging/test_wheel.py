@@ -132,7 +132,10 @@ SPILLS = {("gram_kernelILi8E", "100"), ("gram_kernelILi8E", "120"), ("sum_kernel
 def test_no_other_cuda_kernel_spills(source):
     logs = {path.name: path.read_text() for path in source.glob("build/temp*/nvcc-*.o.log")}
     assert set(logs) == {f"nvcc-{path.stem}.o.log" for path in (ROOT / "csrc/cuda").glob("*.cu")}
-    pattern = r"entry function '(\w+)' for 'sm_(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+    pattern = (
+        r"entry function '(\w+)' for 'sm_(\w+)'.*?(\d+) bytes stack frame, "
+        r"(\d+) bytes spill stores, (\d+) bytes spill loads"
+    )
     kernels = [kernel for report in logs.values() for kernel in re.findall(pattern, report, re.S)]
     assert len(kernels) >= 40 * len(ARCHITECTURES.split(";"))
     spilling = {
@@ -173,9 +176,8 @@ def test_information_without_anything_else(python, tmp_path):
         and found["backends"]["triton"]["reason"] == "triton is not installed"
     )
     answer = subprocess.run(found["reproduce"], shell=True, capture_output=True, text=True)
-    assert (
-        json.loads(answer.stdout)["built"] == found["built"]
-    )  # info needs none of the command line's own requirements
+    # Info needs none of the command line's own requirements.
+    assert json.loads(answer.stdout)["built"] == found["built"]
     answer = subprocess.run(
         [python, "-m", "genrep_fast", "bench"], cwd=tmp_path, capture_output=True, text=True
     )

@@ -172,8 +172,7 @@ def test_centers_are_kept_in_the_chosen_dtype(dtype):
     assert bank.log_likelihood(torch.zeros(2, *SHAPE)).dtype == torch.float32
 
 
-# --- likelihood
-# --------------------------------------------------------------------------------------------------------------------------
+# Likelihood
 
 
 def mixture(bank, x):
@@ -360,8 +359,7 @@ def test_wrong_images_raise(x, error, message):
         build().log_likelihood(x)
 
 
-# --- refresh and files
-# -------------------------------------------------------------------------------------------------------------------
+# Refresh and files
 
 
 def changed_chains(before, after):
@@ -621,7 +619,8 @@ def test_settings_that_do_not_fit_are_refused(tmp_path, saved, field, value, mes
         ({"settings": None}, "settings must be a dictionary, got NoneType"),
         (
             {"settings": {}},
-            "settings must hold chains, burn_in, thin, center, sigma_floor, seed, clip_range, got none",
+            "settings must hold chains, burn_in, thin, center, sigma_floor, seed, clip_range, "
+            "got none",
         ),
         ({"version": 2}, "chain_bank must hold nothing but a bank's, got 'version'"),
     ],

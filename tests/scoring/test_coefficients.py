@@ -240,8 +240,7 @@ def test_clipping_schedulers_are_refused_with_what_to_set(make, option):
         StepCoefficients.chain(make(**{option: True}), [500])
 
 
-# --- evidence lower bound
-# ----------------------------------------------------------------------------------------------------------------
+# Evidence lower bound
 
 
 def elbo_case(prediction):
@@ -334,8 +333,7 @@ def test_elbo_does_not_mind_clipping():
     StepCoefficients.elbo(DDPMScheduler(clip_sample=True), [5]).require_scorable()
 
 
-# --- precision and schedules
-# -------------------------------------------------------------------------------------------------------------
+# Precision and schedules
 
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
@@ -454,8 +452,7 @@ def test_a_variance_that_fits_no_table_needs_a_choice(variance):
     )
 
 
-# --- bad input
-# ---------------------------------------------------------------------------------------------------------------------------
+# Bad input
 
 
 @pytest.mark.parametrize(

@@ -134,9 +134,8 @@ def test_image_chain_equals_an_explicit_loop(monkeypatch, center, burn_in, thin,
             components = []
             for position, timestep in enumerate(timesteps):
                 output = toy_denoiser(x_t[None], torch.tensor([timestep]), torch.tensor([label]))[0]
-                step = reference.step(
-                    output, timestep, x_t
-                )  # its noise is zero: prev_sample is the mean
+                # Its noise is zero: prev_sample is the mean.
+                step = reference.step(output, timestep, x_t)
                 std = reference._get_variance(timestep).double().sqrt()
                 if position >= burn_in and (position - burn_in) % thin == 0:
                     middle = step.prev_sample if center == "mean" else step.pred_original_sample

@@ -192,7 +192,8 @@ def test_a_checkpoint_of_accelerate_is_refused_with_the_reason(copied, newest, f
     ).accelerator.save_state(str(newest))
     with pytest.raises(
         ValueError,
-        match=f"{NEWEST} cannot be read .*pickles, which can run code: train anew in another folder",
+        match=f"{NEWEST} cannot be read .*pickles, which can run code: "
+        "train anew in another folder",
     ):
         resume(copied, finished[0])
 
@@ -225,7 +226,8 @@ def test_damage_is_named_with_the_checkpoint_before(copied, newest, tmp_path, fi
     before = snapshot(copied) if damage != "pipe" else None
     with pytest.raises(
         ValueError,
-        match=rf"{NEWEST} cannot be read \({file} is .*\); delete it to resume from the one before, step 3",
+        match=rf"{NEWEST} cannot be read \({file} is .*\); "
+        "delete it to resume from the one before, step 3",
     ):
         read_checkpoint(newest)
     assert before is None or snapshot(copied) == before
@@ -443,7 +445,8 @@ def test_weights_of_another_network_change_nothing(copied, newest, finished):
             before = [tensor.clone() for tensor in (*run.parameters, *run.averages)]
             with pytest.raises(
                 ValueError,
-                match=f"checkpoint {newest} is not one of this run: .*{file}.safetensors.* {message}",
+                match=f"checkpoint {newest} is not one of this run: "
+                f".*{file}.safetensors.* {message}",
             ):
                 run.run()
             assert all(
@@ -655,7 +658,10 @@ def test_a_full_disk_is_told_and_the_checkpoint_before_is_kept(finished, tmp_pat
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints, "save_file", full)
-        message = r"checkpoint .*step-0000003 cannot be written \(No space left on device\); the one before, step-0000002, is kept"
+        message = (
+            r"checkpoint .*step-0000003 cannot be written \(No space left on device\); "
+            "the one before, step-0000002, is kept"
+        )
         with pytest.raises(OSError, match=message):
             train(config)
     folder = tmp_path / "run" / "checkpoints"
@@ -670,8 +676,10 @@ def test_a_full_disk_is_told_and_the_checkpoint_before_is_kept(finished, tmp_pat
 def test_a_file_limit_ends_in_one_line(copied, finished):
     """The largest file of the run does not fit; in a process of its own, which the limit is for."""
     code = (
-        "import sys; from genrep_fast.files import replacing; from safetensors.torch import save_file; import torch, pathlib\n"
-        "with replacing(pathlib.Path(sys.argv[1])) as path: save_file({'x': torch.zeros(10**6)}, path)"
+        "import sys; from genrep_fast.files import replacing\n"
+        "from safetensors.torch import save_file; import torch, pathlib\n"
+        "with replacing(pathlib.Path(sys.argv[1])) as path:\n"
+        "    save_file({'x': torch.zeros(10**6)}, path)"
     )
     limit = (200_000, 200_000)
     command = [sys.executable, "-c", code, str(copied / "large.safetensors")]

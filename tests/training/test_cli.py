@@ -18,7 +18,7 @@ CLASSES = ("ape", "bee", "cat")
 
 @pytest.fixture(scope="module", autouse=True)
 def short_fit():
-    """The judge of generated images is fitted for a few steps: what it says is not looked at here."""
+    """The judge of generated images is fitted for a few steps: nothing looks at what it says."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(classifier, "STEPS", 10)
         yield
@@ -88,9 +88,8 @@ def test_train_leaves_metrics_report_checkpoint_and_pipeline(trained):
     assert "<html" in report and "data:image/png;base64" in report
     assert list((trained / "figures").glob("*.png"))
     assert [path.name for path in (trained / "checkpoints").iterdir()]
-    assert (
-        len((trained / "history.jsonl").read_text().splitlines()) == 3
-    )  # the last step of each stage
+    # The last step of each stage.
+    assert len((trained / "history.jsonl").read_text().splitlines()) == 3
     assert {path.name for path in (trained / "model").iterdir()} == {
         "model",
         "scheduler",

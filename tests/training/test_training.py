@@ -507,9 +507,8 @@ def test_semantic_rate_says_whose_features_modulate(make_config, monkeypatch, ra
 
 def test_only_the_labelled_images_teach_the_head(make_config):
     trainer = Trainer(make_config(labelled_per_class=2), make_splits())
-    batches = [
-        batch for batch, _ in zip(trainer._loader(), range(3), strict=False)
-    ]  # one epoch: 24 images
+    # One epoch: 24 images.
+    batches = [batch for batch, _ in zip(trainer._loader(), range(3), strict=False)]
     labels, labelled = (torch.cat([batch[position] for batch in batches]) for position in (1, 2))
     assert labels[labelled].bincount().tolist() == [2] * NUM_CLASSES and len(labelled) == 24
     train(make_config(labelled_per_class=2))
@@ -604,7 +603,7 @@ def test_gradients_are_clipped(make_config, tmp_path):
 
 @pytest.mark.parametrize("align", [True, False])
 def test_joint_gradients_are_aligned_on_the_attention_blocks(make_config, backbones, align):
-    """Against the decomposition into a parallel and an orthogonal part, block by block, in float64."""
+    """Against the decomposition into a parallel and an orthogonal part, by block, in float64."""
     options = {"backbone": str(backbones / "unet"), "diffusion_steps": 0, "joint_steps": 2}
     trainer, seen = Trainer(make_config(**options, max_grad_norm=0, align=align), make_splits()), []
     applied = applied_gradients(trainer)
@@ -919,7 +918,8 @@ def test_steps_are_shared_out_in_the_ratio_of_the_stages():
         (
             {"backbone": "unet"},
             (1, 10),
-            r"data: images \[1, 10, 10\] give inputs \[1, 10, 10\], the backbone wants \[1, 8, 8\]; see image_size",
+            r"data: images \[1, 10, 10\] give inputs \[1, 10, 10\], "
+            r"the backbone wants \[1, 8, 8\]; see image_size",
         ),
         ({"backbone": "unet"}, (3, 8), r"the backbone wants \[1, 8, 8\]"),
         ({"backbone": None}, (1, 9), "image_size must be even, got 9 × 9"),
