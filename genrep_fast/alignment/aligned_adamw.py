@@ -104,8 +104,12 @@ class AlignedAdamW(torch.optim.Optimizer):
         self._index = {id(parameter): index for index, parameter in enumerate(aligner.parameters)}
         self._averages: Averages | None = None
         self._ema: Any = None
-        self._members: tuple[list[int], list[list[Tensor]], list[_Members]] | None = None
-        flags = {
+        self._members: _Partition | None = None
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
             "amsgrad": amsgrad,
             "maximize": maximize,
             "foreach": foreach,
@@ -114,9 +118,7 @@ class AlignedAdamW(torch.optim.Optimizer):
             "fused": fused,
             "decoupled_weight_decay": True,
         }
-        super().__init__(
-            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **flags}
-        )
+        super().__init__(params, defaults)
         self.ema = ema
         aligner.attach(self)
 
@@ -171,7 +173,8 @@ class AlignedAdamW(torch.optim.Optimizer):
 
     def __reduce_ex__(self, protocol: int) -> NoReturn:
         raise TypeError(
-            "an AlignedAdamW, which belongs to its aligner, cannot be copied or pickled: load its state_dict() into a new one"
+            "an AlignedAdamW, which belongs to its aligner, cannot be copied or pickled: "
+            "load its state_dict() into a new one"
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -182,10 +185,11 @@ class AlignedAdamW(torch.optim.Optimizer):
                 group.setdefault(flag, value)
             for parameter in group["params"]:
                 values = self.state.get(parameter)
-                if values:
-                    values["step"] = torch.as_tensor(
-                        values["step"], dtype=torch.float32, device=parameter.device
-                    ).reshape(())
+                if not values:
+                    continue
+                step, device = values["step"], parameter.device
+                step = torch.as_tensor(step, dtype=torch.float32, device=device)
+                values["step"] = step.reshape(())
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop everything that the aligner collected, and every ``.grad``."""
@@ -241,9 +245,8 @@ class AlignedAdamW(torch.optim.Optimizer):
             if members.indices:
                 self._update(group, members, collected, moved, decay, found_inf)
         if self._averages is not None:
-            self._averages.follow(
-                averages, reached if moved else set(), self._trained(), decay, found_inf
-            )
+            done = reached if moved else set()
+            self._averages.follow(averages, done, self._trained(), decay, found_inf)
             self._averages.advance(decay, found_inf)
         self.aligner.finish(scaler_used=found_inf is not None)
         return result
@@ -259,10 +262,12 @@ class AlignedAdamW(torch.optim.Optimizer):
     ) -> None:
         states = [self._state(parameter) for parameter in members.params]
         steps = [state["step"] for state in states]
-        torch._foreach_add_(
-            steps, 1.0 if found_inf is None else [(found_inf == 0).to(steps[0])] * len(steps)
-        )
+        if found_inf is None:
+            torch._foreach_add_(steps, 1.0)
+        else:
+            torch._foreach_add_(steps, [(found_inf == 0).to(steps[0])] * len(steps))
         lr = group["lr"]
+        lr = lr.reshape(()) if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64)
         adamw_step_operator(
             members.params,
             [state["exp_avg"] for state in states],
@@ -273,7 +278,7 @@ class AlignedAdamW(torch.optim.Optimizer):
             members.rows,
             [],
             steps,
-            lr.reshape(()) if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64),
+            lr,
             *map(float, group["betas"]),
             group["eps"],
             group["weight_decay"],
@@ -283,9 +288,8 @@ class AlignedAdamW(torch.optim.Optimizer):
 
     def _trained(self) -> set[int]:
         """Indices of the parameters with a state; hooks may keep others' state there."""
-        indices = (
-            self._index.get(id(parameter)) for parameter, state in self.state.items() if state
-        )
+        with_state = [parameter for parameter, state in self.state.items() if state]
+        indices = (self._index.get(id(parameter)) for parameter in with_state)
         return {index for index in indices if index is not None}
 
     def _state(self, parameter: Tensor) -> dict[str, Tensor]:
@@ -310,11 +314,13 @@ class AlignedAdamW(torch.optim.Optimizer):
     def _check_step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         if not self.aligner.attached(self):
             raise RuntimeError(
-                "another AlignedAdamW has been attached to the aligner since, which keeps gradients for that one"
+                "another AlignedAdamW has been attached to the aligner since, "
+                "which keeps gradients for that one"
             )
         if found_inf is not None and grad_scale is None:
             raise RuntimeError(
-                "scaler.unscale_ does not reach the gradients that the aligner holds: leave it out, and clip with max_norm"
+                "scaler.unscale_ does not reach the gradients that the aligner holds: "
+                "leave it out, and clip with max_norm"
             )
         _check_decay(self.ema_decay)
         for group in self.param_groups:
@@ -331,25 +337,25 @@ class AlignedAdamW(torch.optim.Optimizer):
     def _members_of_groups(self, collected: Collected) -> list[_Members]:
         """For each parameter group what was collected for it; kept as long as it is the same."""
         groups = [list(group["params"]) for group in self.param_groups]
-        if (
-            self._members is None
-            or self._members[0] is not collected.rows
-            or not _are_same(self._members[1], groups)
-        ):
-            rows = dict(zip(collected.indices, collected.rows, strict=True))
-            members = []
-            for group in self.param_groups:
-                indices = [self._index[id(parameter)] for parameter in group["params"]]
-                indices = [index for index in indices if index in rows]
-                params = [self.aligner.parameters[index] for index in indices]
-                members.append(_Members(indices, params, [rows.pop(index) for index in indices]))
-            if rows:
-                name = self.aligner.describe(min(rows))
-                raise RuntimeError(
-                    f"{name} was reached by a loss, but is in no parameter group of this optimizer"
-                )
-            self._members = (collected.rows, groups, members)
-        return self._members[2]
+        if self._members is None or not self._members.is_of(collected.rows, groups):
+            members = self._new_members(collected)
+            self._members = _Partition(collected.rows, groups, members)
+        return self._members.members
+
+    def _new_members(self, collected: Collected) -> list[_Members]:
+        rows = dict(zip(collected.indices, collected.rows, strict=True))
+        members = []
+        for group in self.param_groups:
+            indices = [self._index[id(parameter)] for parameter in group["params"]]
+            indices = [index for index in indices if index in rows]
+            params = [self.aligner.parameters[index] for index in indices]
+            members.append(_Members(indices, params, [rows.pop(index) for index in indices]))
+        if rows:
+            name = self.aligner.describe(min(rows))
+            raise RuntimeError(
+                f"{name} was reached by a loss, but is in no parameter group of this optimizer"
+            )
+        return members
 
     def _check_group(self, group: dict[str, Any]) -> None:
         self._check_hyperparameters(group)
@@ -358,7 +364,8 @@ class AlignedAdamW(torch.optim.Optimizer):
             name = group.get("param_names", {position: f"params[{position}]"})[position]
             if id(parameter) not in self._index:
                 raise ValueError(
-                    f"{name} must be one of the aligner's parameters, got another tensor of shape {tuple(parameter.shape)}"
+                    f"{name} must be one of the aligner's parameters, "
+                    f"got another tensor of shape {tuple(parameter.shape)}"
                 )
             if id(parameter) in seen:
                 raise ValueError(
@@ -367,16 +374,31 @@ class AlignedAdamW(torch.optim.Optimizer):
             seen.add(id(parameter))
         if self._averages is not None and self._averages.fixed:
             raise ValueError(
-                "parameter groups cannot be added to an AlignedAdamW whose averages are tensors: set its ema to None first"
+                "parameter groups cannot be added to an AlignedAdamW whose averages are tensors: "
+                "set its ema to None first"
             )
 
 
 class _Members(NamedTuple):
     """The parameters of a group that some loss reached."""
 
-    indices: list[int]  # in the aligner's parameters
+    # In the aligner's parameters.
+    indices: list[int]
     params: list[Tensor]
-    rows: list[int]  # of the coefficients
+    # Of the coefficients.
+    rows: list[int]
+
+
+class _Partition(NamedTuple):
+    """What was collected, group by group, and the rows and parameter groups that it was made of."""
+
+    rows: list[int]
+    groups: list[list[Tensor]]
+    members: list[_Members]
+
+    def is_of(self, rows: list[int], groups: list[list[Tensor]]) -> bool:
+        """Whether it was made of the same rows and groups."""
+        return self.rows is rows and _are_same(self.groups, groups)
 
 
 def _are_same(one: list[list[Tensor]], other: list[list[Tensor]]) -> bool:
@@ -422,9 +444,8 @@ def _checked_copy(optimizer: AlignedAdamW, state_dict: dict[str, Any]) -> dict[s
             state = copies.get(number)
             if not state:
                 continue
-            _check_state(
-                state, parameter, optimizer.aligner.describe(optimizer._index[id(parameter)])
-            )
+            name = optimizer.aligner.describe(optimizer._index[id(parameter)])
+            _check_state(state, parameter, name)
             copies[number] = {key: _copy_for(value, parameter) for key, value in state.items()}
     except TypeError as error:
         # The checks are the constructor's: here a wrong type is a wrong value of the state dict.
@@ -442,14 +463,16 @@ def _checked_groups(optimizer: AlignedAdamW, state_dict: dict[str, Any]) -> list
     saved = state_dict["param_groups"]
     if len(saved) != len(optimizer.param_groups):
         raise ValueError(
-            f"loaded state dict has a different number of parameter groups: {len(saved)}, the optimizer has {len(optimizer.param_groups)}"
+            f"loaded state dict has a different number of parameter groups: {len(saved)}, "
+            f"the optimizer has {len(optimizer.param_groups)}"
         )
     groups = []
     for position, (group, own) in enumerate(zip(saved, optimizer.param_groups, strict=True)):
         for name in ("params", "lr", "betas", "eps", "weight_decay"):
             if name not in group:
                 raise ValueError(
-                    f"state_dict must have {name} in every parameter group, got {', '.join(sorted(group))}"
+                    f"state_dict must have {name} in every parameter group, "
+                    f"got {', '.join(sorted(group))}"
                 )
         if len(group["params"]) != len(own["params"]):
             raise ValueError(
@@ -473,7 +496,8 @@ def _check_state(state: Mapping[str, Any], parameter: Tensor, name: str) -> None
     for key in ("step", "exp_avg", "exp_avg_sq"):
         if key not in state:
             raise ValueError(
-                f"state_dict must have {key} for {name}, got {', '.join(map(str, state)) or 'nothing'}"
+                f"state_dict must have {key} for {name}, "
+                f"got {', '.join(map(str, state)) or 'nothing'}"
             )
     if "max_exp_avg_sq" in state:
         raise ValueError(f"AlignedAdamW does not implement amsgrad, got max_exp_avg_sq for {name}")
@@ -491,10 +515,6 @@ def _check_state(state: Mapping[str, Any], parameter: Tensor, name: str) -> None
         if step.numel() != 1:
             raise ValueError(f"step of {name} must have one element, got shape {tuple(step.shape)}")
         step = step.item()
-    if (
-        not isinstance(step, numbers.Real)
-        or not math.isfinite(step)
-        or step < 0
-        or step != int(step)
-    ):
+    is_finite = isinstance(step, numbers.Real) and math.isfinite(step)
+    if not is_finite or step < 0 or step != int(step):
         raise ValueError(f"step of {name} must be a whole number, not negative, got {step}")

@@ -1,5 +1,4 @@
-"""Gradients of several losses for the same parameters: taken over from autograd, aligned group by
-group, written to ``.grad``.
+"""Gradients of several losses, taken from autograd and aligned group by group into ``.grad``.
 
 Alignment needs the gradient of every loss by itself. Autograd makes a tensor for each of them
 anyway, and hands it over where a parameter's ``.grad`` is None; a preset ``.grad`` would be added
@@ -45,8 +44,9 @@ from .wrappers import is_data_parallel, parameters_inside, plain_name, unwrapped
 
 @dataclass(frozen=True)
 class AlignerStats(AlignmentStats):
-    """What an alignment of n losses did, group by group as in `GradientAligner.group_keys`: float64
-    tensors on the gradients' device.
+    """What an alignment of n losses did, group by group as in `GradientAligner.group_keys`.
+
+    All are float64 tensors on the gradients' device.
 
     Attributes:
         cosine: [groups] between two gradients, [groups, n, n] between n > 2; 0 where one of them is
@@ -64,19 +64,23 @@ class AlignerStats(AlignmentStats):
 
 
 class Collected(NamedTuple):
-    """What an aligner hands over: the gradient of parameter ``indices[t]`` is the sum of its
-    losses' gradients times row ``rows[t]``.
+    """What an aligner hands over.
+
+    The gradient of parameter ``indices[t]`` is the sum of its losses' gradients times row
+    ``rows[t]``.
     """
 
-    gradients: list[list[Tensor | None]]  # for each loss, of every parameter
+    # For each loss, of every parameter.
+    gradients: list[list[Tensor | None]]
     indices: list[int]
     rows: list[int]
     coefficients: Tensor  # [rows, n] float64
 
 
 class GradientAligner:
-    """Collects the gradients of n losses and writes their aligned sum to ``.grad``, or keeps them
-    for `AlignedAdamW.step`.
+    """Collects the gradients of n losses and writes their aligned sum to ``.grad``.
+
+    With an `AlignedAdamW` attached it keeps them for its ``step`` instead.
 
     The parameters of a group share one Gram matrix, from which the rule makes one coefficient a
     loss. A parameter that has no group or that some loss does not reach takes the sum of its
@@ -132,9 +136,8 @@ class GradientAligner:
         is_genrep = isinstance(rule, str) and rule == "genrep"
         self.weights = _default_weights(is_genrep, len(self.names)) if weights is None else weights
         self.module = unwrapped(params) if isinstance(params, torch.nn.Module) else None
-        self.parameters, self.parameter_names = named_parameters(
-            params if self.module is None else self.module
-        )
+        source = params if self.module is None else self.module
+        self.parameters, self.parameter_names = named_parameters(source)
         self._known = {id(parameter) for parameter in self.parameters}
         self.stats: AlignerStats | None = None
         self._power = power
@@ -143,7 +146,7 @@ class GradientAligner:
         self._rule = None if is_genrep else resolved
         self._group_key = key_function(groups, self.parameter_names)
         self._group_rows: dict[Hashable, int] = {}
-        # -1: in no group; None: has not required a gradient yet
+        # -1: in no group; None: has not required a gradient yet.
         self._groups: list[int | None] = [None] * len(self.parameters)
         self._assign_groups()
         self._buckets = Buckets(len(self.names)) if flat else None
@@ -173,19 +176,19 @@ class GradientAligner:
 
     @property
     def group_keys(self) -> list[Hashable]:
-        """What the rows of the statistics stand for, in order of first appearance: "all",
-        parameters' names or indices, or blocks.
+        """What the rows of the statistics stand for, in order of first appearance.
+
+        "all", parameters' names or indices, or blocks.
         """
         return list(self._group_rows)
 
     def backward(
         self, *losses: Tensor, backward: Callable[..., Any] | None = None
     ) -> AlignerStats | None:
-        """Run one backward pass a loss over their shared graph, which the last one frees, and align
-        the gradients.
+        """Run one backward pass a loss over their shared graph, and align the gradients.
 
-        With an `AlignedAdamW` attached the gradients are kept for its `step`, and those of further
-        calls are added.
+        The last pass frees the graph. With an `AlignedAdamW` attached the gradients are kept for
+        its `step`, and those of further calls are added.
 
         Args:
             losses: n tensors of one element, in the order of `names`.
@@ -278,8 +281,9 @@ class GradientAligner:
 
     @torch.no_grad()
     def align(self, max_norm: float | None = None) -> AlignerStats:
-        """Write the aligned sum of the collected gradients to ``.grad``, over the memory of the
-        first loss's gradients.
+        """Write the aligned sum of the collected gradients to ``.grad``.
+
+        It takes the memory of the first loss's gradients.
 
         Args:
             max_norm: shorten the result to this Euclidean norm over all parameters where it is
@@ -296,10 +300,8 @@ class GradientAligner:
             TypeError, ValueError: for a `max_norm` that is not a number, or not positive.
         """
         collected = self.hand_over(max_norm)
-        results = [
-            self._result(loss, index)
-            for loss, index in zip(self._layout.first, collected.indices, strict=True)
-        ]
+        reached_first = zip(self._layout.first, collected.indices, strict=True)
+        results = [self._result(loss, index) for loss, index in reached_first]
         gradients = self._gradients_of(collected.indices)
         combine_operator(gradients, collected.coefficients, collected.rows, [], results)
         self._left.clear()
@@ -320,8 +322,8 @@ class GradientAligner:
 
     def __reduce_ex__(self, protocol: int) -> NoReturn:
         raise TypeError(
-            "a GradientAligner, which belongs to its parameters, cannot be copied or pickled: save state_dict() of model and "
-            "optimizer, and make a new aligner"
+            "a GradientAligner, which belongs to its parameters, cannot be copied or pickled: "
+            "save state_dict() of model and optimizer, and make a new aligner"
         )
 
     # For optimizers that consume collected gradients
@@ -344,10 +346,9 @@ class GradientAligner:
         return not any(self._passes) and not self._broken
 
     def hand_over(self, max_norm: float | None, grad_scale: Tensor | None = None) -> Collected:
-        """The collected gradients and their coefficients, divided by `grad_scale`; `max_norm` and
-        the statistics are free of it.
+        """The collected gradients and their coefficients, divided by `grad_scale`.
 
-        The gradients stay here until `finish`.
+        `max_norm` and the statistics are free of the scale. The gradients stay here until `finish`.
         """
         check_max_norm(max_norm)
         self._check_outside("align" if self._optimizer() is None else "step")
@@ -383,13 +384,11 @@ class GradientAligner:
 
     @property
     def marker_checked(self) -> bool:
-        """Whether the ``.grad`` that was left for a GradScaler says if all that was collected is
-        finite.
-        """
+        """Whether the ``.grad`` left for a GradScaler says if all that was collected is finite."""
         return self._marker_checked
 
     def finish(self, *, scaler_used: bool = False) -> None:
-        """Forget the collected gradients, which have been consumed, but remember how the step went."""
+        """Forget the collected gradients, which were consumed, and remember how the step went."""
         self._scaler_expected = scaler_used
         self._reset()
 
@@ -400,11 +399,7 @@ class GradientAligner:
         self._grams.clear()
         self._assign_groups()
         if self._buckets is not None and not any(self._passes):
-            requiring = {
-                index: parameter
-                for index, parameter in enumerate(self.parameters)
-                if parameter.requires_grad
-            }
+            requiring = {i: p for i, p in enumerate(self.parameters) if p.requires_grad}
             self._buckets.arrange(requiring, self._groups)
         self._collecting = self.names.index(name)
         self._emptied = False
@@ -430,24 +425,23 @@ class GradientAligner:
             raise RuntimeError(f"{why}: call it behind the block")
 
     def _check_free(self) -> None:
-        """Raise RuntimeError where the next block cannot begin, as ``.grad`` is not empty but for
-        what was left there.
-        """
+        """Raise RuntimeError where ``.grad`` holds more than what was left there before a block."""
         self._check_whole()
         self._check_left()
         stranger = self._left.stranger(self.parameters)
         if stranger is not None:
             raise RuntimeError(
-                f"{self.describe(stranger)} holds a .grad already, to which backward would add: call "
-                f"optimizer.zero_grad(set_to_none=True) first. To add up micro-batches, collect all of them before align(), or attach "
-                f"an AlignedAdamW"
+                f"{self.describe(stranger)} holds a .grad already, to which backward would add: "
+                "call optimizer.zero_grad(set_to_none=True) first. "
+                "To add up micro-batches, collect all of them before align(), "
+                "or attach an AlignedAdamW"
             )
         if world_size() is not None:
             for parameter in self.parameters:
                 check_not_sharded(parameter)
 
     def _take_all(self) -> None:
-        """Take every ``.grad`` over as, or into, the gradient of the loss that is being collected."""
+        """Take every ``.grad`` over as, or into, the gradient of the loss being collected."""
         collected = self._gradients[self._collecting]
         sums: list[Tensor] = []
         addends: list[Tensor] = []
@@ -472,7 +466,8 @@ class GradientAligner:
             gradient = gradient.detach()
         if gradient.layout != torch.strided:
             raise ValueError(
-                f"the gradient of {self.describe(index)} must be dense, got layout {gradient.layout}: use sparse=False"
+                f"the gradient of {self.describe(index)} must be dense, "
+                f"got layout {gradient.layout}: use sparse=False"
             )
         # Set by hand: it may be an expanded tensor.
         if not gradient.is_contiguous() and gradient.stride() != parameter.stride():
@@ -480,9 +475,7 @@ class GradientAligner:
         return gradient
 
     def _own(self, index: int, gradient: Tensor) -> Tensor:
-        """`gradient`, or a copy: in the flat buffers, and where its memory is another gradient's
-        too.
-        """
+        """`gradient`, or a copy: in the flat buffers, and where another gradient has its memory."""
         if self._buckets is not None:
             return self._bucket(index, gradient.dtype).copy_(gradient)
         if self._memory.claim(gradient):
@@ -510,23 +503,25 @@ class GradientAligner:
                 self._memory.claim(gradient)
 
     def _check_new(self, index: int, gradient: Tensor) -> None:
-        if any(
-            gradients[index] is not None and gradients[index].is_set_to(gradient)
-            for gradients in self._gradients
-        ):
+        for gradients in self._gradients:
+            if gradients[index] is None or not gradients[index].is_set_to(gradient):
+                continue
             raise ValueError(
-                f"the gradient of {self.describe(index)} lies where one that was collected before does: clone it, or use flat=True"
+                f"the gradient of {self.describe(index)} lies where one that was collected before "
+                "does: clone it, or use flat=True"
             )
 
     def _bucket(self, index: int, dtype: torch.dtype) -> Tensor:
         bucket = self._buckets.views[self._collecting].get(index)
         if bucket is None:
             raise RuntimeError(
-                f"{self.describe(index)} began to require a gradient within a step, which flat=True does not allow"
+                f"{self.describe(index)} began to require a gradient within a step, "
+                "which flat=True does not allow"
             )
         if bucket.dtype != dtype:
             raise ValueError(
-                f"the gradient of {self.describe(index)} must be {bucket.dtype} like its flat buffer, got {dtype}"
+                f"the gradient of {self.describe(index)} must be {bucket.dtype} like its flat "
+                f"buffer, got {dtype}"
             )
         return bucket
 
@@ -560,29 +555,24 @@ class GradientAligner:
             self._clear_gradients()
             self._leave_marker()
             return
-        shown = self._gradients[latest]
+        shown = list(self._gradients[latest])
         for gradients in self._gradients:
-            shown = [
-                gradient if before is None else before
-                for gradient, before in zip(gradients, shown, strict=True)
-            ]
+            for index, gradient in enumerate(gradients):
+                if shown[index] is None:
+                    shown[index] = gradient
         indices = [index for index, gradient in enumerate(shown) if gradient is not None]
         smallest = self._current_layout().smallest if complete else None
         watched = None if smallest is None else shown[smallest]
-        self._left.leave(
-            [self.parameters[index] for index in indices],
-            [shown[index] for index in indices],
-            watched,
-        )
+        parameters = [self.parameters[index] for index in indices]
+        self._left.leave(parameters, [shown[index] for index in indices], watched)
 
     def _leave_marker(self) -> None:
         index = self._current_layout().smallest
         self._marker_checked = self._scaler_expected
         if index is None:
             return
-        marker = next(
-            gradients[index] for gradients in self._gradients if gradients[index] is not None
-        )
+        of_losses = [gradients[index] for gradients in self._gradients]
+        marker = next(gradient for gradient in of_losses if gradient is not None)
         if self._scaler_expected or marker.numel() <= WATCHED_ELEMENTS:
             # A copy, with ones in place of zeros, on which scaling would not show.
             marker = torch.where(marker == 0, 1.0, marker)
@@ -591,12 +581,15 @@ class GradientAligner:
         self._left.leave([self.parameters[index]], [marker], marker)
 
     def _check_left(self, *, written_by_scaler: bool = False) -> None:
-        """Drop what was collected where ``zero_grad`` dropped what was left of it; raise
-        RuntimeError where that was changed.
+        """Drop what was collected where ``zero_grad`` dropped what was left of it.
+
+        Raises RuntimeError where what was left was changed.
         """
         message = (
-            "a .grad was written to, replaced or set to None after its gradient had been collected, which does not change what the aligner "
-            "holds: write to .grad inside the block of collect, clip with max_norm, or start the step over with zero_grad()"
+            "a .grad was written to, replaced or set to None after its gradient had been "
+            "collected, which does not change what the aligner holds: "
+            "write to .grad inside the block of collect, clip with max_norm, "
+            "or start the step over with zero_grad()"
         )
         fate = self._left.fate(written_by_scaler=written_by_scaler)
         if fate is Fate.CHANGED:
@@ -611,8 +604,9 @@ class GradientAligner:
         stranger = self._left.stranger(self.parameters)
         if stranger is not None:
             raise RuntimeError(
-                f"{self.describe(stranger)} holds a .grad that the aligner did not leave there, and which the optimizer would ignore: "
-                f"collect it in a block, or add its loss to one of {', '.join(self.names)}"
+                f"{self.describe(stranger)} holds a .grad that the aligner did not leave there, "
+                "and which the optimizer would ignore: collect it in a block, "
+                f"or add its loss to one of {', '.join(self.names)}"
             )
 
     def _check_whole(self) -> None:
@@ -623,17 +617,17 @@ class GradientAligner:
 
     def _check_collected(self) -> None:
         self._check_whole()
-        missing = [
-            name for name, passes in zip(self.names, self._passes, strict=True) if not passes
-        ]
+        passes_of = dict(zip(self.names, self._passes, strict=True))
+        missing = [name for name, passes in passes_of.items() if not passes]
         if missing and self._dropped:
             raise RuntimeError(
-                f"no gradients of {', '.join(missing)} to align: they were dropped after they had been collected, by zero_grad or whatever "
-                f"else emptied .grad"
+                f"no gradients of {', '.join(missing)} to align: they were dropped after they had "
+                "been collected, by zero_grad or whatever else emptied .grad"
             )
         if missing:
             raise RuntimeError(
-                f"no gradients of {', '.join(missing)} to align: run its backward pass inside `with aligner.collect(name):`"
+                f"no gradients of {', '.join(missing)} to align: "
+                "run its backward pass inside `with aligner.collect(name):`"
             )
 
     def _check_reached(self, layout: _Layout) -> None:
@@ -641,14 +635,16 @@ class GradientAligner:
             named = self.module.named_parameters()
             unknown = next(name for name, parameter in named if self._is_unknown(parameter))
             raise RuntimeError(
-                f"a loss reached {plain_name(unknown)}, which is not among the aligner's parameters: "
-                f"it joined the module or was replaced (as by load_state_dict(assign=True)) after "
-                f"the aligner was made. Make a new aligner and a new optimizer"
+                f"a loss reached {plain_name(unknown)}, "
+                "which is not among the aligner's parameters: it joined the module or was "
+                "replaced (as by load_state_dict(assign=True)) after the aligner was made. "
+                "Make a new aligner and a new optimizer"
             )
         if not layout.indices:
             raise RuntimeError(
-                f"no loss reached any of the aligner's {len(self.parameters)} parameters: if the model has others now (as after "
-                f"load_state_dict(assign=True)), make a new aligner and a new optimizer"
+                f"no loss reached any of the aligner's {len(self.parameters)} parameters: "
+                "if the model has others now (as after load_state_dict(assign=True)), "
+                "make a new aligner and a new optimizer"
             )
 
     def _is_unknown(self, parameter: Tensor) -> bool:
@@ -656,9 +652,7 @@ class GradientAligner:
         return parameter.grad is not None and id(parameter) not in self._known
 
     def _check_one_reducer(self) -> None:
-        """Raise RuntimeError where a data-parallel wrapper would reduce one of several backward
-        passes.
-        """
+        """Raise RuntimeError where data parallelism would reduce one of several backward passes."""
         processes = world_size()
         if processes is None:
             return
@@ -668,19 +662,24 @@ class GradientAligner:
             if not self._data_parallel:
                 return
         last_call = "aligner.align()" if self._optimizer() is None else "optimizer.step()"
+        running = "process is" if processes == 1 else "processes are"
         raise RuntimeError(
-            f"backward runs several backward passes over one graph, of which DistributedDataParallel reduces but one, and {processes} "
-            f"process{'es are' if processes > 1 else ' is'} running. Run a forward pass for each loss, through the wrapper, and its "
-            f"backward pass inside `with aligner.collect(name):`, then call {last_call}. Where a loss does not reach every parameter, wrap "
-            f"with find_unused_parameters=True; with Accelerate's gradient accumulation, also pass "
-            f"GradientAccumulationPlugin(num_steps=..., sync_each_batch=True)"
+            "backward runs several backward passes over one graph, "
+            "of which DistributedDataParallel reduces but one, "
+            f"and {processes} {running} running. "
+            "Run a forward pass for each loss, through the wrapper, "
+            "and its backward pass inside `with aligner.collect(name):`, "
+            f"then call {last_call}. "
+            "Where a loss does not reach every parameter, wrap with find_unused_parameters=True; "
+            "with Accelerate's gradient accumulation, also pass "
+            "GradientAccumulationPlugin(num_steps=..., sync_each_batch=True)"
         )
 
     def _result(self, loss: int, index: int) -> Tensor:
-        """Where the aligned gradient of a parameter is written, `loss` being the first to reach it."""
-        return (
-            self._gradients[loss][index] if self._buckets is None else self._buckets.views[0][index]
-        )
+        """Where a parameter's aligned gradient is written; `loss` is the first to reach it."""
+        if self._buckets is None:
+            return self._gradients[loss][index]
+        return self._buckets.views[0][index]
 
     def _current_layout(self) -> _Layout:
         present = [
@@ -721,22 +720,18 @@ class GradientAligner:
     def _tensor_grams(
         self, layout: _Layout, everything: bool
     ) -> tuple[Tensor, list[int], list[int]]:
-        """Gram matrices [T, n, n] of what is aligned or of `everything`, the groups of these T
-        tensors, and the row of every parameter.
+        """Gram matrices [T, n, n], the groups of these T tensors, and the row of every parameter.
 
-        Without `everything` the row T is that of what is not aligned.
+        The tensors are what is aligned, or `everything`. Without `everything` the row T is that of
+        what is not aligned.
         """
         indices, groups, rows = layout.aligned, layout.aligned_groups, layout.rows
         if everything:
             indices, groups, rows = layout.indices, layout.groups, layout.places
-        if not indices:
-            n = len(self.names)
-            return (
-                torch.zeros(0, n, n, dtype=torch.float64, device=self.parameters[0].device),
-                groups,
-                rows,
-            )
-        return self._grams.matrices(indices, self._gradients_of), groups, rows
+        if indices:
+            return self._grams.matrices(indices, self._gradients_of), groups, rows
+        n, device = len(self.names), self.parameters[0].device
+        return torch.zeros(0, n, n, dtype=torch.float64, device=device), groups, rows
 
     def _row_of_weights(self, device: torch.device) -> Tensor:
         if self._weight_row is None or self._weight_row.device != device:
@@ -749,18 +744,12 @@ class GradientAligner:
         if self._rule is None:
             return *alignment_coefficients_operator(gram, self._weights, self._power), norms
         products = norms[:, :, None] * norms[:, None, :]
-        cosine = torch.where(
-            products == 0, 0.0, gram / norms[:, :, None] / norms[:, None, :]
-        ).clamp(-1, 1)
-        dtype = least_accurate_dtype(
-            gradient for gradients in self._gradients for gradient in gradients
-        )
-        return (
-            self._rule(gram, dtype),
-            cosine if len(self.names) > 2 else cosine[:, 0, 1],
-            None,
-            norms,
-        )
+        cosine = gram / norms[:, :, None] / norms[:, None, :]
+        cosine = torch.where(products == 0, 0.0, cosine).clamp(-1, 1)
+        if len(self.names) == 2:
+            cosine = cosine[:, 0, 1]
+        dtype = least_accurate_dtype(itertools.chain(*self._gradients))
+        return self._rule(gram, dtype), cosine, None, norms
 
     def _reset(self) -> None:
         self._gradients: list[list[Tensor | None]] = [
@@ -779,35 +768,47 @@ class GradientAligner:
     def _assign_groups(self) -> None:
         """Give the parameters that require a gradient for the first time their rows."""
         for index, parameter in enumerate(self.parameters):
-            if self._groups[index] is None and parameter.requires_grad:
-                if parameter.dtype not in DTYPES:
-                    raise TypeError(
-                        f"{self.describe(index)} must be float32, bfloat16, float16 or float64, got {parameter.dtype}"
-                    )
-                key = self._group_key(index)
-                if not isinstance(key, Hashable):
-                    raise TypeError(
-                        f"groups must return a hashable key or None, got {type(key).__name__} for {self.describe(index)}"
-                    )
-                self._groups[index] = (
-                    -1 if key is None else self._group_rows.setdefault(key, len(self._group_rows))
+            if self._groups[index] is not None or not parameter.requires_grad:
+                continue
+            if parameter.dtype not in DTYPES:
+                raise TypeError(
+                    f"{self.describe(index)} must be float32, bfloat16, float16 or float64, "
+                    f"got {parameter.dtype}"
                 )
+            key = self._group_key(index)
+            if not isinstance(key, Hashable):
+                raise TypeError(
+                    "groups must return a hashable key or None, "
+                    f"got {type(key).__name__} for {self.describe(index)}"
+                )
+            if key is None:
+                self._groups[index] = -1
+            else:
+                self._groups[index] = self._group_rows.setdefault(key, len(self._group_rows))
 
 
 class _Layout(NamedTuple):
-    """Which gradients belong where, as long as `key` holds: which there are, and the number of
-    groups.
+    """Which gradients belong where.
+
+    It holds as long as `key` does: which gradients there are, and the number of groups.
     """
 
     key: tuple[list[list[bool]], int]
-    indices: list[int]  # parameters that some loss reaches
-    groups: list[int]  # of each, -1 where it is not aligned
-    first: list[int]  # which loss is the first to reach it
-    places: list[int]  # 0, 1, 2, ...
-    rows: list[int]  # of the coefficients of `aligned`, behind which one row is that of the others
-    aligned: list[int]  # parameters that all losses reach and that have a group
+    # Parameters that some loss reaches.
+    indices: list[int]
+    # Of each, -1 where it is not aligned.
+    groups: list[int]
+    # Which loss is the first to reach it.
+    first: list[int]
+    # 0, 1, 2, ...
+    places: list[int]
+    # Of the coefficients of `aligned`, behind which one row is that of the others.
+    rows: list[int]
+    # Parameters that all losses reach and that have a group.
+    aligned: list[int]
     aligned_groups: list[int]
-    smallest: int | None  # of the parameters with elements
+    # Of the parameters with elements.
+    smallest: int | None
 
 
 def check_max_norm(max_norm: float | None) -> float | None:

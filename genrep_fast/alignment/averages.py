@@ -24,14 +24,17 @@ from .wrappers import plain_name, uncompiled, unwrapped
 
 DEFAULT_DECAY = 0.999
 
-Slot = tuple[dict[str, Any], str]  # where a module keeps a tensor
+# Where a module keeps a tensor.
+Slot = tuple[dict[str, Any], str]
 
 
 class Source(Protocol):
     """What holds averages."""
 
-    fixed: bool  # whether further parameters cannot get averages
-    copies_frozen: bool  # whether a parameter that requires no gradient is its average at once
+    # Whether further parameters cannot get averages.
+    fixed: bool
+    # Whether a parameter that requires no gradient is its average at once.
+    copies_frozen: bool
 
     def tensors(self) -> dict[int, Tensor]:
         """The averages, by the aligner's index of their parameters."""
@@ -163,9 +166,8 @@ class _Checked(NamedTuple):
 
     @classmethod
     def of(cls, tensors: list[Tensor]) -> _Checked:
-        return cls(
-            tensors, [tensor.dtype for tensor in tensors], [tensor.device for tensor in tensors]
-        )
+        dtypes = [tensor.dtype for tensor in tensors]
+        return cls(tensors, dtypes, [tensor.device for tensor in tensors])
 
     def describes(self, tensors: list[Tensor]) -> bool:
         """Whether `tensors` are the same, and unchanged but for their values."""
@@ -225,9 +227,8 @@ class _Module:
         slots = _slots(inner, "_parameters")
         self._slots: dict[int, Slot] = {}
         self._shared: set[int] = set()
-        for index, (name, parameter) in enumerate(
-            zip(self._names, aligner.parameters, strict=True)
-        ):
+        named = zip(self._names, aligner.parameters, strict=True)
+        for index, (name, parameter) in enumerate(named):
             if name not in slots:
                 continue
             # A frozen part that both networks share is its own average.
@@ -237,7 +238,8 @@ class _Module:
                 self._slots[index] = slots[name]
         if not self._slots:
             raise ValueError(
-                f"ema must be a module with the parameter names of the aligner, got none called {aligner.describe(0)}"
+                "ema must be a module with the parameter names of the aligner, "
+                f"got none called {aligner.describe(0)}"
             )
         _check_ties(slots, aligner)
         self._buffers = _paired_buffers(inner, aligner)
@@ -266,12 +268,23 @@ class _Module:
             if average is None or current is None or average is current:
                 continue
             if average.shape != current.shape:
-                average = torch.empty_like(
-                    current, dtype=average.dtype, device=average.device
-                ).copy_(current)
-                pair.average[0][pair.average[1]] = average
+                held, name = pair.average
+                average = torch.empty_like(current, dtype=average.dtype, device=average.device)
+                held[name] = average.copy_(current)
             pairs.append((average, current))
         return pairs
+
+
+class _Count(NamedTuple):
+    """A counter of updates, and its value, which a GPU is asked for once."""
+
+    counter: Tensor
+    version: int
+    value: int
+
+    def is_of(self, counter: Tensor) -> bool:
+        """Whether `counter` is this one, and still has its value."""
+        return self.counter is counter and self.version == counter._version
 
 
 class _AveragedModel(_Module):
@@ -280,8 +293,7 @@ class _AveragedModel(_Module):
     def __init__(self, model: AveragedModel, aligner: GradientAligner):
         super().__init__(model, aligner)
         self._model = model
-        # The counter, its version, and its value, which a GPU is asked for once.
-        self._count: tuple[Tensor, int, int] | None = None
+        self._count: _Count | None = None
 
     def decay(self) -> float:
         count = self._updates()
@@ -302,7 +314,8 @@ class _AveragedModel(_Module):
                 self._average_integers(average, current, decay)
         count = self._updates()
         self._model.n_averaged += 1
-        self._count = (self._model.n_averaged, self._model.n_averaged._version, count + 1)
+        counter = self._model.n_averaged
+        self._count = _Count(counter, counter._version, count + 1)
 
     def _average_integers(self, average: Tensor, current: Tensor, decay: float) -> None:
         """As AveragedModel does it: the mean, without what is behind the point."""
@@ -316,13 +329,9 @@ class _AveragedModel(_Module):
 
     def _updates(self) -> int:
         counter = self._model.n_averaged
-        if (
-            self._count is None
-            or self._count[0] is not counter
-            or self._count[1] != counter._version
-        ):
-            self._count = (counter, counter._version, int(counter))
-        return self._count[2]
+        if self._count is None or not self._count.is_of(counter):
+            self._count = _Count(counter, counter._version, int(counter))
+        return self._count.value
 
 
 class _EMAModel:
@@ -366,16 +375,15 @@ def _source_of(source: Any, params: Sequence[Tensor], aligner: GradientAligner) 
     indices = [numbers[id(parameter)] for parameter in params]
     if isinstance(source, nn.Module):
         inner = uncompiled(source)
-        return (
-            _AveragedModel(inner, aligner)
-            if isinstance(inner, AveragedModel)
-            else _Module(inner, aligner)
-        )
+        if isinstance(inner, AveragedModel):
+            return _AveragedModel(inner, aligner)
+        return _Module(inner, aligner)
     if all(hasattr(source, name) for name in ("shadow_params", "get_decay", "optimization_step")):
         return _EMAModel(source, indices, aligner)
     if not isinstance(source, Sequence) or isinstance(source, str):
         raise TypeError(
-            f"ema must be tensors, a module, an AveragedModel or diffusers' EMAModel, got {type(source).__name__}"
+            "ema must be tensors, a module, an AveragedModel or diffusers' EMAModel, "
+            f"got {type(source).__name__}"
         )
     return _Tensors(source, indices)
 
@@ -417,12 +425,11 @@ def _slots(module: nn.Module, kind: str) -> dict[str, Slot]:
     """Where `module` keeps its ``_parameters`` or ``_buffers``, by name; `kind` says which."""
     slots = {}
     for prefix, owner in module.named_modules():
-        for name, tensor in getattr(owner, kind).items():
+        held = getattr(owner, kind)
+        for name, tensor in held.items():
             if tensor is not None:
-                slots[plain_name(f"{prefix}.{name}" if prefix else name)] = (
-                    getattr(owner, kind),
-                    name,
-                )
+                full_name = f"{prefix}.{name}" if prefix else name
+                slots[plain_name(full_name)] = (held, name)
     return slots
 
 
@@ -459,11 +466,11 @@ def _order_of(tensors: Sequence[Tensor], indices: list[int], aligner: GradientAl
     if len(orders) == 1:
         return orders[0]
     # Both fit: values decide, which an average has from its parameter.
-    equal = [
-        order
-        for order in orders
-        if all(map(_is_equal, tensors, [aligner.parameters[index] for index in order]))
-    ]
+    equal = []
+    for order in orders:
+        parameters = [aligner.parameters[index] for index in order]
+        if all(map(_is_equal, tensors, parameters)):
+            equal.append(order)
     if len(equal) != 1:
         raise ValueError(
             "ema.shadow_params may follow the aligner's parameters or the optimizer's, which "
@@ -476,10 +483,8 @@ def _order_of(tensors: Sequence[Tensor], indices: list[int], aligner: GradientAl
 def _fits(tensors: Sequence[Tensor], order: list[int], aligner: GradientAligner) -> bool:
     if len(tensors) != len(order):
         return False
-    return all(
-        tensor.shape == aligner.parameters[index].shape
-        for tensor, index in zip(tensors, order, strict=True)
-    )
+    pairs = zip(tensors, order, strict=True)
+    return all(tensor.shape == aligner.parameters[index].shape for tensor, index in pairs)
 
 
 def _is_equal(average: Tensor, parameter: Tensor) -> bool:
@@ -524,6 +529,7 @@ def _decay_of(rule: Callable[[Tensor, Tensor, Tensor], Tensor], count: int) -> f
     if not torch.allclose(found, expected, rtol=1e-9, atol=1e-9):
         name = getattr(inspect.unwrap(rule), "__name__", type(rule).__name__)
         raise ValueError(
-            f"ema averages with {name}, which is no weighted mean of average and parameter: pass ema_decay"
+            f"ema averages with {name}, which is no weighted mean of average and parameter: "
+            "pass ema_decay"
         )
     return check_ema_decay(decay)

@@ -9,8 +9,9 @@ from torch import Tensor
 
 
 class HeldMemory:
-    """The memory that gradients occupy, to find those that share some: autograd may give several
-    parameters views of one tensor.
+    """The memory that gradients occupy, to find those that share some.
+
+    Autograd may give several parameters views of one tensor.
     """
 
     def __init__(self):
@@ -18,12 +19,10 @@ class HeldMemory:
 
     def clear(self) -> None:
         """Hold nothing."""
-        self._first: dict[
-            int, Tensor
-        ] = {}  # of each storage, which it keeps alive: no other one gets its address
-        self._ranges: dict[
-            int, list[tuple[int, int]]
-        ] = {}  # of storages that hold several tensors: first byte and end, in order
+        # Of each storage, which it keeps alive: no other one gets its address.
+        self._first: dict[int, Tensor] = {}
+        # Of storages that hold several tensors: first byte and end, in order.
+        self._ranges: dict[int, list[tuple[int, int]]] = {}
 
     def claim(self, tensor: Tensor) -> bool:
         """Hold the memory of `tensor` if none of it is held; whether that is so."""
@@ -36,9 +35,9 @@ class HeldMemory:
             ranges.append(_byte_range(self._first[storage]))
         start, end = _byte_range(tensor)
         place = bisect.bisect(ranges, (start, end))
-        if (place > 0 and ranges[place - 1][1] > start) or (
-            place < len(ranges) and ranges[place][0] < end
-        ):
+        if place > 0 and ranges[place - 1][1] > start:
+            return False
+        if place < len(ranges) and ranges[place][0] < end:
             return False
         ranges.insert(place, (start, end))
         return True
@@ -46,12 +45,10 @@ class HeldMemory:
 
 def _byte_range(tensor: Tensor) -> tuple[int, int]:
     """First byte and end of `tensor` in its storage."""
-    span = (
-        sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        + 1
-        if tensor.numel()
-        else 0
-    )
+    span = 0
+    if tensor.numel():
+        axes = zip(tensor.shape, tensor.stride(), strict=True)
+        span = sum((size - 1) * stride for size, stride in axes) + 1
     start = tensor.storage_offset()
     return start * tensor.element_size(), (start + span) * tensor.element_size()
 
@@ -60,15 +57,12 @@ class Buckets:
     """For each loss (and dtype) one flat buffer, in which parameters lie group by group."""
 
     def __init__(self, n: int):
-        self.views: list[dict[int, Tensor]] = [
-            {} for _ in range(n)
-        ]  # for each loss, parameter -> its part of the buffer
+        # For each loss, parameter -> its part of the buffer.
+        self.views: list[dict[int, Tensor]] = [{} for _ in range(n)]
         self._key: list[tuple] | None = None
 
     def arrange(self, parameters: dict[int, Tensor], groups: list[int | None]) -> None:
-        """Allocate buffers for `parameters`, the ones without a group (-1) last, unless they are
-        there.
-        """
+        """Allocate buffers for `parameters` unless they are there; those in no group (-1) last."""
         key = [
             (index, groups[index], _gradient_dtype(parameter), parameter.device)
             for index, parameter in parameters.items()
@@ -95,10 +89,10 @@ class Buckets:
             views.clear()
             for index, parameter in parameters.items():
                 strides = torch.empty_like(parameter, device="meta").stride()
-                views[index] = buffers[dtypes[index]].as_strided(
-                    parameter.shape, strides, starts[index]
-                )
+                buffer = buffers[dtypes[index]]
+                views[index] = buffer.as_strided(parameter.shape, strides, starts[index])
 
 
 def _gradient_dtype(parameter: Tensor) -> torch.dtype:
-    return getattr(parameter, "grad_dtype", None) or parameter.dtype  # grad_dtype None: any dtype
+    # A grad_dtype of None allows any dtype.
+    return getattr(parameter, "grad_dtype", None) or parameter.dtype

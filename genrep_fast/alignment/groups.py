@@ -14,21 +14,20 @@ from .wrappers import is_flat_shard, is_sharded, plain_name, plain_names
 def check_not_sharded(parameter: Tensor) -> None:
     if is_flat_shard(parameter):
         raise RuntimeError(
-            "params are flat shards of FullyShardedDataParallel (FSDP1), of which every process would align its own: use "
-            "DistributedDataParallel, or one process"
+            "params are flat shards of FullyShardedDataParallel (FSDP1), "
+            "of which every process would align its own: use DistributedDataParallel, "
+            "or one process"
         )
     if is_sharded(parameter):
         raise RuntimeError(
-            "params are sharded tensors (DTensor, as FSDP2 makes them), which it cannot align yet: use one process, or DDP"
+            "params are sharded tensors (DTensor, as FSDP2 makes them), "
+            "which it cannot align yet: use one process, or DDP"
         )
 
 
 def check_names(names: Sequence[str]) -> tuple[str, ...]:
-    if (
-        isinstance(names, str)
-        or not isinstance(names, Sequence)
-        or not all(isinstance(name, str) for name in names)
-    ):
+    is_sequence = isinstance(names, Sequence) and not isinstance(names, str)
+    if not is_sequence or not all(isinstance(name, str) for name in names):
         raise TypeError(f"names must be a sequence of strings, got {names!r}")
     if not 2 <= len(names) <= MAX_LOSSES or len(set(names)) < len(names):
         raise ValueError(f"names must be 2 to {MAX_LOSSES} different ones, got {names!r}")
@@ -43,11 +42,11 @@ def named_parameters(params: torch.nn.Module | Iterable) -> tuple[list[Tensor], 
     items = list(params.named_parameters() if isinstance(params, torch.nn.Module) else params)
     named = [item if isinstance(item, (tuple, list)) else (None, item) for item in items]
     if all(isinstance(name, str) for name, _ in named):
-        names = (
-            [plain_name(name) for name, _ in named]
-            if isinstance(params, torch.nn.Module)
-            else plain_names([name for name, _ in named])
-        )
+        names = [name for name, _ in named]
+        if isinstance(params, torch.nn.Module):
+            names = [plain_name(name) for name in names]
+        else:
+            names = plain_names(names)
         named = list(zip(names, [parameter for _, parameter in named], strict=True))
     for position, (name, parameter) in enumerate(named):
         called = name or f"params[{position}]"
@@ -58,7 +57,8 @@ def named_parameters(params: torch.nn.Module | Iterable) -> tuple[list[Tensor], 
             raise ValueError(f"{called} must be a leaf tensor, got the result of an operation")
         if parameter.device != named[0][1].device:
             raise ValueError(
-                f"{called} must be on {named[0][1].device} like the first parameter, got {parameter.device}"
+                f"{called} must be on {named[0][1].device} like the first parameter, "
+                f"got {parameter.device}"
             )
     parameters = [parameter for _, parameter in named]
     if not parameters:
@@ -78,7 +78,8 @@ def key_function(
         return lambda index: index if names[index] is None else names[index]
     if groups != "block" and not callable(groups):
         raise ValueError(
-            f'groups must be "all", "tensor", "block" or a function of a parameter\'s name, got {groups!r}'
+            'groups must be "all", "tensor", "block" or a function of a parameter\'s name, '
+            f"got {groups!r}"
         )
     if None in names:
         raise ValueError(
@@ -89,7 +90,7 @@ def key_function(
 
 
 def _block(name: str) -> str:
-    """ "blocks.3" of "blocks.3.norm.weight"; "head" of "head.weight"."""
+    """The block of a parameter: "blocks.3" of "blocks.3.norm.weight", "head" of "head.weight"."""
     components = name.split(".")
     for position, component in enumerate(components):
         if component.isdecimal():

@@ -1,4 +1,4 @@
-"""What stays in ``.grad`` between the collection of gradients and the step, and what became of it."""
+"""What stays in ``.grad`` between collecting gradients and the step, and what became of it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ class Fate(enum.Enum):
 
 
 class LeftGradients:
-    """Gradients that stay in ``.grad`` between two blocks, so that what anybody does to them
-    meanwhile is noticed.
+    """Gradients that stay in ``.grad`` between two blocks, so that changes to them are noticed.
 
     They are the collected tensors themselves, or one of them alone. The values of a watched one, or
     a part of them, are compared, since a write through ``.data`` counts no version.
@@ -79,16 +78,16 @@ class LeftGradients:
         if any(gradient is not left for gradient, left in zip(now, self._gradients, strict=True)):
             gone = all(gradient is None for gradient in now)
             return Fate.DROPPED if gone else Fate.CHANGED
-        if written_by_scaler or self._versions == [
-            gradient._version for gradient in self._gradients
-        ]:
+        versions = [gradient._version for gradient in self._gradients]
+        if written_by_scaler or self._versions == versions:
             return Fate.KEPT
         zeroed = not any(gradient.any() for gradient in self._gradients)
         return Fate.DROPPED if zeroed else Fate.CHANGED
 
     def assert_values(self, message: str) -> None:
-        """Raise RuntimeError with `message`, on a GPU when it gets there, where the watched
-        gradient has other values than it had.
+        """Raise RuntimeError with `message` where the watched gradient's values have changed.
+
+        On a GPU it is raised when the device gets there.
         """
         if self._watched is not None:
             gradient, copy = self._watched

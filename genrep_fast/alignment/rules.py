@@ -5,17 +5,20 @@ a group is sum_i weights_i g_i. None calls a solver, waits for the device or bra
 that a CUDA graph can hold any of them. Besides the matrices a rule takes the dtype of the
 gradients, which says how exactly their angles are known: see `eigenvalue_tolerance`.
 
-| rule | n | paper |
-| --- | --- | --- |
-| genrep | 2 | Li, Yang, Wang: Reconciling Visual Perception and Generation in Diffusion Models, ICLR 2026 |
-| pcgrad | 2 | Yu et al.: Gradient Surgery for Multi-Task Learning, NeurIPS 2020 |
-| upgrad | 2 | Quinton, Rey: Jacobian Descent for Multi-Objective Optimization, 2024 |
-| dualproj | 2 | Lopez-Paz, Ranzato: Gradient Episodic Memory for Continual Learning, NeurIPS 2017 |
-| mgda | 2 | Désidéri: Multiple-Gradient Descent Algorithm, Comptes Rendus Mathématique 2012 |
-| nash_mtl | 2 | Navon et al.: Multi-Task Learning as a Bargaining Game, ICML 2022 |
-| imtl_g | any | Liu et al.: Towards Impartial Multi-task Learning, ICLR 2021 |
-| aligned_mtl | any | Senushkin et al.: Independent Component Alignment for Multi-Task Learning, CVPR 2023 |
-| config | any | Liu, Chu, Thuerey: ConFIG, Towards Conflict-free Training of Physics Informed Neural Networks, ICLR 2025 |
+    genrep (n = 2)     Li, Yang, Wang: Reconciling Visual Perception and Generation in Diffusion
+                       Models, ICLR 2026
+    pcgrad (2)         Yu et al.: Gradient Surgery for Multi-Task Learning, NeurIPS 2020
+    upgrad (2)         Quinton, Rey: Jacobian Descent for Multi-Objective Optimization, 2024
+    dualproj (2)       Lopez-Paz, Ranzato: Gradient Episodic Memory for Continual Learning,
+                       NeurIPS 2017
+    mgda (2)           Désidéri: Multiple-Gradient Descent Algorithm, Comptes Rendus
+                       Mathématique 2012
+    nash_mtl (2)       Navon et al.: Multi-Task Learning as a Bargaining Game, ICML 2022
+    imtl_g (any n)     Liu et al.: Towards Impartial Multi-task Learning, ICLR 2021
+    aligned_mtl (any)  Senushkin et al.: Independent Component Alignment for Multi-Task
+                       Learning, CVPR 2023
+    config (any)       Liu, Chu, Thuerey: ConFIG, Towards Conflict-free Training of Physics
+                       Informed Neural Networks, ICLR 2025
 
 Where n is 2 the rule has a closed form for two losses and otherwise depends on a quadratic program,
 an iteration or a random order. All but genrep give the aggregate of TorchJD (the package of Quinton
@@ -39,16 +42,14 @@ from ..ops.alignment import check_power, check_weights
 
 Rule = Callable[[Tensor, torch.dtype], Tensor]
 
-_NEGLIGIBLE = (
-    1e-12  # TorchJD's: a sum or a length below it, next to numbers of order 1, is taken as 0
-)
-_SWEEPS = 8  # of Jacobi rotations; convergence is quadratic, and 8 x 8 matrices need 5 or 6
+# TorchJD's: a sum or a length below it, next to numbers of order 1, is taken as 0.
+_NEGLIGIBLE = 1e-12
+# Of Jacobi rotations; convergence is quadratic, and 8 x 8 matrices need 5 or 6.
+_SWEEPS = 8
 # The rules in place of what takes no Gram matrix in TorchJD.
 _NAMES = {"ConFIG": "config", "NashMTL": "nash_mtl", "_NashMTLWeighting": "nash_mtl"}
-_NEED_GRADIENTS = (
-    "ExcessMTLWeighting",
-    "_NashMTLWeighting",
-)  # TorchJD's weightings of the gradients themselves
+# TorchJD's weightings of the gradients themselves.
+_NEED_GRADIENTS = ("ExcessMTLWeighting", "_NashMTLWeighting")
 
 
 def pcgrad(gram: Tensor, dtype: torch.dtype) -> Tensor:
@@ -65,14 +66,15 @@ def upgrad(gram: Tensor, dtype: torch.dtype) -> Tensor:
     """Mean of both gradients' projections onto the dual cone {x: <x,g_1> >= 0, <x,g_2> >= 0}.
 
     Where two gradients conflict, projecting one onto the cone projects it onto the plane orthogonal
-        to the other: half of `pcgrad`.
+    to the other: half of `pcgrad`.
     """
     return pcgrad(gram, dtype) / 2
 
 
 def dualproj(gram: Tensor, dtype: torch.dtype) -> Tensor:
-    """Projection of the mean gradient onto the dual cone: w_i = max(1, -<g_1,g_2> / |g_i|^2) / 2;
-    (1/2, 1/2) where a gradient is zero.
+    """Projection of the mean gradient onto the dual cone.
+
+    w_i = max(1, -<g_1,g_2> / |g_i|^2) / 2; (1/2, 1/2) where a gradient is zero.
 
     Only the shorter of the two can have a negative inner product with the mean; its weight grows
     until that product is 0.
@@ -82,11 +84,10 @@ def dualproj(gram: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def mgda(gram: Tensor, dtype: torch.dtype) -> Tensor:
-    """Shortest convex combination: w_i proportional to max(0, |g_j|^2 - <g_1,g_2>), j the other
-    one.
+    """Shortest convex combination: w_i proportional to max(0, |g_j|^2 - <g_1,g_2>).
 
-    A zero gradient takes the whole weight; of equal gradients each takes half (TorchJD: the first
-    one all, with the same aggregate).
+    Here j is the other one. A zero gradient takes the whole weight; of equal gradients each takes
+    half (TorchJD: the first one all, with the same aggregate).
     """
     squared_norms, dot = _entries(gram)
     excess = (squared_norms - dot).clamp(min=0)  # [G, 2]
@@ -109,14 +110,15 @@ def nash_mtl(gram: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def imtl_g(gram: Tensor, dtype: torch.dtype) -> Tensor:
-    """Equal projections of the aggregate onto all gradients' directions: w proportional to Gram^+
-    norms, its sum 1.
+    """Equal projections of the aggregate onto all gradients' directions.
 
-    Zero gradients have weight 0. Dependent gradients take the pseudoinverse's solution, for which
-    projections differ: (|g_1|, ±|g_2|) / (|g_1| ± |g_2|) for parallel (+) and opposite (-) ones.
-    Where the weights' sum vanishes, all of them are 0.
+    w is proportional to Gram^+ norms, its sum 1. Zero gradients have weight 0. Dependent gradients
+    take the pseudoinverse's solution, for which projections differ: (|g_1|, ±|g_2|) / (|g_1| ±
+    |g_2|) for parallel (+) and opposite (-) ones. Where the weights' sum vanishes, all of them are
+    0.
     """
-    gram = _divide(gram, gram.diagonal(dim1=1, dim2=2).amax(dim=1)[:, None, None])  # to order 1
+    # To order 1.
+    gram = _divide(gram, gram.diagonal(dim1=1, dim2=2).amax(dim=1)[:, None, None])
     norms = gram.diagonal(dim1=1, dim2=2).sqrt()
     eigenvalues, eigenvectors = _spectrum(gram, dtype)
     solution = _transform(eigenvectors, 1 / eigenvalues, norms)
@@ -128,24 +130,21 @@ def imtl_g(gram: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def aligned_mtl(gram: Tensor, dtype: torch.dtype) -> Tensor:
-    """Mean of the gradients after all their principal components got the smallest one's length: w =
-    sqrt(lambda_min) Gram^(-1/2) 1/n.
+    """Mean of the gradients after all their principal components got the smallest one's length.
 
-    lambda_min is the smallest eigenvalue of those that are not negligible, the others drop out;
-    where none is left w = 1/n.
+    w = sqrt(lambda_min) Gram^(-1/2) 1/n. lambda_min is the smallest eigenvalue of those that are
+    not negligible, the others drop out; where none is left w = 1/n.
     """
     n = gram.shape[1]
     eigenvalues, eigenvectors = _spectrum(gram, dtype)
     smallest = eigenvalues.amin(dim=1, keepdim=True)
     mean = gram.new_full((1, n), 1 / n)
-    return torch.where(
-        smallest.isinf(), mean, _transform(eigenvectors, (smallest / eigenvalues).sqrt(), mean)
-    )
+    balanced = _transform(eigenvectors, (smallest / eigenvalues).sqrt(), mean)
+    return torch.where(smallest.isinf(), mean, balanced)
 
 
 def config(gram: Tensor, dtype: torch.dtype) -> Tensor:
-    """Direction of equal cosine with all gradients, its length the sum of their projections onto
-    it.
+    """Direction of equal cosine with all gradients; its length is the sum of their projections.
 
     With cosines C and u = C^+ 1: w_i = u_i / |g_i| sum_j |g_j| (C u)_j / (u^T C u). At n = 2 that
     is (|g_1| + |g_2|) / (2 |g_i|), whatever the angle. Zero gradients have weight 0; where the
@@ -158,16 +157,16 @@ def config(gram: Tensor, dtype: torch.dtype) -> Tensor:
     eigenvalues = torch.where(negligible, torch.inf, eigenvalues)
     solution = _transform(eigenvectors, 1 / eigenvalues, torch.ones_like(norms))
     projections = (cosine @ solution[:, :, None])[:, :, 0]
-    squared_length = (solution * projections).sum(dim=1, keepdim=True)  # of sum_i u_i g_i / |g_i|
+    # Of sum_i u_i g_i / |g_i|.
+    squared_length = (solution * projections).sum(dim=1, keepdim=True)
     total = (norms * projections).sum(dim=1, keepdim=True)
     # Of independent gradients it is at least 1; of dependent ones it is the square of an angle to
     # those whose direction vanishes.
-    vanishing = (
-        _NEGLIGIBLE**2 if dtype == torch.float64 else eigenvalue_tolerance(dtype, gram.shape[1])
-    )
-    return torch.where(
-        squared_length < vanishing, 0.0, _divide(solution, norms) * total / squared_length
-    )
+    vanishing = _NEGLIGIBLE**2
+    if dtype != torch.float64:
+        vanishing = eigenvalue_tolerance(dtype, gram.shape[1])
+    weights = _divide(solution, norms) * total / squared_length
+    return torch.where(squared_length < vanishing, 0.0, weights)
 
 
 _OF_TWO: dict[str, Rule] = {
@@ -224,8 +223,9 @@ def least_accurate_dtype(tensors: Iterable[Tensor | None]) -> torch.dtype:
 
 
 def eigenvalue_tolerance(dtype: torch.dtype, n: int) -> float:
-    """The largest eigenvalue of the cosine matrix of n gradients of `dtype` that counts as zero; of
-    two it is 1 - |cosine|, angle^2 / 2.
+    """The largest eigenvalue of the cosine matrix of gradients of `dtype` that counts as zero.
+
+    Of n = 2 gradients it is 1 - |cosine|, angle^2 / 2.
 
     The entries of a Gram matrix of float32 are accurate to |dG_ij| <= eps sqrt(G_ii G_jj), hence
     these eigenvalues to a few eps, and what is kept, more than 32 eps, to about a tenth. Half
@@ -243,9 +243,7 @@ def eigenvalue_tolerance(dtype: torch.dtype, n: int) -> float:
 
 
 def genrep(gram: Tensor, dtype: torch.dtype, *, weights: Sequence[float], power: float) -> Tensor:
-    """Coefficients [groups, 2] of the operator ``genrep_fast::alignment_coefficients``, which
-    defines them.
-    """
+    """Coefficients [groups, 2], which ``genrep_fast::alignment_coefficients`` defines."""
     return torch.ops.genrep_fast.alignment_coefficients(gram, weights, power)[0]
 
 
@@ -254,7 +252,8 @@ def _named_rule(name: str, weights: Sequence[float], power: float, n: int) -> Ru
         raise ValueError(f"rule must be one of {', '.join(RULES)}, got {name!r}")
     if n != 2 and name not in _OF_ANY:
         raise ValueError(
-            f"rule {name!r} takes 2 losses, got {n}; {', '.join(_OF_ANY)} and TorchJD's weightings take any number"
+            f"rule {name!r} takes 2 losses, got {n}; "
+            f"{', '.join(_OF_ANY)} and TorchJD's weightings take any number"
         )
     if name == "genrep":
         return partial(genrep, weights=check_weights(weights, 2), power=check_power(power))
@@ -262,10 +261,9 @@ def _named_rule(name: str, weights: Sequence[float], power: float, n: int) -> Ru
 
 
 def _torchjd_rule(rule: Callable) -> Callable[[Tensor], Tensor] | None:
-    """The rule that calls a TorchJD Weighting group by group; None where `rule` is something else."""
-    torchjd = sys.modules.get(
-        "torchjd.aggregation"
-    )  # an object of TorchJD's exists only where TorchJD was imported
+    """The rule that calls a TorchJD Weighting group by group; None for anything else."""
+    # An object of TorchJD's exists only where TorchJD was imported.
+    torchjd = sys.modules.get("torchjd.aggregation")
     if torchjd is None:
         return None
     if isinstance(rule, torchjd.Aggregator):
@@ -282,8 +280,9 @@ def _torchjd_rule(rule: Callable) -> Callable[[Tensor], Tensor] | None:
 
 
 def _weighting_advice(aggregator: torch.nn.Module, public: Sequence[str]) -> str:
-    """What to pass as a rule in place of an aggregator of TorchJD; `public` are the names that
-    ``torchjd.aggregation`` has.
+    """What to pass as a rule in place of an aggregator of TorchJD.
+
+    `public` are the names that ``torchjd.aggregation`` has.
     """
     name = type(aggregator).__name__
     got = f"got the aggregator {name}"
@@ -302,18 +301,17 @@ def _group_by_group(weighting: torch.nn.Module, gram: Tensor) -> Tensor:
     stateful = sys.modules["torchjd"].Stateful
     if len(gram) > 1 and any(isinstance(module, stateful) for module in weighting.modules()):
         raise ValueError(
-            f"rule {type(weighting).__name__} keeps a state from call to call, which {len(gram)} groups would mix up: use one group, or a "
-            "callable that holds a weighting for each"
+            f"rule {type(weighting).__name__} keeps a state from call to call, "
+            f"which {len(gram)} groups would mix up: use one group, "
+            "or a callable that holds a weighting for each"
         )
-    return (
-        torch.stack([weighting(matrix) for matrix in gram])
-        if len(gram)
-        else gram.new_empty(gram.shape[:2])
-    )
+    if not len(gram):
+        return gram.new_empty(gram.shape[:2])
+    return torch.stack([weighting(matrix) for matrix in gram])
 
 
 def _checked(rule: Callable[[Tensor], Tensor], gram: Tensor, dtype: torch.dtype) -> Tensor:
-    """``rule(gram)`` as float64, after a check that it is a tensor of the right shape and device."""
+    """``rule(gram)`` as float64, checked to be a tensor of the right shape and device."""
     result = rule(gram)
     if not isinstance(result, Tensor):
         raise TypeError(f"rule must return a tensor, got {type(result).__name__}")
@@ -337,28 +335,30 @@ def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:
 
 
 def _cosine(gram: Tensor, norms: Tensor) -> Tensor:
-    """Cosines [G, n, n] between gradients of these `norms` [G, n]; 0 for a zero gradient, that to
-    itself included.
+    """Cosines [G, n, n] between gradients of these `norms` [G, n]; 0 for a zero gradient.
+
+    The cosine of a zero gradient to itself is 0, too.
     """
     return _divide(_divide(gram, norms[:, :, None]), norms[:, None, :])
 
 
 def _transform(eigenvectors: Tensor, factors: Tensor, vectors: Tensor) -> Tensor:
-    """V diag(factors) V^T vectors, for eigenvectors V [G, n, n], factors [G, n] and vectors [G or
-    1, n].
+    """V diag(factors) V^T vectors.
+
+    Eigenvectors V are [G, n, n], factors [G, n] and vectors [G or 1, n].
     """
     components = (vectors[:, None, :] @ eigenvectors)[:, 0]  # [G, n]
     return (eigenvectors @ (factors * components)[:, :, None])[:, :, 0]
 
 
 def _spectrum(gram: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Eigenvalues [G, n] and eigenvectors [G, n, n] of the Gram matrices of gradients of `dtype`;
-    negligible eigenvalues are infinite.
+    """Eigenvalues [G, n] and eigenvectors [G, n, n] of Gram matrices of gradients of `dtype`.
 
-    So a reciprocal drops them, a minimum passes them over, and a NaN stays one. The rank is that of
-    the cosine matrix, as the error of an entry is relative to both gradients' lengths: a short
-    gradient counts as much as a long one. What is negligible there is taken out of the matrix
-    before its own eigenvalues are computed, and as many of these as it had are dropped.
+    Negligible eigenvalues are infinite. So a reciprocal drops them, a minimum passes them over, and
+    a NaN stays one. The rank is that of the cosine matrix, as the error of an entry is relative to
+    both gradients' lengths: a short gradient counts as much as a long one. What is negligible there
+    is taken out of the matrix before its own eigenvalues are computed, and as many of these as it
+    had are dropped.
     """
     n = gram.shape[1]
     smallest = n * torch.finfo(gram.dtype).eps
@@ -369,9 +369,8 @@ def _spectrum(gram: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     norms = gram.diagonal(dim1=1, dim2=2).sqrt()
     eigenvalues, eigenvectors = _eigenpairs(_cosine(gram, norms))
     negligible = _negligible(eigenvalues, dtype)
-    cosine = (
-        eigenvectors * torch.where(negligible, 0.0, eigenvalues)[:, None, :]
-    ) @ eigenvectors.mT
+    kept = torch.where(negligible, 0.0, eigenvalues)
+    cosine = (eigenvectors * kept[:, None, :]) @ eigenvectors.mT
     eigenvalues, eigenvectors = _eigenpairs(norms[:, :, None] * cosine * norms[:, None, :])
     position = eigenvalues.argsort(dim=1).argsort(dim=1)
     negligible = position < negligible.sum(dim=1, keepdim=True)
@@ -380,9 +379,7 @@ def _spectrum(gram: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _negligible(eigenvalues: Tensor, dtype: torch.dtype) -> Tensor:
-    """Which eigenvalues [G, n] of cosine matrices are zero as far as gradients of `dtype` can tell;
-    bool [G, n].
-    """
+    """Which eigenvalues [G, n] of cosine matrices count as zero for `dtype`; bool [G, n]."""
     tolerance = eigenvalue_tolerance(dtype, eigenvalues.shape[1])
     if dtype == torch.float64:
         return eigenvalues <= tolerance * eigenvalues.amax(dim=1, keepdim=True)
@@ -390,8 +387,9 @@ def _negligible(eigenvalues: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _eigenpairs(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues [G, n] and eigenvectors [G, n, n] of symmetric matrices; `torch.linalg.eigh`
-    would make the host wait for the device.
+    """Eigenvalues [G, n] and eigenvectors [G, n, n] of symmetric matrices.
+
+    `torch.linalg.eigh` would make the host wait for the device.
     """
     n = matrices.shape[1]
     index = torch.arange(n, device=matrices.device)
@@ -402,7 +400,8 @@ def _eigenpairs(matrices: Tensor) -> tuple[Tensor, Tensor]:
         for step in range(1, 1 << (n - 1).bit_length())
     ]
     eigenvectors = torch.eye(n, dtype=matrices.dtype, device=matrices.device)
-    for _ in range(1 if n == 2 else _SWEEPS):  # the only pair of two needs one rotation
+    # The only pair of two needs one rotation.
+    for _ in range(1 if n == 2 else _SWEEPS):
         for pairs in pairings:
             rotation = _rotation(matrices, pairs)
             matrices = rotation.mT @ matrices @ rotation
@@ -411,18 +410,17 @@ def _eigenpairs(matrices: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rotation(matrices: Tensor, pairs: Tensor) -> Tensor:
-    """Jacobi rotation R [G, n, n]: R^T A R has zeros at `pairs` (Golub and Van Loan, Matrix
-    Computations, section 8.5).
+    """Jacobi rotation R [G, n, n]: R^T A R has zeros at `pairs`.
+
+    Golub and Van Loan, Matrix Computations, section 8.5.
     """
-    sign = (pairs.triu() - pairs.tril()).sum(
-        dim=1
-    )  # [n]: 1 for the first of a pair, -1 for the second, 0 for an index without a partner
+    # 1 for the first of a pair, -1 for the second, 0 for an index without a partner.
+    sign = (pairs.triu() - pairs.tril()).sum(dim=1)  # [n]
     diagonal = matrices.diagonal(dim1=1, dim2=2)  # [G, n]
-    gap = sign * (diagonal @ pairs - diagonal)  # a_jj - a_ii of the pair (i, j), at i and at j
-    entry = ((matrices + matrices.mT) * pairs).sum(
-        dim=2
-    )  # 2 a_ij, bit for bit the same at i and at j: else R is not orthogonal
-    angle = (
-        torch.atan2(torch.where(gap < 0, -entry, entry), gap.abs()) / 2
-    )  # at most pi/4: small ones converge
+    # a_jj - a_ii of the pair (i, j), at i and at j.
+    gap = sign * (diagonal @ pairs - diagonal)  # [G, n]
+    # 2 a_ij, bit for bit the same at i and at j: else R is not orthogonal.
+    entry = ((matrices + matrices.mT) * pairs).sum(dim=2)  # [G, n]
+    # At most pi/4: small ones converge.
+    angle = torch.atan2(torch.where(gap < 0, -entry, entry), gap.abs()) / 2
     return torch.diag_embed(angle.cos()) + pairs * (sign * angle.sin())[:, :, None]

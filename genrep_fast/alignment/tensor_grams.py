@@ -21,20 +21,22 @@ class TensorGrams:
     def clear(self) -> None:
         """Forget every tensor."""
         self._batches: list[Tensor] = []
-        self._places: dict[int, int] = {}  # tensor -> its place among all batches' matrices
+        # Tensor -> its place among all batches' matrices.
+        self._places: dict[int, int] = {}
 
     def compute(
         self, tensors: list[int], gradients_of: Callable[[list[int]], list[Tensor | None]]
     ) -> None:
-        """Compute the matrices of `tensors`; ``gradients_of(tensors)`` returns their gradients,
-        flattened loss by loss.
+        """Compute the matrices of `tensors`.
+
+        ``gradients_of(tensors)`` returns their gradients, flattened loss by loss.
         """
         if not tensors:
             return
         first = sum(map(len, self._batches))
-        self._batches.append(
-            gram_operator(gradients_of(tensors), self._n, list(range(len(tensors))), len(tensors))
-        )
+        own_rows = list(range(len(tensors)))
+        grams = gram_operator(gradients_of(tensors), self._n, own_rows, len(tensors))
+        self._batches.append(grams)
         self._places.update(zip(tensors, range(first, first + len(tensors)), strict=True))
 
     def matrices(

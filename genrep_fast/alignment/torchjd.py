@@ -1,4 +1,4 @@
-"""GenRep's alignment as a weighting of TorchJD, the only part of the package that imports TorchJD."""
+"""GenRep's alignment as a weighting of TorchJD; the one module that imports TorchJD."""
 
 from __future__ import annotations
 
@@ -19,12 +19,11 @@ except ImportError as error:
 
 
 class GenRepWeighting(Weighting):
-    """Weights of two gradients whose parallel parts GenRep damps, e.g. for TorchJD's
-    ``GramianWeightedAggregator(GenRepWeighting())``.
+    """Weights of two gradients whose parallel parts GenRep damps, for TorchJD.
 
-    Called with a Gramian [2, 2] of any floating dtype, it returns weights [2] of that dtype and
-    device that carry no gradient; the aggregate is that of `align_gradients` (GenRep, Li, Yang and
-    Wang, ICLR 2026).
+    E.g. ``GramianWeightedAggregator(GenRepWeighting())``. Called with a Gramian [2, 2] of any
+    floating dtype, it returns weights [2] of that dtype and device that carry no gradient; the
+    aggregate is that of `align_gradients` (GenRep, Li, Yang and Wang, ICLR 2026).
 
     Args:
         weights: of the first and the second objective.
@@ -46,9 +45,9 @@ class GenRepWeighting(Weighting):
         """Weights [2] of the gradients whose inner products are `gramian` [2, 2]."""
         if gramian.shape != (2, 2):
             raise ValueError(f"gramian must have shape (2, 2), got {tuple(gramian.shape)}")
-        return genrep(
-            gramian.double()[None], gramian.dtype, weights=self.weights, power=self.power
-        )[0].to(gramian.dtype)
+        gram = gramian.double()[None]  # [1, 2, 2]
+        weights = genrep(gram, gramian.dtype, weights=self.weights, power=self.power)
+        return weights[0].to(gramian.dtype)
 
     def extra_repr(self) -> str:
         return f"weights={self.weights}, power={self.power}"

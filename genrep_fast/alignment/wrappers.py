@@ -1,5 +1,6 @@
-"""What stands between a user's module and its parameters: torch.compile, data parallelism,
-averages, sharding.
+"""What stands between a user's module and its parameters.
+
+That is torch.compile, data parallelism, averages and sharding.
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-_COMPILED = "_orig_mod"  # where torch.compile keeps the module
-_FORWARD = "_forward_module"  # where Lightning Fabric does
+# Where torch.compile and Lightning Fabric keep the module.
+_COMPILED = "_orig_mod"
+_FORWARD = "_forward_module"
 _HOLDERS = (DistributedDataParallel, DataParallel, AveragedModel)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside of torch.compile, DistributedDataParallel, DataParallel, AveragedModel and
-    Fabric's wrapper.
+    """The module inside of its wrappers.
+
+    Those are torch.compile, DistributedDataParallel, DataParallel, AveragedModel and Fabric's.
     """
     while True:
         inner = _inside(module)
@@ -55,8 +58,9 @@ def plain_name(name: str) -> str:
 
 
 def plain_names(names: Sequence[str]) -> list[str]:
-    """`plain_name` of all, and without the ``module.`` that data-parallel wrappers put before every
-    one of them.
+    """`plain_name` of all, without the ``module.`` of data-parallel wrappers.
+
+    It goes where every name begins with it.
     """
     names = [plain_name(name) for name in names]
     while names and all(name.startswith("module.") for name in names):
@@ -75,8 +79,9 @@ def is_sharded(parameter: Tensor) -> bool:
 
 
 def is_data_parallel(parameters: Iterable[Tensor]) -> bool:
-    """Whether a DistributedDataParallel holds one of `parameters`; looks at every object that
-    Python knows.
+    """Whether a DistributedDataParallel holds one of `parameters`.
+
+    Looks at every object that Python knows.
     """
     wanted = {id(parameter) for parameter in parameters}
     for candidate in gc.get_objects():
