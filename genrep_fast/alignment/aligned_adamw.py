@@ -37,9 +37,9 @@ class AlignedAdamW(torch.optim.Optimizer):
 
     State dicts are those of `torch.optim.AdamW` and load both ways; the averages are not in them.
     With a GradScaler, ``scaler.step`` works and ``scaler.unscale_`` does not: `max_norm` clips, in
-    unscaled units. Between the collection and the step one parameter's ``.grad`` holds a copy of a
-    gradient, for a GradScaler to look at and for nothing else: to write to it, replace it or set it
-    to None is an error that ``step()`` raises.
+    unscaled units. Between the collection and the step ``.grad``
+    shows the gradients of the loss that was collected last, for a GradScaler and whoever else looks
+    at them: to write to one, replace it or set it to None is an error that ``step()`` raises.
 
     Args:
         params: parameters, named parameters or groups of them, as `torch.optim.AdamW` takes them;

@@ -36,7 +36,7 @@ from ..ops.alignment import (
 )
 from .collected import Buckets, HeldMemory
 from .groups import check_names, check_not_sharded, key_function, named_parameters
-from .left_gradients import WATCHED_ELEMENTS, Fate, LeftGradients
+from .left_gradients import Fate, LeftGradients
 from .rules import least_accurate_dtype, resolve_rule
 from .tensor_grams import TensorGrams
 from .wrappers import is_data_parallel, parameters_inside, plain_name, unwrapped, world_size
@@ -223,13 +223,13 @@ class GradientAligner:
         before = list(self._passes)
         try:
             for position, (name, loss) in enumerate(zip(self.names, losses, strict=True)):
+                self._clear_gradients()
                 retain_graph = position < len(losses) - 1
                 with self._block(name):
                     if backward is None:
                         loss.backward(retain_graph=retain_graph)
                     else:
                         backward(loss, retain_graph=retain_graph)
-                self._clear_gradients()
         except BaseException:
             if not any(before):
                 self._reset()
@@ -543,42 +543,33 @@ class GradientAligner:
     def _leave(self, latest: int = 0) -> None:
         """Leave in ``.grad`` what shows whether somebody drops or changes what was collected.
 
-        That is a gradient of each parameter, of the loss `latest` where it has one. Once an
-        optimizer has all that it needs it is one of them alone, with a NaN where any gradient is
-        not finite: GradScaler looks for such values in ``.grad`` alone, insists on finding one
-        there, and writes to it.
+        That is a gradient of each parameter, of the loss `latest` where it has one. Where a
+        GradScaler is expected, the smallest is a copy: GradScaler looks for values that are not
+        finite in ``.grad`` alone.
         """
         if self._broken:
-            return
-        complete = all(self._passes)
-        if complete and self._optimizer() is not None:
-            self._clear_gradients()
-            self._leave_marker()
             return
         shown = list(self._gradients[latest])
         for gradients in self._gradients:
             for index, gradient in enumerate(gradients):
                 if shown[index] is None:
                     shown[index] = gradient
+        watched: list[int] = []
+        if all(self._passes):
+            watched = self._current_layout().watched
+            if watched and self._optimizer() is not None and self._scaler_expected:
+                shown[watched[0]] = self._with_overflow(shown[watched[0]])
         indices = [index for index, gradient in enumerate(shown) if gradient is not None]
-        smallest = self._current_layout().smallest if complete else None
-        watched = None if smallest is None else shown[smallest]
-        parameters = [self.parameters[index] for index in indices]
-        self._left.leave(parameters, [shown[index] for index in indices], watched)
+        self._left.leave(
+            [self.parameters[index] for index in indices],
+            [shown[index] for index in indices],
+            [shown[index] for index in watched],
+        )
 
-    def _leave_marker(self) -> None:
-        index = self._current_layout().smallest
-        self._marker_checked = self._scaler_expected
-        if index is None:
-            return
-        of_losses = [gradients[index] for gradients in self._gradients]
-        marker = next(gradient for gradient in of_losses if gradient is not None)
-        if self._scaler_expected or marker.numel() <= WATCHED_ELEMENTS:
-            # A copy, with ones in place of zeros, on which scaling would not show.
-            marker = torch.where(marker == 0, 1.0, marker)
-        if self._scaler_expected:
-            marker += self.overflow().to(marker.dtype)
-        self._left.leave([self.parameters[index]], [marker], marker)
+    def _with_overflow(self, gradient: Tensor) -> Tensor:
+        """A copy of `gradient` for a GradScaler: NaN where anything collected is not finite."""
+        self._marker_checked = True
+        return gradient + self.overflow().to(gradient.dtype)
 
     def _check_left(self, *, written_by_scaler: bool = False) -> None:
         """Drop what was collected where ``zero_grad`` dropped what was left of it.
@@ -691,8 +682,7 @@ class GradientAligner:
         return self._layout
 
     def _new_layout(self, key: tuple[list[list[bool]], int]) -> _Layout:
-        layout = _Layout(key, [], [], [], [], [], [], [], None)
-        smallest = None
+        layout = _Layout(key, [], [], [], [], [], [], [], [])
         for index, reached in enumerate(zip(*key[0], strict=True)):
             if not any(reached):
                 continue
@@ -707,11 +697,25 @@ class GradientAligner:
             if group >= 0:
                 layout.aligned.append(index)
                 layout.aligned_groups.append(group)
-            numel = self.parameters[index].numel()
-            if numel and (smallest is None or numel < self.parameters[smallest].numel()):
-                smallest = index
         rows = [row if row >= 0 else len(layout.aligned) for row in layout.rows]
-        return layout._replace(rows=rows, smallest=smallest)
+        return layout._replace(rows=rows, watched=self._watched(layout.indices))
+
+    def _watched(self, indices: list[int]) -> list[int]:
+        """The smallest parameter, the smallest matrix or tensor of more axes, and the largest."""
+
+        def size(index: int) -> int:
+            return self.parameters[index].numel()
+
+        indices = [index for index in indices if size(index)]
+        if not indices:
+            return []
+        matrices = [index for index in indices if self.parameters[index].ndim > 1]
+        watched = [
+            min(indices, key=size),
+            min(matrices or indices, key=size),
+            max(indices, key=size),
+        ]
+        return list(dict.fromkeys(watched))
 
     def _gradients_of(self, indices: list[int]) -> list[Tensor | None]:
         """Gradients of parameters, flattened loss by loss."""
@@ -807,8 +811,8 @@ class _Layout(NamedTuple):
     # Parameters that all losses reach and that have a group.
     aligned: list[int]
     aligned_groups: list[int]
-    # Of the parameters with elements.
-    smallest: int | None
+    # Parameters of which gradients' values are compared, the smallest first.
+    watched: list[int]
 
 
 def check_max_norm(max_norm: float | None) -> float | None:

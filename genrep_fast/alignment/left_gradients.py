@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 # As many of a gradient's values are compared with what they were.
-WATCHED_ELEMENTS = 4096
+_WATCHED_ELEMENTS = 4096
 
 
 class Fate(enum.Enum):
@@ -22,8 +22,8 @@ class Fate(enum.Enum):
 class LeftGradients:
     """Gradients that stay in ``.grad`` between two blocks, so that changes to them are noticed.
 
-    They are the collected tensors themselves, or one of them alone. The values of a watched one, or
-    a part of them, are compared, since a write through ``.data`` counts no version.
+    They are the collected tensors themselves. The values of the watched ones, or a part of them,
+    are compared, since a write through ``.data`` counts no version.
     """
 
     def __init__(self):
@@ -36,13 +36,13 @@ class LeftGradients:
         # Counts of the writes to them.
         self._versions: list[int] = []
         self._of: dict[int, Tensor] = {}
-        # A part of what was left, and a copy.
-        self._watched: tuple[Tensor, Tensor] | None = None
+        # Parts of what was left, and copies.
+        self._watched: list[tuple[Tensor, Tensor]] = []
 
     def leave(
-        self, parameters: list[Tensor], gradients: list[Tensor], watched: Tensor | None = None
+        self, parameters: list[Tensor], gradients: list[Tensor], watched: list[Tensor]
     ) -> None:
-        """Put `gradients` into the ``.grad`` of `parameters`; `watched` is one of them, or None."""
+        """Put `gradients` into the ``.grad`` of `parameters`; `watched` are some of them."""
         self.clear()
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if parameter.grad is not gradient:
@@ -50,9 +50,8 @@ class LeftGradients:
         self._parameters, self._gradients = parameters, gradients
         self._versions = [gradient._version for gradient in gradients]
         self._of = dict(zip(map(id, parameters), gradients, strict=True))
-        if watched is not None:
-            part = _part(watched)
-            self._watched = (part, part.clone())
+        parts = map(_part, watched)
+        self._watched = [(part, part.clone()) for part in parts]
 
     def take_back(self) -> None:
         """Take away what was left, where it still lies."""
@@ -89,14 +88,13 @@ class LeftGradients:
 
         On a GPU it is raised when the device gets there.
         """
-        if self._watched is not None:
-            gradient, copy = self._watched
+        for gradient, copy in self._watched:
             same = (gradient == copy) | (gradient.isnan() & copy.isnan())
             torch._assert_async(same.all(), message)
 
 
 def _part(tensor: Tensor) -> Tensor:
     """A view of `tensor`, or of a part of it that takes no time to compare."""
-    while tensor.numel() > WATCHED_ELEMENTS:
-        tensor = tensor[0] if tensor.ndim > 1 else tensor[:WATCHED_ELEMENTS]
+    while tensor.numel() > _WATCHED_ELEMENTS:
+        tensor = tensor[0] if tensor.ndim > 1 else tensor[:_WATCHED_ELEMENTS]
     return tensor

@@ -269,8 +269,20 @@ def add_a_third_loss(parameters):
 
 
 def set_one(parameters):
-    parameter = next(parameter for parameter in parameters if parameter.grad is None)
+    parameter = list(parameters)[-1]
     parameter.grad = torch.ones_like(parameter)
+
+
+def scale_data_of_matrices(parameters):
+    for parameter in parameters:
+        if parameter.grad is not None and parameter.ndim > 1:
+            parameter.grad.data.mul_(0.5)
+
+
+def center_data(parameters):
+    for parameter in parameters:
+        if parameter.grad is not None and parameter.ndim > 1:
+            parameter.grad.data.sub_(parameter.grad.mean(dim=1, keepdim=True))
 
 
 def set_none(parameters):
@@ -294,6 +306,9 @@ TOUCHES = [
     set_none,
     add_a_third_loss,
     set_one,
+    drop_one,
+    scale_data_of_matrices,
+    center_data,
 ]
 
 
@@ -316,7 +331,9 @@ def test_the_fused_step_refuses_a_grad_that_was_touched(touch, scaled):
     assert not optimizer.state
 
 
-@pytest.mark.parametrize("touch", [scale, scale_data, replace, set_one])
+@pytest.mark.parametrize(
+    "touch", [scale, scale_data, scale_data_of_matrices, center_data, replace, drop_one, set_one]
+)
 def test_align_refuses_a_grad_that_was_touched(touch):
     net = Net()
     aligner = gf.GradientAligner(net)

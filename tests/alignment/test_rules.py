@@ -313,7 +313,7 @@ def angle_to_dependence(jacobian, sign):
     return 2 * np.arcsin((units[1] - sign * units[0]).norm().item() / 2)
 
 
-@pytest.mark.parametrize("length", [1, 1 / 3, 1e-2])
+@pytest.mark.parametrize("length", [1, 1e-2])
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize(("dtype", "scale"), SCALED_LOW)
 @pytest.mark.parametrize("name", [name for name in RULES if name != "genrep"])
@@ -399,11 +399,11 @@ def test_the_least_accurate_gradient_decides(monkeypatch):
 @pytest.mark.parametrize(
     "kind", ["sum", "parallel", "opposite", "sum and parallel", "all parallel"]
 )
-@pytest.mark.parametrize("n", [3, 4, 5, 8])
+@pytest.mark.parametrize("n", [3, 8])
 @pytest.mark.parametrize(("dtype", "scale"), SCALED_LOW)
 @pytest.mark.parametrize("name", RANKED)
 def test_dependent_gradients_of_lower_precision_are_dependent(name, dtype, scale, n, kind):
-    for seed in range(3):
+    for seed in range(2):
         jacobian = random_jacobians(1, n, 1009, seed=seed)[0] / 100
         if kind.startswith("sum"):
             jacobian[2] = jacobian[0] + jacobian[1]
@@ -538,8 +538,15 @@ def test_a_non_finite_matrix_stays_alone(name, n, value, dtype):
 # No synchronisation, no graph break
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("name", "n"), [*((name, 2) for name in RULES), ("config", 3)])
+# A dtype decides upon a number, the tolerance: one stands for all but for the rule of most branches.
+COMPILED = [(name, 2, torch.float32) for name in RULES]
+COMPILED += [("config", 2, torch.float64), ("config", 2, torch.bfloat16)]
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "dtype"),
+    [*COMPILED, pytest.param("config", 3, torch.float32, marks=pytest.mark.slow)],
+)
 def test_compiles_without_a_graph_break(name, n, dtype):
     matrices = gram(random_jacobians(4, n))
     torch._dynamo.reset()
@@ -549,9 +556,8 @@ def test_compiles_without_a_graph_break(name, n, dtype):
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("name", "n"), [*((name, 2) for name in RULES), *((name, 8) for name in ANY_N)]
+    ("name", "n", "dtype"), [*COMPILED, *((name, 8, torch.float32) for name in ANY_N)]
 )
 def test_reads_no_value_on_the_host(name, n, dtype):
     """A meta tensor has no values: whoever asks for one fails, and so does a constant made on
@@ -798,6 +804,7 @@ def test_genrep_weighting_tells_what_it_is():
         GenRepWeighting()(torch.eye(3))
 
 
+@pytest.mark.slow
 def test_torchjd_stays_optional():
     """Neither the package nor a rule imports TorchJD; GenRepWeighting says what is missing where it
     is not installed.
