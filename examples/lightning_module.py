@@ -1,9 +1,8 @@
-"""One network that classifies and denoises scikit-learn's digits, as a Lightning module. Needs
-lightning, diffusers and scikit-learn.
+"""One network that classifies and denoises scikit-learn's digits, as a Lightning module.
 
-The lines marked NEW are what gradient alignment changes. Two backward passes a step are manual
-optimization for Lightning, which leaves clipping (`max_norm`) and accumulation (several calls of
-`aligner.backward` before a step) to the module.
+Needs lightning, diffusers and scikit-learn. The lines marked NEW are what gradient alignment
+changes. Two backward passes a step are manual optimization for Lightning, which leaves clipping
+(`max_norm`) and accumulation (several calls of `aligner.backward` before a step) to the module.
 """
 
 import argparse
@@ -20,8 +19,9 @@ import genrep_fast as gf
 
 
 class DigitsModule(L.LightningModule):
-    """A convolutional trunk with two heads over images [N, 1, 8, 8], their timesteps [N] and labels
-    [N]; label 10 stands for no class.
+    """A convolutional trunk with two heads: images [N, 1, 8, 8], timesteps [N], labels [N].
+
+    Label 10 stands for no class.
     """
 
     def __init__(self, width: int = 32, learning_rate: float = 3e-3):
@@ -29,47 +29,40 @@ class DigitsModule(L.LightningModule):
         self.save_hyperparameters()
         self.automatic_optimization = False  # NEW
         self.scheduler = DDPMScheduler(prediction_type="sample")
-        self.embed_time, self.embed_label = nn.Linear(1, width), nn.Embedding(11, width)
+        self.embed_time = nn.Linear(1, width)
+        self.embed_label = nn.Embedding(11, width)
         self.stem = nn.Conv2d(1, width, 3, padding=1)
         self.blocks = nn.ModuleList(
             nn.Sequential(nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1))
             for _ in range(4)
         )
-        self.to_logits, self.to_pixels = (
-            nn.Linear(width * 16, 10),
-            nn.Conv2d(width, 1, 3, padding=1),
-        )
+        self.to_logits = nn.Linear(width * 16, 10)
+        self.to_pixels = nn.Conv2d(width, 1, 3, padding=1)
 
     def trunk(self, x, timesteps, labels):
-        hidden = (
-            self.stem(x)
-            + (self.embed_time(timesteps[:, None] / 1000) + self.embed_label(labels))[
-                :, :, None, None
-            ]
-        )
+        embedding = self.embed_time(timesteps[:, None] / 1000) + self.embed_label(labels)
+        hidden = self.stem(x) + embedding[:, :, None, None]
         for block in self.blocks:
             hidden = hidden + block(hidden)
         return hidden
 
     def classify(self, x):
         timesteps = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        return self.to_logits(F.avg_pool2d(self.trunk(x, timesteps, timesteps + 10), 2).flatten(1))
+        hidden = self.trunk(x, timesteps, timesteps + 10)
+        return self.to_logits(F.avg_pool2d(hidden, 2).flatten(1))
 
     def configure_optimizers(self):
-        # NEW, was: torch.optim.AdamW(self.parameters(), lr=self.hparams.learning_rate). The aligner
-        # is the optimizer's and no attribute of the module: modules are copied, by WeightAveraging
-        # for one, and an aligner, which belongs to its parameters, cannot be.
+        # NEW, was: torch.optim.AdamW(self.parameters(), lr=self.hparams.learning_rate).
+        # The aligner is the optimizer's and no attribute of the module: modules are copied, by
+        # WeightAveraging for one, and an aligner, which belongs to its parameters, cannot be.
         optimizer = gf.AlignedAdamW(
             self.parameters(),
             lr=self.hparams.learning_rate,
             aligner=gf.GradientAligner(self),
             max_norm=1.0,
         )
-        return [optimizer], [
-            torch.optim.lr_scheduler.CosineAnnealingLR(
-                optimizer, self.trainer.estimated_stepping_batches
-            )
-        ]
+        steps = self.trainer.estimated_stepping_batches
+        return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)]
 
     def training_step(self, batch, batch_idx):
         x, y = batch
@@ -79,16 +72,15 @@ class DigitsModule(L.LightningModule):
         generation = F.mse_loss(self.to_pixels(self.trunk(x_t, t, y)), x)
 
         optimizer = self.optimizers()
-        # NEW, was: return 0.7 * perception + 0.3 * generation. The rest of the step was the
-        # Trainer's.
+        # NEW, was: return 0.7 * perception + 0.3 * generation.
+        # The rest of the step was the Trainer's.
         optimizer.aligner.backward(perception, generation, backward=self.manual_backward)
         optimizer.step()
         optimizer.zero_grad()
         self.lr_schedulers().step()
         cosine = optimizer.aligner.stats.cosine.mean()
-        self.log_dict(
-            {"perception": perception, "generation": generation, "cosine": cosine}, prog_bar=True
-        )
+        losses = {"perception": perception, "generation": generation}
+        self.log_dict({**losses, "cosine": cosine}, prog_bar=True)
 
     def test_step(self, batch, batch_idx):
         x, y = batch
@@ -98,11 +90,14 @@ class DigitsModule(L.LightningModule):
 def main(epochs: int) -> None:
     L.seed_everything(0)
     images, labels = (torch.as_tensor(array) for array in load_digits(return_X_y=True))
-    train, test = random_split(
-        TensorDataset(images.float().reshape(-1, 1, 8, 8) / 8 - 1, labels), [1400, 397]
-    )
+    dataset = TensorDataset(images.float().reshape(-1, 1, 8, 8) / 8 - 1, labels)
+    train, test = random_split(dataset, [1400, 397])
     trainer = L.Trainer(
-        max_epochs=epochs, devices=1, logger=False, enable_checkpointing=False, log_every_n_steps=10
+        max_epochs=epochs,
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        log_every_n_steps=10,
     )
     module = DigitsModule()
     trainer.fit(module, DataLoader(train, batch_size=100, shuffle=True))

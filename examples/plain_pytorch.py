@@ -1,9 +1,8 @@
-"""One network that classifies and denoises scikit-learn's digits, in a plain PyTorch loop. Needs
-diffusers and scikit-learn.
+"""One network that classifies and denoises scikit-learn's digits, in a plain PyTorch loop.
 
-The lines marked NEW are what gradient alignment changes. The perception loss shows posterior
-scoring besides: the classifier learns from labels and from the denoiser, whose error under each
-class is a Monte Carlo estimate of log p(x|y).
+Needs diffusers and scikit-learn. The lines marked NEW are what gradient alignment changes. The
+perception loss shows posterior scoring besides: the classifier learns from labels and from the
+denoiser, whose error under each class is a Monte Carlo estimate of log p(x|y).
 """
 
 import argparse
@@ -19,24 +18,27 @@ import genrep_fast as gf
 
 
 class Network(nn.Module):
-    """A trunk with two heads over images [N, 64], their timesteps [N] and labels [N]; label 10
-    stands for no class.
+    """A trunk with two heads over images [N, 64], their timesteps [N] and labels [N].
+
+    Label 10 stands for no class.
     """
 
     def __init__(self, width: int = 256):
         super().__init__()
-        self.pixels, self.time, self.label = (
-            nn.Linear(64, width),
-            nn.Linear(1, width),
-            nn.Embedding(11, width),
-        )
+        self.pixels = nn.Linear(64, width)
+        self.time = nn.Linear(1, width)
+        self.label = nn.Embedding(11, width)
         self.blocks = nn.ModuleList(
             nn.Sequential(
-                nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width)
+                nn.LayerNorm(width),
+                nn.Linear(width, width),
+                nn.SiLU(),
+                nn.Linear(width, width),
             )
             for _ in range(3)
         )
-        self.to_logits, self.to_pixels = nn.Linear(width, 10), nn.Linear(width, 64)
+        self.to_logits = nn.Linear(width, 10)
+        self.to_pixels = nn.Linear(width, 64)
 
     def trunk(self, x, timesteps, labels):
         hidden = self.pixels(x) + self.time(timesteps[:, None] / 1000) + self.label(labels)
@@ -59,10 +61,10 @@ def log_likelihood(network, scheduler, x, timesteps):
     labels = torch.arange(10, device=x.device).repeat(len(x))
     for timestep in timesteps:
         x_t = scheduler.add_noise(x, torch.randn_like(x), timestep.expand(len(x)))
-        x_t = x_t.repeat_interleave(10, 0)  # the same noise for all classes
-        output = network.denoise(x_t, timestep.expand(len(x_t)), labels).unflatten(
-            0, (len(x), 10, 1)
-        )  # [N, K, 1 step, 64]
+        # The same noise for all classes.
+        x_t = x_t.repeat_interleave(10, 0)
+        output = network.denoise(x_t, timestep.expand(len(x_t)), labels)
+        output = output.unflatten(0, (len(x), 10, 1))  # [N, K, 1 step, 64]
         scorer.update(x, output, gf.StepCoefficients.elbo(scheduler, timestep[None]))
     return scorer.log_likelihood()
 
@@ -70,53 +72,51 @@ def log_likelihood(network, scheduler, x, timesteps):
 def main(epochs: int) -> None:
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    images, labels = (
-        torch.as_tensor(array, device=device) for array in load_digits(return_X_y=True)
-    )
-    images = images.float() / 8 - 1
+    images, labels = load_digits(return_X_y=True)
+    images = torch.as_tensor(images, device=device).float() / 8 - 1
+    labels = torch.as_tensor(labels, device=device)
     train, calibration, test = torch.randperm(len(images), device=device).split([1200, 200, 397])
-    scheduler, timesteps = (
-        DDPMScheduler(prediction_type="sample"),
-        torch.arange(100, 900, 200, device=device),
-    )
+    scheduler = DDPMScheduler(prediction_type="sample")
+    timesteps = torch.arange(100, 900, 200, device=device)
 
     network = Network().to(device)
-    teacher = copy.deepcopy(network)  # becomes a moving average of the network
+    # The teacher becomes a moving average of the network.
+    teacher = copy.deepcopy(network)
     aligner = gf.GradientAligner(network)  # NEW
     # NEW, was: torch.optim.AdamW(network.parameters(), lr=2e-3)
     optimizer = gf.AlignedAdamW(
         network.parameters(), lr=2e-3, aligner=aligner, ema=teacher, ema_decay=0.99
     )
 
-    temperature = 1e6  # a teacher that has learned nothing calls all classes equally likely
+    # A teacher that has learned nothing calls all classes equally likely.
+    temperature = 1e6
     for epoch in range(epochs):
         for batch in train[torch.randperm(len(train), device=device)].split(100):
-            x, y, t = images[batch], labels[batch], torch.randint(1000, batch.shape, device=device)
+            x, y = images[batch], labels[batch]
+            t = torch.randint(1000, batch.shape, device=device)
             logits = network.classify(x)
-            distillation = gf.distillation_loss(
-                logits, log_likelihood(teacher, scheduler, x, timesteps), temperature=temperature
-            )
+            scores = log_likelihood(teacher, scheduler, x, timesteps)
+            distillation = gf.distillation_loss(logits, scores, temperature=temperature)
             perception = F.cross_entropy(logits, y) + 0.3 * distillation
-            generation = F.mse_loss(
-                network.denoise(scheduler.add_noise(x, torch.randn_like(x), t), t, y), x
-            )
+            x_t = scheduler.add_noise(x, torch.randn_like(x), t)
+            generation = F.mse_loss(network.denoise(x_t, t, y), x)
 
-            aligner.backward(
-                perception, generation
-            )  # NEW, was: (0.7 * perception + 0.3 * generation).backward()
+            # NEW, was: (0.7 * perception + 0.3 * generation).backward()
+            aligner.backward(perception, generation)
             optimizer.step()
             optimizer.zero_grad()
         scores = log_likelihood(teacher, scheduler, images[calibration], timesteps)
         temperature = gf.fit_temperature(scores, labels[calibration])
         accuracy = (scores.argmax(1) == labels[calibration]).float().mean()
+        cosine = aligner.stats.cosine.item()
         print(
-            f"epoch {epoch + 1}: perception {perception.item():.3f}, generation {generation.item():.3f}, "
-            f"cosine of the gradients {aligner.stats.cosine.item():+.3f}, teacher's accuracy {accuracy:.3f}"
+            f"epoch {epoch + 1}: perception {perception.item():.3f}, "
+            f"generation {generation.item():.3f}, cosine of the gradients {cosine:+.3f}, "
+            f"teacher's accuracy {accuracy:.3f}"
         )
     with torch.no_grad():
-        print(
-            f"test accuracy {(network.classify(images[test]).argmax(1) == labels[test]).float().mean():.3f}"
-        )
+        predicted = network.classify(images[test]).argmax(1)
+    print(f"test accuracy {(predicted == labels[test]).float().mean():.3f}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""A bank of class chains: the kept steps of many reverse chains a class, run once and scored
-against many batches.
+"""A bank of class chains: kept steps of reverse chains, run once and scored against many batches.
 
 p(x|y) ≈ (1/S) Σ_s N(x; center[y, s], σ_s² I) over S = chains · kept steps (GenRep's class chains).
 """
@@ -51,8 +50,9 @@ _METADATA_CHARACTERS = 2**16
 
 @dataclasses.dataclass(frozen=True)
 class ChainSettings:
-    """How a bank's chains are run: see `ChainBank.build`. `clip_range` is the scheduler's, None
-    where it does not clip.
+    """How a bank's chains are run, as in `ChainBank.build`.
+
+    `clip_range` is the scheduler's, None where it does not clip.
     """
 
     chains: int
@@ -69,8 +69,7 @@ class ChainBank:
 
     Attributes:
         centers: [K, S, *sample_shape], chain by chain.
-        std: [S] float32 (float64 for a float64 bank), the standard deviations that score, floor
-            included.
+        std: [S] float32 (float64 for a float64 bank), the deviations that score, floor included.
         evaluations: samples that went through the network so far, once a step.
     """
 
@@ -85,21 +84,17 @@ class ChainBank:
         drawn: int = 0,
         evaluations: int = 0,
     ):
-        self.centers, self.settings, self.evaluations = centers, settings, evaluations
-        self._timesteps, self._kernel, self._log_variance_ratio, self._drawn = (
-            timesteps,
-            kernel,
-            log_variance_ratio,
-            drawn,
-        )
+        self.centers = centers
+        self.settings = settings
+        self.evaluations = evaluations
+        self._timesteps = timesteps
+        self._kernel = kernel
+        self._log_variance_ratio = log_variance_ratio
+        self._drawn = drawn
         self._coefficients = coefficients.to(centers.device)
         self._kept = range(settings.burn_in, len(timesteps), settings.thin)
-        std = (
-            kernel.score_std[list(self._kept)]
-            .clamp(min=float(settings.sigma_floor))
-            .repeat(settings.chains)
-        )
-        self.std = std.to(centers.device, _run_dtype(centers.dtype))
+        std = kernel.score_std[list(self._kept)].clamp(min=float(settings.sigma_floor))
+        self.std = std.repeat(settings.chains).to(centers.device, _run_dtype(centers.dtype))
         inv_var, log_norm = normal_tables(self.std.double())
         one = torch.ones_like(inv_var)
         scores = StepCoefficients(
@@ -128,9 +123,9 @@ class ChainBank:
         eta: float = 0.0,
         batch_size: int = 512,
     ) -> ChainBank:
-        """Run `chains` reverse chains a class from pure noise and keep every `thin`-th step after
-        the first `burn_in`.
+        """Run `chains` reverse chains a class; keep every `thin`-th step after the first `burn_in`.
 
+        A chain starts from pure noise.
         The paper (GenRep, ICLR 2026) runs one chain of 200 or 250 DDPM steps with the other
         defaults. The bank holds K · chains · ⌈(num_inference_steps − burn_in) / thin⌉ samples.
 
@@ -199,10 +194,10 @@ class ChainBank:
 
     @torch.no_grad()
     def refresh(self, denoiser: Denoiser, *, chains: int = 1, batch_size: int = 512) -> None:
-        """Replace the oldest `chains` chains of every class by new ones, in turn; each new chain
-        has noise of its own.
+        """Replace the oldest `chains` chains of every class by new ones, in turn.
 
-        A bank that was saved and loaded continues with the same noise as one that was not.
+        Each new chain has noise of its own. A bank that was saved and loaded continues with the
+        same noise as one that was not.
 
         Args:
             denoiser, batch_size: as in `build`.
@@ -222,8 +217,9 @@ class ChainBank:
         self._replace(list(self._draw(denoiser, chains, batch_size)), chains)
 
     def log_likelihood(self, x: Tensor) -> Tensor:
-        """Log of the mixture of every class's centres, log (1/S) Σ_s N(x; center, σ_s² I), in nats;
-        differentiable in x.
+        """Log of the mixture of every class's centres, log (1/S) Σ_s N(x; center, σ_s² I), in nats.
+
+        Differentiable in x.
 
         Args:
             x: [B, *sample_shape], floating point, on the bank's device.
@@ -237,13 +233,11 @@ class ChainBank:
             TypeError, ValueError: for a wrong dtype, shape or device.
         """
         if not isinstance(x, Tensor) or not x.is_floating_point():
-            raise TypeError(
-                f"x must be a floating-point tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}"
-            )
+            found = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"x must be a floating-point tensor, got {found}")
         if x.ndim == 0 or x.shape[1:] != self.centers.shape[2:]:
-            raise ValueError(
-                f"x must be [B, {', '.join(map(str, self.centers.shape[2:]))}], got {tuple(x.shape)}"
-            )
+            sizes = ", ".join(map(str, self.centers.shape[2:]))
+            raise ValueError(f"x must be [B, {sizes}], got {tuple(x.shape)}")
         if x.device != self.centers.device:
             raise ValueError(
                 f"x must be on the bank's device {self.centers.device}, got {x.device}"
@@ -255,8 +249,9 @@ class ChainBank:
         return log_likelihood(x, self.centers, self._scores[torch.float32])
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the bank to one safetensors file; a file that was there is replaced as a whole or
-        not at all.
+        """Write the bank to one safetensors file.
+
+        A file that was there is replaced as a whole or not at all.
         """
         # Where running and scoring have the same deviation it is one tensor, which safetensors
         # refuses to write twice.
@@ -277,12 +272,12 @@ class ChainBank:
 
     @classmethod
     def load(cls, path: str | os.PathLike, device: torch.device | str = "cpu") -> ChainBank:
-        """Read a bank that `save` wrote, bit by bit, onto `device`; on the CPU its centres stay in
-        the file, mapped into memory.
+        """Read a bank that `save` wrote, bit by bit, onto `device`.
 
-        Nothing in the file is trusted: settings and tensors are checked against each other before
-        anything is allocated. The centres' values are not, as a chain that diverged holds
-        infinities or NaN in its own class, and the bank that was saved works with them.
+        On the CPU its centres stay in the file, mapped into memory. Nothing in the file is trusted:
+        settings and tensors are checked against each other before anything is allocated. The
+        centres' values are not, as a chain that diverged holds infinities or NaN in its own class,
+        and the bank that was saved works with them.
 
         Raises:
             FileNotFoundError: where there is no such file.
@@ -307,40 +302,38 @@ class ChainBank:
         return cls(centers.to(device), *rest)
 
     def _log_likelihood_in_parts(self, x: Tensor) -> Tensor:
-        """`log_likelihood` from parts of the images and of the classes, `_REFERENCE_ELEMENTS`
-        residuals at once.
-        """
+        """`log_likelihood`, from `_REFERENCE_ELEMENTS` residuals of images and classes at once."""
         dtype, elements = reference.accumulation_dtype(x), max(self.centers[0].numel(), 1)
         classes = min(max(_REFERENCE_ELEMENTS // elements, 1), len(self.centers))
         images = max(_REFERENCE_ELEMENTS // (elements * classes), 1)
 
         def score(part: Tensor, centers: Tensor) -> Tensor:
-            return log_likelihood(
-                part, centers.to(dtype) if dtype == torch.float64 else centers, self._scores[dtype]
-            )
+            if dtype == torch.float64:
+                centers = centers.to(dtype)
+            return log_likelihood(part, centers, self._scores[dtype])
 
-        return torch.cat(
-            [
-                torch.cat([score(part, group) for group in self.centers.split(classes)], 1)
-                for part in x.split(images)
-            ]
-        )
+        rows = []
+        for part in x.split(images):
+            scores = [score(part, group) for group in self.centers.split(classes)]
+            rows.append(torch.cat(scores, 1))
+        return torch.cat(rows)
 
     def _draw(
         self, denoiser: Denoiser, chains: int, batch_size: int
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """The next `chains` chains of every class: their labels [N], places among the class's
-        chains [N] and centres [N, kept, ...].
+        """The next `chains` chains of every class, a batch at a time.
+
+        Yields:
+            Their labels [N], their places among the class's chains [N] and centres [N, kept, ...].
         """
         device, num_classes = self.centers.device, len(self.centers)
-        number = torch.arange(
-            self._drawn, self._drawn + chains, device=device
-        )  # counts every chain of a class ever drawn
+        # Counts every chain of a class ever drawn.
+        number = torch.arange(self._drawn, self._drawn + chains, device=device)
         slots, generation = number % self.settings.chains, number // self.settings.chains
         labels = torch.arange(num_classes, device=device)[:, None]  # [K, 1]
-        chain_ids = (
-            generation * num_classes + labels
-        ) * self.settings.chains + slots  # [K, chains], never used twice
+        # No id is used twice.
+        family = generation * num_classes + labels
+        chain_ids = family * self.settings.chains + slots  # [K, chains]
         rows = (
             tensor.expand_as(chain_ids).flatten().split(batch_size)
             for tensor in (labels, slots, chain_ids)
@@ -349,9 +342,8 @@ class ChainBank:
             yield batch_labels, batch_slots, self._run(denoiser, batch_labels, batch_ids)
 
     def _replace(self, drawn: Iterable[tuple[Tensor, Tensor, Tensor]], chains: int) -> None:
-        by_chain = self.centers.unflatten(
-            1, (self.settings.chains, -1)
-        )  # [K, chains, kept, *sample_shape], a view
+        # A view, [K, chains, kept, *sample_shape].
+        by_chain = self.centers.unflatten(1, (self.settings.chains, -1))
         for labels, slots, centers in drawn:
             by_chain[labels, slots] = centers
         self._drawn += chains
@@ -360,21 +352,19 @@ class ChainBank:
     def _run(self, denoiser: Denoiser, labels: Tensor, chain_ids: Tensor) -> Tensor:
         """Kept centres [N, kept, *sample_shape] of N whole chains from pure noise."""
         shape = self.centers.shape[2:]
-        x_t = chain_noise(self.settings.seed, chain_ids, INITIAL_ROW, shape).to(
-            _run_dtype(self.centers.dtype)
-        )
+        noise = chain_noise(self.settings.seed, chain_ids, INITIAL_ROW, shape)
+        x_t = noise.to(_run_dtype(self.centers.dtype))
         kept = []
         for row, timestep in enumerate(self._timesteps):
             output = denoiser(x_t, timestep.to(x_t.device).expand(len(x_t)), labels).to(x_t.dtype)
-            if output[:, : shape[0]].shape != x_t.shape:
-                raise ValueError(
-                    f"denoiser must return {tuple(x_t.shape)} up to further channels, got {tuple(output.shape)}"
-                )
-            sample, mean = self._predict(row, x_t, output[:, : shape[0]])
+            prediction = output[:, : shape[0]]
+            if prediction.shape != x_t.shape:
+                wanted = f"{tuple(x_t.shape)} up to further channels"
+                raise ValueError(f"denoiser must return {wanted}, got {tuple(output.shape)}")
+            sample, mean = self._predict(row, x_t, prediction)
             if row in self._kept:
-                kept.append(
-                    (mean if self.settings.center == "mean" else sample).to(self.centers.dtype)
-                )
+                center = mean if self.settings.center == "mean" else sample
+                kept.append(center.to(self.centers.dtype))
             std_scale = None
             if self._log_variance_ratio is not None:
                 std_scale = learned_std_scale(output, shape[0], self._log_variance_ratio[row])
@@ -390,9 +380,7 @@ class ChainBank:
         return torch.stack(kept, 1)
 
     def _predict(self, row: int, x_t: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
-        """The clean sample, clipped where the scheduler clips, and the mean of the step that
-        follows from it.
-        """
+        """The clean sample, clipped where the scheduler clips, and the mean of the step from it."""
         step = ReverseKernel(*(table[row] for table in self._kernel))
         sample = step.sample_noisy * x_t + step.sample_output * output
         if self.settings.clip_range is not None:
@@ -402,15 +390,14 @@ class ChainBank:
 
 
 def _runs_on_the_reference(x: Tensor) -> bool:
-    """Whether no kernel scores x, but the reference, which writes out the residual of every image,
-    class and step.
+    """Whether the reference scores x, and no kernel.
+
+    The reference writes out the residual of every image, class and step.
     """
     if x.dtype == torch.float64 or torch.compiler.is_compiling():
         return x.dtype == torch.float64
-    return (
-        select_implementation("log_likelihood", x.device.type, float64=False)
-        is reference.log_likelihood
-    )
+    selected = select_implementation("log_likelihood", x.device.type, float64=False)
+    return selected is reference.log_likelihood
 
 
 def _check_device(device: torch.device | str) -> None:
@@ -420,17 +407,14 @@ def _check_device(device: torch.device | str) -> None:
     # torch has errors of several types for this, AssertionError among them.
     except Exception as error:
         reason = " ".join(str(error).split())
-        raise ValueError(
-            f"device must be one that this torch can use, got {device!r}: {reason}"
-        ) from error
+        message = f"device must be one that this torch can use, got {device!r}: {reason}"
+        raise ValueError(message) from error
     if torch.device(device).type == "meta":
         raise ValueError(f"device must hold values, got {device!r}")
 
 
 def _refuse(path: str | os.PathLike, error: Exception) -> NoReturn:
-    """Raise ValueError with one line that says why `path` is no bank; what it quotes from the file
-    is cut.
-    """
+    """Raise ValueError with one line, of limited length, that says why `path` is no bank."""
     reason = " ".join(str(error).split()) or type(error).__name__
     if len(reason) > 300:
         reason = f"{reason[:300]} …"
@@ -461,52 +445,17 @@ def _parts_of_a_bank(metadata: dict[str, str], tensors: dict[str, Tensor]) -> tu
     try:
         _check_centers(centers.dtype, num_classes, tuple(sample_shape))
     except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"centers {centers.dtype} of shape {tuple(centers.shape)}: {error}"
-        ) from error
+        found = f"centers {centers.dtype} of shape {tuple(centers.shape)}"
+        raise ValueError(f"{found}: {error}") from error
     kept = len(range(settings.burn_in, steps, settings.thin))
     if num_centers != settings.chains * kept:
-        raise ValueError(
-            f"centers must hold {settings.chains} chains of {kept} kept steps a class, as the settings say, got {num_centers} centres"
-        )
-    kernel = ReverseKernel(**{name: tensors[name] for name in ReverseKernel._fields})
-    tables = {name: tensors[f"coefficients.{name}"] for name in _COEFFICIENTS}
-    ratio = tensors.get("log_variance_ratio")
-    for name, table in kernel._asdict().items():
-        _check_table(name, table, steps, torch.float64)
-    for name, table in tables.items():
-        _check_table(
-            f"coefficients.{name}",
-            table,
-            steps,
-            _run_dtype(centers.dtype),
-            name in ("inv_var", "log_norm"),
-        )
-    if ratio is not None:
-        _check_table("log_variance_ratio", ratio, steps, torch.float64)
-    _check_kernel(kernel, settings)
-    _check_coefficients(tables, kernel, settings, ratio)
+        wanted = f"{settings.chains} chains of {kept} kept steps a class, as the settings say"
+        raise ValueError(f"centers must hold {wanted}, got {num_centers} centres")
+    kernel, tables, ratio = _read_tables(tensors, settings, steps)
     drawn, evaluations = state["drawn"], state["evaluations"]
-    _require_at_least(0, drawn=drawn, evaluations=evaluations)
-    if drawn < settings.chains:
-        raise ValueError(
-            f"drawn must be at least the number of chains, {settings.chains}, got {drawn}"
-        )
-    _check_drawn(drawn, settings, num_classes)
-    if evaluations != num_classes * drawn * steps:
-        raise ValueError(
-            f"evaluations must be {num_classes * drawn * steps}, of {drawn} chains a class that were drawn, got {evaluations}"
-        )
-    return (
-        centers,
-        timesteps,
-        kernel,
-        StepCoefficients(**tables),
-        settings,
-        ratio,
-        drawn,
-        evaluations,
-    )
+    _check_counts(drawn, evaluations, settings, num_classes, steps)
+    coefficients = StepCoefficients(**tables)
+    return centers, timesteps, kernel, coefficients, settings, ratio, drawn, evaluations
 
 
 def _read_state(metadata: dict[str, str]) -> dict[str, Any]:
@@ -515,9 +464,8 @@ def _read_state(metadata: dict[str, str]) -> dict[str, Any]:
         raise ValueError("the metadata must hold chain_bank, got none")
     text = metadata["chain_bank"]
     if len(text) > _METADATA_CHARACTERS:
-        raise ValueError(
-            f"chain_bank must have at most {_METADATA_CHARACTERS} characters of metadata, got {len(text)}"
-        )
+        most = f"at most {_METADATA_CHARACTERS} characters of metadata"
+        raise ValueError(f"chain_bank must have {most}, got {len(text)}")
 
     def no_number(constant: str) -> NoReturn:
         raise ValueError(f"chain_bank must hold finite numbers, got {constant}")
@@ -535,6 +483,42 @@ def _read_settings(settings: Any) -> ChainSettings:
     return ChainSettings(**settings)
 
 
+def _read_tables(
+    tensors: dict[str, Tensor], settings: ChainSettings, steps: int
+) -> tuple[ReverseKernel, dict[str, Tensor], Tensor | None]:
+    """The kernel, the coefficients by name and the log variance ratio, each checked."""
+    kernel = ReverseKernel(**{name: tensors[name] for name in ReverseKernel._fields})
+    tables = {name: tensors[f"coefficients.{name}"] for name in _COEFFICIENTS}
+    ratio = tensors.get("log_variance_ratio")
+    for name, table in kernel._asdict().items():
+        _check_table(name, table, steps, torch.float64)
+    dtype = _run_dtype(tensors["centers"].dtype)
+    for name, table in tables.items():
+        may_be_infinite = name in ("inv_var", "log_norm")
+        _check_table(f"coefficients.{name}", table, steps, dtype, may_be_infinite)
+    if ratio is not None:
+        _check_table("log_variance_ratio", ratio, steps, torch.float64)
+    _check_kernel(kernel, settings)
+    _check_coefficients(tables, kernel, settings, ratio)
+    return kernel, tables, ratio
+
+
+def _check_counts(
+    drawn: int, evaluations: int, settings: ChainSettings, num_classes: int, steps: int
+) -> None:
+    """Raise TypeError or ValueError for numbers that no bank with these settings has counted."""
+    _require_at_least(0, drawn=drawn, evaluations=evaluations)
+    if drawn < settings.chains:
+        raise ValueError(
+            f"drawn must be at least the number of chains, {settings.chains}, got {drawn}"
+        )
+    _check_drawn(drawn, settings, num_classes)
+    expected = num_classes * drawn * steps
+    if evaluations != expected:
+        wanted = f"{expected}, of {drawn} chains a class that were drawn"
+        raise ValueError(f"evaluations must be {wanted}, got {evaluations}")
+
+
 def _require_keys(what: str, given: Any, names: Sequence[str]) -> None:
     if not isinstance(given, dict):
         raise TypeError(f"{what} must be a dictionary, got {type(given).__name__}")
@@ -543,9 +527,8 @@ def _require_keys(what: str, given: Any, names: Sequence[str]) -> None:
     if missing:
         raise ValueError(f"{what} must hold {', '.join(missing)}, got none")
     if surplus:
-        raise ValueError(
-            f"{what} must hold nothing but a bank's, got {', '.join(map(repr, surplus))}"
-        )
+        found = ", ".join(map(repr, surplus))
+        raise ValueError(f"{what} must hold nothing but a bank's, got {found}")
 
 
 def _check_settings(settings: ChainSettings, steps: int) -> None:
@@ -554,7 +537,8 @@ def _check_settings(settings: ChainSettings, steps: int) -> None:
     _require_at_least(0, burn_in=settings.burn_in, seed=settings.seed)
     if settings.burn_in >= steps:
         raise ValueError(
-            f"burn_in must be less than num_inference_steps, {steps}, got {settings.burn_in}: no step would be kept"
+            f"burn_in must be less than num_inference_steps, {steps}, got {settings.burn_in}: "
+            "no step would be kept"
         )
     if settings.seed >= 2**64:
         raise ValueError(f"seed must be less than 2**64, got {settings.seed}")
@@ -582,21 +566,19 @@ def _check_centers(dtype: torch.dtype, num_classes: int, sample_shape: tuple[int
 
 
 def _check_drawn(drawn: int, settings: ChainSettings, num_classes: int) -> None:
-    """Raise ValueError where `drawn` chains of every class have more than the 2³² ids that chains
-    can have.
-    """
+    """Raise ValueError where `drawn` chains of every class need more than the 2³² chain ids."""
     generations = -(-drawn // settings.chains)
     if generations * num_classes * settings.chains > 2**32:
         raise ValueError(
-            f"the chains drawn so far, {drawn} for each of {num_classes} classes, need more than 2**32 chain ids: build a new bank"
+            f"the chains drawn so far, {drawn} for each of {num_classes} classes, "
+            "need more than 2**32 chain ids: build a new bank"
         )
 
 
 def _check_timesteps(timesteps: Tensor) -> None:
     if timesteps.dtype not in _TIMESTEP_DTYPES or timesteps.ndim != 1:
-        raise ValueError(
-            f"timesteps must be numbers [steps], got {timesteps.dtype} of shape {tuple(timesteps.shape)}"
-        )
+        found = f"{timesteps.dtype} of shape {tuple(timesteps.shape)}"
+        raise ValueError(f"timesteps must be numbers [steps], got {found}")
     if not (timesteps.isfinite() & (timesteps >= 0)).all():
         raise ValueError("timesteps must be finite and not negative")
     if (timesteps.diff() > 0).any():
@@ -607,9 +589,8 @@ def _check_table(
     name: str, table: Tensor, steps: int, dtype: torch.dtype, may_be_infinite: bool = False
 ) -> None:
     if table.dtype != dtype or table.shape != (steps,):
-        raise ValueError(
-            f"{name} must be {dtype} [{steps}], got {table.dtype} of shape {tuple(table.shape)}"
-        )
+        found = f"{table.dtype} of shape {tuple(table.shape)}"
+        raise ValueError(f"{name} must be {dtype} [{steps}], got {found}")
     valid = ~table.isnan() if may_be_infinite else table.isfinite()
     if not valid.all():
         raise ValueError(f"{name} must be finite, got {table[~valid][0].item()}")
@@ -621,12 +602,13 @@ def _check_kernel(kernel: ReverseKernel, settings: ChainSettings) -> None:
         raise ValueError(f"score_std must not be negative, got {kernel.score_std.min().item()}")
     if not ((kernel.std == 0) | (kernel.std == kernel.score_std)).all():
         raise ValueError("std must be 0 or score_std at every step")
-    kept = kernel.score_std[settings.burn_in :: settings.thin].clamp(
-        min=float(settings.sigma_floor)
-    )
-    if normal_tables(kept)[0].isinf().any():
+    kept = kernel.score_std[settings.burn_in :: settings.thin]
+    kept = kept.clamp(min=float(settings.sigma_floor))
+    inv_var, _ = normal_tables(kept)
+    if inv_var.isinf().any():
         raise ValueError(
-            f"score_std of a kept step must be large enough to score, got {kept.min().item()} with sigma_floor included"
+            "score_std of a kept step must be large enough to score, "
+            f"got {kept.min().item()} with sigma_floor included"
         )
 
 
@@ -636,46 +618,39 @@ def _check_coefficients(
     settings: ChainSettings,
     log_variance_ratio: Tensor | None,
 ) -> None:
-    """Raise ValueError for tables that are not those of steps whose mean is given
-    (`StepCoefficients.chain`).
+    """Raise ValueError for tables that are not those of steps whose mean is given.
+
+    See `StepCoefficients.chain`, parameterization="mean".
     """
-    for name, value in {
-        "data": 1,
-        "noisy": 0,
-        "output": -1,
-        "mean_noisy": 0,
-        "mean_output": 1,
-    }.items():
+    constants = {"data": 1, "noisy": 0, "output": -1, "mean_noisy": 0, "mean_output": 1}
+    for name, value in constants.items():
         if (tables[name] != value).any():
-            raise ValueError(
-                f"coefficients.{name} must be {value} at every step, the mean being given"
-            )
+            wanted = f"{value} at every step, the mean being given"
+            raise ValueError(f"coefficients.{name} must be {wanted}")
     std, score_std, scored = tables["std"].double(), kernel.score_std, slice(None)
     rounding = 8 * torch.finfo(tables["std"].dtype).eps
     if log_variance_ratio is None:
         fits = tables["std"] == kernel.std.to(tables["std"].dtype)
     else:
         if (log_variance_ratio > 0).any():
-            raise ValueError(
-                f"log_variance_ratio must not be positive, got {log_variance_ratio.max().item()}"
-            )
+            largest = log_variance_ratio.max().item()
+            raise ValueError(f"log_variance_ratio must not be positive, got {largest}")
         # The larger of the two deviations between which the network chooses; the kernel has either
         # of them.
         smaller = std * (log_variance_ratio / 2).exp()
-        fits = torch.stack(
-            [(kernel.std - candidate).abs() <= rounding * candidate for candidate in (std, smaller)]
-        ).any(0)
+        fits = (kernel.std - std).abs() <= rounding * std
+        fits |= (kernel.std - smaller).abs() <= rounding * smaller
         # The step that adds no noise has a scoring deviation that is kept nowhere else.
         score_std, scored = std, std > 0
     if not fits.all():
         raise ValueError(
-            "coefficients.std must be the kernel's std at every step, or what log_variance_ratio makes of it"
+            "coefficients.std must be the kernel's std at every step, "
+            "or what log_variance_ratio makes of it"
         )
     expected = normal_tables(score_std.clamp(min=float(settings.sigma_floor)))
     for name, table in zip(("inv_var", "log_norm"), expected, strict=True):
-        if not torch.allclose(
-            tables[name].double()[scored], table[scored], rtol=rounding, atol=rounding
-        ):
+        found = tables[name].double()[scored]
+        if not torch.allclose(found, table[scored], rtol=rounding, atol=rounding):
             raise ValueError(
                 f"coefficients.{name} must follow from score_std and sigma_floor at every step"
             )
@@ -687,9 +662,9 @@ def _clip_range(scheduler: Any) -> float | None:
         raise ValueError(
             "scheduler has thresholding=True, which a bank cannot run: set thresholding=False"
         )
-    return (
-        scheduler.config.clip_sample_range if scheduler.config.get("clip_sample", False) else None
-    )
+    if not scheduler.config.get("clip_sample", False):
+        return None
+    return scheduler.config.clip_sample_range
 
 
 def _require_at_least(least: int, **values: int) -> None:

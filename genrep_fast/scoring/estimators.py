@@ -23,11 +23,11 @@ class ElboEstimator:
     """Weighted denoising error over stratified timesteps (Diffusion Classifier, Li et al. 2023).
 
     The noise of a step is drawn from the seed alone, the same for every class and image: an image's
-        score does not depend on its batch.
+    score does not depend on its batch.
 
     Args:
-        denoiser: ``denoiser(x_t, timesteps, labels) -> model output``, [N, C, ...], int64 [N],
-            int64 [N].
+        denoiser: ``denoiser(x_t, timesteps, labels) -> model output``: [N, C, ...], int64 [N],
+            int64 [N] -> [N, C', ...].
         scheduler: diffusers scheduler with `alphas_cumprod`.
         num_classes: K.
         num_steps: S, the midpoints of as many equal parts of the training timesteps.
@@ -45,12 +45,10 @@ class ElboEstimator:
         total = scheduler.config.num_train_timesteps
         if not 1 <= num_steps <= total:
             raise ValueError(f"num_steps must be between 1 and {total}, got {num_steps}")
-        self.denoiser, self.scheduler, self.num_classes, self.seed = (
-            denoiser,
-            scheduler,
-            num_classes,
-            seed,
-        )
+        self.denoiser = denoiser
+        self.scheduler = scheduler
+        self.num_classes = num_classes
+        self.seed = seed
         self.timesteps = ((torch.arange(num_steps) + 0.5) * (total / num_steps)).long()
         self.coefficients = [
             StepCoefficients.elbo(scheduler, timestep[None]) for timestep in self.timesteps
@@ -59,26 +57,18 @@ class ElboEstimator:
 
     @torch.no_grad()
     def log_likelihood(self, x: torch.Tensor) -> torch.Tensor:
-        """−(1/S) Σ_s ‖target_s − o_s‖² [B, K] for clean latents x [B, C, ...], up to a constant
-        that all classes share.
+        """−(1/S) Σ_s ‖target_s − o_s‖² [B, K] for clean latents x [B, C, ...].
+
+        Up to a constant that all classes share.
         """
         self.coefficients = [tables.to(x.device) for tables in self.coefficients]
         scorer = PosteriorScorer(self.num_classes, reduction="mean")
+        chain_id = torch.zeros(1, dtype=torch.int64, device=x.device)
         for row, timestep in enumerate(self.timesteps):
-            noise = (
-                chain_noise(
-                    self.seed, torch.zeros(1, dtype=torch.int64, device=x.device), row, x.shape[1:]
-                )
-                .to(x.dtype)
-                .expand_as(x)
-            )
+            noise = chain_noise(self.seed, chain_id, row, x.shape[1:]).to(x.dtype).expand_as(x)
             steps = timestep.to(x.device).expand(len(x))
-            output = denoise_classes(
-                self.denoiser,
-                self.scheduler.add_noise(x, noise, steps)[:, None],
-                timestep,
-                self.num_classes,
-            )
+            x_t = self.scheduler.add_noise(x, noise, steps)[:, None]  # [B, 1, C, ...]
+            output = denoise_classes(self.denoiser, x_t, timestep, self.num_classes)
             self.evaluations += output.shape[0] * output.shape[1]
             target = training_target(self.scheduler, x, noise, steps)[:, None, None]
             scorer.update(x, output[:, :, None], self.coefficients[row], target)
@@ -86,8 +76,9 @@ class ElboEstimator:
 
 
 class ImageChainEstimator:
-    """One reverse chain an image and class, from the image noised to `start`; its kept steps are a
-    mixture (GenRep).
+    """One reverse chain an image and class, from the image noised to `start` (GenRep).
+
+    The kept steps of a chain are a mixture.
 
     Args:
         denoiser, scheduler, num_classes, seed: as of `ElboEstimator`.
@@ -122,14 +113,12 @@ class ImageChainEstimator:
         _require_noise_levels(scheduler)
         self.scheduler = copy.deepcopy(scheduler)
         self.scheduler.set_timesteps(num_inference_steps)
-        self.timesteps = self.scheduler.timesteps[
-            self.scheduler.timesteps < start * scheduler.config.num_train_timesteps
-        ]
+        highest = start * scheduler.config.num_train_timesteps
+        self.timesteps = self.scheduler.timesteps[self.scheduler.timesteps < highest]
         self.kept = range(len(self.timesteps))[burn_in::thin]
         if len(self.kept) == 0:
-            raise ValueError(
-                f"burn_in must be less than the {len(self.timesteps)} steps below start = {start}, got {burn_in}"
-            )
+            steps = f"the {len(self.timesteps)} steps below start = {start}"
+            raise ValueError(f"burn_in must be less than {steps}, got {burn_in}")
         self.chain = StepCoefficients.chain(self.scheduler, self.timesteps, variance=variance)
         self.scores = {
             row: StepCoefficients.chain(
@@ -146,33 +135,25 @@ class ImageChainEstimator:
 
     @torch.no_grad()
     def log_likelihood(self, x: torch.Tensor) -> torch.Tensor:
-        """Log of the mixture of the kept steps [B, K] for clean latents x [B, C, ...]; noise
-        depends on an image's place in the batch.
+        """Log of the mixture of the kept steps [B, K] for clean latents x [B, C, ...].
+
+        The noise of an image depends on its place in the batch.
         """
         batch, classes = len(x), self.num_classes
         chain_ids = torch.arange(batch * classes, device=x.device)
         noise = chain_noise(self.seed, chain_ids, INITIAL_ROW, x.shape[1:]).to(x.dtype)
         images = x.repeat_interleave(classes, 0)
-        x_t = self.scheduler.add_noise(
-            images, noise, self.timesteps[0].to(x.device).expand(len(images))
-        )
+        first = self.timesteps[0].to(x.device).expand(len(images))
+        x_t = self.scheduler.add_noise(images, noise, first)  # [B · K, C, ...]
         scorer = PosteriorScorer(classes, reduction="mixture")
-        self.chain, self.scores = (
-            self.chain.to(x.device),
-            {row: tables.to(x.device) for row, tables in self.scores.items()},
-        )
+        self.chain = self.chain.to(x.device)
+        self.scores = {row: tables.to(x.device) for row, tables in self.scores.items()}
         for row, timestep in enumerate(self.timesteps):
-            output = denoise_classes(
-                self.denoiser, x_t.unflatten(0, (batch, classes)), timestep, classes
-            )
+            noisy = x_t.unflatten(0, (batch, classes))  # [B, K, C, ...]
+            output = denoise_classes(self.denoiser, noisy, timestep, classes)
             self.evaluations += batch * classes
             if row in self.kept:
-                scorer.update(
-                    x,
-                    output[:, :, None],
-                    self.scores[row],
-                    x_t.unflatten(0, (batch, classes))[:, :, None],
-                )
+                scorer.update(x, output[:, :, None], self.scores[row], noisy[:, :, None])
             x_t, _ = reverse_step(
                 x_t, output.flatten(0, 1), self.chain, row, seed=self.seed, chain_ids=chain_ids
             )
@@ -182,9 +163,7 @@ class ImageChainEstimator:
 def denoise_classes(
     denoiser: Denoiser, x_t: torch.Tensor, timestep: torch.Tensor, num_classes: int
 ) -> torch.Tensor:
-    """Model output [B, K, C', ...] of noisy inputs x_t [B, 1 or K, C, ...] under every class at one
-    timestep.
-    """
+    """Model output [B, K, C', ...] of x_t [B, 1 or K, C, ...] under every class at one timestep."""
     x_t = x_t.expand(-1, num_classes, *x_t.shape[2:])
     labels = torch.arange(num_classes, device=x_t.device).expand(len(x_t), -1).flatten()
     timesteps = timestep.to(x_t.device).expand(len(labels))
@@ -213,6 +192,5 @@ def training_target(
 
 def _require_noise_levels(scheduler) -> None:
     if not hasattr(scheduler, "alphas_cumprod"):
-        raise TypeError(
-            f"scheduler must have alphas_cumprod, as DDPMScheduler and DDIMScheduler have, got {type(scheduler).__name__}"
-        )
+        wanted = "alphas_cumprod, as DDPMScheduler and DDIMScheduler have"
+        raise TypeError(f"scheduler must have {wanted}, got {type(scheduler).__name__}")

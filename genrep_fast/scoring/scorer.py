@@ -1,5 +1,6 @@
-"""The streaming scorer: log-likelihoods of a batch from chunks of steps and classes, in memory that
-depends on neither.
+"""The streaming scorer: log-likelihoods of a batch from chunks of steps and of classes.
+
+No chunk is kept: the memory does not grow with the number of steps.
 """
 
 from __future__ import annotations
@@ -22,14 +23,12 @@ from ..reference.scoring import (
     state_standard_error,
 )
 
-_KEPT_CLASS_LISTS = (
-    256  # lists of classes whose tensors are kept: a stream comes back to the same few
-)
+# Lists of classes whose tensors are kept: a stream comes back to the same few.
+_KEPT_CLASS_LISTS = 256
 
 
 class PosteriorScorer:
-    """Likelihoods and posterior of one batch of images, from chunks of scored steps and of classes
-    in any order.
+    """Likelihoods and posterior of a batch, from chunks of steps and of classes in any order.
 
     Keeps float64 running sums of 3 ("mixture") or 2 ("mean") numbers an image and class (and
     location), never a chunk: the memory does not grow with the number of steps. They are allocated
@@ -57,15 +56,15 @@ class PosteriorScorer:
         self.reduction = reduction
         self.per_location = per_location
         self._dtype = torch.float32
-        self._count: Tensor | None = None  # [K] int64, steps seen
+        # Steps seen.
+        self._count: Tensor | None = None  # [K] int64
         self._state: Tensor | None = None  # [3 or 2, B, K, *loc] float64
-        self._checked: tuple | None = None  # `_signature` of the last update
-        self._class_lists: dict[
-            tuple, Tensor
-        ] = {}  # checked lists of classes, as tensors on the device
-        self._class_tensor: tuple[Tensor, int, Tensor] | None = (
-            None  # the last tensor of classes, its version, itself on the device
-        )
+        # `_signature` of the last update.
+        self._checked: tuple | None = None
+        # Checked lists of classes, as tensors on the device.
+        self._class_lists: dict[tuple, Tensor] = {}
+        # The last tensor of classes, its version, itself on the device.
+        self._class_tensor: tuple[Tensor, int, Tensor] | None = None
 
     @torch.no_grad()
     def update(
@@ -91,11 +90,8 @@ class PosteriorScorer:
         signature = _signature(x, model_output, x_t, coefficients)
         if signature is None or signature != self._checked:
             self._check_chunk(x, model_output, x_t, coefficients)
-        chunk = (
-            x,
-            _with_batch_axis(model_output, x),
-            None if x_t is None else _with_batch_axis(x_t, x),
-        )
+        noisy = None if x_t is None else _with_batch_axis(x_t, x)
+        chunk = (x, _with_batch_axis(model_output, x), noisy)
         classes = self._check_classes(classes, result_shape(*chunk, False)[1], x.device)
         self._allocate(self._result_shape(x), x.device)
         self._checked = signature
@@ -119,9 +115,8 @@ class PosteriorScorer:
         if self._state is not None:
             self._dtype = torch.float32
             self._count.zero_()
-            self._state.copy_(
-                empty_state(self._state.shape[1:], self.reduction, self._state.device)
-            )
+            empty = empty_state(self._state.shape[1:], self.reduction, self._state.device)
+            self._state.copy_(empty)
 
     def merge(self, other: PosteriorScorer) -> None:
         """Add the steps that `other` has seen, which stays as it is; associative.
@@ -133,27 +128,25 @@ class PosteriorScorer:
         if not isinstance(other, PosteriorScorer):
             raise TypeError(f"other must be a PosteriorScorer, got {type(other).__name__}")
         for name in ("num_classes", "reduction", "per_location"):
-            if getattr(other, name) != getattr(self, name):
-                raise ValueError(
-                    f"other must have {name} {getattr(self, name)!r}, got {getattr(other, name)!r}"
-                )
+            own, given = getattr(self, name), getattr(other, name)
+            if given != own:
+                raise ValueError(f"other must have {name} {own!r}, got {given!r}")
         if other._state is None:
             return
         if self._state is not None:
             self._check_state(other._state.shape[1:], other._state.device, "other")
         self._allocate(other._state.shape[1:], other._state.device)
-        self._state.copy_(
-            merge_states(self._count, self._state, other._count, other._state, self.reduction)
-        )
+        merged = merge_states(self._count, self._state, other._count, other._state, self.reduction)
+        self._state.copy_(merged)
         self._count += other._count
         self._dtype = torch.promote_types(self._dtype, other._dtype)
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
-        """Add the steps that every process of `group` has seen, of the same images, so that all
-        hold the same state.
+        """Add the steps that every process of `group` has seen; all hold the same state then.
 
-        A process without an `update` takes part as well; it gets the state on the current device of
-        the others' kind. Call it once: a second call would count every process's steps again.
+        The processes score the same images. A process without an `update` takes part as well; it
+        gets the state on the current device of the others' kind. Call it once: a second call would
+        count every process's steps again.
 
         Raises:
             ValueError: on every process, where they differ in classes, reduction or images.
@@ -167,27 +160,32 @@ class PosteriorScorer:
             self._reduce_mean(group)
 
     def log_likelihood(self) -> Tensor:
-        """Log-likelihood in nats of the steps seen, each class over its own; -inf for a class
-        without any. [B, K] or [B, K, *spatial].
+        """Log-likelihood in nats of the steps seen, each class over its own.
 
-        float32, or float64 once float64 inputs were seen. Raises RuntimeError before the first
-        update, as the other queries do.
+        Returns:
+            [B, K] or [B, K, *spatial], float32, or float64 once float64 inputs were seen; -inf for
+            a class without steps.
+
+        Raises:
+            RuntimeError: before the first update, as the other queries do.
         """
         return state_log_likelihood(*self._seen(), self.reduction).to(self._dtype)
 
     def posterior(self, log_prior: Tensor | None = None, temperature: float = 1.0) -> Tensor:
-        """log p(y|x), as `genrep_fast.posterior` of `log_likelihood()`. [B, K] or [B, K, *spatial]"""
+        """log p(y|x) [B, K] or [B, K, *spatial], `genrep_fast.posterior` of `log_likelihood()`."""
         return posterior(self.log_likelihood(), log_prior=log_prior, temperature=temperature)
 
     def effective_components(self) -> Tensor:
-        """Kish's effective number of components, (sum w)^2 / sum w^2: 1 to the class's steps, all
-        of them for "mean". [B, K, *loc]
+        """Kish's effective number of components [B, K, *loc], (sum w)^2 / sum w^2.
+
+        From 1 to the number of the class's steps; all of them for "mean".
         """
         return state_effective_components(*self._seen(), self.reduction).to(self._dtype)
 
     def standard_error(self) -> Tensor:
-        """Standard error of `log_likelihood()` in nats for independent steps (delta method for
-        "mixture"); NaN below 2. [B, K, *loc]
+        """Standard error of `log_likelihood()` in nats for independent steps [B, K, *loc].
+
+        By the delta method for "mixture"; NaN below 2 steps.
         """
         return state_standard_error(*self._seen(), self.reduction).to(self._dtype)
 
@@ -204,9 +202,8 @@ class PosteriorScorer:
     def _check_state(self, shape: Sequence[int], device: torch.device, name: str) -> None:
         expected = self._state.shape[1:]
         if tuple(shape) != tuple(expected):
-            raise ValueError(
-                f"{name} must fit the images seen so far, [B, K, ...] = {tuple(expected)}, got {tuple(shape)}"
-            )
+            wanted = f"the images seen so far, [B, K, ...] = {tuple(expected)}"
+            raise ValueError(f"{name} must fit {wanted}, got {tuple(shape)}")
         if device != self._state.device:
             raise ValueError(
                 f"{name} must be on {self._state.device} like the images seen so far, got {device}"
@@ -220,30 +217,27 @@ class PosteriorScorer:
             self._check_state(self._result_shape(x), x.device, "x")
 
     def _result_shape(self, x: Tensor) -> tuple[int, ...]:
-        return (x.shape[0], self.num_classes, *(x.shape[2:] if self.per_location else ()))
+        locations = x.shape[2:] if self.per_location else ()
+        return (x.shape[0], self.num_classes, *locations)
 
     def _check_classes(
         self, classes: Sequence[int] | Tensor | None, chunk_classes: int, device: torch.device
     ) -> Tensor | None:
         if classes is None:
             if chunk_classes != self.num_classes:
-                raise ValueError(
-                    f"model_output must have all {self.num_classes} classes where classes is None, got {chunk_classes}"
-                )
+                wanted = f"all {self.num_classes} classes where classes is None"
+                raise ValueError(f"model_output must have {wanted}, got {chunk_classes}")
             return None
-        if not isinstance(classes, (Tensor, Sequence)):
-            raise TypeError(
-                f"classes must be a sequence of ints or an int64 tensor, got {type(classes).__name__}"
-            )
-        index = (
-            self._classes_of_tensor(classes, device)
-            if isinstance(classes, Tensor)
-            else self._classes_of_list(tuple(classes), device)
-        )
+        if isinstance(classes, Tensor):
+            index = self._classes_of_tensor(classes, device)
+        elif isinstance(classes, Sequence):
+            index = self._classes_of_list(tuple(classes), device)
+        else:
+            wanted = "a sequence of ints or an int64 tensor"
+            raise TypeError(f"classes must be {wanted}, got {type(classes).__name__}")
         if index.shape[0] != chunk_classes:
-            raise ValueError(
-                f"classes must be [{chunk_classes}] like the chunk's class axis, got {tuple(index.shape)}"
-            )
+            wanted = f"[{chunk_classes}] like the chunk's class axis"
+            raise ValueError(f"classes must be {wanted}, got {tuple(index.shape)}")
         return index
 
     def _classes_of_list(self, classes: tuple[int, ...], device: torch.device) -> Tensor:
@@ -260,47 +254,41 @@ class PosteriorScorer:
         return index
 
     def _classes_of_tensor(self, classes: Tensor, device: torch.device) -> Tensor:
-        version = (
-            None if classes.is_inference() else classes._version
-        )  # which changes with its values
-        if (
-            version is None
-            or self._class_tensor is None
-            or self._class_tensor[0] is not classes
-            or self._class_tensor[1] != version
-        ):
-            if classes.dtype != torch.int64:
-                raise TypeError(f"classes must be int64, got {classes.dtype}")
-            if classes.ndim != 1:
-                raise ValueError(f"classes must have one dimension, got {tuple(classes.shape)}")
-            self._require_classes(classes)
-            self._class_tensor = (classes, version, classes.to(device))
-        return self._class_tensor[2]
+        # The version changes with the tensor's values.
+        version = None if classes.is_inference() else classes._version
+        if version is not None and self._class_tensor is not None:
+            last, last_version, on_device = self._class_tensor
+            if last is classes and last_version == version:
+                return on_device
+        if classes.dtype != torch.int64:
+            raise TypeError(f"classes must be int64, got {classes.dtype}")
+        if classes.ndim != 1:
+            raise ValueError(f"classes must have one dimension, got {tuple(classes.shape)}")
+        self._require_classes(classes)
+        on_device = classes.to(device)
+        self._class_tensor = (classes, version, on_device)
+        return on_device
 
     def _require_classes(self, classes: Tensor) -> None:
-        require(
-            ((classes >= 0) & (classes < self.num_classes)).all(),
-            f"classes must lie in 0...{self.num_classes - 1}",
-            classes,
-        )
-        require((classes.sort().values.diff() != 0).all(), "classes must be distinct", classes)
+        in_range = ((classes >= 0) & (classes < self.num_classes)).all()
+        require(in_range, f"classes must lie in 0...{self.num_classes - 1}", classes)
+        distinct = (classes.sort().values.diff() != 0).all()
+        require(distinct, "classes must be distinct", classes)
 
     def _agree_on_shape(self, group: dist.ProcessGroup | None) -> None:
-        """Allocate a state where only other processes have one; raise on all of them where they
-        differ.
+        """Allocate a state where only other processes have one.
+
+        Raises:
+            ValueError: on every process, where they differ.
         """
         own = None if self._state is None else (tuple(self._state.shape), self._state.device.type)
+        description = (self.num_classes, self.reduction, self.per_location, self._dtype, own)
         described = [None] * dist.get_world_size(group)
-        dist.all_gather_object(
-            described,
-            (self.num_classes, self.reduction, self.per_location, self._dtype, own),
-            group,
-        )
+        dist.all_gather_object(described, description, group)
         states = {state for *_, state in described if state is not None}
         if len({settings[:3] for settings in described}) > 1 or len(states) > 1:
-            raise ValueError(
-                f"all processes must score the same classes and images the same way, got {described}"
-            )
+            wanted = "the same classes and images the same way"
+            raise ValueError(f"all processes must score {wanted}, got {described}")
         for shape, device_type in states:
             self._allocate(shape[1:], torch.device(device_type))
         if any(settings[3] == torch.float64 for settings in described):
@@ -311,9 +299,8 @@ class PosteriorScorer:
         neutral[0] = self._state[0]
         dist.all_reduce(neutral[0], dist.ReduceOp.MAX, group)
         # Merging no weight at the common maximum rescales to it; after that the sums only add up.
-        self._state.copy_(
-            merge_states(self._count, self._state, self._count, neutral, self.reduction)
-        )
+        rescaled = merge_states(self._count, self._state, self._count, neutral, self.reduction)
+        self._state.copy_(rescaled)
         dist.all_reduce(self._state[1:], group=group)
         dist.all_reduce(self._count, group=group)
 
@@ -333,20 +320,16 @@ class PosteriorScorer:
 def _signature(
     x: Tensor, model_output: Tensor, x_t: Tensor | None, coefficients: StepCoefficients
 ) -> tuple | None:
-    """All that `chunk_arguments` asks of a chunk; None for one that has no such thing, which it
-    then refuses.
+    """All that `chunk_arguments` asks of a chunk.
+
+    None for arguments that lack some of it, which `chunk_arguments` then refuses.
     """
     try:
-        tensors = (
-            (x, model_output, coefficients.data)
-            if x_t is None
-            else (x, model_output, coefficients.data, x_t)
-        )
-        return (
-            coefficients.unscorable,
-            coefficients.needs_noisy,
-            *[(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors],
-        )
+        tensors = [x, model_output, coefficients.data]
+        if x_t is not None:
+            tensors.append(x_t)
+        described = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
+        return (coefficients.unscorable, coefficients.needs_noisy, *described)
     except AttributeError:
         return None
 
