@@ -19,7 +19,8 @@ class _TensorLists(NamedTuple):
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
-    groups: int  # position of an argument of length T
+    # Position of an argument of length T.
+    groups: int
 
 
 _LISTS = {
@@ -35,21 +36,16 @@ def on_flat_memory(name: str, kernel: Callable) -> Callable:
         return kernel
 
     def call(*arguments):
-        positions = (*lists.inputs, *lists.outputs)
+        read = [tensor for position in lists.inputs for tensor in arguments[position]]
         written = [tensor for position in lists.outputs for tensor in arguments[position]]
         copies: list[tuple[Tensor, Tensor]] = []
-        if not all(
-            tensor is None or tensor.is_contiguous()
-            for position in positions
-            for tensor in arguments[position]
-        ):
+        if not all(tensor is None or tensor.is_contiguous() for tensor in read + written):
             arguments, copies = _flatten(list(arguments), lists)
         result = kernel(*arguments)
         for tensor, copy in copies:
             tensor.copy_(copy)
-        if (
-            written
-        ):  # autograd is to see changes of tensors that it saved, as after any operation in place
+        # Autograd is to see changes of tensors that it saved, as after any operation in place.
+        if written:
             torch.autograd.graph.increment_version(written)
         return result
 
@@ -57,20 +53,19 @@ def on_flat_memory(name: str, kernel: Callable) -> Callable:
 
 
 def _flatten(arguments: list, lists: _TensorLists) -> tuple[list, list[tuple[Tensor, Tensor]]]:
-    """Arguments in which tensors that belong together have one dense layout, and the outputs that
-    are copies, behind their originals.
+    """Arguments in which tensors that belong together have one dense layout.
+
+    Also the outputs that are copies, behind their originals.
     """
     positions, num_tensors = (*lists.inputs, *lists.outputs), len(arguments[lists.groups])
     for position in positions:
         arguments[position] = list(arguments[position])
     copies = []
     for t in range(num_tensors):
-        places = [
-            (p, i)
-            for p in positions
-            for i in range(t, len(arguments[p]), num_tensors)
-            if arguments[p][i] is not None
-        ]
+        places = []
+        for p in positions:
+            indices = range(t, len(arguments[p]), num_tensors)
+            places += [(p, i) for i in indices if arguments[p][i] is not None]
         if _share_dense_layout([arguments[p][i] for p, i in places]):
             continue
         for p, i in places:
@@ -85,8 +80,7 @@ def _share_dense_layout(tensors: list[Tensor]) -> bool:
     if all(tensor.is_contiguous() for tensor in tensors):
         return True
     strides = tensors[0].stride()
+    if any(tensor.stride() != strides for tensor in tensors):
+        return False
     # empty_like keeps the strides of dense tensors, and no others.
-    return (
-        all(tensor.stride() == strides for tensor in tensors)
-        and torch.empty_like(tensors[0], device="meta").stride() == strides
-    )
+    return torch.empty_like(tensors[0], device="meta").stride() == strides

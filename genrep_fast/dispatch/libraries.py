@@ -21,7 +21,8 @@ _CAPABILITIES = ("default", "avx2", "avx512")
 
 _FOLDER = Path(__file__).parent.parent
 
-_TRITON_MODULES = {  # file of kernels -> operators
+# File of kernels -> operators.
+_TRITON_MODULES = {
     "alignment": ("gram", "group_gram", "alignment_coefficients", "tensor_coefficients", "combine"),
     "optimizer": ("adamw_step",),
     "scoring": ("log_likelihood", "log_likelihood_backward", "score_update"),
@@ -31,8 +32,9 @@ _TRITON_MODULES = {  # file of kernels -> operators
 
 
 def register_backends() -> None:
-    """Register every implementation that can run with this torch; the reason of each one that
-    cannot goes to `genrep_fast.info`.
+    """Register every implementation that can run with this torch.
+
+    The reason of each one that cannot goes to `genrep_fast.info`.
     """
     for backend in ("cpu", "cuda"):
         reason = _load(backend)
@@ -44,38 +46,36 @@ def register_backends() -> None:
 
 
 def build_information(backend: str) -> dict[str, Any] | None:
-    """What the library of "cpu" or "cuda" was built with and runs as; None where it is not loaded
-    or this Python cannot ask it.
+    """What the library of "cpu" or "cuda" was built with and runs as.
+
+    None where it is not loaded or this Python cannot ask it.
     """
     try:
         introspection = import_module("genrep_fast._introspection")
-        return json.loads(
-            introspection.describe(
-                str(_library(backend)), f"genrep_fast_{backend}_build_information"
-            )
-        )
+        symbol = f"genrep_fast_{backend}_build_information"
+        return json.loads(introspection.describe(str(_library(backend)), symbol))
     except (ImportError, RuntimeError):
         return None
 
 
 def build_record() -> dict[str, Any] | None:
-    """What the build (csrc/build.py) noted down: libraries, torch of the headers and oldest torch,
-    compilers, architectures, driver.
+    """What the build (csrc/build.py) noted down.
+
+    Libraries, torch of the headers and oldest torch, compilers, architectures, driver.
     """
     path = _FOLDER / "build.json"
     return json.loads(path.read_text()) if path.is_file() else None
 
 
 def _load(backend: str) -> str | None:
-    """Load the library of `backend` and register its operators; the reason why not, where that
-    fails.
-    """
+    """Load the library of `backend` and register its operators; the reason where that fails."""
     record = build_record() or {}
     if not _library(backend).is_file():
         return f"it was not built: {_library(backend).name} is not in {_FOLDER}"
     capability = os.environ.get("GENREP_FAST_CPU_CAPABILITY") or _CAPABILITIES[-1]
     if backend == "cpu" and capability not in _CAPABILITIES:
-        return f"GENREP_FAST_CPU_CAPABILITY must be one of {', '.join(_CAPABILITIES)}, got {capability!r}"
+        allowed = ", ".join(_CAPABILITIES)
+        return f"GENREP_FAST_CPU_CAPABILITY must be one of {allowed}, got {capability!r}"
     if backend == "cuda" and torch.version.cuda is None:
         return "this torch is built without CUDA"
     if backend == "cuda" and (driver := _driver()) and driver < (record.get("minimum_driver") or 0):
@@ -88,21 +88,20 @@ def _load(backend: str) -> str | None:
         torch.ops.load_library(_library(backend))
     except OSError as error:
         target = record.get("torch_target", "2.11")
-        return f"its library, built for torch {target} and newer, did not load in torch {torch.__version__}: {error.__cause__ or error}"
+        library = f"its library, built for torch {target} and newer"
+        why = error.__cause__ or error
+        return f"{library}, did not load in torch {torch.__version__}: {why}"
     _definitions.append(definitions)
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     for name in schemas:
-        if torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{name}", backend.upper()):
-            register_implementation(
-                name,
-                backend,
-                on_flat_memory(name, getattr(getattr(torch.ops, namespace), name).default),
-            )
+        if has_kernel(f"{namespace}::{name}", backend.upper()):
+            kernel = getattr(getattr(torch.ops, namespace), name).default
+            register_implementation(name, backend, on_flat_memory(name, kernel))
     return None
 
 
-_definitions: list[
-    torch.library.Library
-] = []  # a library that is collected takes its definitions with it
+# A library that is collected takes its definitions with it.
+_definitions: list[torch.library.Library] = []
 
 
 def _driver() -> int | None:
@@ -125,9 +124,8 @@ def _register_triton() -> str | None:
         return "this torch is built without CUDA"
     for module, names in _TRITON_MODULES.items():
         for name in names:
-            register_implementation(
-                name, "triton", on_flat_memory(name, _imported_at_first_call(module, name))
-            )
+            kernel = _imported_at_first_call(module, name)
+            register_implementation(name, "triton", on_flat_memory(name, kernel))
     return None
 
 

@@ -1,5 +1,6 @@
-"""The definition of operators: schema, fake, autograd and reference in one place, and the way
-around PyTorch's dispatcher.
+"""The definition of operators: schema, fake, autograd and reference in one place.
+
+Also the way around PyTorch's dispatcher.
 
 Every operator is defined once, as ``torch.ops.genrep_fast.<name>`` (`define_operator`), with its
 plain-PyTorch reference. Other backends add themselves with `register_implementation`; callers never
@@ -16,16 +17,21 @@ import torch
 from .selection import fastest_measured, register_implementation, select_implementation
 
 _OLDEST_TORCH = "2.11"
-if [int(part) for part in torch.__version__.split(".")[:2]] < [
-    int(part) for part in _OLDEST_TORCH.split(".")
-]:
+
+
+def _major_minor(version: str) -> list[int]:
+    return [int(part) for part in version.split(".")[:2]]
+
+
+if _major_minor(torch.__version__) < _major_minor(_OLDEST_TORCH):
     raise ImportError(
         f"genrep_fast needs torch {_OLDEST_TORCH} or newer, this is torch {torch.__version__}"
     )
 
 _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 
-schemas: dict[str, str] = {}  # operator -> schema, as given to `define_operator`
+# Operator -> schema, as given to `define_operator`.
+schemas: dict[str, str] = {}
 
 # A fragment, so that an import that failed halfway can be tried again.
 _library = torch.library.Library("genrep_fast", "FRAGMENT")
@@ -40,12 +46,13 @@ def define_operator(
     setup_context: Callable | None = None,
     data: tuple[int, ...] = (0,),
 ) -> Callable:
-    """Define ``genrep_fast::<schema>`` once: schema, fake, autograd, and `reference` as its first
-    implementation.
+    """Define ``genrep_fast::<schema>`` once: schema, fake, autograd, first implementation.
+
+    That implementation is `reference`.
 
     Args:
-        schema: the operator's schema without the namespace, e.g. ``"gram(Tensor[] gradients, int n)
-            -> Tensor"``.
+        schema: the operator's schema without the namespace, e.g.
+            ``"gram(Tensor[] gradients, int n) -> Tensor"``.
         reference: plain-PyTorch function with the schema's arguments; the operator's definition.
         fake: function of the same arguments that returns empty outputs of the right shape, dtype
             and device.
@@ -68,10 +75,8 @@ def define_operator(
     def run(*args: Any, **kwargs: Any) -> Any:
         arguments = (*args, *kwargs.values())
         device = _first_tensor(arguments).device
-        device_type, float64 = (
-            device.type,
-            any(_holds_float64(arguments[position]) for position in data),
-        )
+        device_type = device.type
+        float64 = any(_holds_float64(arguments[position]) for position in data)
         fastest = fastest_measured(name, device, arguments) if device_type == "cuda" else None
         implementation = select_implementation(name, device_type, float64, fastest)
         if not torch.is_autocast_enabled(device_type):
@@ -92,12 +97,9 @@ def define_operator(
     def call(*args: Any) -> Any:
         # The dispatcher, and autograd's part in Python, take longer than a small operator: only
         # tracing and gradients need them.
-        if (
-            _is_traced(args)
-            or backward is not None
-            and torch.is_grad_enabled()
-            and any(map(_requires_grad, args))
-        ):
+        if _is_traced(args):
+            return overload(*args)
+        if backward is not None and torch.is_grad_enabled() and any(map(_requires_grad, args)):
             return overload(*args)
         return run(*args)
 

@@ -30,6 +30,7 @@ def info() -> dict[str, Any]:
         that it runs in too; None where there is none, or where the wheel's optional module is of
         another Python).
     """
+    command = [*_settings(), shlex.quote(sys.executable), "-m", "genrep_fast", "info", "--json"]
     backends = {}
     for backend in BACKENDS:
         reason = reason_unavailable(backend)
@@ -49,9 +50,7 @@ def info() -> dict[str, Any]:
         "platform": platform.platform(),
         "built": build_record(),
         "backends": backends,
-        "reproduce": " ".join(
-            [*_settings(), shlex.quote(sys.executable), "-m", "genrep_fast", "info", "--json"]
-        ),
+        "reproduce": " ".join(command),
     }
 
 
@@ -64,8 +63,8 @@ def _installed(package: str) -> str | None:
 
 def _settings() -> list[str]:
     """NAME=value of every environment variable that changes what `info` tells."""
-    return [
-        f"{name}={shlex.quote(value)}"
-        for name, value in sorted(os.environ.items())
-        if name.startswith("GENREP_FAST_") or name in ("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")
-    ]
+    settings = []
+    for name, value in sorted(os.environ.items()):
+        if name.startswith("GENREP_FAST_") or name in ("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES"):
+            settings.append(f"{name}={shlex.quote(value)}")
+    return settings

@@ -27,7 +27,8 @@ _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "referenc
 # Why a backend holds no operator at all; a backend that registers one leaves this table.
 _unavailable: dict[str, str] = {}
 
-_implementations: dict[str, dict[str, Callable]] = {}  # operator -> backend -> function
+# Operator -> backend -> function.
+_implementations: dict[str, dict[str, Callable]] = {}
 
 _insisted: contextvars.ContextVar[str | None] = contextvars.ContextVar(
     "genrep_fast_backend", default=None
@@ -47,8 +48,9 @@ def register_implementation(name: str, backend: str, implementation: Callable) -
 
 
 def set_unavailable(backend: str, reason: str) -> None:
-    """Say why `backend`, which has registered nothing, cannot run; the reason continues "backend
-    'cuda' was asked for, but".
+    """Say why `backend`, which has registered nothing, cannot run.
+
+    The reason continues "backend 'cuda' was asked for, but".
     """
     _unavailable[backend] = reason
 
@@ -81,10 +83,10 @@ def insisted_backend() -> str | None:
 def select_implementation(
     name: str, device_type: str, float64: bool, fastest: str | None = None
 ) -> Callable:
-    """The function that the operator `name` runs now, for tensors on `device_type`, with user's
-    data in float64 or not.
+    """The function that the operator `name` runs now, for tensors on `device_type`.
 
-    `fastest`: the backend to take where it is there and none is insisted on.
+    `float64`: whether the user's data are in float64. `fastest`: the backend to take where it is
+    there and none is insisted on.
 
     Raises:
         BackendUnavailableError: where a backend is insisted on that cannot run it.
@@ -103,7 +105,8 @@ def select_implementation(
             )
         if insisted != "reference" and float64:
             raise BackendUnavailableError(
-                f"backend {insisted!r} was asked for, but {name} in float64 runs on the reference alone"
+                f"backend {insisted!r} was asked for, "
+                f"but {name} in float64 runs on the reference alone"
             )
         return by_backend[insisted]
     if not float64:
@@ -115,8 +118,9 @@ def select_implementation(
 
 @functools.cache
 def _measured_on(device_index: int) -> dict[str, list[tuple[int | None, str]]]:
-    """Operator -> [(number of elements, backend that is the fastest up to it)], the last one for
-    any number.
+    """Operator -> [(number of elements, backend that is the fastest up to it)].
+
+    The last one is for any number.
     """
     measured = json.loads(Path(__file__).parent.parent.joinpath("gpu_backends.json").read_text())
     return measured.get("{}.{}".format(*torch.cuda.get_device_capability(device_index)), {})
@@ -128,24 +132,21 @@ def fastest_measured(name: str, device: torch.device, arguments: tuple) -> str |
         return None
     if len(steps) == 1:
         return steps[0][1]
-    lists = [
-        argument if isinstance(argument, (list, tuple)) else (argument,) for argument in arguments
-    ]
-    elements = max(
-        sum(value.numel() for value in values if isinstance(value, torch.Tensor))
-        for values in lists
-    )
+    elements = max(map(_num_elements, arguments))
     return next(backend for most, backend in steps if most is None or elements <= most)
 
 
+def _num_elements(argument: object) -> int:
+    """Elements of the tensors of one argument."""
+    values = argument if isinstance(argument, (list, tuple)) else (argument,)
+    return sum(value.numel() for value in values if isinstance(value, torch.Tensor))
+
+
 def _runs_on(backend: str, device_type: str) -> bool:
+    if backend == "reference" or backend in _PREFERENCE.get(device_type, ()):
+        return True
     interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    return (
-        backend == "reference"
-        or backend in _PREFERENCE.get(device_type, ())
-        or interpreted
-        and device_type == "cpu"
-    )
+    return interpreted and device_type == "cpu"
 
 
 def _require_backend(backend: str, argument: str) -> None:
