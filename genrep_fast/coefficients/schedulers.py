@@ -1,5 +1,6 @@
-"""What is read from diffusers' schedulers: noise levels, pairs of timesteps, and options that no
-table can express.
+"""What is read from diffusers' schedulers.
+
+Noise levels, pairs of timesteps, and options that no table can express.
 
 Schedulers are recognised by class name, so that importing this module never imports diffusers.
 """
@@ -30,15 +31,17 @@ def scheduler_family(scheduler: Any) -> str:
         if ancestor.__name__ in _FAMILIES:
             return _FAMILIES[ancestor.__name__]
     raise TypeError(
-        f"scheduler must be one of diffusers' {', '.join(_FAMILIES)}, got {type(scheduler).__name__}"
+        f"scheduler must be one of diffusers' {', '.join(_FAMILIES)}, "
+        f"got {type(scheduler).__name__}"
     )
 
 
 def noise_levels(
     scheduler: Any, name: str, timesteps: list[float], final: float | None = None
 ) -> Tensor:
-    """ᾱ, or the flow's s, of each timestep, float64; `final` stands for negative ones, which raise
-    without it.
+    """ᾱ, or the flow's s, of each timestep, float64.
+
+    `final` stands for negative timesteps, which raise without it.
     """
     if scheduler_family(scheduler) == "flow":
         if scheduler.config.get("invert_sigmas", False):
@@ -54,16 +57,13 @@ def noise_levels(
             raise TypeError(
                 f"{name} must be integers for {type(scheduler).__name__}, got {timesteps}"
             )
-    unknown = [
-        timestep
-        for timestep in timesteps
-        if timestep not in levels and (timestep >= 0 or final is None)
-    ]
+    unknown = [timestep for timestep in timesteps if timestep not in levels]
+    if final is not None:
+        unknown = [timestep for timestep in unknown if timestep >= 0]
     if unknown:
         raise ValueError(f"{name}: the scheduler does not have {unknown}")
-    return torch.tensor(
-        [final if timestep < 0 else levels[timestep] for timestep in timesteps], dtype=torch.float64
-    )
+    found = [final if timestep < 0 else levels[timestep] for timestep in timesteps]
+    return torch.tensor(found, dtype=torch.float64)
 
 
 def final_level(scheduler: Any) -> float:
@@ -84,12 +84,12 @@ def _alphas_cumprod(scheduler: Any) -> Tensor:
     betas = scheduler.betas.detach().cpu()
     rebuilt = (1 - betas.double()).cumprod(0)
     rounding = torch.finfo(held.dtype)
-    same = torch.allclose(
-        rebuilt, held.double(), rtol=rounding.eps, atol=rounding.tiny * rounding.eps
-    )
+    smallest = rounding.tiny * rounding.eps
+    same = torch.allclose(rebuilt, held.double(), rtol=rounding.eps, atol=smallest)
     if betas.dtype not in (torch.float32, torch.float64) or not same:
         raise ValueError(
-            f"scheduler.alphas_cumprod is {held.dtype}, too coarse for coefficients, and scheduler.betas does not give it in float32: "
+            f"scheduler.alphas_cumprod is {held.dtype}, too coarse for coefficients, "
+            "and scheduler.betas does not give it in float32: "
             "keep the scheduler's tables in float32"
         )
     return rebuilt
@@ -97,11 +97,10 @@ def _alphas_cumprod(scheduler: Any) -> Tensor:
 
 def alpha_sigma(scheduler: Any, level: Tensor) -> tuple[Tensor, Tensor]:
     """α and σ of x_s = α·x + σ·ε."""
-    alpha, sigma = (
-        (1 - level, level)
-        if scheduler_family(scheduler) == "flow"
-        else (level.sqrt(), (1 - level).sqrt())
-    )
+    if scheduler_family(scheduler) == "flow":
+        alpha, sigma = 1 - level, level
+    else:
+        alpha, sigma = level.sqrt(), (1 - level).sqrt()
     if (sigma == 0).any():
         raise ValueError("timesteps: a step without noise (sigma = 0) has no coefficients")
     return alpha, sigma
@@ -119,13 +118,15 @@ def step_pairs(
         unknown = [timestep for timestep in timesteps if timestep not in successors]
         if unknown:
             raise ValueError(
-                f"timesteps {unknown} are not in scheduler.timesteps: pass previous_timesteps, or call set_timesteps first"
+                f"timesteps {unknown} are not in scheduler.timesteps: pass previous_timesteps, "
+                "or call set_timesteps first"
             )
         return timesteps, [successors[timestep] for timestep in timesteps]
     previous = as_list("previous_timesteps", previous_timesteps)
     if len(previous) != len(timesteps):
         raise ValueError(
-            f"previous_timesteps must have as many entries as timesteps, got {len(previous)} and {len(timesteps)}"
+            "previous_timesteps must have as many entries as timesteps, "
+            f"got {len(previous)} and {len(timesteps)}"
         )
     backwards = [pair for pair in zip(timesteps, previous, strict=True) if pair[1] >= pair[0]]
     if backwards:
@@ -139,21 +140,21 @@ def as_list(name: str, values: Tensor | Sequence[float]) -> list[float]:
     values = torch.as_tensor(values)
     if values.ndim != 1 or values.dtype == torch.bool or values.is_complex():
         raise TypeError(
-            f"{name} must be a one-dimensional sequence of numbers, got {values.dtype} of shape {tuple(values.shape)}"
+            f"{name} must be a one-dimensional sequence of numbers, "
+            f"got {values.dtype} of shape {tuple(values.shape)}"
         )
     return values.tolist()
 
 
 def require_parameterization(scheduler: Any, parameterization: str | None) -> str:
     supported = _PARAMETERIZATIONS[scheduler_family(scheduler)]
-    given = (
-        parameterization
-        if parameterization is not None
-        else scheduler.config.get("prediction_type", "flow")
-    )
+    given = parameterization
+    if given is None:
+        given = scheduler.config.get("prediction_type", "flow")
     if given not in supported:
         raise ValueError(
-            f"parameterization of {type(scheduler).__name__} must be one of {', '.join(supported)}, got {given!r}"
+            f"parameterization of {type(scheduler).__name__} must be one of "
+            f"{', '.join(supported)}, got {given!r}"
         )
     return given
 
@@ -164,7 +165,8 @@ def require_variance(scheduler: Any, variance: str | None) -> str:
         return "fixed_small"
     if given not in ("fixed_small", "fixed_large"):
         raise ValueError(
-            f'variance must be "fixed_small" or "fixed_large", got {given!r}: a learned variance fits no table, choose the one that scores'
+            f'variance must be "fixed_small" or "fixed_large", got {given!r}: '
+            "a learned variance fits no table, choose the one that scores"
         )
     return given
 

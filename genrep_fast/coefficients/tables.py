@@ -1,8 +1,8 @@
-"""Step coefficients: the five tables that turn a denoiser's raw output into a log-likelihood, read
-once from a diffusers scheduler.
+"""Step coefficients: five tables that turn a denoiser's raw output into a log-likelihood.
 
-For a scored step s the residual is r = data·x + noisy·x_s + output·o and its log-likelihood
-Σ(−½·inv_var·r² + log_norm). Everything is computed in float64 and rounded once.
+They are read once from a diffusers scheduler. For a scored step s the residual is r = data·x +
+noisy·x_s + output·o and its log-likelihood Σ(−½·inv_var·r² + log_norm). Everything is computed in
+float64 and rounded once.
 """
 
 from __future__ import annotations
@@ -90,16 +90,16 @@ class StepCoefficients:
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> StepCoefficients:
-        """The same tables on another device or in another dtype (float32 or float64); itself where
-        nothing changes.
+        """The same tables on another device or in another dtype (float32 or float64).
+
+        Returns itself where nothing changes.
         """
         if self.data.to(device, dtype) is self.data:
             return self
-        tables = {name: getattr(self, name) for name in (*_TABLES, *_MEAN_TABLES)}
-        tables = {
-            name: table if table is None else table.to(device, dtype)
-            for name, table in tables.items()
-        }
+        tables = {}
+        for name in (*_TABLES, *_MEAN_TABLES):
+            table = getattr(self, name)
+            tables[name] = None if table is None else table.to(device, dtype)
         if dtype not in (None, self.data.dtype):
             return StepCoefficients(**tables)
         # Values that were checked once are not read again: on a device that would wait for it a
@@ -109,21 +109,24 @@ class StepCoefficients:
         return moved
 
     def scoring_tables(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The five tables that score, in the order of the operators' arguments; themselves where
-        they have that dtype already.
+        """The five tables that score, in the order of the operators' arguments.
+
+        Themselves where they have that dtype already.
         """
         tables = (self.data, self.noisy, self.output, self.inv_var, self.log_norm)
         return tables if self.data.dtype == dtype else tuple(table.to(dtype) for table in tables)
 
     def require_scorable(self, step: int | None = None) -> None:
-        """Raise ValueError where the row `step` (None: any row) has too small a standard deviation;
-        reads nothing from the device.
+        """Raise ValueError where a row has too small a standard deviation.
+
+        Reads nothing from the device. `step` is the row; None: any row.
         """
         refused = [row for row in self.unscorable if step is None or row == step]
         if refused:
             raise ValueError(
-                f"coefficients: rows {refused} have a standard deviation of at most {SMALLEST_STD} and cannot be scored; "
-                "pass a sigma_floor, or leave these steps out"
+                f"coefficients: rows {refused} have a standard deviation of at most "
+                f"{SMALLEST_STD} and cannot be scored; pass a sigma_floor, "
+                "or leave these steps out"
             )
 
     @classmethod
@@ -140,8 +143,9 @@ class StepCoefficients:
         sigma_floor: float = 0.0,
         dtype: torch.dtype = torch.float32,
     ) -> StepCoefficients:
-        """Tables that run a reverse chain and score an image under its Gaussian kernels N(mean, σ²
-        I), as a "mixture" (`log_likelihood`).
+        """Tables that run a reverse chain and score an image under its kernels N(mean, σ² I).
+
+        Score it as a "mixture" (`log_likelihood`).
 
         Args:
             scheduler: diffusers' DDPMScheduler, DDIMScheduler or FlowMatchEulerDiscreteScheduler;
@@ -176,7 +180,8 @@ class StepCoefficients:
             refuse_clipping(scheduler)
         elif center != "mean":
             raise ValueError(
-                'center must be "mean" where parameterization is "mean": the clean sample is not known'
+                'center must be "mean" where parameterization is "mean": '
+                "the clean sample is not known"
             )
         step = reverse_kernel(
             scheduler,
@@ -188,16 +193,14 @@ class StepCoefficients:
         )
         mean_noisy = step.mean_noisy + step.mean_sample * step.sample_noisy
         mean_output = step.mean_output + step.mean_sample * step.sample_output
-        scored = (
-            (mean_noisy, mean_output)
-            if center == "mean"
-            else (step.sample_noisy, step.sample_output)
-        )
+        scored_noisy, scored_output = mean_noisy, mean_output
+        if center == "sample":
+            scored_noisy, scored_output = step.sample_noisy, step.sample_output
         inv_var, log_norm = normal_tables(step.score_std.clamp(min=sigma_floor))
         tables = {
             "data": torch.ones_like(step.std),
-            "noisy": -scored[0],
-            "output": -scored[1],
+            "noisy": -scored_noisy,
+            "output": -scored_output,
             "inv_var": inv_var,
             "log_norm": log_norm,
             "mean_noisy": mean_noisy,
@@ -243,9 +246,8 @@ class StepCoefficients:
         if space not in ("native", "epsilon"):
             raise ValueError(f'space must be "native" or "epsilon", got {space!r}')
         parameterization = require_parameterization(scheduler, parameterization)
-        alpha, sigma = alpha_sigma(
-            scheduler, noise_levels(scheduler, "timesteps", as_list("timesteps", timesteps))
-        )
+        level = noise_levels(scheduler, "timesteps", as_list("timesteps", timesteps))
+        alpha, sigma = alpha_sigma(scheduler, level)
         zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
         to_epsilon = {
             "epsilon": one,
@@ -260,8 +262,9 @@ class StepCoefficients:
         elif input == "target":
             data, noisy, output = zero, one, -one
         else:
-            data = {"epsilon": -alpha, "v_prediction": -one, "flow": -one}[parameterization] / sigma
-            noisy = {"epsilon": one, "v_prediction": alpha, "flow": one}[parameterization] / sigma
+            of_data = {"epsilon": -alpha, "v_prediction": -one, "flow": -one}
+            of_noisy = {"epsilon": one, "v_prediction": alpha, "flow": one}
+            data, noisy = of_data[parameterization] / sigma, of_noisy[parameterization] / sigma
             output = -one
         if input == "target":
             inv_var = inv_var * factor**2
@@ -296,15 +299,15 @@ def _rounded(tables: dict[str, Tensor], timesteps: Any, dtype: torch.dtype) -> d
 
 
 def _check_table(name: str, table: Any, like: Tensor) -> None:
-    if not isinstance(table, Tensor) or table.dtype not in (torch.float32, torch.float64):
-        raise TypeError(
-            f"{name} must be a float32 or float64 tensor, got {table.dtype if isinstance(table, Tensor) else type(table).__name__}"
-        )
+    got = table.dtype if isinstance(table, Tensor) else type(table).__name__
+    if got not in (torch.float32, torch.float64):
+        raise TypeError(f"{name} must be a float32 or float64 tensor, got {got}")
     if table.dtype != like.dtype:
         raise TypeError(f"{name} must have the dtype of data, {like.dtype}, got {table.dtype}")
     if table.ndim != 1 or table.shape != like.shape:
         raise ValueError(
-            f"{name} must have one dimension and the length of data, {tuple(like.shape)}, got shape {tuple(table.shape)}"
+            f"{name} must have one dimension and the length of data, {tuple(like.shape)}, "
+            f"got shape {tuple(table.shape)}"
         )
     if table.device != like.device:
         raise ValueError(f"{name} must lie where data does, on {like.device}, got {table.device}")

@@ -51,18 +51,19 @@ def reverse_kernel(
     variance: str | None = None,
     eta: float = 0.0,
 ) -> ReverseKernel:
-    """The scheduler's reverse step as tables; arguments and errors as in `StepCoefficients.chain`."""
+    """The scheduler's reverse step as tables; see `StepCoefficients.chain` for the arguments.
+
+    What raises is described there, too.
+    """
     family = scheduler_family(scheduler)
     timesteps, previous = step_pairs(scheduler, timesteps, previous_timesteps)
     level = noise_levels(scheduler, "timesteps", timesteps)
     previous_level = noise_levels(
         scheduler, "previous_timesteps", previous, final=final_level(scheduler)
     )
-    mean_sample, mean_noisy, mean_epsilon, std, score_std = {
-        "ddpm": _ddpm_step,
-        "ddim": _ddim_step,
-        "flow": _flow_step,
-    }[family](scheduler, level, previous_level, variance, eta)
+    step_of = {"ddpm": _ddpm_step, "ddim": _ddim_step, "flow": _flow_step}[family]
+    step = step_of(scheduler, level, previous_level, variance, eta)
+    mean_sample, mean_noisy, mean_epsilon, std, score_std = step
     if parameterization == "mean":
         zero = torch.zeros_like(level)
         return ReverseKernel(zero, zero, zero, zero, torch.ones_like(level), std, score_std)
@@ -70,11 +71,12 @@ def reverse_kernel(
     alpha, sigma = alpha_sigma(scheduler, level)
     if parameterization == "epsilon" and (alpha == 0).any():
         raise ValueError(
-            "timesteps: at zero terminal SNR an epsilon prediction implies no clean sample; use v_prediction or sample"
+            "timesteps: at zero terminal SNR an epsilon prediction implies no clean sample; "
+            "use v_prediction or sample"
         )
-    (sample_noisy, sample_output), (epsilon_noisy, epsilon_output) = _predictions(
-        parameterization, alpha, sigma
-    )
+    of_sample, of_epsilon = _predictions(parameterization, alpha, sigma)
+    sample_noisy, sample_output = of_sample
+    epsilon_noisy, epsilon_output = of_epsilon
     return ReverseKernel(
         sample_noisy,
         sample_output,
@@ -87,8 +89,9 @@ def reverse_kernel(
 
 
 def check_sigma_floor(sigma_floor: float) -> None:
-    """Raise where it is no smallest standard deviation: TypeError for no number, ValueError for one
-    out of range.
+    """Check a smallest standard deviation.
+
+    Raises TypeError for no number, and ValueError for one out of range.
     """
     if isinstance(sigma_floor, (bool, str)) or not hasattr(sigma_floor, "__float__"):
         raise TypeError(f"sigma_floor must be a number, got {sigma_floor!r}")
@@ -99,8 +102,9 @@ def check_sigma_floor(sigma_floor: float) -> None:
 
 
 def normal_tables(std: Tensor) -> tuple[Tensor, Tensor]:
-    """inv_var 1/σ² and log_norm −½ log 2πσ² of standard deviations of any shape; both infinite
-    where σ is too small to score.
+    """inv_var 1/σ² and log_norm −½ log 2πσ² of standard deviations of any shape.
+
+    Both are infinite where σ is too small to score.
     """
     inv_var = torch.where(std > SMALLEST_STD, std**-2, torch.inf)
     return inv_var, 0.5 * (inv_var / (2 * math.pi)).log()
@@ -113,11 +117,10 @@ def _ddpm_step(
     beta = 1 - level / previous
     mean_sample = previous.sqrt() * beta / (1 - level)
     mean_noisy = (level / previous).sqrt() * (1 - previous) / (1 - level)
-    score_std = (
-        beta.sqrt()
-        if require_variance(scheduler, variance) == "fixed_large"
-        else _posterior_std(level, previous)
-    )
+    if require_variance(scheduler, variance) == "fixed_large":
+        score_std = beta.sqrt()
+    else:
+        score_std = _posterior_std(level, previous)
     # The step that ends at the clean image adds no noise, whatever the variance type.
     std = torch.where(previous == 1, 0.0, score_std)
     return mean_sample, mean_noisy, torch.zeros_like(level), std, score_std
@@ -140,9 +143,11 @@ def _flow_step(
     require_unset(scheduler, variance=variance, eta=eta)
     if scheduler.config.get("stochastic_sampling", False):
         raise ValueError(
-            "scheduler has stochastic_sampling=True: only the Euler step is supported, set stochastic_sampling=False"
+            "scheduler has stochastic_sampling=True: only the Euler step is supported, "
+            "set stochastic_sampling=False"
         )
-    step = previous - level  # the velocity is ε̂ − x̂0
+    # The velocity is ε̂ − x̂0.
+    step = previous - level
     zero = torch.zeros_like(level)
     return -step, torch.ones_like(level), step, zero, zero
 
@@ -154,9 +159,7 @@ def _posterior_std(level: Tensor, previous: Tensor) -> Tensor:
 def _predictions(
     parameterization: str, alpha: Tensor, sigma: Tensor
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Weights of (x_s, o) in the clean sample, and in the noise, that the denoiser's output
-    implies.
-    """
+    """Weights of (x_s, o) in the clean sample, and in the noise, that the output implies."""
     zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
     if parameterization == "epsilon":
         return (1 / alpha, -sigma / alpha), (zero, one)
@@ -164,12 +167,14 @@ def _predictions(
         return (zero, one), (1 / sigma, -alpha / sigma)
     if parameterization == "v_prediction":
         return (alpha, -sigma), (sigma, alpha)
-    return (one, -sigma), (one, alpha)  # flow
+    # Flow.
+    return (one, -sigma), (one, alpha)
 
 
 def learned_log_variance_ratio(scheduler: Any, timesteps: Tensor) -> Tensor | None:
-    """log β̃/β of each step [S] float64, with diffusers' lower limit of 1e-20 on β̃; None where the
-    variance is not learned.
+    """log β̃/β of each step [S] float64; None where the variance is not learned.
+
+    β̃ has diffusers' lower limit of 1e-20.
 
     Raises:
         ValueError: for variance_type "learned", the predecessor of "learned_range".
@@ -181,10 +186,8 @@ def learned_log_variance_ratio(scheduler: Any, timesteps: Tensor) -> Tensor | No
         )
     if variance_type != "learned_range":
         return None
-    small, large = (
-        reverse_kernel(scheduler, timesteps, variance=variance).score_std
-        for variance in ("fixed_small", "fixed_large")
-    )
+    small = reverse_kernel(scheduler, timesteps, variance="fixed_small").score_std
+    large = reverse_kernel(scheduler, timesteps, variance="fixed_large").score_std
     return 2 * (small.clamp(min=1e-10) / large).log()
 
 
