@@ -4,10 +4,12 @@ Two gradients p and g of the same parameters, cos their cosine, rho = ((cos + 1)
 gradient keeps its part orthogonal to the other one and has its parallel part scaled by rho; the
 weighted sum of both is again a combination of p and g (GenRep, Li, Yang and Wang, ICLR 2026):
 
-    c_p = w_p - w_g (1 - rho) <p,g> / |p|^2,    c_g = w_g - w_p (1 - rho) <p,g> / |g|^2,    result = c_p p + c_g g
+    c_p = w_p - w_g (1 - rho) <p,g> / |p|^2
+    c_g = w_g - w_p (1 - rho) <p,g> / |g|^2
+    result = c_p p + c_g g
 
 Gradients come flattened, loss by loss: with T tensors, ``gradients[i * T + t]`` is the gradient of
-    loss i for tensor t.
+loss i for tensor t.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ from torch import Tensor
 
 
 def gram(gradients: list[Tensor | None], n: int, groups: list[int], num_groups: int) -> Tensor:
-    """Gram matrices [num_groups, n, n] float64 of `n` losses' gradients; tensor t adds to the
-    matrix of ``groups[t]``.
+    """Gram matrices [num_groups, n, n] float64 of `n` losses' gradients.
+
+    Tensor t adds to the matrix of ``groups[t]``.
 
     A gradient that is None counts as zero: its row and its column get nothing from that tensor, not
     even another gradient's NaN. Products of float32 (or narrower) numbers are exact in float64, so
@@ -33,16 +36,12 @@ def gram(gradients: list[Tensor | None], n: int, groups: list[int], num_groups: 
     device = next(gradient.device for gradient in gradients if gradient is not None)
     matrices = torch.zeros(num_groups, n, n, dtype=torch.float64, device=device)
     for t, group in enumerate(groups):
-        present = [
-            (i, gradient)
-            for i, gradient in enumerate(gradients[t :: len(groups)])
-            if gradient is not None
-        ]
+        of_losses = enumerate(gradients[t :: len(groups)])
+        present = {i: gradient for i, gradient in of_losses if gradient is not None}
         if present:
-            rows = torch.stack(
-                [gradient.reshape(-1).double() for _, gradient in present]
-            )  # [present, numel]
-            index = torch.tensor([i for i, _ in present], device=device)
+            flat = [gradient.reshape(-1).double() for gradient in present.values()]
+            rows = torch.stack(flat)  # [present, numel]
+            index = torch.tensor(list(present), device=device)
             products = rows @ rows.T  # [present, present]
             vanished = (products.diagonal() == 0) & rows.any(dim=1)  # [present]
             products.diagonal().masked_fill_(vanished, torch.finfo(torch.float64).tiny)
@@ -51,8 +50,9 @@ def gram(gradients: list[Tensor | None], n: int, groups: list[int], num_groups: 
 
 
 def group_gram(grams: Tensor, groups: list[int], num_groups: int) -> Tensor:
-    """Gram matrices [num_groups, n, n] of the groups' shared tensors, from the tensors' own [T, n,
-    n], all float64.
+    """Gram matrices [num_groups, n, n] of the tensors that a group's losses share.
+
+    `grams` are the tensors' own [T, n, n]; all are float64.
 
     Tensor t adds to the matrix of ``groups[t]``, or to none for group -1, where every loss reaches
     it: where no gradient of it is zero everywhere.
@@ -71,7 +71,7 @@ def alignment_coefficients(
     """Coefficients [G, 2], cosine [G] and alpha = rho [G] of Gram matrices [G, 2, 2], all float64.
 
     Where a gradient is zero its direction is undefined: the cosine is taken as 0 and the
-        coefficients are the weights.
+    coefficients are the weights.
     """
     squared_norms = gram.diagonal(dim1=1, dim2=2)  # [G, 2]
     dot = gram[:, 0, 1]  # [G]
@@ -83,10 +83,8 @@ def alignment_coefficients(
     projection = torch.where(has_zero[:, None], 0.0, dot[:, None] / squared_norms)  # [G, 2]
     removed = (1 - alpha)[:, None] * projection
     first, second = weights
-    coefficients = torch.stack(
-        [first - second * removed[:, 0], second - first * removed[:, 1]], dim=1
-    )
-    return coefficients, cosine, alpha
+    columns = [first - second * removed[:, 0], second - first * removed[:, 1]]
+    return torch.stack(columns, dim=1), cosine, alpha
 
 
 def tensor_coefficients(
@@ -101,7 +99,8 @@ def tensor_coefficients(
     it, which its own Gram matrix of `grams` [T, n, n] tells (see `group_gram`).
     """
     plain = coefficients.new_tensor(weights)[None]  # [1, n]
-    rows = torch.cat([coefficients, plain])[groups]  # [T, n], the last row for group -1
+    # Group -1 takes the last row.
+    rows = torch.cat([coefficients, plain])[groups]  # [T, n]
     return torch.where(_reached(grams)[:, None], rows, plain)
 
 
@@ -114,19 +113,14 @@ def _reached(grams: Tensor) -> Tensor:
 
 
 def weighted_sum(gradients: Sequence[Tensor | None], weights: Sequence[float] | Tensor) -> Tensor:
-    """sum_i weights_i gradients_i over the gradients that are not None, in their promoted dtype or
-    float32, whichever is wider.
+    """sum_i weights_i gradients_i over the gradients that are not None.
+
+    It is in their promoted dtype or float32, whichever is wider.
     """
-    dtype = reduce(
-        torch.promote_types,
-        (gradient.dtype for gradient in gradients if gradient is not None),
-        torch.float32,
-    )
-    return sum(
-        weight * gradient.to(dtype)
-        for weight, gradient in zip(weights, gradients, strict=True)
-        if gradient is not None
-    )
+    dtypes = (gradient.dtype for gradient in gradients if gradient is not None)
+    dtype = reduce(torch.promote_types, dtypes, torch.float32)
+    pairs = zip(weights, gradients, strict=True)
+    return sum(weight * gradient.to(dtype) for weight, gradient in pairs if gradient is not None)
 
 
 def combine(

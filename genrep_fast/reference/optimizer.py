@@ -1,11 +1,14 @@
-"""Optimizer step fused with the combination of gradients and the moving average of the parameters:
-the definition.
+"""The definition of the optimizer step.
+
+It is fused with the combination of gradients and the moving average of the parameters.
 
 With the combined gradient h = sum_i c_i g_i (see `genrep_fast.reference.alignment`), AdamW
 (Loshchilov and Hutter, ICLR 2019) and an exponential moving average of the parameters:
 
-    m <- m + (1 - beta1) (h - m),    v <- beta2 v + (1 - beta2) h^2
-    param <- (1 - lr weight_decay) param - lr / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) + eps)
+    m <- m + (1 - beta1) (h - m)
+    v <- beta2 v + (1 - beta2) h^2
+    update = m / (1 - beta1^step) / (sqrt(v / (1 - beta2^step)) + eps)
+    param <- (1 - lr weight_decay) param - lr update
     ema <- ema + (1 - ema_decay) (param - ema)
 """
 
@@ -45,16 +48,13 @@ def adamw_step(
     """
 
     def store(target: Tensor, value: Tensor) -> None:
-        target.copy_(
-            value
-            if found_inf is None
-            else torch.where(found_inf.reshape(()) != 0, target, value.to(target.dtype))
-        )
+        if found_inf is not None:
+            value = torch.where(found_inf.reshape(()) != 0, target, value.to(target.dtype))
+        target.copy_(value)
 
     lr = lr.double()
-    for t, (param, exp_avg, exp_avg_sq, step, group) in enumerate(
-        zip(params, exp_avgs, exp_avg_sqs, steps, groups, strict=True)
-    ):
+    tensors = zip(params, exp_avgs, exp_avg_sqs, steps, groups, strict=True)
+    for t, (param, exp_avg, exp_avg_sq, step, group) in enumerate(tensors):
         row = weights if group < 0 else coefficients[group]
         gradient = weighted_sum(gradients[t :: len(groups)], row)
         dtype = torch.promote_types(gradient.dtype, param.dtype)

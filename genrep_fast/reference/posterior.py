@@ -16,8 +16,9 @@ from .scoring import accumulation_dtype
 
 
 def posterior(log_likelihood: Tensor, log_prior: Tensor | None, temperature: float) -> Tensor:
-    """log p(y|x) = log_softmax_y( L / temperature + log p(y) ). [B, K, *loc], [1|B, K, *1] -> [B,
-    K, *loc]
+    """log p(y|x) = log_softmax_y( L / temperature + log p(y) ).
+
+    [B, K, *loc], [1|B, K, *1] -> [B, K, *loc]
     """
     return _scores(log_likelihood, log_prior, temperature).log_softmax(1)
 
@@ -43,20 +44,19 @@ def distillation_loss_backward(
     temperature: float,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor]:
-    """d/dlogits = q - p, d/dL = p (log p - log q - KL) / temperature, in the inputs' dtypes; empty
-    where `output_mask` is False.
+    """d/dlogits = q - p, d/dL = p (log p - log q - KL) / temperature, in the inputs' dtypes.
+
+    Empty where `output_mask` is False.
     """
-    p, q, log_ratio, divergence = _divergence(
-        student_logits, log_likelihood, log_prior, temperature
-    )
+    parts = _divergence(student_logits, log_likelihood, log_prior, temperature)
+    p, q, log_ratio, divergence = parts
     grad = grad.unsqueeze(1)
     grad_logits = grad_likelihood = grad.new_empty(0)
     if output_mask[0]:
         grad_logits = (grad * (q - p)).to(student_logits.dtype).contiguous()
     if output_mask[1]:
-        grad_likelihood = (
-            grad * torch.where(p == 0, 0, p * (log_ratio - divergence.unsqueeze(1))) / temperature
-        )
+        slope = torch.where(p == 0, 0, p * (log_ratio - divergence.unsqueeze(1)))
+        grad_likelihood = grad * slope / temperature
         grad_likelihood = grad_likelihood.to(log_likelihood.dtype).contiguous()
     return grad_logits, grad_likelihood
 
@@ -69,7 +69,7 @@ def _scores(log_likelihood: Tensor, log_prior: Tensor | None, temperature: float
 def _divergence(
     student_logits: Tensor, log_likelihood: Tensor, log_prior: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """p, q, log p - log q [B, K, *loc] and KL(p || q) [B, *loc], where 0 log 0 = 0"""
+    """p, q, log p - log q [B, K, *loc] and KL(p || q) [B, *loc], where 0 log 0 = 0."""
     log_p = posterior(log_likelihood, log_prior, temperature)
     log_q = student_logits.to(log_p.dtype).log_softmax(1)
     p, log_ratio = log_p.exp(), log_p - log_q

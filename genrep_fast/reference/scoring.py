@@ -16,9 +16,9 @@ from torch import Tensor
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 where any of `tensors` is float64, else float32."""
-    return (
-        torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
-    )
+    if any(tensor.dtype == torch.float64 for tensor in tensors):
+        return torch.float64
+    return torch.float32
 
 
 def log_likelihood(
@@ -33,8 +33,9 @@ def log_likelihood(
     reduction: str,
     per_location: bool,
 ) -> tuple[Tensor, Tensor]:
-    """L = logsumexp_s l - log S ("mixture") or the mean of l over the steps ("mean"), and what
-    rounding took from it. -> [B, K, *loc] each
+    """L = logsumexp_s l - log S ("mixture") or the mean of l over the steps ("mean").
+
+    Also what rounding took from it, the remainder. -> [B, K, *loc] each
 
     The remainder is for kernels: in backward they get softmax_s(l) = exp(l - L - remainder) / S
     from one step at a time. "mean", which has no such weights, has an empty one.
@@ -64,8 +65,9 @@ def log_likelihood_backward(
     per_location: bool,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, model_output and x_t, each in its input's shape and dtype; an empty tensor
-    where `output_mask` is False.
+    """Gradients of x, model_output and x_t, each in its input's shape and dtype.
+
+    An empty tensor where `output_mask` is False.
 
     dl/dr = -v r, times softmax_s(l) ("mixture") or 1/S ("mean"); r's derivatives are the tables a,
     c and b. What `log_likelihood` returned is for kernels: see there.
@@ -77,9 +79,8 @@ def log_likelihood_backward(
         steps = _step_log_likelihood(r, inv_var, log_norm, per_location)
         no_component = (steps == -math.inf).all(2, keepdim=True)
         weight = steps.softmax(2).masked_fill(no_component, 0)
-    scale = (
-        -_per_step(inv_var, r.dtype, grad.ndim - 1) * weight * grad.to(r.dtype).unsqueeze(2)
-    )  # [B, K, S, *loc]
+    v = _per_step(inv_var, r.dtype, grad.ndim - 1)
+    scale = -v * weight * grad.to(r.dtype).unsqueeze(2)  # [B, K, S, *loc]
     scale = scale.unsqueeze(3) if per_location else scale.reshape(*scale.shape, *[1] * (r.ndim - 3))
     # A step without weight passes no gradient, even where its residual is infinite.
     grad_r = torch.where(scale == 0, 0, scale * r)  # [B, K, S, C, *spatial]
@@ -88,34 +89,27 @@ def log_likelihood_backward(
         if not needed:
             return x.new_empty(0)
         shape = (*like.shape[:3], *r.shape[3:])
-        return (
-            (grad_r * _per_step(table, r.dtype, x.ndim))
-            .sum_to_size(shape)
-            .to(like.dtype)
-            .contiguous()
-        )
+        gradient = (grad_r * _per_step(table, r.dtype, x.ndim)).sum_to_size(shape)
+        return gradient.to(like.dtype).contiguous()
 
     grad_x = gradient_of(output_mask[0], data, x[:, None, None])
     grad_output = gradient_of(output_mask[1], output, model_output)
-    if output_mask[1] and model_output.shape[3] > x.shape[1]:
-        variance_channels = grad_output.new_zeros(
-            *grad_output.shape[:3], model_output.shape[3] - x.shape[1], *x.shape[2:]
-        )
-        grad_output = torch.cat((grad_output, variance_channels), 3)
-    return (
-        grad_x.reshape(x.shape) if output_mask[0] else grad_x,
-        grad_output,
-        gradient_of(output_mask[2], noisy, x_t),
-    )
+    skipped = model_output.shape[3] - x.shape[1]
+    if output_mask[1] and skipped > 0:
+        shape = (*grad_output.shape[:3], skipped, *x.shape[2:])
+        grad_output = torch.cat((grad_output, grad_output.new_zeros(shape)), 3)
+    if output_mask[0]:
+        grad_x = grad_x.reshape(x.shape)
+    return grad_x, grad_output, gradient_of(output_mask[2], noisy, x_t)
 
 
 def empty_state(shape: tuple[int, ...], reduction: str, device: torch.device) -> Tensor:
-    """State of `shape` = [B, K, *loc] before any step, float64: running maximum, sum w, sum w^2
-    with w = exp(l - maximum), or mean, M2.
+    """State of `shape` = [B, K, *loc] before any step, float64.
+
+    "mixture": running maximum, sum w, sum w^2 with w = exp(l - maximum). "mean": mean, M2.
     """
-    state = torch.zeros(
-        3 if reduction == "mixture" else 2, *shape, dtype=torch.float64, device=device
-    )
+    rows = 3 if reduction == "mixture" else 2
+    state = torch.zeros(rows, *shape, dtype=torch.float64, device=device)
     if reduction == "mixture":
         state[0] = -math.inf
     return state
@@ -136,13 +130,10 @@ def score_update(
     count: Tensor,
     state: Tensor,
 ) -> None:
-    """Add a chunk of S >= 1 steps of `classes` (all where None) to `count` [K] and `state`, in
-    place.
-    """
+    """Add a chunk of S >= 1 steps of `classes` (None: all) to `count` [K] and `state`, in place."""
     r = _residual(x, model_output, x_t, data, noisy, output)
-    steps = _step_log_likelihood(
-        r, inv_var, log_norm, per_location
-    ).double()  # [B, K of the chunk, S, *loc]
+    steps = _step_log_likelihood(r, inv_var, log_norm, per_location)
+    steps = steps.double()  # [B, K of the chunk, S, *loc]
     if reduction == "mixture":
         maximum = steps.amax(2)
         weight = torch.exp(steps - _finite(maximum).unsqueeze(2))
@@ -166,19 +157,16 @@ def merge_states(
     """State of the steps of both; counts [K], states as `empty_state`'s. Associative."""
     if reduction == "mixture":
         maximum = torch.maximum(state[0], other_state[0])
-        scale, other_scale = (
-            torch.exp(part[0] - _finite(maximum)) for part in (state, other_state)
-        )
+        scale = torch.exp(state[0] - _finite(maximum))
+        other_scale = torch.exp(other_state[0] - _finite(maximum))
         weight = scale * state[1] + other_scale * other_state[1]
-        return torch.stack(
-            (maximum, weight, scale.square() * state[2] + other_scale.square() * other_state[2])
-        )
+        squares = scale.square() * state[2] + other_scale.square() * other_state[2]
+        return torch.stack((maximum, weight, squares))
     n, m = _per_class(count, state), _per_class(other_count, state)
     total = (n + m).clamp(min=1)
     mean = (n * state[0] + m * other_state[0]) / total
-    return torch.stack(
-        (mean, state[1] + other_state[1] + (other_state[0] - state[0]).square() * n * m / total)
-    )
+    between = (other_state[0] - state[0]).square() * n * m / total
+    return torch.stack((mean, state[1] + other_state[1] + between))
 
 
 def state_log_likelihood(count: Tensor, state: Tensor, reduction: str) -> Tensor:
@@ -190,8 +178,9 @@ def state_log_likelihood(count: Tensor, state: Tensor, reduction: str) -> Tensor
 
 
 def state_effective_components(count: Tensor, state: Tensor, reduction: str) -> Tensor:
-    """Kish's (sum w)^2 / sum w^2, which is S for the equal weights of "mean"; 0 for a class without
-    a component. -> [B, K, *loc] float64
+    """Kish's (sum w)^2 / sum w^2, which is S for the equal weights of "mean".
+
+    0 for a class without a component. -> [B, K, *loc] float64
     """
     if reduction == "mean":
         return _per_class(count, state).expand_as(state[0]).clone()
@@ -199,15 +188,15 @@ def state_effective_components(count: Tensor, state: Tensor, reduction: str) -> 
 
 
 def state_standard_error(count: Tensor, state: Tensor, reduction: str) -> Tensor:
-    """sqrt(M2 / (S (S - 1))) ("mean"), sqrt(max(0, sum w^2 / (sum w)^2 - 1 / S)) ("mixture"); NaN
-    for S < 2. -> [B, K, *loc] float64
+    """Standard error of L; NaN for S < 2. -> [B, K, *loc] float64
+
+    sqrt(M2 / (S (S - 1))) ("mean"), sqrt(max(0, sum w^2 / (sum w)^2 - 1 / S)) ("mixture").
     """
     n = _per_class(count, state)
-    variance = (
-        state[1] / (n * (n - 1))
-        if reduction == "mean"
-        else (state[2] / state[1].square() - 1 / n).clamp(min=0)
-    )
+    if reduction == "mean":
+        variance = state[1] / (n * (n - 1))
+    else:
+        variance = (state[2] / state[1].square() - 1 / n).clamp(min=0)
     return torch.where(n < 2, math.nan, variance.sqrt())
 
 
@@ -224,9 +213,7 @@ def _residual(
 def _step_log_likelihood(
     r: Tensor, inv_var: Tensor, log_norm: Tensor, per_location: bool
 ) -> Tensor:
-    """l = sum(-v r^2 / 2 + n) over C, and over the locations where they are not kept. -> [B, K, S,
-    *loc]
-    """
+    """l = sum(-v r^2 / 2 + n) over C, and over locations that are not kept. -> [B, K, S, *loc]"""
     reduced = r.shape[3:4] if per_location else r.shape[3:]
     squares = r.square().sum(tuple(range(3, 3 + len(reduced))))
     v, n = (_per_step(table, r.dtype, squares.ndim - 2) for table in (inv_var, log_norm))
@@ -234,15 +221,15 @@ def _step_log_likelihood(
 
 
 def _per_step(table: Tensor, dtype: torch.dtype, ndim: int) -> Tensor:
-    """[S] -> [S, 1, ...] with `ndim` axes"""
+    """[S] -> [S, 1, ...] with `ndim` axes."""
     return table.to(dtype).reshape(-1, *[1] * (ndim - 1))
 
 
 def _finite(maximum: Tensor) -> Tensor:
-    """Replace -inf by 0: exp(-inf - -inf) would be NaN where exp(-inf - 0) is the 0 that is meant."""
+    """Replace -inf by 0: exp(-inf - -inf) would be NaN, exp(-inf - 0) is the 0 that is meant."""
     return maximum.masked_fill(maximum == -math.inf, 0)
 
 
 def _per_class(count: Tensor, state: Tensor) -> Tensor:
-    """[K] -> [K, *1], to broadcast with [B, K, *loc]"""
+    """[K] -> [K, *1], to broadcast with [B, K, *loc]."""
     return count.double().reshape(-1, *[1] * (state.ndim - 3))
