@@ -1,5 +1,6 @@
-"""The operators: schema, checks and public functions; importing this package defines all of them,
-then adds the backends that can run.
+"""The operators: schema, checks and public functions.
+
+Importing this package defines all of them, then adds the backends that can run.
 """
 
 from ..dispatch.libraries import register_backends

@@ -1,6 +1,4 @@
-"""Gradient alignment operators: Gram matrices, GenRep's coefficients, and the combination of the
-gradients.
-"""
+"""Gradient alignment operators: Gram matrices, GenRep's coefficients, combined gradients."""
 
 from __future__ import annotations
 
@@ -18,13 +16,13 @@ from ..dispatch.operators import define_operator
 from ..memory_overlap import check_no_overlap, overlaps_itself
 from ..reference import alignment as reference
 
-Gradients = Sequence[
-    Tensor | None
-]  # of one loss: a tensor for each parameter, None where the loss does not reach it
+# Of one loss: a tensor for each parameter, None where the loss does not reach it.
+Gradients = Sequence[Tensor | None]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_LOSSES = 8
-MAX_GROUPS = 1 << 20  # a wrong index ends in a message, not in gigabytes of Gram matrices
+# A wrong index ends in a message, not in gigabytes of Gram matrices.
+MAX_GROUPS = 1 << 20
 
 
 def _first(gradients: Gradients) -> Tensor:
@@ -40,7 +38,8 @@ gram_operator = define_operator(
 )
 
 alignment_coefficients_operator = define_operator(
-    "alignment_coefficients(Tensor gram, float[] weights, float power) -> (Tensor coefficients, Tensor cosine, Tensor alpha)",
+    "alignment_coefficients(Tensor gram, float[] weights, float power) "
+    "-> (Tensor coefficients, Tensor cosine, Tensor alpha)",
     reference=reference.alignment_coefficients,
     fake=lambda gram, weights, power: (
         gram.new_empty(len(gram), 2),
@@ -61,14 +60,16 @@ group_gram_operator = define_operator(
 )
 
 tensor_coefficients_operator = define_operator(
-    "tensor_coefficients(Tensor coefficients, Tensor grams, int[] groups, float[] weights) -> Tensor",
+    "tensor_coefficients(Tensor coefficients, Tensor grams, int[] groups, float[] weights) "
+    "-> Tensor",
     reference=reference.tensor_coefficients,
     fake=lambda coefficients, grams, groups, weights: coefficients.new_empty(grams.shape[:2]),
     data=(),
 )
 
 combine_operator = define_operator(
-    "combine(Tensor?[] gradients, Tensor coefficients, int[] groups, float[] weights, Tensor(a!)[] out) -> ()",
+    "combine(Tensor?[] gradients, Tensor coefficients, int[] groups, "
+    "float[] weights, Tensor(a!)[] out) -> ()",
     reference=reference.combine,
     fake=lambda gradients, coefficients, groups, weights, out: None,
     data=(0, 4),
@@ -159,8 +160,9 @@ def align_gradients(
 
 @torch.no_grad()
 def gram(*gradients: Gradients, groups: Sequence[int | None] | None = None) -> Tensor:
-    """Gram matrices of the gradients of n losses: entry [k, i, j] is the inner product of gradients
-    i and j over the tensors of group k.
+    """Gram matrices of the gradients of n losses.
+
+    Entry [k, i, j] is the inner product of gradients i and j over the tensors of group k.
 
     Args:
         gradients: 2 to 8 sequences of equal length, one for each loss, as in `align_gradients`.
@@ -177,9 +179,8 @@ def gram(*gradients: Gradients, groups: Sequence[int | None] | None = None) -> T
     """
     layout = check_gradients(gradients, _numbered(gradients), groups)
     grouped = layout.grouped
-    return _gram_matrices(
-        gradients, grouped, [layout.groups[t] for t in grouped], layout.num_groups, layout.device
-    )
+    own_groups = [layout.groups[t] for t in grouped]
+    return _gram_matrices(gradients, grouped, own_groups, layout.num_groups, layout.device)
 
 
 @torch.no_grad()
@@ -191,8 +192,7 @@ def combine(
     weights: Sequence[float] | None = None,
     out: Gradients | None = None,
 ) -> list[Tensor | None]:
-    """Weighted sum of the gradients of n losses, with weights of their own for every group of
-    tensors.
+    """Weighted sum of the gradients of n losses; every group of tensors has its own weights.
 
     Args:
         gradients: 2 to 8 sequences of equal length, one for each loss, as in `align_gradients`.
@@ -218,25 +218,25 @@ def combine(
             or another output; nothing is written then.
     """
     layout = check_gradients(gradients, _numbered(gradients), groups)
-    rows, weights = check_coefficients(coefficients, weights, len(gradients), layout)
-    _check_out(out, layout, dict(zip(_numbered(gradients), gradients, strict=True)), coefficients)
-    return _combined(
-        gradients, rows, [layout.groups[t] for t in layout.reached], layout, weights, out
-    )
+    table, weights = check_coefficients(coefficients, weights, len(gradients), layout)
+    named = dict(zip(_numbered(gradients), gradients, strict=True))
+    _check_out(out, layout, named, coefficients)
+    rows = [layout.groups[t] for t in layout.reached]
+    return _combined(gradients, table, rows, layout, weights, out)
 
 
 class GradientLayout(NamedTuple):
-    """Where the tensors of checked gradients belong; a loss reaches a tensor here whose gradient of
-    it is not None.
+    """Where the tensors of checked gradients belong.
+
+    A loss reaches a tensor here whose gradient of it is not None.
     """
 
-    groups: list[
-        int
-    ]  # for each tensor; -1: plain weighted sum, because it has no group or because a loss does not reach it
+    # For each tensor; -1: plain weighted sum, because it has no group or because a loss does not
+    # reach it.
+    groups: list[int]
     num_groups: int
-    samples: list[
-        Tensor | None
-    ]  # for each tensor one of its gradients; None where no loss reaches it
+    # For each tensor one of its gradients; None where no loss reaches it.
+    samples: list[Tensor | None]
     device: torch.device
 
     @property
@@ -253,8 +253,9 @@ class GradientLayout(NamedTuple):
 def check_gradients(
     gradients: Sequence[Gradients], names: Sequence[str], groups: Sequence[int | None] | None
 ) -> GradientLayout:
-    """Check gradients of 2 to 8 losses, called `names` in messages, and their groups; what raises:
-    see `align_gradients`.
+    """Check gradients of 2 to 8 losses, called `names` in messages, and their groups.
+
+    What raises: see `align_gradients`.
     """
     if not 2 <= len(gradients) <= MAX_LOSSES:
         raise ValueError(f"gradients of 2 to {MAX_LOSSES} losses are needed, got {len(gradients)}")
@@ -272,12 +273,8 @@ def check_gradients(
                 indices[t] = -1
                 continue
             if not alike:
-                check_tensor(
-                    gradient,
-                    f"{name}[{t}]",
-                    samples[t].shape if samples[t] is not None else None,
-                    device,
-                )
+                shape = None if samples[t] is None else samples[t].shape
+                check_tensor(gradient, f"{name}[{t}]", shape, device)
             samples[t] = gradient
             device = device or gradient.device
     return GradientLayout(indices, num_groups, samples, device or torch.device("cpu"))
@@ -286,20 +283,24 @@ def check_gradients(
 def _are_alike(
     tensors: Gradients, samples: list[Tensor | None], device: torch.device | None
 ) -> bool:
-    """Whether `check_tensor` would pass all tensors, in the shapes of `samples` and on `device` or
-    one of their own.
+    """Whether `check_tensor` would pass all tensors.
+
+    Their shapes are those of `samples`, their device is `device` or one of their own.
     """
     present = [tensor for tensor in tensors if tensor is not None]
     if not all([isinstance(tensor, Tensor) for tensor in present]):
         return False
+    if not {tensor.layout for tensor in present} <= {torch.strided}:
+        return False
+    if not {tensor.dtype for tensor in present} <= set(DTYPES):
+        return False
+    devices = {tensor.device for tensor in present}
+    if device is not None:
+        devices.add(device)
+    if len(devices) > 1:
+        return False
     pairs = zip(tensors, samples, strict=True)
-    devices = {tensor.device for tensor in present} | ({device} if device is not None else set())
-    return (
-        {tensor.layout for tensor in present} <= {torch.strided}
-        and {tensor.dtype for tensor in present} <= set(DTYPES)
-        and len(devices) <= 1
-        and all([a.shape == b.shape for a, b in pairs if a is not None and b is not None])
-    )
+    return all([a.shape == b.shape for a, b in pairs if a is not None and b is not None])
 
 
 def check_length(tensors: Sequence, name: str, length: int) -> None:
@@ -313,14 +314,13 @@ def check_length(tensors: Sequence, name: str, length: int) -> None:
 def check_tensor(
     tensor: Tensor, name: str, shape: torch.Size | None, device: torch.device | None
 ) -> None:
-    """Check that `tensor` is a dense tensor of one of `DTYPES`, of this shape and on this device
-    (None: any).
-    """
+    """Check that `tensor` is dense, of one of `DTYPES`, of this shape and device (None: any)."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.layout != torch.strided:
         raise ValueError(
-            f"{name} must be dense, got layout {tensor.layout}; densify sparse gradients with .to_dense()"
+            f"{name} must be dense, got layout {tensor.layout}; "
+            "densify sparse gradients with .to_dense()"
         )
     if tensor.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
@@ -331,55 +331,56 @@ def check_tensor(
 
 
 def check_writable(tensor: Tensor, name: str, shape: torch.Size, device: torch.device) -> None:
-    """`check_tensor`, and that no two elements of `tensor` share memory, as those of an expanded
-    tensor or of windows do.
+    """`check_tensor`, and that no two elements of `tensor` share memory.
+
+    Those of an expanded tensor or of windows do.
     """
     check_tensor(tensor, name, shape, device)
-    if any(
-        stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
-    ):
+    axes = zip(tensor.stride(), tensor.shape, strict=True)
+    if any(stride == 0 and size > 1 for stride, size in axes):
         raise ValueError(
-            f"{name} is written to and must not be an expanded tensor, got strides {tensor.stride()}"
+            f"{name} is written to and must not be an expanded tensor, "
+            f"got strides {tensor.stride()}"
         )
     # A traced program's strides may be symbols.
     if torch.compiler.is_compiling() or tensor.is_contiguous():
         return
     if overlaps_itself(tensor):
         raise ValueError(
-            f"{name} is written to and must not overlap itself, got shape {tuple(shape)} with strides {tensor.stride()}"
+            f"{name} is written to and must not overlap itself, "
+            f"got shape {tuple(shape)} with strides {tensor.stride()}"
         )
 
 
 def check_coefficients(
     coefficients: Tensor, weights: Sequence[float] | None, n: int, layout: GradientLayout
 ) -> tuple[Tensor, list[float]]:
-    """Check `coefficients` and `weights` of `combine`; return them as the operators take them,
-    weights empty where none are needed.
+    """Check `coefficients` and `weights` of `combine`; return them as the operators take them.
+
+    Weights are empty where none are needed.
     """
     check_tensor(coefficients, "coefficients", None, layout.device)
-    if (
-        coefficients.ndim != 2
-        or coefficients.shape[1] != n
-        or len(coefficients) < layout.num_groups
-    ):
+    fits = coefficients.ndim == 2 and coefficients.shape[1] == n
+    if not fits or len(coefficients) < layout.num_groups:
         raise ValueError(
-            f"coefficients must have shape [{layout.num_groups} groups or more, {n}], got {tuple(coefficients.shape)}"
+            f"coefficients must have shape [{layout.num_groups} groups or more, {n}], "
+            f"got {tuple(coefficients.shape)}"
         )
     coefficients = coefficients.double().contiguous()
     if weights is not None:
         return coefficients, check_weights(weights, n)
     if any(layout.groups[t] < 0 for t in layout.reached):
         raise ValueError(
-            "weights must be given where a tensor has no group or a loss does not reach it, got None"
+            "weights must be given where a tensor has no group or a loss does not reach it, "
+            "got None"
         )
     return coefficients, []
 
 
 def check_weights(weights: Sequence[float], n: int) -> list[float]:
     """Check that `weights` are `n` finite numbers; return them as floats."""
-    if not isinstance(weights, Sequence) or not all(
-        isinstance(weight, (int, float)) for weight in weights
-    ):
+    is_sequence = isinstance(weights, Sequence)
+    if not is_sequence or not all(isinstance(weight, (int, float)) for weight in weights):
         raise TypeError(f"weights must be a sequence of numbers, got {weights!r}")
     if len(weights) != n or not all(abs(weight) < math.inf for weight in weights):
         note = "" if n == 2 else "; give one for each loss, the default is for two"
@@ -429,25 +430,25 @@ def _check_out(
     gradients: Mapping[str, Gradients],
     coefficients: Tensor | None = None,
 ) -> None:
-    """Check `out`, of which tensor t may be tensor t of one of `gradients`, by name, and overlaps
-    no other argument.
+    """Check `out`, which overlaps no argument, but for the tensors written in place.
+
+    Tensor t may be tensor t of one of `gradients`, by name.
     """
     if out is None:
         return
     check_length(out, "out", len(layout.samples))
-    contiguous = _are_alike(out, layout.samples, layout.device) and all(
-        [tensor.is_contiguous() for tensor in out if tensor is not None]
-    )
+    contiguous = _are_alike(out, layout.samples, layout.device)
+    contiguous = contiguous and all([one.is_contiguous() for one in out if one is not None])
     if not contiguous:
         for t in layout.reached:
             if out[t] is not None:
                 check_writable(out[t], f"out[{t}]", layout.samples[t].shape, layout.device)
     # What no loss reaches is not written.
-    written = [
-        None if sample is None else tensor
-        for tensor, sample in zip(out, layout.samples, strict=True)
-    ]
-    read = dict(gradients) if coefficients is None else {**gradients, "coefficients": coefficients}
+    pairs = zip(out, layout.samples, strict=True)
+    written = [None if sample is None else tensor for tensor, sample in pairs]
+    read = dict(gradients)
+    if coefficients is not None:
+        read["coefficients"] = coefficients
     check_no_overlap({"out": written}, read, in_place=gradients)
 
 
@@ -478,19 +479,17 @@ def _combined(
     weights: list[float],
     out: Gradients | None,
 ) -> list[Tensor | None]:
-    """Weighted sums of the gradients; `rows` of `coefficients` (-1: `weights`), one for each tensor
-    of ``layout.reached``.
+    """Weighted sums of the gradients.
+
+    `rows` of `coefficients` (-1: `weights`), one for each tensor of ``layout.reached``.
     """
     results = list(out) if out is not None else [None] * len(layout.samples)
     for t, sample in enumerate(layout.samples):
         if sample is None:
             results[t] = None
         elif results[t] is None:
-            dtypes = (
-                loss_gradients[t].dtype
-                for loss_gradients in gradients
-                if loss_gradients[t] is not None
-            )
+            own = [loss_gradients[t] for loss_gradients in gradients]
+            dtypes = (gradient.dtype for gradient in own if gradient is not None)
             results[t] = torch.empty_like(sample, dtype=reduce(torch.promote_types, dtypes))
     reached = layout.reached
     if reached:

@@ -1,6 +1,4 @@
-"""Fused optimizer step: combination of the gradients, AdamW, and the moving average of the
-parameters in one operator.
-"""
+"""Fused optimizer step: combined gradients, AdamW, and the moving average of the parameters."""
 
 from __future__ import annotations
 
@@ -25,9 +23,10 @@ from .alignment import (
 )
 
 adamw_step_operator = define_operator(
-    "adamw_step(Tensor(a!)[] params, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] emas, "
-    "Tensor?[] gradients, Tensor coefficients, int[] groups, float[] weights, Tensor[] steps, Tensor lr, "
-    "float beta1, float beta2, float eps, float weight_decay, float ema_decay, Tensor? found_inf) -> ()",
+    "adamw_step(Tensor(a!)[] params, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+    "Tensor(d!)[] emas, Tensor?[] gradients, Tensor coefficients, int[] groups, "
+    "float[] weights, Tensor[] steps, Tensor lr, float beta1, float beta2, float eps, "
+    "float weight_decay, float ema_decay, Tensor? found_inf) -> ()",
     reference=reference.adamw_step,
     fake=lambda *arguments: None,
     data=(0, 1, 2, 3, 4),
@@ -53,8 +52,9 @@ def adamw_step(
     ema_decay: float = 0.999,
     found_inf: Tensor | None = None,
 ) -> None:
-    """Combine the gradients of n losses, take one AdamW step with the sum, and move an exponential
-    average of the parameters, all in place.
+    """Combine the gradients of n losses, take one AdamW step, and move an average, all in place.
+
+    The step goes along the combined gradient; the average is an exponential one of the parameters.
 
     Equals `genrep_fast.combine`, `torch.optim.AdamW` (Loshchilov and Hutter, ICLR 2019) and
     ``ema.lerp_(param, 1 - ema_decay)`` one after the other, without writing the combined gradient.
@@ -89,10 +89,7 @@ def adamw_step(
     check_learning_rate(lr, layout.device)
     check_hyperparameters(betas, eps, weight_decay)
     check_ema_decay(ema_decay)
-    if found_inf is not None:
-        check_tensor(found_inf, "found_inf", None, layout.device)
-        if found_inf.numel() != 1:
-            raise ValueError(f"found_inf must have one element, got shape {tuple(found_inf.shape)}")
+    _check_found_inf(found_inf, layout.device)
     written = {"params": params, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     if emas is not None:
         written["emas"] = emas
@@ -107,24 +104,26 @@ def adamw_step(
     scalars = {"coefficients": coefficients, "lr": lr, "found_inf": found_inf}
     tensors = {name: tensor for name, tensor in scalars.items() if isinstance(tensor, Tensor)}
     check_no_overlap(_only(written, reached), {**_only(lists, reached), **tensors})
-    if reached:
-        adamw_step_operator(
-            [params[t] for t in reached],
-            [exp_avgs[t] for t in reached],
-            [exp_avg_sqs[t] for t in reached],
-            [emas[t] for t in reached] if emas is not None else [],
-            [loss_gradients[t] for loss_gradients in gradients for t in reached],
-            coefficients,
-            [layout.groups[t] for t in reached],
-            weights,
-            [steps[t] for t in reached],
-            lr.reshape(()) if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64),
-            *map(float, betas),
-            eps,
-            weight_decay,
-            ema_decay,
-            found_inf,
-        )
+    if not reached:
+        return
+    lr = lr.reshape(()) if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64)
+    adamw_step_operator(
+        [params[t] for t in reached],
+        [exp_avgs[t] for t in reached],
+        [exp_avg_sqs[t] for t in reached],
+        [emas[t] for t in reached] if emas is not None else [],
+        [loss_gradients[t] for loss_gradients in gradients for t in reached],
+        coefficients,
+        [layout.groups[t] for t in reached],
+        weights,
+        [steps[t] for t in reached],
+        lr,
+        *map(float, betas),
+        eps,
+        weight_decay,
+        ema_decay,
+        found_inf,
+    )
 
 
 def _only(
@@ -132,17 +131,25 @@ def _only(
 ) -> dict[str, list[Tensor | None]]:
     """`lists` with None at all but `indices`."""
     kept = set(indices)
-    return {
-        name: [tensor if t in kept else None for t, tensor in enumerate(tensors)]
-        for name, tensors in lists.items()
-    }
+    result = {}
+    for name, tensors in lists.items():
+        result[name] = [tensor if t in kept else None for t, tensor in enumerate(tensors)]
+    return result
+
+
+def _check_found_inf(found_inf: Tensor | None, device: torch.device) -> None:
+    if found_inf is None:
+        return
+    check_tensor(found_inf, "found_inf", None, device)
+    if found_inf.numel() != 1:
+        raise ValueError(f"found_inf must have one element, got shape {tuple(found_inf.shape)}")
 
 
 def check_learning_rate(lr: float | Tensor, device: torch.device) -> None:
-    """Check that `lr` is a finite number, not negative, or a tensor of one element on `device` or
-    the CPU.
+    """Check that `lr` is a finite number, not negative, or a tensor of one element.
 
-    The value of a tensor is checked on the CPU alone, where nobody waits for it.
+    A tensor lies on `device` or the CPU. The value of a tensor is checked on the CPU alone, where
+    nobody waits for it.
     """
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
@@ -165,8 +172,9 @@ def check_hyperparameters(betas: tuple[float, float], eps: float, weight_decay: 
 
 
 def _is_number(value: object) -> bool:
-    """Whether `value` is a number, or a tensor of one element on the CPU, whose value nobody waits
-    for.
+    """Whether `value` is a number, or a tensor of one element on the CPU.
+
+    Nobody waits for such a tensor's value.
     """
     if isinstance(value, Tensor):
         return value.numel() == 1 and value.device.type == "cpu"

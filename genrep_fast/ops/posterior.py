@@ -14,12 +14,15 @@ from ..reference import posterior as reference
 from ..reference.scoring import accumulation_dtype
 from .scoring import check_device, check_floating
 
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 
 def posterior(
     log_likelihood: Tensor, *, log_prior: Tensor | None = None, temperature: float = 1.0
 ) -> Tensor:
-    """Log-posterior log p(y|x) = log_softmax_y( L / temperature + log p(y) ), differentiable in
-    both tensors.
+    """Log-posterior log p(y|x) = log_softmax_y( L / temperature + log p(y) ).
+
+    Differentiable in both tensors.
 
     Args:
         log_likelihood: L [B, K, *spatial] or [B, K], floating point.
@@ -35,14 +38,14 @@ def posterior(
         TypeError, ValueError: for wrong dtypes, shapes, devices, or a temperature that is not a
             positive number.
     """
-    return _posterior(
-        log_likelihood, _check_scores(log_likelihood, log_prior, temperature), float(temperature)
-    )
+    log_prior = _check_scores(log_likelihood, log_prior, temperature)
+    return _posterior(log_likelihood, log_prior, float(temperature))
 
 
 def log_evidence(log_likelihood: Tensor, *, log_prior: Tensor | None = None) -> Tensor:
-    """Log-evidence log p(x) = logsumexp_y( L + log p(y) ) in nats, the out-of-distribution score;
-    differentiable in both tensors.
+    """Log-evidence log p(x) = logsumexp_y( L + log p(y) ) in nats, the out-of-distribution score.
+
+    Differentiable in both tensors.
 
     Args:
         log_likelihood: L [B, K, *spatial] or [B, K], floating point.
@@ -66,8 +69,9 @@ def distillation_loss(
     temperature: float = 1.0,
     reduction: str = "batchmean",
 ) -> Tensor:
-    """KL(p || softmax(student_logits)) in nats, p = softmax_y( L / temperature + log p(y) );
-    differentiable in both logits and L.
+    """KL(p || softmax(student_logits)) in nats, p = softmax_y( L / temperature + log p(y) ).
+
+    Differentiable in both logits and L.
 
     Args:
         student_logits: [B, K] or [B, K, *spatial], floating point.
@@ -89,7 +93,8 @@ def distillation_loss(
     check_floating(student_logits, "student_logits")
     if student_logits.shape != log_likelihood.shape:
         raise ValueError(
-            f"student_logits must have log_likelihood's shape {tuple(log_likelihood.shape)}, got {tuple(student_logits.shape)}"
+            f"student_logits must have log_likelihood's shape {tuple(log_likelihood.shape)}, "
+            f"got {tuple(student_logits.shape)}"
         )
     check_device(log_likelihood.device, student_logits=student_logits)
     if log_prior is not None and log_prior.requires_grad:
@@ -100,11 +105,9 @@ def distillation_loss(
         raise ValueError(f'reduction must be "batchmean", "mean" or "none", got {reduction!r}')
     if accumulation_dtype(student_logits, log_likelihood) == torch.float64:
         student_logits, log_likelihood = student_logits.double(), log_likelihood.double()
-    loss = _distillation_loss(
-        student_logits, log_likelihood, log_prior, float(temperature)
-    )  # [B, *spatial]
+    loss = _distillation_loss(student_logits, log_likelihood, log_prior, float(temperature))
     if reduction == "none":
-        return loss
+        return loss  # [B, *spatial]
     divisor = max(loss.shape[0] if reduction == "batchmean" else loss.numel(), 1)
     return loss.mean() if divisor == loss.numel() else loss.sum() / divisor
 
@@ -112,14 +115,14 @@ def distillation_loss(
 def fit_temperature(
     log_likelihood: Tensor, labels: Tensor, *, log_prior: Tensor | None = None
 ) -> float:
-    """Temperature of `posterior` with the least negative log-likelihood of the labels (Guo et al.,
-    ICML 2017), found in float64.
+    """Temperature of `posterior` with the least negative log-likelihood of the labels.
 
-    The negative log-likelihood is convex in 1 / temperature, so its derivative is bisected. Where
-    every label already has the greatest likelihood it only falls towards temperature 0, which would
-    claim certainty: then the largest temperature within half a nat (over all labels together) of
-    that limit is returned. Where it only falls towards infinity, the temperature is the largest of
-    the search, 1e8 times the mean gap between classes; where all classes are tied, 1.
+    Guo et al., ICML 2017. It is found in float64. The negative log-likelihood is convex in 1 /
+    temperature, so its derivative is bisected. Where every label already has the greatest
+    likelihood it only falls towards temperature 0, which would claim certainty: then the largest
+    temperature within half a nat (over all labels together) of that limit is returned. Where it
+    only falls towards infinity, the temperature is the largest of the search, 1e8 times the mean
+    gap between classes; where all classes are tied, 1.
 
     Args:
         log_likelihood: L [B, K, *spatial] or [B, K], floating point.
@@ -135,9 +138,8 @@ def fit_temperature(
             NaN, or a label whose class has likelihood or prior 0.
     """
     log_prior = _check_scores(log_likelihood, log_prior)
-    scores, prior = _calibration_rows(
-        log_likelihood, labels, log_prior
-    )  # [N, K] relative to the label's class
+    # [N, K] each, relative to the label's class.
+    scores, prior = _calibration_rows(log_likelihood, labels, log_prior)
     gaps = scores[scores.isfinite()].abs().mean()
     if gaps == 0:
         return 1.0
@@ -177,13 +179,11 @@ def _check_scores(
     if log_prior is None:
         return None
     check_floating(log_prior, "log_prior")
-    if (
-        log_prior.ndim not in (1, 2)
-        or log_prior.shape[-1] != shape[1]
-        or log_prior.shape[:-1] not in ((), (1,), shape[:1])
-    ):
+    fits = log_prior.ndim in (1, 2) and log_prior.shape[-1] == shape[1]
+    if not fits or log_prior.shape[:-1] not in ((), (1,), shape[:1]):
         raise ValueError(
-            f"log_prior must be [{shape[1]}] or [{shape[0]}, {shape[1]}], got {tuple(log_prior.shape)}"
+            f"log_prior must be [{shape[1]}] or [{shape[0]}, {shape[1]}], "
+            f"got {tuple(log_prior.shape)}"
         )
     check_device(log_likelihood.device, log_prior=log_prior)
     log_prior = log_prior.to(accumulation_dtype(log_likelihood))
@@ -193,34 +193,28 @@ def _check_scores(
 def _calibration_rows(
     log_likelihood: Tensor, labels: Tensor, log_prior: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """L and log p(y) relative to the label's class, float64 [N, K] each, N = B times locations"""
+    """L and log p(y) relative to the label's class, float64 [N, K] each, N = B times locations."""
     shape = log_likelihood.shape
-    if not isinstance(labels, Tensor) or labels.dtype not in (
-        torch.int64,
-        torch.int32,
-        torch.int16,
-        torch.int8,
-        torch.uint8,
-    ):
+    if not isinstance(labels, Tensor) or labels.dtype not in _INTEGERS:
         raise TypeError(
-            f"labels must be a tensor of integers, got {getattr(labels, 'dtype', type(labels).__name__)}"
+            "labels must be a tensor of integers, "
+            f"got {getattr(labels, 'dtype', type(labels).__name__)}"
         )
     if labels.shape != (shape[0], *shape[2:]):
         raise ValueError(
-            f"labels must be {(shape[0], *shape[2:])} for a log_likelihood of {tuple(shape)}, got {tuple(labels.shape)}"
+            f"labels must be {(shape[0], *shape[2:])} for a log_likelihood of {tuple(shape)}, "
+            f"got {tuple(labels.shape)}"
         )
     if labels.numel() == 0:
         raise ValueError("labels must hold at least one label, got none")
     check_device(log_likelihood.device, labels=labels)
     if labels.min() < 0 or labels.max() >= shape[1]:
         raise ValueError(
-            f"labels must lie in 0...{shape[1] - 1}, got {labels.min().item()}...{labels.max().item()}"
+            f"labels must lie in 0...{shape[1] - 1}, "
+            f"got {labels.min().item()}...{labels.max().item()}"
         )
-    prior = (
-        log_likelihood.new_zeros(shape[:2] + (1,) * (len(shape) - 2))
-        if log_prior is None
-        else log_prior
-    )
+    if log_prior is None:
+        log_prior = log_likelihood.new_zeros(shape[:2] + (1,) * (len(shape) - 2))
 
     def relative(values: Tensor, name: str) -> Tensor:
         rows = values.detach().double().expand(shape).movedim(1, -1).reshape(-1, shape[1])
@@ -229,11 +223,12 @@ def _calibration_rows(
         own = rows.gather(1, labels.reshape(-1, 1).long())
         if not own.isfinite().all():
             raise ValueError(
-                f"{name} must be finite at the labels' classes, got {own[~own.isfinite()][0].item()}"
+                f"{name} must be finite at the labels' classes, "
+                f"got {own[~own.isfinite()][0].item()}"
             )
         return rows - own
 
-    return relative(log_likelihood, "log_likelihood"), relative(prior, "log_prior")
+    return relative(log_likelihood, "log_likelihood"), relative(log_prior, "log_prior")
 
 
 def _setup_posterior(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -246,11 +241,12 @@ def _differentiate_posterior(ctx: Any, grad: Tensor) -> tuple:
     output, log_prior = ctx.saved_tensors
     grad_scores = grad - output.exp() * grad.sum(1, keepdim=True)
     needs_likelihood, needs_prior, _ = ctx.needs_input_grad
-    return (
-        (grad_scores / ctx.temperature).to(ctx.dtype) if needs_likelihood else None,
-        grad_scores.sum_to_size(log_prior.shape).to(log_prior.dtype) if needs_prior else None,
-        None,
-    )
+    grad_likelihood = grad_prior = None
+    if needs_likelihood:
+        grad_likelihood = (grad_scores / ctx.temperature).to(ctx.dtype)
+    if needs_prior:
+        grad_prior = grad_scores.sum_to_size(log_prior.shape).to(log_prior.dtype)
+    return grad_likelihood, grad_prior, None
 
 
 def _setup_distillation(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -260,28 +256,25 @@ def _setup_distillation(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _differentiate_distillation(ctx: Any, grad: Tensor) -> tuple:
     mask = list(ctx.needs_input_grad[:2])
-    backward = (
-        reference.distillation_loss_backward
-        if torch.is_grad_enabled()
-        else _distillation_loss_backward
-    )
+    backward = _distillation_loss_backward
+    # Gradients of gradients come from the reference.
+    if torch.is_grad_enabled():
+        backward = reference.distillation_loss_backward
     gradients = backward(grad, *ctx.saved_tensors, ctx.temperature, mask)
-    return (
-        *(gradient if needed else None for gradient, needed in zip(gradients, mask, strict=True)),
-        None,
-        None,
-    )
+    pairs = zip(gradients, mask, strict=True)
+    return *(gradient if needed else None for gradient, needed in pairs), None, None
 
 
 def _distillation_loss_backward_fake(
     grad, student_logits, log_likelihood, log_prior, temperature, mask
 ):
-    return tuple(
-        torch.empty(tensor.shape, dtype=tensor.dtype, device=grad.device)
-        if needed
-        else grad.new_empty(0)
-        for tensor, needed in zip((student_logits, log_likelihood), mask, strict=True)
-    )
+    gradients = []
+    for tensor, needed in zip((student_logits, log_likelihood), mask, strict=True):
+        if needed:
+            gradients.append(torch.empty(tensor.shape, dtype=tensor.dtype, device=grad.device))
+        else:
+            gradients.append(grad.new_empty(0))
+    return tuple(gradients)
 
 
 _posterior = define_operator(
@@ -294,13 +287,14 @@ _posterior = define_operator(
     setup_context=_setup_posterior,
 )
 _distillation_loss_backward = define_operator(
-    "distillation_loss_backward(Tensor grad, Tensor student_logits, Tensor log_likelihood, Tensor? log_prior, float temperature, "
-    "bool[2] output_mask) -> (Tensor, Tensor)",
+    "distillation_loss_backward(Tensor grad, Tensor student_logits, Tensor log_likelihood, "
+    "Tensor? log_prior, float temperature, bool[2] output_mask) -> (Tensor, Tensor)",
     reference=reference.distillation_loss_backward,
     fake=_distillation_loss_backward_fake,
 )
 _distillation_loss = define_operator(
-    "distillation_loss(Tensor student_logits, Tensor log_likelihood, Tensor? log_prior, float temperature) -> Tensor",
+    "distillation_loss(Tensor student_logits, Tensor log_likelihood, Tensor? log_prior, "
+    "float temperature) -> Tensor",
     reference=reference.distillation_loss,
     fake=lambda logits, scores, log_prior, temperature: scores.new_empty(
         (scores.shape[0], *scores.shape[2:]), dtype=accumulation_dtype(scores)

@@ -1,5 +1,6 @@
-"""The reverse-step operator: one step of a chain, its counter-based noise, and the score of the
-same step in one read of its inputs.
+"""The reverse-step operator: one step of a chain, its noise, and the score of the same step.
+
+The noise is counter-based; inputs are read once.
 """
 
 from __future__ import annotations
@@ -27,13 +28,12 @@ def reverse_step(
     x: Tensor | None = None,
     std_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """One step x′ = mean + std·z of B chains, and the log-likelihood of `x` under the kernel of the
-    same step; no gradient.
+    """One step x′ = mean + std·z of B chains, and the log-likelihood of `x` under its kernel.
 
-    The mean and std are the scheduler's own (``mean_noisy``, ``mean_output``, ``std``); the score
-    follows the five scoring tables. z is Philox 4×32-10 noise (Salmon et al., SC 2011) that depends
-    on seed, chain id, step and element alone: any batch size and order draws the same bits, any
-    backend the same numbers to 10⁻⁶.
+    No gradient. The mean and std are the scheduler's own (``mean_noisy``, ``mean_output``,
+    ``std``); the score follows the five scoring tables. z is Philox 4×32-10 noise (Salmon et al.,
+    SC 2011) that depends on seed, chain id, step and element alone: any batch size and order draws
+    the same bits, any backend the same numbers to 10⁻⁶.
 
     Args:
         x_t: noisy samples [B, C, *spatial]; float32, bfloat16, float16 or float64.
@@ -61,19 +61,7 @@ def reverse_step(
     _check_sample("x_t", x_t, x_t)
     if x_t.ndim < 2:
         raise ValueError(f"x_t must be [B, C, *spatial], got {tuple(x_t.shape)}")
-    _check_sample("model_output", model_output, x_t)
-    if (
-        model_output.ndim != x_t.ndim
-        or model_output.shape[0] != x_t.shape[0]
-        or model_output.shape[2:] != x_t.shape[2:]
-    ):
-        raise ValueError(
-            f"model_output must be {tuple(x_t.shape)} up to further channels, got {tuple(model_output.shape)}"
-        )
-    if model_output.shape[1] < x_t.shape[1]:
-        raise ValueError(
-            f"model_output must have at least x_t's {x_t.shape[1]} channels, got {model_output.shape[1]}"
-        )
+    _check_model_output(model_output, x_t)
     _check_coefficients(coefficients, step, x_t)
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise TypeError(f"seed must be an integer, got {type(seed).__name__}")
@@ -86,15 +74,7 @@ def reverse_step(
             raise ValueError(f"x must have x_t's shape {tuple(x_t.shape)}, got {tuple(x.shape)}")
         coefficients.require_scorable(step)
     if std_scale is not None:
-        _check_sample("std_scale", std_scale, x_t)
-        if std_scale.ndim > x_t.ndim or any(
-            own not in (1, full)
-            for own, full in zip(std_scale.shape[::-1], x_t.shape[::-1], strict=False)
-        ):
-            raise ValueError(
-                f"std_scale must broadcast to x_t's shape {tuple(x_t.shape)}, got {tuple(std_scale.shape)}"
-            )
-        require((std_scale > 0).all(), "std_scale must be positive")
+        _check_std_scale(std_scale, x_t)
         std_scale = std_scale.expand(x_t.shape)
     # The schema's integers are signed: the upper half of the seeds is their two's complement.
     signed_seed = seed - 2**64 if seed >= 2**63 else seed
@@ -113,14 +93,40 @@ def reverse_step(
     return x_prev, None if x is None else score
 
 
+def _check_model_output(model_output: Tensor, x_t: Tensor) -> None:
+    _check_sample("model_output", model_output, x_t)
+    fits = model_output.ndim == x_t.ndim and model_output.shape[0] == x_t.shape[0]
+    if not fits or model_output.shape[2:] != x_t.shape[2:]:
+        raise ValueError(
+            f"model_output must be {tuple(x_t.shape)} up to further channels, "
+            f"got {tuple(model_output.shape)}"
+        )
+    if model_output.shape[1] < x_t.shape[1]:
+        raise ValueError(
+            f"model_output must have at least x_t's {x_t.shape[1]} channels, "
+            f"got {model_output.shape[1]}"
+        )
+
+
+def _check_std_scale(std_scale: Tensor, x_t: Tensor) -> None:
+    _check_sample("std_scale", std_scale, x_t)
+    sizes = zip(std_scale.shape[::-1], x_t.shape[::-1], strict=False)
+    if std_scale.ndim > x_t.ndim or any(own not in (1, full) for own, full in sizes):
+        raise ValueError(
+            f"std_scale must broadcast to x_t's shape {tuple(x_t.shape)}, "
+            f"got {tuple(std_scale.shape)}"
+        )
+    require((std_scale > 0).all(), "std_scale must be positive")
+
+
 def _check_sample(name: str, tensor: Tensor, x_t: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in _DTYPES or (tensor.dtype == torch.float64) != (
-        x_t.dtype == torch.float64
-    ):
+    is_mixed = (tensor.dtype == torch.float64) != (x_t.dtype == torch.float64)
+    if tensor.dtype not in _DTYPES or is_mixed:
         raise TypeError(
-            f"{name} must be float32, bfloat16 or float16, or float64 where x_t is, got {tensor.dtype}"
+            f"{name} must be float32, bfloat16 or float16, or float64 where x_t is, "
+            f"got {tensor.dtype}"
         )
     _check_device(name, tensor, x_t)
 
@@ -135,7 +141,8 @@ def _check_coefficients(coefficients: StepCoefficients, step: int, x_t: Tensor) 
         raise TypeError(f"coefficients must be StepCoefficients, got {type(coefficients).__name__}")
     if coefficients.std is None:
         raise ValueError(
-            "coefficients have no step of their own (mean_noisy, mean_output, std): build them with StepCoefficients.chain"
+            "coefficients have no step of their own (mean_noisy, mean_output, std): "
+            "build them with StepCoefficients.chain"
         )
     _check_device("coefficients", coefficients.data, x_t)
     if not isinstance(step, int) or isinstance(step, bool):
@@ -147,7 +154,8 @@ def _check_coefficients(coefficients: StepCoefficients, step: int, x_t: Tensor) 
 def _check_chain_ids(chain_ids: Tensor, x_t: Tensor) -> None:
     if not isinstance(chain_ids, Tensor) or chain_ids.dtype != torch.int64:
         raise TypeError(
-            f"chain_ids must be an int64 tensor, got {getattr(chain_ids, 'dtype', type(chain_ids).__name__)}"
+            "chain_ids must be an int64 tensor, "
+            f"got {getattr(chain_ids, 'dtype', type(chain_ids).__name__)}"
         )
     if chain_ids.shape != x_t.shape[:1]:
         raise ValueError(
@@ -164,9 +172,10 @@ def _reverse_step_fake(x_t: Tensor, *arguments) -> tuple[Tensor, Tensor]:
 
 
 _reverse_step = define_operator(
-    "reverse_step(Tensor x_t, Tensor model_output, Tensor data, Tensor noisy, Tensor output, Tensor inv_var, Tensor log_norm, "
-    "Tensor mean_noisy, Tensor mean_output, Tensor std, SymInt step, SymInt seed, Tensor chain_ids, Tensor? x, Tensor? std_scale) "
-    "-> (Tensor, Tensor)",
+    "reverse_step(Tensor x_t, Tensor model_output, Tensor data, Tensor noisy, "
+    "Tensor output, Tensor inv_var, Tensor log_norm, Tensor mean_noisy, "
+    "Tensor mean_output, Tensor std, SymInt step, SymInt seed, Tensor chain_ids, "
+    "Tensor? x, Tensor? std_scale) -> (Tensor, Tensor)",
     reference=reference.reverse_step,
     fake=_reverse_step_fake,
 )

@@ -14,7 +14,10 @@ from ..dispatch.selection import insisted_backend, use_backend
 from ..reference import scoring as reference
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_CHUNK = "Tensor x, Tensor model_output, Tensor? x_t, Tensor data, Tensor noisy, Tensor output, Tensor inv_var, Tensor log_norm"
+_CHUNK = (
+    "Tensor x, Tensor model_output, Tensor? x_t, "
+    "Tensor data, Tensor noisy, Tensor output, Tensor inv_var, Tensor log_norm"
+)
 
 
 def log_likelihood(
@@ -26,8 +29,7 @@ def log_likelihood(
     reduction: str = "mixture",
     per_location: bool = False,
 ) -> Tensor:
-    """Log-likelihood (nats) of every image under every class, from the denoiser's outputs at S
-    scored steps.
+    """Log-likelihood (nats) of every image under every class, from outputs at S scored steps.
 
     l = sum(-inv_var r^2 / 2 + log_norm) with r = data x + noisy x_t + output o; L = logsumexp_s l -
     log S, the mixture of a chain's kernels (GenRep, ICLR 2026), or the mean of l over the steps
@@ -65,8 +67,9 @@ def log_likelihood(
 def chunk_arguments(
     x: Tensor, model_output: Tensor, coefficients: StepCoefficients, x_t: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Check the inputs of `log_likelihood` and bring model_output and x_t to x.ndim + 2 axes: the
-    operators' leading arguments.
+    """Check the inputs of `log_likelihood` and make the operators' leading arguments of them.
+
+    model_output and x_t get x.ndim + 2 axes.
     """
     if not isinstance(coefficients, StepCoefficients):
         raise TypeError(f"coefficients must be StepCoefficients, got {type(coefficients).__name__}")
@@ -86,20 +89,10 @@ def chunk_arguments(
         raise ValueError(
             f"model_output must have at least x's {channels} channels, got {model_output.shape[3]}"
         )
-    if x_t is None:
-        if coefficients.needs_noisy:
-            raise ValueError("x_t must be given: the coefficients' noisy is not zero")
-    else:
-        if x_t.shape[2] not in (1, steps):
-            raise ValueError(
-                f"x_t must have 1 step or the coefficients' {steps}, got {x_t.shape[2]}"
-            )
-        if x_t.shape[3] != channels:
-            raise ValueError(f"x_t must have x's {channels} channels, got {x_t.shape[3]}")
-        if x_t.shape[1] != model_output.shape[1] and 1 not in (x_t.shape[1], model_output.shape[1]):
-            raise ValueError(
-                f"x_t must have model_output's {model_output.shape[1]} classes or 1, got {x_t.shape[1]}"
-            )
+    if x_t is not None:
+        _check_noisy(x_t, model_output.shape[1], steps, channels)
+    elif coefficients.needs_noisy:
+        raise ValueError("x_t must be given: the coefficients' noisy is not zero")
     check_device(x.device, model_output=model_output, x_t=x_t, coefficients=coefficients.data)
     return x, model_output, x_t, *coefficients.scoring_tables(reference.accumulation_dtype(x))
 
@@ -121,8 +114,9 @@ def check_reduction(reduction: str) -> None:
 
 
 def require(condition: Tensor, message: str, got: Tensor | None = None) -> None:
-    """Raise ValueError where `condition` (a boolean scalar) on the CPU is False; elsewhere, and
-    when compiled, assert without waiting.
+    """Raise ValueError where `condition` (a boolean scalar) on the CPU is False.
+
+    Elsewhere, and when compiled, assert without waiting.
     """
     if torch.compiler.is_compiling() or condition.device.type != "cpu":
         torch._assert_async(condition, message)
@@ -158,7 +152,8 @@ def _leading_axes(tensor: Tensor, name: str, x: Tensor) -> Tensor:
         tensor = tensor.unsqueeze(0)
     if tensor.ndim != x.ndim + 2:
         raise ValueError(
-            f"{name} must have x's {x.ndim} axes and 2 more, or 1 more where shared by the batch, got {tuple(tensor.shape)}"
+            f"{name} must have x's {x.ndim} axes and 2 more, or 1 more where shared by the batch, "
+            f"got {tuple(tensor.shape)}"
         )
     if tensor.shape[0] not in (1, x.shape[0]):
         raise ValueError(
@@ -166,16 +161,26 @@ def _leading_axes(tensor: Tensor, name: str, x: Tensor) -> Tensor:
         )
     if tensor.shape[4:] != x.shape[2:]:
         raise ValueError(
-            f"{name} must have x's spatial shape {tuple(x.shape[2:])}, got {tuple(tensor.shape[4:])}"
+            f"{name} must have x's spatial shape {tuple(x.shape[2:])}, "
+            f"got {tuple(tensor.shape[4:])}"
         )
     return tensor
 
 
+def _check_noisy(x_t: Tensor, classes: int, steps: int, channels: int) -> None:
+    """Check the axes of x_t [1|B, 1|K, 1|S, C, *spatial] against those of model_output and x."""
+    if x_t.shape[2] not in (1, steps):
+        raise ValueError(f"x_t must have 1 step or the coefficients' {steps}, got {x_t.shape[2]}")
+    if x_t.shape[3] != channels:
+        raise ValueError(f"x_t must have x's {channels} channels, got {x_t.shape[3]}")
+    if x_t.shape[1] != classes and 1 not in (x_t.shape[1], classes):
+        raise ValueError(f"x_t must have model_output's {classes} classes or 1, got {x_t.shape[1]}")
+
+
 def _log_likelihood_fake(x, model_output, x_t, *tables_and_options):
     *_, reduction, per_location = tables_and_options
-    result = x.new_empty(
-        result_shape(x, model_output, x_t, per_location), dtype=reference.accumulation_dtype(x)
-    )
+    shape = result_shape(x, model_output, x_t, per_location)
+    result = x.new_empty(shape, dtype=reference.accumulation_dtype(x))
     return result, torch.empty_like(result) if reduction == "mixture" else result.new_empty(0)
 
 
@@ -183,10 +188,13 @@ def _log_likelihood_backward_fake(
     grad, log_likelihood, remainder, x, model_output, x_t, *tables_and_options
 ):
     mask = tables_and_options[-1]
-    return tuple(
-        torch.empty(tensor.shape, dtype=tensor.dtype, device=x.device) if needed else x.new_empty(0)
-        for tensor, needed in zip((x, model_output, x_t), mask, strict=True)
-    )
+    gradients = []
+    for tensor, needed in zip((x, model_output, x_t), mask, strict=True):
+        if needed:
+            gradients.append(torch.empty(tensor.shape, dtype=tensor.dtype, device=x.device))
+        else:
+            gradients.append(x.new_empty(0))
+    return tuple(gradients)
 
 
 def _setup_log_likelihood(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -199,21 +207,19 @@ def _differentiate_log_likelihood(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
     mask = list(ctx.needs_input_grad[:3])
     # Gradients of gradients (create_graph=True) come from the reference, whose operations autograd
     # knows.
-    backward = (
-        reference.log_likelihood_backward if torch.is_grad_enabled() else _log_likelihood_backward
-    )
-    with (
-        use_backend(ctx.backend) if ctx.backend else contextlib.nullcontext()
-    ):  # whose bits of l forward had
+    backward = _log_likelihood_backward
+    if torch.is_grad_enabled():
+        backward = reference.log_likelihood_backward
+    # The backend of forward, which returns the bits of l that forward computed.
+    with use_backend(ctx.backend) if ctx.backend else contextlib.nullcontext():
         gradients = backward(grad, *ctx.saved_tensors, ctx.reduction, ctx.per_location, mask)
-    return *(
-        gradient if needed else None for gradient, needed in zip(gradients, mask, strict=True)
-    ), *[None] * 7
+    pairs = zip(gradients, mask, strict=True)
+    return *(gradient if needed else None for gradient, needed in pairs), *[None] * 7
 
 
 _log_likelihood_backward = define_operator(
-    f"log_likelihood_backward(Tensor grad, Tensor log_likelihood, Tensor remainder, {_CHUNK}, str reduction, bool per_location, "
-    "bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
+    f"log_likelihood_backward(Tensor grad, Tensor log_likelihood, Tensor remainder, {_CHUNK}, "
+    "str reduction, bool per_location, bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
     reference=reference.log_likelihood_backward,
     fake=_log_likelihood_backward_fake,
 )
@@ -225,7 +231,8 @@ _log_likelihood = define_operator(
     setup_context=_setup_log_likelihood,
 )
 score_update = define_operator(
-    f"score_update({_CHUNK}, Tensor? classes, str reduction, bool per_location, Tensor(a!) count, Tensor(b!) state) -> ()",
+    f"score_update({_CHUNK}, Tensor? classes, str reduction, bool per_location, "
+    "Tensor(a!) count, Tensor(b!) state) -> ()",
     reference=reference.score_update,
     fake=lambda *arguments: None,
 )
