@@ -63,10 +63,9 @@ class Buckets:
 
     def arrange(self, parameters: dict[int, Tensor], groups: list[int | None]) -> None:
         """Allocate buffers for `parameters` unless they are there; those in no group (-1) last."""
-        key = [
-            (index, groups[index], _gradient_dtype(parameter), parameter.device)
-            for index, parameter in parameters.items()
-        ]
+        key = []
+        for index, parameter in parameters.items():
+            key.append((index, groups[index], _gradient_dtype(parameter), parameter.device))
         if self._key == key:
             return
         self._key = key
@@ -82,10 +81,9 @@ class Buckets:
             sizes[dtypes[index]] = starts[index] + parameters[index].numel()
         device = next(iter(parameters.values())).device if parameters else None
         for views in self.views:
-            buffers = {
-                dtype: torch.empty(size, dtype=dtype, device=device)
-                for dtype, size in sizes.items()
-            }
+            buffers = {}
+            for dtype, size in sizes.items():
+                buffers[dtype] = torch.empty(size, dtype=dtype, device=device)
             views.clear()
             for index, parameter in parameters.items():
                 strides = torch.empty_like(parameter, device="meta").stride()

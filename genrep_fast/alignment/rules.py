@@ -394,11 +394,11 @@ def _eigenpairs(matrices: Tensor) -> tuple[Tensor, Tensor]:
     n = matrices.shape[1]
     index = torch.arange(n, device=matrices.device)
     # Step s pairs index i with i XOR s: disjoint pairs that rotate at once, and over all steps
-    # every pair once. [n, n], ones at the pairs.
-    pairings = [
-        ((index[:, None] ^ step) == index).to(matrices.dtype)
-        for step in range(1, 1 << (n - 1).bit_length())
-    ]
+    # every pair once.
+    pairings = []
+    for step in range(1, 1 << (n - 1).bit_length()):
+        is_pair = (index[:, None] ^ step) == index  # [n, n]
+        pairings.append(is_pair.to(matrices.dtype))
     eigenvectors = torch.eye(n, dtype=matrices.dtype, device=matrices.device)
     # The only pair of two needs one rotation.
     for _ in range(1 if n == 2 else _SWEEPS):
