@@ -1,8 +1,8 @@
-"""Monte Carlo posterior scoring and gradient alignment for diffusion models that perceive and
-generate.
+"""Monte Carlo posterior scoring and gradient alignment for diffusion models.
 
-Importing it compiles nothing and probes no device; `GenRep` and `GenRepPipeline` import diffusers
-when they are first used, and `GenRepWeighting` imports torchjd.
+The models perceive and generate. Importing the package compiles nothing and probes no device;
+`GenRep` and `GenRepPipeline` import diffusers when they are first used, and `GenRepWeighting`
+imports torchjd.
 """
 
 from __future__ import annotations

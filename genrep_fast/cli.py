@@ -56,9 +56,8 @@ class _InfoParser(argparse.ArgumentParser):
 
 def _parse_info(arguments: list[str]) -> tuple[str, dict[str, Any]]:
     """The command `info` and its options, by the standard library alone."""
-    parser = _InfoParser(
-        prog="genrep info", description=info.__doc__.splitlines()[0], allow_abbrev=False
-    )
+    summary = info.__doc__.splitlines()[0]
+    parser = _InfoParser(prog="genrep info", description=summary, allow_abbrev=False)
     for argument, keywords in _EXPLICIT_ARGUMENTS["info"].items():
         parser.add_argument(f"--{argument}", **keywords)
     return "info", vars(parser.parse_args(arguments[1:]))
@@ -78,9 +77,8 @@ def _parse(arguments: list[str]) -> tuple[str, dict[str, Any]]:
         summary = command.__doc__.splitlines()[0]
         subparser = ArgumentParser(description=summary)
         explicit = _EXPLICIT_ARGUMENTS.get(name, {})
-        subparser.add_function_arguments(
-            command, skip=set(explicit)
-        )  # of `train`, those of TrainingConfig too
+        # Of `train`, those of TrainingConfig too.
+        subparser.add_function_arguments(command, skip=set(explicit))
         for argument, keywords in explicit.items():
             subparser.add_argument(f"--{argument}", **keywords)
         subcommands.add_subcommand(name, subparser, help=summary)
@@ -173,9 +171,9 @@ def classify(checkpoint: str, images: list[str]) -> None:
         except (UnidentifiedImageError, OSError) as error:
             raise ValueError(f"images: {path} cannot be read as an image ({error})") from error
     probabilities = pipeline(opened).probabilities
-    names = pipeline.model.config.class_names or [
-        str(label) for label in range(probabilities.shape[1])
-    ]
+    names = pipeline.model.config.class_names
+    if not names:
+        names = [str(label) for label in range(probabilities.shape[1])]
     for path, row in zip(images, probabilities, strict=True):
         print(f"{path}\t{names[row.argmax()]}\t{row.max():.4f}")
 
@@ -203,7 +201,9 @@ def generate(
     folder.mkdir(parents=True, exist_ok=True)
     for index, (label, picture) in enumerate(zip(labels, pictures, strict=True)):
         path = folder / f"{index:04d}-class-{label}.png"
-        (picture if size is None else picture.resize((size, size), resample=0)).save(path)
+        if size is not None:
+            picture = picture.resize((size, size), resample=0)
+        picture.save(path)
         print(path)
 
 
@@ -218,8 +218,9 @@ def bench(
     against: str | None = None,
     rounds: int = 5,
 ) -> None:
-    """Measure the operators and a whole training step beside eager, compiled and other
-    implementations.
+    """Measure the operators and a whole training step beside other implementations.
+
+    Those are eager, compiled and other packages' ones.
 
     Args:
         case: pattern of the cases' names, e.g. 'latent*'; those of a quick or a full run where not
@@ -246,12 +247,7 @@ def bench(
     if against is not None:
         from .benchmarks.against import compare
 
-        rows = compare(against, options, rounds=rounds, progress=console.print)
-        for row in rows:
-            change = f"{row['ratio']:7.3f}" if "ratio" in row else " " * 7
-            print(f"{row['verdict']:8}{change}  {row['suite']}: {row['case']}: {row['provider']}")
-        if any(row["verdict"] == "slower" for row in rows):
-            sys.exit(1)
+        _print_comparison(compare(against, options, rounds=rounds, progress=console.print))
         return
     from .benchmarks.report import table, write
 
@@ -267,6 +263,14 @@ def bench(
         sys.exit(1)
 
 
+def _print_comparison(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        change = f"{row['ratio']:7.3f}" if "ratio" in row else " " * 7
+        print(f"{row['verdict']:8}{change}  {row['suite']}: {row['case']}: {row['provider']}")
+    if any(row["verdict"] == "slower" for row in rows):
+        sys.exit(1)
+
+
 def info(json: bool = False) -> None:
     """Tell versions and backends: what is there, and why the rest is not."""
     found = backend_info()
@@ -275,16 +279,14 @@ def info(json: bool = False) -> None:
         return
     for name in ("genrep_fast", "torch", "cuda", "triton", "python", "platform"):
         print(f"{name:12} {found[name] or 'none'}")
-    built = found["built"]
-    print(
-        f"{'built':12} {'; '.join(f'{key} {value}' for key, value in built.items() if key != 'libraries') if built else 'nothing'}"
-    )
+    built = dict(found["built"] or {})
+    built.pop("libraries", None)
+    told = "; ".join(f"{key} {value}" for key, value in built.items())
+    print(f"{'built':12} {told if found['built'] else 'nothing'}")
     for name, backend in found["backends"].items():
-        state = (
-            f"{len(backend['operators'])} operators"
-            if backend["available"]
-            else f"not available: {backend['reason']}"
-        )
+        state = f"not available: {backend['reason']}"
+        if backend["available"]:
+            state = f"{len(backend['operators'])} operators"
         print(f"{name:12} {state}")
     print(f"{'reproduce':12} {found['reproduce']}")
 
@@ -294,11 +296,13 @@ _EXPLICIT_ARGUMENTS = {
     "train": {
         "ablation": {
             "action": "store_true",
-            "help": "run the five rows of the paper's ablation, each with as many seeds, and write the table",
+            "help": "run the five rows of the paper's ablation, each with as many seeds, "
+            "and write the table",
         },
         "resume": {
             "action": "store_true",
-            "help": "go on from the newest checkpoint in the output folder, with the options of its run; start where there is none",
+            "help": "go on from the newest checkpoint in the output folder, "
+            "with the options of its run; start where there is none",
         },
     },
     "classify": {"images": {"nargs": "+", "required": True, "help": "image files"}},
@@ -306,12 +310,14 @@ _EXPLICIT_ARGUMENTS = {
     "bench": {
         "suite": {
             "nargs": "+",
-            "help": "of alignment, optimizer, scoring, chain_bank, reverse_step, training_step and operators; all of them where not given",
+            "help": "of alignment, optimizer, scoring, chain_bank, reverse_step, training_step "
+            "and operators; all of them where not given",
         },
         "quick": {"action": "store_true", "help": "few cases, in a few minutes"},
         "cold": {
             "action": "store_true",
-            "help": "on a CPU, let the C library give freed memory back; else it keeps it, as PyTorch does on a GPU",
+            "help": "on a CPU, let the C library give freed memory back; "
+            "else it keeps it, as PyTorch does on a GPU",
         },
     },
     "info": {"json": {"action": "store_true", "help": "print JSON"}},
@@ -332,9 +338,11 @@ def _load_pipeline(checkpoint: str):
 
     from .models import GenRepPipeline
 
-    disable_progress_bar()  # of loading, which takes no time
+    # Loading takes no time.
+    disable_progress_bar()
     folder = Path(checkpoint)
-    if (folder / "model" / "model_index.json").is_file():  # the output folder of a run
+    # The output folder of a run holds it.
+    if (folder / "model" / "model_index.json").is_file():
         folder = folder / "model"
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(

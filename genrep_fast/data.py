@@ -25,8 +25,9 @@ _GREY_MODES = ("1", "L", "LA", "I;16", "I;16B")
 
 
 class ImageDataset(Dataset):
-    """Images [N, C, H, W] float32 in [-1, 1] with labels [N] int64; an item is an image [C, H, W]
-    and its label, a Python int.
+    """Images [N, C, H, W] float32 in [-1, 1] with labels [N] int64.
+
+    An item is an image [C, H, W] and its label, a Python int.
     """
 
     def __init__(self, images: Tensor, labels: Tensor):
@@ -48,8 +49,9 @@ class ImageDataset(Dataset):
 
 @dataclass(frozen=True)
 class DataSplits:
-    """Three disjoint splits of one data set; items are (image float32 [C, H, W] in [-1, 1], label
-    int).
+    """Three disjoint splits of one data set.
+
+    Items are (image float32 [C, H, W] in [-1, 1], label int).
 
     Attributes:
         train: what networks are fitted on.
@@ -110,6 +112,7 @@ def load_data(name: str, *, image_size: int | None = None, seed: int = 0) -> Dat
 
 def as_tensors(dataset: Dataset) -> tuple[Tensor, Tensor]:
     """All of a map-style dataset of (image, label): images [N, C, H, W] float32, labels [N] int64.
+
     Raises ValueError where it is empty.
     """
     if len(dataset) == 0:
@@ -119,8 +122,9 @@ def as_tensors(dataset: Dataset) -> tuple[Tensor, Tensor]:
 
 
 def few_labels(labels: Tensor, per_class: int, seed: int) -> Tensor:
-    """Choose `per_class` images of every class at random (all of a class that has no more): a bool
-    mask shaped as `labels`, [N].
+    """Choose `per_class` images of every class at random: a bool mask shaped as `labels`, [N].
+
+    It chooses all of a class that has no more.
     """
     if per_class < 1:
         raise ValueError(f"per_class must be positive, got {per_class}")
@@ -138,9 +142,9 @@ def _load_digits(image_size: int | None) -> DataSplits:
     digits = load_digits()
     images = torch.from_numpy(digits.images).float().unsqueeze(1) / 8 - 1
     if image_size is not None:
-        images = torch.nn.functional.interpolate(
-            images, size=(image_size, image_size), mode="bilinear", antialias=True
-        )
+        size = (image_size, image_size)
+        resize = torch.nn.functional.interpolate
+        images = resize(images, size=size, mode="bilinear", antialias=True)
     labels = torch.from_numpy(digits.target).long()
     rest, test = train_test_split(
         np.arange(len(labels)), test_size=DIGITS_TEST, stratify=labels, random_state=0
@@ -149,10 +153,9 @@ def _load_digits(image_size: int | None) -> DataSplits:
         rest, test_size=DIGITS_CALIBRATION, stratify=labels[rest], random_state=0
     )
     whole = ImageDataset(images, labels)
-    return _splits(
-        *(_subset(whole, indices) for indices in (train, calibration, test)),
-        [str(digit) for digit in digits.target_names],
-    )
+    class_names = [str(digit) for digit in digits.target_names]
+    parts = (_subset(whole, indices) for indices in (train, calibration, test))
+    return _splits(*parts, class_names)
 
 
 def _load_folder(root: Path, image_size: int, seed: int) -> DataSplits:
@@ -160,24 +163,21 @@ def _load_folder(root: Path, image_size: int, seed: int) -> DataSplits:
 
     if not root.is_dir():
         raise FileNotFoundError(f"data folder {root} does not exist or is not a folder")
-    folders = sorted(
-        path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")
-    )
+    folders = sorted(path for path in root.iterdir() if path.is_dir() and not _is_hidden(path))
     if len(folders) < 2:
         raise ValueError(
-            f"data folder {root} must hold a sub-folder of images for each of at least two classes, got {len(folders)}"
+            f"data folder {root} must hold a sub-folder of images for each of at least two "
+            f"classes, got {len(folders)}"
         )
     extensions = Image.registered_extensions()
     files, labels = [], []
     for label, folder in enumerate(folders):
-        members = sorted(
-            path
-            for path in folder.rglob("*")
-            if path.suffix.lower() in extensions and not path.name.startswith(".")
-        )
+        candidates = [path for path in folder.rglob("*") if not _is_hidden(path)]
+        members = sorted(path for path in candidates if path.suffix.lower() in extensions)
         if len(members) < 3:
             raise ValueError(
-                f"class folder {folder} must hold at least three images, one a split, got {len(members)}"
+                f"class folder {folder} must hold at least three images, one a split, "
+                f"got {len(members)}"
             )
         files += members
         labels += [label] * len(members)
@@ -187,6 +187,10 @@ def _load_folder(root: Path, image_size: int, seed: int) -> DataSplits:
     whole = ImageDataset(images, torch.tensor(labels))
     indices = _split_by_class(whole.labels, (CALIBRATION_FRACTION, TEST_FRACTION), seed)
     return _splits(*(_subset(whole, part) for part in indices), [folder.name for folder in folders])
+
+
+def _is_hidden(path: Path) -> bool:
+    return path.name.startswith(".")
 
 
 def _load_torchvision(name: str, image_size: int, seed: int) -> DataSplits:
@@ -206,7 +210,8 @@ def _load_torchvision(name: str, image_size: int, seed: int) -> DataSplits:
         choices = {"split": "train"}, {"split": "test"}
     else:
         raise ValueError(
-            f"torchvision.datasets.{name} must take a train or a split argument, so that its test images are known"
+            f"torchvision.datasets.{name} must take a train or a split argument, "
+            "so that its test images are known"
         )
     root = str(Path(torch.hub.get_dir()).parent / "datasets")
     sources = [factory(root, **choice, download=True) for choice in choices]
@@ -240,15 +245,15 @@ def _members_of_classes(labels: Tensor, generator: torch.Generator) -> Iterable[
 
 
 def _split_by_class(labels: Tensor, fractions: Sequence[float], seed: int) -> list[Tensor]:
-    """Indices of the rest, then of one part for each fraction; a part takes at least one image of
-    every class.
+    """Indices of the rest, then of one part for each fraction.
+
+    A part takes at least one image of every class.
     """
     parts = [[] for _ in range(len(fractions) + 1)]
     for members in _members_of_classes(labels, torch.Generator().manual_seed(seed)):
         sizes = [max(1, round(fraction * len(members))) for fraction in fractions]
-        for part, indices in zip(
-            parts, members.split([len(members) - sum(sizes), *sizes]), strict=True
-        ):
+        pieces = members.split([len(members) - sum(sizes), *sizes])
+        for part, indices in zip(parts, pieces, strict=True):
             part.append(indices)
     return [torch.cat(part).sort().values for part in parts]
 
@@ -275,8 +280,9 @@ def _file_to_tensor(file: Path, image_size: int, mode: str) -> Tensor:
 
 
 def image_to_tensor(image, size: tuple[int, int], mode: str) -> Tensor:
-    """A PIL image, turned upright, resized and centre-cropped, as float32 [C, height, width] in
-    [-1, 1].
+    """A PIL image, turned upright, resized and centre-cropped, as a tensor.
+
+    The tensor is float32 [C, height, width] in [-1, 1].
 
     Args:
         image: PIL image of any mode with 8 or 16 bits a channel.
@@ -298,15 +304,12 @@ def image_to_tensor(image, size: tuple[int, int], mode: str) -> Tensor:
         upright = Image.fromarray((np.asarray(upright) / 257).round().astype(np.uint8))
     height, width = size
     pixels = np.asarray(ImageOps.fit(upright.convert(mode), (width, height)), dtype=np.float32)
-    return (
-        torch.from_numpy(pixels.reshape(height, width, -1)).permute(2, 0, 1).contiguous() / 127.5
-        - 1
-    )
+    channels_last = torch.from_numpy(pixels.reshape(height, width, -1))  # [height, width, C]
+    return channels_last.permute(2, 0, 1).contiguous() / 127.5 - 1
 
 
 def _pairs_to_dataset(pairs: Sequence, image_size: int, mode: str) -> ImageDataset:
     images, labels = zip(*(pairs[index] for index in range(len(pairs))), strict=True)
-    return ImageDataset(
-        torch.stack([image_to_tensor(image, (image_size, image_size), mode) for image in images]),
-        torch.tensor(labels),
-    )
+    size = (image_size, image_size)
+    tensors = [image_to_tensor(image, size, mode) for image in images]
+    return ImageDataset(torch.stack(tensors), torch.tensor(labels))

@@ -19,8 +19,9 @@ MODULES = (
 
 
 def advice(what: str, error: ImportError) -> str | None:
-    """The sentence that tells how to install what `what` needs; None where `error` is not about a
-    module of the extra.
+    """The sentence that tells how to install what `what` needs.
+
+    None where `error` is not about a module of the extra.
     """
     module = (error.name or "").partition(".")[0]
     if not isinstance(error, ModuleNotFoundError) or module not in MODULES:

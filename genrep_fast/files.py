@@ -20,7 +20,8 @@ from safetensors import SafetensorError
 
 try:
     import fcntl
-except ImportError:  # Windows
+except ImportError:
+    # Windows.
     fcntl = None
 
 _LOCK = ".lock"

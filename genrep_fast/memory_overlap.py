@@ -28,7 +28,8 @@ Tensors = Tensor | Sequence[Tensor | None] | Mapping[str, Tensor | None]
 _PLAIN_TENSORS = {Tensor, torch.nn.Parameter}
 
 _STEPS_OF_A_PAIR = 1 << 12
-_STEPS_OF_A_CALL = 1 << 16  # some 0.1 s
+# Some 0.1 s.
+_STEPS_OF_A_CALL = 1 << 16
 
 
 def overlaps(first: Tensor, second: Tensor) -> bool | None:
@@ -151,10 +152,13 @@ class _Span(NamedTuple):
     argument: int
     index: int
     tensor: Tensor
-    space: tuple  # what addresses count in
-    start: int  # first byte
+    # What addresses count in.
+    space: tuple
+    # First byte.
+    start: int
     end: int
-    axes: list[tuple[int, int]]  # as `_byte_axes` gives them
+    # As `_byte_axes` gives them.
+    axes: list[tuple[int, int]]
 
 
 @dataclass
