@@ -297,6 +297,7 @@ def test_accelerate_saves_and_loads(tmp_path, accelerate):
     torch.testing.assert_close(values(), expected, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_lightning_resumes(tmp_path):
     lightning = pytest.importorskip("lightning")
 

@@ -1130,6 +1130,7 @@ def run_rank(rank, store):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_data_parallel_gradients_are_those_of_one_process(tmp_path):
     command, environment = (
         [sys.executable, __file__],

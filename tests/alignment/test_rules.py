@@ -538,7 +538,7 @@ def test_a_non_finite_matrix_stays_alone(name, n, value, dtype):
 # No synchronisation, no graph break
 
 
-# A dtype decides upon a number, the tolerance: one stands for all but for the rule of most branches.
+# A dtype decides upon a number, the tolerance: one stands for all but for the longest rule.
 COMPILED = [(name, 2, torch.float32) for name in RULES]
 COMPILED += [("config", 2, torch.float64), ("config", 2, torch.bfloat16)]
 

@@ -850,7 +850,7 @@ def test_alignment_never_asks_the_device():
     assert stats.coefficients.shape == (3, 2)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiles_into_one_graph(backend):
     p, g = gradient_pair(SHAPES[:4], dtype=torch.float32)
     p[1] = None
@@ -869,6 +869,7 @@ def test_compiles_into_one_graph(backend):
     torch.testing.assert_close([buffers[0], *buffers[2:]], [aligned[0], *aligned[2:]])
 
 
+@pytest.mark.slow
 def test_compiles_with_weights_and_power_that_vary():
     p, g = gradient_pair(dtype=torch.float32)
     compiled = torch.compile(

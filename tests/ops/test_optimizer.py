@@ -464,7 +464,7 @@ def test_the_reference_never_asks_the_device():
         )
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiles_into_one_graph(backend):
     gradients = gradients_of_steps(3, torch.float32)[2]
     results = []

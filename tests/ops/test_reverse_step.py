@@ -238,7 +238,7 @@ def test_opcheck(scored):
     torch.library.opcheck(torch.ops.genrep_fast.reverse_step.default, arguments)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiles_whole_for_every_step_and_seed(backend):
     x_t, output, x, ids = case()
     tables = coefficients()

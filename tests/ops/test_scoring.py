@@ -430,7 +430,7 @@ def test_opcheck(name):
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_the_whole_way_compiles_without_a_graph_break(backend, reduction):
     x, model_output, x_t, coefficients = small_chunk(torch.float32)
     per_location = reduction == "mean"

@@ -262,6 +262,7 @@ def test_the_spread_of_a_long_float32_chunk():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_a_hundred_thousand_updates_lose_nothing(reduction):
     """Against the float64 sum of the same float32 steps; class 1's terms are 1e4 nats from 0, where
@@ -662,7 +663,7 @@ def test_queries_before_the_first_update_are_refused(query):
         getattr(gf.PosteriorScorer(2), query)()
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_update_compiles_without_a_graph_break(backend):
     x, model_output, x_t = example(torch.float32)
     chunk = (x, model_output, x_t, *coefficients(STEPS).scoring_tables(torch.float32))
@@ -700,6 +701,7 @@ def run_rank(rank, store):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_all_reduce_equals_one_process(tmp_path):
     command, environment = (
         [sys.executable, __file__],
