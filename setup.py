@@ -1,5 +1,6 @@
-"""The part of the build that pyproject.toml cannot say: where the packages lie, and the native code
-(csrc/build.py).
+"""The part of the build that pyproject.toml cannot say.
+
+Where the packages lie, and the native code (csrc/build.py).
 """
 
 import importlib.util
@@ -13,24 +14,22 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 from setuptools.command.dist_info import dist_info
 
+ROOT = Path(__file__).parent
 PURE = os.environ.get("GENREP_FAST_PURE") == "1"
-if PURE:  # what an earlier editable installation built would be loaded still
-    for built in (
-        *(Path(__file__).parent / "genrep_fast").glob("_*.so"),
-        Path(__file__).parent / "genrep_fast/build.json",
-    ):
+if PURE:
+    # What an earlier editable installation built would be loaded still.
+    for built in (*(ROOT / "genrep_fast").glob("_*.so"), ROOT / "genrep_fast/build.json"):
         built.unlink(missing_ok=True)
 
-_spec = importlib.util.spec_from_file_location(
-    "native_build", Path(__file__).parent / "csrc/build.py"
-)
+_spec = importlib.util.spec_from_file_location("native_build", ROOT / "csrc/build.py")
 native_build = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(native_build)
 
 
 class BuildNative(build_ext):
-    """Compiles everything with ninja, into the wheel or, for an editable installation, beside the
-    sources.
+    """Compiles everything with ninja.
+
+    Into the wheel or, for an editable installation, beside the sources.
     """
 
     def run(self):
@@ -47,16 +46,15 @@ class BuildNative(build_ext):
 
     @property
     def _folder(self):
-        return (
-            Path(__file__).parent / "genrep_fast"
-            if self.inplace or self.editable_mode
-            else Path(self.build_lib) / "genrep_fast"
-        )
+        if self.inplace or self.editable_mode:
+            return ROOT / "genrep_fast"
+        return Path(self.build_lib) / "genrep_fast"
 
 
 class Metadata(dist_info):
-    """Refuses to describe what cannot be built: pip would fetch torch, gigabytes, between this step
-    and the build.
+    """Refuses to describe what cannot be built.
+
+    pip would fetch torch, gigabytes, between this step and the build.
     """
 
     def run(self):
@@ -72,16 +70,14 @@ class BuildPython(build_py):
     """Leaves the tests that lie beside the benchmarks out of the wheel."""
 
     def find_package_modules(self, package, package_dir):
-        return [
-            module
-            for module in super().find_package_modules(package, package_dir)
-            if not module[1].startswith("test_")
-        ]
+        modules = super().find_package_modules(package, package_dir)
+        return [module for module in modules if not module[1].startswith("test_")]
 
 
 class Wheel(bdist_wheel):
-    """Tagged py3-none: the libraries know nothing of Python, and no Python misses _introspection,
-    which was built for one alone.
+    """Tagged py3-none: the libraries know nothing of Python.
+
+    No Python misses _introspection, which was built for one alone.
     """
 
     def get_tag(self):
@@ -101,7 +97,8 @@ setup(
         "genrep_fast.kernels": "kernels/triton",
         "genrep_fast.benchmarks": "benchmarks",
     },
-    include_package_data=False,  # MANIFEST.in is the source distribution's
+    # MANIFEST.in is the source distribution's.
+    include_package_data=False,
     package_data={
         "genrep_fast": ["gpu_backends.json", "reporting/*.jinja"],
         "genrep_fast.benchmarks": ["*.jinja"],

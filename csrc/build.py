@@ -24,7 +24,8 @@ import sysconfig
 from pathlib import Path
 
 SOURCES = Path(__file__).parent
-TORCH_TARGET = "2.11"  # the oldest torch that the libraries work with
+# The oldest torch that the libraries work with.
+TORCH_TARGET = "2.11"
 _TORCH_TARGET_VERSION = "0x020b000000000000"
 
 # The oldest NVIDIA driver that runs programs of a CUDA release, by its major number (table 2 of the
@@ -57,8 +58,9 @@ _NVCC = [
 
 
 class BuildError(Exception):
-    """The native build cannot start; the message is one sentence that says what is missing and what
-    to do.
+    """The native build cannot start.
+
+    The message is one sentence that says what is missing and what to do.
     """
 
 
@@ -69,8 +71,9 @@ def libraries() -> list[str]:
 
 
 def build(output: Path, build_dir: Path) -> None:
-    """Compile into the folder `output`; objects, logs of the compilers and ninja's file stay in
-    `build_dir`.
+    """Compile into the folder `output`.
+
+    Objects, logs of the compilers and ninja's file stay in `build_dir`.
 
     Raises:
         BuildError: where torch's headers, a compiler, ninja or pybind11 are missing, or the
@@ -83,34 +86,32 @@ def build(output: Path, build_dir: Path) -> None:
     result = subprocess.run([_executable("ninja"), "-C", str(build_dir)])
     if result.returncode:
         raise BuildError(
-            "genrep_fast's native code did not compile (the messages are above); GENREP_FAST_PURE=1 installs without it."
+            "genrep_fast's native code did not compile (the messages are above); "
+            "GENREP_FAST_PURE=1 installs without it."
         )
     (output / "build.json").write_text(json.dumps(_record(), indent=1) + "\n")
 
 
 def nvcc() -> str | None:
-    """Path of the CUDA compiler, None where there is none or ``GENREP_FAST_CUDA=0`` does without
-    it.
-    """
+    """Path of the CUDA compiler, None where there is none and with ``GENREP_FAST_CUDA=0``."""
     wanted = os.environ.get("GENREP_FAST_CUDA")
+    if wanted == "0":
+        return None
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    found = (
-        None
-        if wanted == "0"
-        else os.environ.get("CUDACXX")
-        or shutil.which("nvcc")
-        or shutil.which("nvcc", path=f"{home}/bin")
-    )
+    found = os.environ.get("CUDACXX") or shutil.which("nvcc")
+    found = found or shutil.which("nvcc", path=f"{home}/bin")
     if wanted == "1" and found is None:
         raise BuildError(
-            "GENREP_FAST_CUDA=1 asks for the CUDA library, but no nvcc was found on PATH or in CUDA_HOME."
+            "GENREP_FAST_CUDA=1 asks for the CUDA library, "
+            "but no nvcc was found on PATH or in CUDA_HOME."
         )
     return found
 
 
 def nvcc_command(source: Path, architectures: str | None = None) -> list[str]:
-    """The command that compiles one CUDA source, up to ``-o``; `architectures` as in
-    ``TORCH_CUDA_ARCH_LIST``.
+    """The command that compiles one CUDA source, up to ``-o``.
+
+    `architectures` are as in ``TORCH_CUDA_ARCH_LIST``.
     """
     architectures = architectures or _architectures()
     flags = [
@@ -123,16 +124,14 @@ def nvcc_command(source: Path, architectures: str | None = None) -> list[str]:
 
 
 def torch_headers() -> Path:
-    """The folder of torch's headers, also from a build in isolation: the interpreter's own
-    site-packages are looked at as well.
+    """The folder of torch's headers.
+
+    Also from a build in isolation: the interpreter's own site-packages are looked at as well.
     """
     spec = importlib.util.find_spec("torch")
     roots = list(spec.submodule_search_locations) if spec else []
-    for root in (
-        *roots,
-        Path(sysconfig.get_paths()["purelib"]) / "torch",
-        Path(sysconfig.get_paths()["platlib"]) / "torch",
-    ):
+    roots += [Path(sysconfig.get_paths()[name]) / "torch" for name in ("purelib", "platlib")]
+    for root in roots:
         if (Path(root) / "include/torch/csrc/stable/library.h").is_file():
             return Path(root) / "include"
     raise BuildError(_advice("torch is not installed"))
@@ -141,21 +140,18 @@ def torch_headers() -> Path:
 def _record() -> dict:
     """What the libraries were built with."""
     headers = (torch_headers() / "torch/headeronly/version.h").read_text()
-    torch = ".".join(
-        re.search(rf"#define TORCH_VERSION_{part} (\d+)", headers)[1]
-        for part in ("MAJOR", "MINOR", "PATCH")
-    )
+    version = []
+    for part in ("MAJOR", "MINOR", "PATCH"):
+        version.append(re.search(rf"#define TORCH_VERSION_{part} (\d+)", headers)[1])
     record = {
         "libraries": libraries(),
-        "torch": torch,
+        "torch": ".".join(version),
         "torch_target": TORCH_TARGET,
         "compiler": _first_line(*_compiler(), "--version"),
     }
     if nvcc():
-        release = re.search(
-            r"release (\d+)\.(\d+)",
-            subprocess.run([nvcc(), "--version"], capture_output=True, text=True).stdout,
-        )
+        printed = subprocess.run([nvcc(), "--version"], capture_output=True, text=True).stdout
+        release = re.search(r"release (\d+)\.(\d+)", printed)
         record |= {"nvcc": ".".join(release.groups()), "architectures": _architectures()}
         record["minimum_driver"] = _MINIMUM_DRIVERS.get(int(release[1]))
     return record
@@ -170,13 +166,14 @@ def _architectures() -> str:
 
 
 def _compiler() -> list[str]:
-    compiler = (
-        shlex.split(os.environ.get("CXX", ""))
-        or [path for path in map(shutil.which, ("g++", "c++", "clang++")) if path][:1]
-    )
-    if not compiler:
-        raise BuildError(_advice("no C++ compiler was found"))
-    return compiler
+    compiler = shlex.split(os.environ.get("CXX", ""))
+    if compiler:
+        return compiler
+    for name in ("g++", "c++", "clang++"):
+        path = shutil.which(name)
+        if path:
+            return [path]
+    raise BuildError(_advice("no C++ compiler was found"))
 
 
 def _gencode(architectures: str) -> list[str]:
@@ -185,7 +182,8 @@ def _gencode(architectures: str) -> list[str]:
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name)
         if not match:
             raise BuildError(
-                f"TORCH_CUDA_ARCH_LIST must hold architectures like 9.0 or 9.0+PTX, separated by semicolons, got {name!r}."
+                "TORCH_CUDA_ARCH_LIST must hold architectures like 9.0 or 9.0+PTX, "
+                f"separated by semicolons, got {name!r}."
             )
         number = "".join(match.groups("")[:3])
         flags += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
@@ -202,25 +200,11 @@ def _ninja_file(output: Path) -> str:
 
     sanitize = _SANITIZE if os.environ.get("GENREP_FAST_SANITIZE") == "1" else []
     depfile = ["-MMD", "-MF", "$out.d"]
-    cxx = [
-        *compiler,
-        *_COMPILE,
-        *_KERNEL,
-        *_STABLE_ABI,
-        *sanitize,
-        "-isystem",
-        str(torch_headers()),
-        *depfile,
-    ]
-    python = [
-        *compiler,
-        *_COMPILE,
-        "-isystem",
-        pybind11.get_include(),
-        "-isystem",
-        sysconfig.get_paths()["include"],
-        *depfile,
-    ]
+    torch = ["-isystem", str(torch_headers())]
+    cxx = [*compiler, *_COMPILE, *_KERNEL, *_STABLE_ABI, *sanitize, *torch, *depfile]
+    bindings = ["-isystem", pybind11.get_include()]
+    bindings += ["-isystem", sysconfig.get_paths()["include"]]
+    python = [*compiler, *_COMPILE, *bindings, *depfile]
     link = [*compiler, "-shared", *sanitize, "-Wl,--no-as-needed"]
     # A library without symbols stands for torch's own while linking: only its name is kept, and the
     # one that Python loaded is used.
@@ -237,45 +221,45 @@ def _ninja_file(output: Path) -> str:
     objects = _compile(lines, "python", [SOURCES / "introspection.cpp"])
     lines += [f"build {_path(output / libraries()[1])}: link {' '.join(objects)}"]
     if nvcc():
-        log = "> $out.log 2>&1 || (cat $out.log; false)"  # of -Xptxas -v, which nobody wants to see where all is well
-        lines += _rule(
-            "nvcc",
-            [*nvcc_command(Path("$in")), "-MD", "-MF", "$out.d", "-o", "$out"],
-            depfile=True,
-            suffix=log,
-        )
-        objects = _compile(lines, "nvcc", sorted((SOURCES / "cuda").glob("*.cu")))
-        # No device code is left to link, of which nvcc would add an empty piece for an architecture
-        # of its own choice. It hands the linker's own options over behind all of its inputs.
-        stubs = ["libtorch_cpu.so", "libtorch_cuda.so"]
-        options = ["-Xlinker", ",".join(["--no-as-needed", *stubs, "--as-needed"])]
-        lines += _rule(
-            "link_cuda",
-            [nvcc(), "-shared", "-nodlink", "-cudart", "static", "-o", "$out", "$in", *options],
-        )
-        lines += ["build libtorch_cuda.so: stub"]
-        lines += [
-            f"build {_path(output / '_C_cuda.so')}: link_cuda {' '.join(objects)} | {' '.join(stubs)}"
-        ]
+        _add_cuda(lines, output)
     return "\n".join(lines) + "\n"
+
+
+def _add_cuda(lines: list[str], output: Path) -> None:
+    """Add the CUDA library to the lines of ninja's file."""
+    # Of -Xptxas -v, which nobody wants to see where all is well.
+    log = "> $out.log 2>&1 || (cat $out.log; false)"
+    command = [*nvcc_command(Path("$in")), "-MD", "-MF", "$out.d", "-o", "$out"]
+    lines += _rule("nvcc", command, depfile=True, suffix=log)
+    objects = _compile(lines, "nvcc", sorted((SOURCES / "cuda").glob("*.cu")))
+    # No device code is left to link, of which nvcc would add an empty piece for an architecture of
+    # its own choice. It hands the linker's own options over behind all of its inputs.
+    stubs = ["libtorch_cpu.so", "libtorch_cuda.so"]
+    options = ["-Xlinker", ",".join(["--no-as-needed", *stubs, "--as-needed"])]
+    command = [nvcc(), "-shared", "-nodlink", "-cudart", "static", "-o", "$out", "$in", *options]
+    lines += _rule("link_cuda", command)
+    lines += ["build libtorch_cuda.so: stub"]
+    library, inputs = _path(output / "_C_cuda.so"), " ".join(objects)
+    lines += [f"build {library}: link_cuda {inputs} | {' '.join(stubs)}"]
 
 
 def _rule(name: str, command: list[str], depfile: bool = False, suffix: str = "") -> list[str]:
     """A rule of ninja's; $in and $out stand for its files, `suffix` is the shell's."""
     dependencies = ["  depfile = $out.d", "  deps = gcc"] if depfile else []
     variables = {"$in", "$out", "$out.d", "-Wl,-soname,$out"}
-    quoted = " ".join(
-        part if part in variables else shlex.quote(part).replace("$", "$$") for part in command
-    )
-    return [f"rule {name}", f"  command = {quoted} {suffix}".rstrip(), *dependencies]
+
+    def quoted(part: str) -> str:
+        return part if part in variables else shlex.quote(part).replace("$", "$$")
+
+    line = f"  command = {' '.join(map(quoted, command))} {suffix}"
+    return [f"rule {name}", line.rstrip(), *dependencies]
 
 
 def _compile(lines: list[str], rule: str, sources: list[Path]) -> list[str]:
+    """Add the lines that compile `sources` with `rule`, and return the names of the objects."""
     objects = [f"{rule}-{source.stem}.o" for source in sources]
-    lines += [
-        f"build {target}: {rule} {_path(source)}"
-        for target, source in zip(objects, sources, strict=True)
-    ]
+    for target, source in zip(objects, sources, strict=True):
+        lines.append(f"build {target}: {rule} {_path(source)}")
     return objects
 
 
@@ -285,10 +269,8 @@ def _path(path: Path) -> str:
 
 def _executable(name: str) -> str:
     """A command, also where the interpreter's folder of scripts is not on PATH."""
-    found = shutil.which(name) or shutil.which(
-        name,
-        path=os.pathsep.join([sysconfig.get_path("scripts"), str(Path(sys.executable).parent)]),
-    )
+    folders = [sysconfig.get_path("scripts"), str(Path(sys.executable).parent)]
+    found = shutil.which(name) or shutil.which(name, path=os.pathsep.join(folders))
     if found is None:
         raise BuildError(_advice(f"{name} is not installed"))
     return found
@@ -296,6 +278,7 @@ def _executable(name: str) -> str:
 
 def _advice(reason: str) -> str:
     return (
-        f"genrep_fast cannot build its native code, because {reason}: install it and run `pip install --no-build-isolation .`, or set "
-        "GENREP_FAST_PURE=1 for an installation without native code."
+        f"genrep_fast cannot build its native code, because {reason}: "
+        "install it and run `pip install --no-build-isolation .`, "
+        "or set GENREP_FAST_PURE=1 for an installation without native code."
     )

@@ -88,8 +88,9 @@ def evaluate(
     teacher: dict[str, float] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Measure a GenRep model; write ``metrics.json``, ``figures/*.png`` and a self-contained
-    ``report.html`` to `output_dir`.
+    """Measure a GenRep model and write the results to `output_dir`.
+
+    They are ``metrics.json``, ``figures/*.png`` and a self-contained ``report.html``.
 
     Args:
         model: GenRep; it is left in eval mode.
@@ -115,15 +116,13 @@ def evaluate(
         ValueError: where the splits have another number of classes than the model.
     """
     if splits.num_classes != model.config.num_classes:
-        raise ValueError(
-            f"splits must have the model's {model.config.num_classes} classes, got {splits.num_classes}"
-        )
+        wanted = f"the model's {model.config.num_classes} classes"
+        raise ValueError(f"splits must have {wanted}, got {splits.num_classes}")
     output_dir = Path(output_dir)
     # Before the work, not after it: a folder that cannot be made is told at once.
     output_dir.mkdir(parents=True, exist_ok=True)
-    evaluation = _Evaluation(
-        model.eval(), scheduler, splits, settings or EvaluationSettings(), progress
-    )
+    settings = settings or EvaluationSettings()
+    evaluation = _Evaluation(model.eval(), scheduler, splits, settings, progress)
     metrics, illustrations = evaluation.run(history or [], stages)
     metrics["seconds"]["training"] = timings or {}
     metrics["teacher"] = teacher or {}
@@ -144,13 +143,11 @@ class _Evaluation:
         settings: EvaluationSettings,
         progress: Progress | None,
     ):
-        self.model, self.scheduler, self.splits, self.settings, self.progress = (
-            model,
-            scheduler,
-            splits,
-            settings,
-            progress,
-        )
+        self.model = model
+        self.scheduler = scheduler
+        self.splits = splits
+        self.settings = settings
+        self.progress = progress
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.train = as_tensors(splits.train)
         self.calibration = self._at_most(as_tensors(splits.calibration), settings.test_images)
@@ -164,12 +161,10 @@ class _Evaluation:
         )
         self.others = min(settings.random_images, len(self.test[0]))
         scored_images = len(self.calibration[0]) + len(self.test[0]) + 2 * self.others
+        scoring = scored_images * splits.num_classes * settings.elbo_steps
         samples = settings.samples_per_class * splits.num_classes
-        self.work_done, self.work = (
-            0,
-            scored_images * splits.num_classes * settings.elbo_steps
-            + samples * settings.num_inference_steps,
-        )
+        self.work = scoring + samples * settings.num_inference_steps
+        self.work_done = 0
         self.seconds: dict[str, Any] = {}
 
     def run(
@@ -180,9 +175,8 @@ class _Evaluation:
         with self._timed("posterior"):
             posterior_metrics, log_posteriors, test_evidence = self._posterior()
         with self._timed("classifier"):
-            classifier = fit_classifier(
-                self.train, self.splits.num_classes, seed=self.settings.seed
-            )
+            num_classes, seed = self.splits.num_classes, self.settings.seed
+            classifier = fit_classifier(self.train, num_classes, seed=seed)
         with self._timed("generation"):
             generation_metrics, generation_figures = self._generation(classifier)
         with self._timed("out_of_distribution"):
@@ -199,10 +193,8 @@ class _Evaluation:
             "training": {f"stage_{row['stage']}": row for row in history},
             "seconds": self.seconds,
         }
-        bins = {
-            name: reliability_bins(values, labels)
-            for name, values in {"head": head, **log_posteriors}.items()
-        }
+        classifiers = {"head": head, **log_posteriors}
+        bins = {name: reliability_bins(values, labels) for name, values in classifiers.items()}
         illustrations = [draw_reliability(bins), *generation_figures, ood_figure]
         if history:
             illustrations.append(draw_training(history, stages))
@@ -213,26 +205,20 @@ class _Evaluation:
     @torch.no_grad()
     def _head_log_probabilities(self) -> Tensor:
         batches = self.test[0].split(self.settings.batch_size)
-        return torch.cat(
-            [self.model.perceive(self._encode(batch)).float().cpu() for batch in batches]
-        ).log_softmax(1)
+        logits = [self.model.perceive(self._encode(batch)).float().cpu() for batch in batches]
+        return torch.cat(logits).log_softmax(1)
 
     def _posterior(self) -> tuple[dict[str, Any], dict[str, Tensor], Tensor]:
         calibration = self._log_likelihood(self.calibration[0], "calibrating the posterior")
         evaluations = self.estimator.evaluations
         test = self._log_likelihood(self.test[0], "posterior of the test images")
         evaluations = self.estimator.evaluations - evaluations
-        temperature = (
-            fit_temperature(calibration, self.calibration[1])
-            if calibration.isfinite().all()
-            else math.nan
-        )
-        uncalibrated = posterior(test)
-        calibrated = (
-            posterior(test, temperature=temperature)
-            if math.isfinite(temperature)
-            else torch.full_like(test, math.nan)
-        )
+        temperature = math.nan
+        if calibration.isfinite().all():
+            temperature = fit_temperature(calibration, self.calibration[1])
+        uncalibrated, calibrated = posterior(test), torch.full_like(test, math.nan)
+        if math.isfinite(temperature):
+            calibrated = posterior(test, temperature=temperature)
         before = classification_metrics(uncalibrated, self.test[1])
         metrics = {
             **classification_metrics(calibrated, self.test[1]),
@@ -242,39 +228,31 @@ class _Evaluation:
             "network_evaluations": evaluations,
             "network_evaluations_per_image": evaluations / len(test),
         }
-        return (
-            metrics,
-            {"posterior": calibrated, "posterior, uncalibrated": uncalibrated},
-            log_evidence(test),
-        )
+        log_posteriors = {"posterior": calibrated, "posterior, uncalibrated": uncalibrated}
+        return metrics, log_posteriors, log_evidence(test)
 
     def _generation(self, classifier: ImageClassifier) -> tuple[dict[str, Any], list[Illustration]]:
         samples, labels = self._samples()
-        (train_images, _), (test_images, test_labels), batch_size = (
-            self.train,
-            self.test,
-            self.settings.batch_size,
-        )
+        train_images, _ = self.train
+        test_images, test_labels = self.test
+        batch_size, class_names = self.settings.batch_size, self.splits.class_names
         features, predicted = classifier.judge(samples, batch_size)
-        train_features, test_features = (
-            classifier.judge(images, batch_size)[0] for images in (train_images, test_images)
-        )
+        train_features, _ = classifier.judge(train_images, batch_size)
+        test_features, _ = classifier.judge(test_images, batch_size)
         distance = frechet_distance(features, test_features)
         subsets = [self._subset(train_features, len(samples)) for _ in range(FLOOR_SUBSETS)]
         floor = sum(frechet_distance(subset, test_features) for subset in subsets) / FLOOR_SUBSETS
-        nearest, nearest_test = (
-            nearest_distances(images, train_images, batch_size) for images in (samples, test_images)
-        )
+        nearest = nearest_distances(samples, train_images, batch_size)
+        nearest_test = nearest_distances(test_images, train_images, batch_size)
         median, test_median = nearest.median().item(), nearest_test.median().item()
-        finite = bool(samples.isfinite().all())
+        rate, rates = math.nan, dict.fromkeys(class_names, math.nan)
+        if samples.isfinite().all():
+            rate = accuracy(predicted, labels)
+            for label, name in enumerate(class_names):
+                rates[name] = accuracy(predicted[labels == label], labels[labels == label])
         metrics = {
-            "recognition_rate": accuracy(predicted, labels) if finite else math.nan,
-            "recognition_rate_per_class": {
-                name: accuracy(predicted[labels == label], labels[labels == label])
-                if finite
-                else math.nan
-                for label, name in enumerate(self.splits.class_names)
-            },
+            "recognition_rate": rate,
+            "recognition_rate_per_class": rates,
             "frechet_distance": distance,
             "frechet_distance_of_training_subset": floor,
             "frechet_ratio": _ratio(distance, floor),
@@ -282,21 +260,17 @@ class _Evaluation:
             "nearest_training_distance_of_test": test_median,
             "nearest_training_ratio": _ratio(median, test_median),
         }
-        return metrics, [
-            draw_samples(
-                samples, labels, predicted, test_images, test_labels, self.splits.class_names
-            ),
-            draw_nearest_distances(nearest, nearest_test),
-        ]
+        grid = draw_samples(samples, labels, predicted, test_images, test_labels, class_names)
+        return metrics, [grid, draw_nearest_distances(nearest, nearest_test)]
 
     def _out_of_distribution(self, test_evidence: Tensor) -> tuple[dict[str, Any], Illustration]:
         images = self._subset(self.test[0], self.others)
         uniform = torch.rand(images.shape, generator=self.generator) * 2 - 1
         shuffled = shuffle_pixels(images, self.generator)
-        uniform_evidence, shuffled_evidence = (
-            log_evidence(self._log_likelihood(others, f"evidence of {what}"))
-            for others, what in ((uniform, "random images"), (shuffled, "shuffled images"))
-        )
+        scores = self._log_likelihood(uniform, "evidence of random images")
+        uniform_evidence = log_evidence(scores)
+        scores = self._log_likelihood(shuffled, "evidence of shuffled images")
+        shuffled_evidence = log_evidence(scores)
         metrics = {
             "uniform_auroc": auroc(test_evidence, uniform_evidence),
             "shuffled_auroc": auroc(test_evidence, shuffled_evidence),
@@ -304,14 +278,11 @@ class _Evaluation:
         return metrics, draw_evidence(test_evidence, shuffled_evidence, uniform_evidence)
 
     def _classifier_metrics(self, classifier: ImageClassifier) -> dict[str, Any]:
-        accuracies = {
-            f"{name}_top1": accuracy(classifier.judge(images, self.settings.batch_size)[1], labels)
-            for name, (images, labels) in {
-                "test": self.test,
-                "calibration": self.calibration,
-            }.items()
-        }
-        return {**accuracies, "features": NUM_FEATURES}
+        metrics = {}
+        for name, (images, labels) in (("test", self.test), ("calibration", self.calibration)):
+            _, predicted = classifier.judge(images, self.settings.batch_size)
+            metrics[f"{name}_top1"] = accuracy(predicted, labels)
+        return {**metrics, "features": NUM_FEATURES}
 
     def _sizes(self) -> dict[str, Any]:
         samples = self.settings.samples_per_class * self.splits.num_classes
@@ -347,24 +318,19 @@ class _Evaluation:
         pipeline = GenRepPipeline(model=self.model, scheduler=self.scheduler)
         pipeline.set_progress_bar_config(disable=True)
         steps = self.settings.num_inference_steps
-        labels = torch.arange(self.splits.num_classes).repeat_interleave(
-            self.settings.samples_per_class
-        )
+        classes = torch.arange(self.splits.num_classes)
+        labels = classes.repeat_interleave(self.settings.samples_per_class)
         images = []
-        for batch, ids in zip(
-            labels.split(self.settings.batch_size),
-            torch.arange(len(labels)).split(self.settings.batch_size),
-            strict=True,
-        ):
+        for chain_ids in torch.arange(len(labels)).split(self.settings.batch_size):
             drawn = pipeline.generate(
-                batch,
+                labels[chain_ids],
                 num_inference_steps=steps,
                 seed=self.settings.seed,
-                chain_ids=ids,
+                chain_ids=chain_ids,
                 output_type="pt",
             )
             images.append(drawn.images.float().cpu())
-            self._advance("generating samples", len(batch) * steps)
+            self._advance("generating samples", len(chain_ids) * steps)
         return torch.cat(images), labels
 
     def _encode(self, images: Tensor) -> Tensor:
@@ -396,14 +362,10 @@ def _ratio(value: float, reference: float) -> float:
 
 
 def _without_nan(value: Any, undefined: list[str], name: str = "") -> Any:
-    """`value` with None for every non-finite number in it, the dotted names of which are added to
-    `undefined`.
-    """
+    """`value` with None for non-finite numbers, whose dotted names are added to `undefined`."""
     if isinstance(value, dict):
-        return {
-            key: _without_nan(item, undefined, f"{name}.{key}" if name else key)
-            for key, item in value.items()
-        }
+        prefix = f"{name}." if name else ""
+        return {key: _without_nan(item, undefined, f"{prefix}{key}") for key, item in value.items()}
     if isinstance(value, float) and not math.isfinite(value):
         undefined.append(name)
         return None

@@ -12,8 +12,9 @@ STEPS, BATCH_SIZE, LEARNING_RATE = 300, 128, 5e-3
 
 
 class ImageClassifier(nn.Module):
-    """A small convolutional network over images [B, C, H, W] of any size; its last hidden layer has
-    `NUM_FEATURES` units.
+    """A small convolutional network over images [B, C, H, W] of any size.
+
+    Its last hidden layer has `NUM_FEATURES` units.
     """
 
     def __init__(self, image_shape: tuple[int, int, int], num_classes: int):
@@ -42,7 +43,7 @@ class ImageClassifier(nn.Module):
 
     @torch.no_grad()
     def judge(self, images: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
-        """Features [N, NUM_FEATURES] and predicted labels [N] of images [N, C, H, W], in eval mode."""
+        """Features [N, NUM_FEATURES] and predicted labels [N] of images [N, C, H, W]; eval mode."""
         self.eval()
         features = torch.cat([self.body(batch) for batch in images.split(batch_size)])
         return features, self.head(features).argmax(1)

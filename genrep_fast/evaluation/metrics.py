@@ -1,5 +1,7 @@
-"""The numbers of an evaluation. A value that the data does not define (too few images, a non-finite
-input) is NaN, never an exception.
+"""The numbers of an evaluation.
+
+A value that the data does not define (too few images, a non-finite input) is NaN, never an
+exception.
 """
 
 from __future__ import annotations
@@ -16,8 +18,12 @@ CALIBRATION_BINS = 15
 
 
 class ReliabilityBins(NamedTuple):
-    """Per bin of equal width in confidence: mean confidence, accuracy (both NaN where empty) and
-    count, each [CALIBRATION_BINS].
+    """What lies in bins of equal width in confidence, each [CALIBRATION_BINS].
+
+    Attributes:
+        confidence: its mean, NaN in an empty bin.
+        accuracy: NaN in an empty bin.
+        count: of predictions.
     """
 
     confidence: np.ndarray
@@ -26,37 +32,37 @@ class ReliabilityBins(NamedTuple):
 
 
 def classification_metrics(log_probabilities: Tensor, labels: Tensor) -> dict[str, float]:
-    """Top-1 accuracy, mean negative log-likelihood in nats and expected calibration error of log
-    p(y|x) [N, K] against labels [N].
+    """Accuracy, likelihood and calibration of log p(y|x) [N, K] against labels [N].
 
-    The calibration error is the mean of |accuracy - confidence| over bins of equal width, weighted
-    by their counts (Guo et al. 2017).
+    Returns:
+        top1: accuracy of the most probable class.
+        nll: mean negative log-likelihood in nats.
+        ece: expected calibration error, the mean of |accuracy - confidence| over bins of equal
+            width, weighted by their counts (Guo et al. 2017).
     """
     from torchmetrics.functional.classification import multiclass_calibration_error
 
     if not _is_usable(log_probabilities):
         return dict.fromkeys(("top1", "nll", "ece"), math.nan)
     log_probabilities = log_probabilities.double()
+    error = multiclass_calibration_error(
+        log_probabilities.exp(), labels, log_probabilities.shape[1], n_bins=CALIBRATION_BINS
+    )
     return {
         "top1": accuracy(log_probabilities.argmax(1), labels),
         "nll": F.nll_loss(log_probabilities, labels).item(),
-        "ece": multiclass_calibration_error(
-            log_probabilities.exp(), labels, log_probabilities.shape[1], n_bins=CALIBRATION_BINS
-        ).item(),
+        "ece": error.item(),
     }
 
 
 def reliability_bins(log_probabilities: Tensor, labels: Tensor) -> ReliabilityBins:
-    """Confidence and accuracy of log p(y|x) [N, K] in bins of the confidence, for a reliability
-    diagram.
-    """
+    """Confidence and accuracy of log p(y|x) [N, K] in bins, for a reliability diagram."""
     confidence, predicted = log_probabilities.exp().max(1)
     confidence, correct = confidence.double().numpy(), (predicted == labels).double().numpy()
     edges = np.linspace(0, 1, CALIBRATION_BINS + 1)
-    count, confidences, hits = (
-        np.histogram(confidence, edges, weights=weights)[0]
-        for weights in (None, confidence, correct)
-    )
+    count, _ = np.histogram(confidence, edges)
+    confidences, _ = np.histogram(confidence, edges, weights=confidence)
+    hits, _ = np.histogram(confidence, edges, weights=correct)
     filled = np.where(count > 0, count, np.nan)
     return ReliabilityBins(confidences / filled, hits / filled, count)
 
@@ -67,16 +73,16 @@ def accuracy(predicted: Tensor, labels: Tensor) -> float:
 
 
 def frechet_distance(features: Tensor, reference: Tensor) -> float:
-    """Squared Fréchet distance of the Gaussians fitted to two sets of features [N, F] and [M, F]
-    (Heusel et al. 2017).
+    """Squared Fréchet distance of two sets of features [N, F] and [M, F] (Heusel et al. 2017).
 
-    NaN where a set has fewer than two rows or holds a non-finite value.
+    It is that of the Gaussians fitted to them. NaN where a set has fewer than two rows or holds a
+    non-finite value.
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    if min(len(features), len(reference)) < 2 or not (
-        _is_usable(features) and _is_usable(reference)
-    ):
+    if min(len(features), len(reference)) < 2:
+        return math.nan
+    if not (_is_usable(features) and _is_usable(reference)):
         return math.nan
     given_features = nn.Identity()
     given_features.num_features = features.shape[1]
@@ -87,30 +93,33 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
 
 
 def nearest_distances(images: Tensor, reference: Tensor, batch_size: int) -> Tensor:
-    """Euclidean distance in pixels of every image [N, C, H, W] to the nearest of the reference
-    images [M, C, H, W]: [N].
+    """Distances [N] of images [N, C, H, W] to the nearest reference images [M, C, H, W].
+
+    They are Euclidean, in pixel space.
     """
     reference = reference.flatten(1)
-    return torch.cat(
-        [torch.cdist(batch.flatten(1), reference).amin(1) for batch in images.split(batch_size)]
-    )
+    batches = images.flatten(1).split(batch_size)
+    return torch.cat([torch.cdist(batch, reference).amin(1) for batch in batches])
 
 
 def auroc(inside: Tensor, outside: Tensor) -> float:
-    """Area under the ROC curve of a score of in-distribution images [N] against that of others [M];
+    """Area under the ROC curve of scores of in-distribution images [N] against others [M].
+
     1 where every `inside` is higher.
     """
     from sklearn.metrics import roc_auc_score
 
-    scores = torch.cat([inside, outside])
     if not (_is_usable(inside) and _is_usable(outside)):
         return math.nan
-    return float(roc_auc_score([1] * len(inside) + [0] * len(outside), scores.double().numpy()))
+    scores = torch.cat([inside, outside]).double().numpy()
+    is_inside = [1] * len(inside) + [0] * len(outside)
+    return float(roc_auc_score(is_inside, scores))
 
 
 def shuffle_pixels(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Images [N, C, H, W] with the locations of each permuted at random, all channels of a location
-    together.
+    """Images [N, C, H, W] with the locations of each permuted at random.
+
+    All channels of a location stay together.
     """
     order = torch.rand(len(images), 1, images[0, 0].numel(), generator=generator).argsort(-1)
     return images.flatten(2).gather(2, order.expand(-1, images.shape[1], -1)).view_as(images)

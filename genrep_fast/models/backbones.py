@@ -1,5 +1,6 @@
-"""What GenRep needs to know of each diffusers backbone: how to add a null class, which blocks it
-has, what their outputs look like.
+"""What GenRep needs to know of each diffusers backbone.
+
+How to add a null class, which blocks there are, and what their outputs look like.
 """
 
 from __future__ import annotations
@@ -39,14 +40,16 @@ def load_backbone(path: str | Path) -> nn.Module:
 
 
 def require_saved(argument: str, path: str | Path, file: str) -> Path:
-    """Path of `file` in the directory `path`; raises FileNotFoundError where diffusers would ask
-    the hub for a name like `path`.
+    """Path of `file` in the directory `path`.
+
+    Raises:
+        FileNotFoundError: where there is none, and diffusers would ask the hub for a name like
+            `path`.
     """
     found = Path(path) / file
     if not found.is_file():
-        raise FileNotFoundError(
-            f"{argument}: {found} does not exist; a directory written by diffusers' save_pretrained is wanted"
-        )
+        wanted = "a directory written by diffusers' save_pretrained"
+        raise FileNotFoundError(f"{argument}: {found} does not exist; {wanted} is wanted")
     return found
 
 
@@ -73,8 +76,7 @@ def build_backbone(config: dict[str, Any]) -> nn.Module:
 def with_null_class(
     backbone: nn.Module, num_classes: int
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Give `backbone` `num_classes` classes and, as the last row of its class embedding, the null
-    class.
+    """Give `backbone` `num_classes` classes and a null class, the last row of its class embedding.
 
     A missing null row is initialised to the mean of the others. A UNet without a class embedding
     receives a zero one.
@@ -86,10 +88,8 @@ def with_null_class(
         ValueError: where the backbone was trained for another number of classes.
     """
     cls = backbone_class(type(backbone).__name__)
-    config = {
-        "_class_name": cls.__name__,
-        **{k: v for k, v in backbone.config.items() if not k.startswith("_")},
-    }
+    public = {k: v for k, v in backbone.config.items() if not k.startswith("_")}
+    config = {"_class_name": cls.__name__, **public}
     state = dict(backbone.state_dict())
     count_key = _CLASS_COUNT[cls]
     found = config[count_key]
@@ -98,23 +98,22 @@ def with_null_class(
             raise ValueError(
                 f"num_classes must be the backbone's {count_key} = {found}, got {num_classes}"
             )
-        return config, state  # DiT's table already ends with the null class
+        # DiT's table already ends with the null class.
+        return config, state
     config[count_key] = num_classes + 1
     if found is None:
         if config["class_embed_type"] is not None:
             raise ValueError(
                 f"backbone: class_embed_type must be None, got {config['class_embed_type']!r}"
             )
-        state["class_embedding.weight"] = torch.zeros(
-            num_classes + 1, backbone.time_embedding.linear_2.out_features
-        )
+        width = backbone.time_embedding.linear_2.out_features
+        state["class_embedding.weight"] = torch.zeros(num_classes + 1, width)
     elif found == num_classes:
         weight = state["class_embedding.weight"]
         state["class_embedding.weight"] = torch.cat([weight, weight.mean(0, keepdim=True)])
     elif found != num_classes + 1:
-        raise ValueError(
-            f"num_classes must be the backbone's {count_key} = {found} (or one less, with a null class), got {num_classes}"
-        )
+        wanted = f"the backbone's {count_key} = {found} (or one less, with a null class)"
+        raise ValueError(f"num_classes must be {wanted}, got {num_classes}")
     return config, state
 
 
@@ -134,8 +133,10 @@ def run_backbone(
     """Run `backbone` and capture the outputs of `blocks`.
 
     Args:
-        x: [B, C, H, W]; timesteps: [B]; labels: [B] int64; blocks: module paths inside the
-            backbone.
+        x: [B, C, H, W].
+        timesteps: [B].
+        labels: [B] int64.
+        blocks: module paths inside the backbone.
 
     Returns:
         The raw output [B, C', H, W] and, in the order of `blocks`, feature maps [B, F, h, w].
@@ -157,7 +158,8 @@ def run_backbone(
 def _as_map(features: torch.Tensor) -> torch.Tensor:
     if features.ndim == 4:
         return features
-    side = int(features.shape[1] ** 0.5)  # tokens [B, h·w, F] of a square image
+    # Tokens [B, h·w, F] of a square image.
+    side = int(features.shape[1] ** 0.5)
     return features.transpose(1, 2).unflatten(2, (side, side))
 
 
@@ -178,17 +180,13 @@ def block_channels(backbone: nn.Module, name: str) -> int:
 
 def output_channels(backbone: nn.Module) -> int:
     """Number of channels C' of the model output, learned-variance channels included."""
-    return (
-        backbone.out_channels
-        if isinstance(backbone, DiTTransformer2DModel)
-        else backbone.config.out_channels
-    )
+    if isinstance(backbone, DiTTransformer2DModel):
+        return backbone.out_channels
+    return backbone.config.out_channels
 
 
 def attention_blocks(backbone: nn.Module) -> list[nn.Module]:
-    """The modules whose two gradients are aligned: a UNet's attention layers, a DiT's transformer
-    blocks.
-    """
+    """The modules whose gradients are aligned: attention layers of a UNet, blocks of a DiT."""
     if isinstance(backbone, DiTTransformer2DModel):
         return list(backbone.transformer_blocks)
     return [module for module in backbone.modules() if isinstance(module, Attention)]

@@ -1,6 +1,4 @@
-"""GenRep: one denoising network that perceives and generates (Li, Yang, Wang, ICLR 2026), over a
-diffusers backbone.
-"""
+"""GenRep (Li, Yang, Wang, ICLR 2026): one denoising network that perceives and generates."""
 
 from __future__ import annotations
 
@@ -86,18 +84,17 @@ class GenRep(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         self.backbone = build_backbone(backbone_config)
-        self.vae = (
-            None
-            if vae_config is None
-            else AutoencoderKL.from_config(vae_config).requires_grad_(False)
-        )
+        self.vae = None
+        if vae_config is not None:
+            self.vae = AutoencoderKL.from_config(vae_config).requires_grad_(False)
         names = block_names(self.backbone)
         perception_blocks = list(perception_blocks or names)
         semantic_block = semantic_block or names[len(names) // 2]
         for name in (*perception_blocks, semantic_block):
             if name not in names:
+                wanted = f"among {', '.join(names)}"
                 raise ValueError(
-                    f"perception_blocks and semantic_block must be among {', '.join(names)}, got {name!r}"
+                    f"perception_blocks and semantic_block must be {wanted}, got {name!r}"
                 )
         self.register_to_config(perception_blocks=perception_blocks, semantic_block=semantic_block)
 
@@ -162,10 +159,10 @@ class GenRep(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **kwargs) -> GenRep:
-        """Load a model from a directory that `save_pretrained` wrote, or from the hub; weights are
-        read through safetensors only.
+        """Load a model from a directory that `save_pretrained` wrote, or from the hub.
 
-        Arguments are those of diffusers' `ModelMixin.from_pretrained`.
+        Weights are read through safetensors only. Arguments are those of diffusers'
+        `ModelMixin.from_pretrained`.
 
         Raises:
             ValueError: for weights that are not those of the model, with the keys that are missing,
@@ -176,8 +173,9 @@ class GenRep(ModelMixin, ConfigMixin):
 
     # The variant by its name, which is how diffusers' pipelines find out that there may be one.
     def save_pretrained(self, path: str | Path, *, variant: str | None = None, **kwargs) -> None:
-        """Write config.json and the weights, as safetensors; arguments are those of diffusers'
-        `ModelMixin.save_pretrained`.
+        """Write config.json and the weights, as safetensors.
+
+        Arguments are those of diffusers' `ModelMixin.save_pretrained`.
         """
         if not kwargs.get("safe_serialization", True):
             raise ValueError(
@@ -194,11 +192,8 @@ class GenRep(ModelMixin, ConfigMixin):
     def sample_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one latent."""
         config = self.backbone.config
-        height, width = (
-            (config.sample_size, config.sample_size)
-            if isinstance(config.sample_size, int)
-            else config.sample_size
-        )
+        size = config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
         return config.in_channels, height, width
 
     @property
@@ -217,8 +212,9 @@ class GenRep(ModelMixin, ConfigMixin):
         semantic: torch.Tensor | None = None,
         modulate: bool = True,
     ) -> GenRepOutput:
-        """Denoise x_t under the given classes: o = o_base + W(t)·concat(x_t, x_sem) (GenRep,
-        semantic-driven generation).
+        """Denoise x_t under the given classes: o = o_base + W(t)·concat(x_t, x_sem).
+
+        This is GenRep's semantic-driven generation.
 
         Args:
             x_t: noisy latents [B, C, H, W].
@@ -236,17 +232,14 @@ class GenRep(ModelMixin, ConfigMixin):
             self.backbone, x_t, timesteps, class_labels, [self.config.semantic_block]
         )
         if not modulate:
-            return GenRepOutput(
-                sample=output, log_std_shift=output.new_zeros(len(output)), features=features
-            )
+            no_shift = output.new_zeros(len(output))
+            return GenRepOutput(sample=output, log_std_shift=no_shift, features=features)
         semantic = _normalise(features if semantic is None else semantic)
-        inputs = torch.cat(
-            [x_t, F.interpolate(semantic, x_t.shape[-2:])], dim=1
-        )  # [B, C + F, H, W]
+        resized = F.interpolate(semantic, x_t.shape[-2:])
+        inputs = torch.cat([x_t, resized], dim=1)  # [B, C + F, H, W]
         time = get_timestep_embedding(timesteps, _TIME_EMBEDDING).to(inputs.dtype)
-        weight = self.mean_modulation(time).unflatten(
-            1, (output.shape[1], inputs.shape[1])
-        )  # [B, C', C + F]
+        weight = self.mean_modulation(time)
+        weight = weight.unflatten(1, (output.shape[1], inputs.shape[1]))  # [B, C', C + F]
         # Detached: the variational bound trains this network alone, not the features that it reads.
         shift = self.log_std_modulation(semantic.detach().mean((2, 3))).squeeze(1).clamp(-1, 1)
         return GenRepOutput(
@@ -262,21 +255,24 @@ class GenRep(ModelMixin, ConfigMixin):
         return self(x_t, timestep, class_labels).sample
 
     def perceive(self, x: torch.Tensor) -> torch.Tensor:
-        """Class logits [B, K] of clean latents x [B, C, H, W]: one pass at t = 0 under the null
-        class.
+        """Class logits [B, K] of clean latents x [B, C, H, W].
+
+        They take one pass at t = 0 under the null class.
         """
         return self.head(self._pooled(self._clean_features(x, self.config.perception_blocks)))
 
     def semantic_features(self, x: torch.Tensor) -> torch.Tensor:
-        """x_sem [B, F, h, w] of clean latents x [B, C, H, W]: the semantic block's output at t = 0
-        under the null class.
+        """x_sem [B, F, h, w] of clean latents x [B, C, H, W].
+
+        It is the semantic block's output at t = 0 under the null class.
         """
         return self._clean_features(x, [self.config.semantic_block])[0]
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Latents of images [B, C, H, W] in [-1, 1]: the mode of the VAE's posterior, scaled; the
-        images themselves without a VAE.
+        """Latents of images [B, C, H, W] in [-1, 1].
+
+        The mode of the VAE's posterior, scaled; the images themselves without a VAE.
         """
         if self.vae is None:
             return images
@@ -291,7 +287,7 @@ class GenRep(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def reset_null_class(self) -> None:
-        """Set the null class to the mean of the others, as it starts in a backbone that had none."""
+        """Set the null class to the mean of the others, its start in a backbone that had none."""
         for table in class_embeddings(self.backbone):
             table[-1] = table[:-1].mean(0)
 
@@ -301,21 +297,14 @@ class GenRep(ModelMixin, ConfigMixin):
 
     def trained_state(self) -> dict[str, torch.Tensor]:
         """The state dict without the frozen VAE."""
-        return {
-            name: tensor
-            for name, tensor in self.state_dict().items()
-            if not name.startswith("vae.")
-        }
+        state = self.state_dict().items()
+        return {name: tensor for name, tensor in state if not name.startswith("vae.")}
 
     def alignment_groups(self) -> list[int | None]:
-        """For each parameter that is trained, the index of its attention block, or None outside of
-        them.
-        """
-        groups = {
-            id(p): i
-            for i, block in enumerate(attention_blocks(self.backbone))
-            for p in block.parameters()
-        }
+        """For each trained parameter the index of its attention block, or None outside of them."""
+        groups = {}
+        for index, block in enumerate(attention_blocks(self.backbone)):
+            groups |= dict.fromkeys(map(id, block.parameters()), index)
         return [groups.get(id(p)) for p in self.parameters() if p.requires_grad]
 
     def _clean_features(self, x: torch.Tensor, blocks: list[str]) -> list[torch.Tensor]:
@@ -323,9 +312,9 @@ class GenRep(ModelMixin, ConfigMixin):
         return run_backbone(self.backbone, x, self._timesteps(x, 0), labels, blocks)[1]
 
     def _pooled(self, features: list[torch.Tensor]) -> torch.Tensor:
-        return torch.cat(
-            [F.adaptive_avg_pool2d(f, self.config.pool_size).flatten(1) for f in features], dim=1
-        )
+        size = self.config.pool_size
+        pooled = [F.adaptive_avg_pool2d(feature_map, size).flatten(1) for feature_map in features]
+        return torch.cat(pooled, dim=1)
 
     def _timesteps(self, x: torch.Tensor, timestep: torch.Tensor | int | float) -> torch.Tensor:
         return torch.as_tensor(timestep, device=x.device).expand(len(x))

@@ -1,6 +1,4 @@
-"""GenRepPipeline: a trained GenRep with its noise scheduler, for classifying and for generating
-images.
-"""
+"""GenRepPipeline: a trained GenRep and its noise scheduler, to classify and to generate images."""
 
 from __future__ import annotations
 
@@ -54,8 +52,9 @@ class GenRepPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike, **kwargs) -> GenRepPipeline:
-        """Load a pipeline from a directory that `save_pretrained` wrote; weights are read through
-        safetensors only.
+        """Load a pipeline from a directory that `save_pretrained` wrote.
+
+        Weights are read through safetensors only.
 
         Raises:
             FileNotFoundError: where the directory holds no pipeline.
@@ -97,16 +96,17 @@ class GenRepPipeline(DiffusionPipeline):
         eta: float = 0.0,
         output_type: str = "pil",
     ) -> ImagePipelineOutput:
-        """Generate one image a label by the scheduler's own reverse chain, its mean and variance
-        modulated by the network's own features.
+        """Generate one image a label by the scheduler's own reverse chain.
+
+        The network's own features modulate the chain's mean and variance.
 
         Args:
             labels: ints or int64 tensor [N] in [0, K).
             num_inference_steps: length of the reverse chain.
             seed: of the counter-based noise.
-            chain_ids: ints or int64 tensor [N] in [0, 2³²) that tell the images' noise apart, 0 … N
-                − 1 where not given: an image follows from its label, its id and the seed, whatever
-                the batch.
+            chain_ids: ints or int64 tensor [N] in [0, 2³²) that tell the images' noise apart;
+                0 … N − 1 where not given. An image follows from its label, its id and the seed,
+                whatever the batch.
             eta: η of DDIM, 0 to 1; for DDIM schedulers alone.
             output_type: "pil", or "pt" for a tensor [N, C, H, W] in [-1, 1].
 
@@ -127,44 +127,36 @@ class GenRepPipeline(DiffusionPipeline):
         self.model.eval()
         scheduler = copy.deepcopy(self.scheduler)
         scheduler.set_timesteps(num_inference_steps)
-        log_variance_ratio = learned_log_variance_ratio(scheduler, scheduler.timesteps)
+        timesteps = scheduler.timesteps
+        log_variance_ratio = learned_log_variance_ratio(scheduler, timesteps)
         variance = None if log_variance_ratio is None else "fixed_large"
-        coefficients = StepCoefficients.chain(
-            scheduler, scheduler.timesteps, variance=variance, eta=eta
-        ).to(self.device)
+        coefficients = StepCoefficients.chain(scheduler, timesteps, variance=variance, eta=eta)
+        coefficients = coefficients.to(self.device)
         chain_ids = torch.arange(len(labels)) if chain_ids is None else torch.as_tensor(chain_ids)
         if chain_ids.shape != labels.shape:
-            raise ValueError(
-                f"chain_ids must be one id a label, got shape {tuple(chain_ids.shape)} for {len(labels)} labels"
-            )
-        chain_ids = chain_ids.to(self.device)
-        x = chain_noise(seed, chain_ids, INITIAL_ROW, self.model.sample_shape).to(self.model.dtype)
-        for row, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
+            found = f"shape {tuple(chain_ids.shape)} for {len(labels)} labels"
+            raise ValueError(f"chain_ids must be one id a label, got {found}")
+        noise = {"seed": seed, "chain_ids": chain_ids.to(self.device)}
+        x = chain_noise(**noise, row=INITIAL_ROW, shape=self.model.sample_shape)
+        x = x.to(self.model.dtype)
+        for row, timestep in enumerate(self.progress_bar(timesteps)):
             output = self.model(x, timestep, labels)
-            std_scale = output.log_std_shift.exp()[:, None, None, None]
+            scale = output.log_std_shift.exp()[:, None, None, None]
             if log_variance_ratio is not None:
-                std_scale = std_scale * learned_std_scale(
-                    output.sample, x.shape[1], log_variance_ratio[row]
-                )
-            x, _ = reverse_step(
-                x,
-                output.sample,
-                coefficients,
-                row,
-                seed=seed,
-                chain_ids=chain_ids,
-                std_scale=std_scale,
-            )
+                ratio = log_variance_ratio[row]
+                scale = scale * learned_std_scale(output.sample, x.shape[1], ratio)
+            x, _ = reverse_step(x, output.sample, coefficients, row, std_scale=scale, **noise)
         images = self.model.decode(x)
-        return ImagePipelineOutput(images=images if output_type == "pt" else to_pil(images))
+        if output_type == "pil":
+            images = to_pil(images)
+        return ImagePipelineOutput(images=images)
 
     def _checked_labels(self, labels) -> torch.Tensor:
         labels = torch.as_tensor(labels)
         num_classes = self.model.config.num_classes
         if labels.ndim != 1 or len(labels) == 0:
-            raise ValueError(
-                f"labels must be a non-empty list of class indices, got shape {tuple(labels.shape)}"
-            )
+            found = f"shape {tuple(labels.shape)}"
+            raise ValueError(f"labels must be a non-empty list of class indices, got {found}")
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
             raise TypeError(f"labels must be integers, got {labels.dtype}")
         if labels.min() < 0 or labels.max() >= num_classes:
@@ -175,27 +167,25 @@ class GenRepPipeline(DiffusionPipeline):
         channels, height, width = self.model.image_shape
         if not isinstance(images, torch.Tensor):
             images = [images] if isinstance(images, Image.Image) else list(images)
-            if not images:
-                raise ValueError("images must hold at least one image, got none")
-            if not all(isinstance(image, Image.Image) for image in images):
-                raise TypeError(
-                    f"images must be PIL images or one tensor, got {', '.join(sorted({type(i).__name__ for i in images}))}"
-                )
-            images = torch.stack(
-                [
-                    image_to_tensor(image, (height, width), "L" if channels == 1 else "RGB")
-                    for image in images
-                ]
-            )
+            images = self._stacked(images)
         if not images.is_floating_point():
             raise TypeError(
                 f"images must be a floating-point tensor in [-1, 1], got {images.dtype}"
             )
         if images.ndim != 4 or images.shape[1:] != (channels, height, width):
-            raise ValueError(
-                f"images must be [B, {channels}, {height}, {width}], got {list(images.shape)}"
-            )
+            wanted = f"[B, {channels}, {height}, {width}]"
+            raise ValueError(f"images must be {wanted}, got {list(images.shape)}")
         return images.to(self.device, self.model.dtype)
+
+    def _stacked(self, images: list[Image.Image]) -> torch.Tensor:
+        channels, height, width = self.model.image_shape
+        if not images:
+            raise ValueError("images must hold at least one image, got none")
+        if not all(isinstance(image, Image.Image) for image in images):
+            found = ", ".join(sorted({type(image).__name__ for image in images}))
+            raise TypeError(f"images must be PIL images or one tensor, got {found}")
+        mode = "L" if channels == 1 else "RGB"
+        return torch.stack([image_to_tensor(image, (height, width), mode) for image in images])
 
 
 def to_pil(images: torch.Tensor) -> list[Image.Image]:

@@ -75,8 +75,8 @@ def check_weights(found: _Named, expected: _Named, what: str) -> None:
 def named(names: Collection[str]) -> str:
     """The first few of `names`, and how many there are beside them."""
     names = list(names)
-    others = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f" and {others} more" if others > 0 else "")
+    first, others = ", ".join(names[:_NAMED]), len(names) - _NAMED
+    return f"{first} and {others} more" if others > 0 else first
 
 
 def _is_no_error_here(record: logging.LogRecord) -> bool:

@@ -19,15 +19,14 @@ if TYPE_CHECKING:
     from ..evaluation.metrics import ReliabilityBins
 
 # Okabe and Ito's palette, told apart by colour-blind readers too.
-BLUE, SKY, ORANGE, GREEN, VERMILION, PURPLE, GREY = (
-    "#0072B2",
-    "#56B4E9",
-    "#E69F00",
-    "#009E73",
-    "#D55E00",
-    "#CC79A7",
-    "#777777",
-)
+BLUE = "#0072B2"
+SKY = "#56B4E9"
+ORANGE = "#E69F00"
+GREEN = "#009E73"
+VERMILION = "#D55E00"
+PURPLE = "#CC79A7"
+GREY = "#777777"
+
 STYLE = {
     "font.size": 10,
     "axes.titlesize": 11,
@@ -61,9 +60,7 @@ class Illustration:
 def illustration(
     name: str, caption: str
 ) -> Callable[[Callable[..., Figure]], Callable[..., Illustration]]:
-    """Make a function that draws a matplotlib `Figure` return an `Illustration`, in the report's
-    style.
-    """
+    """Make a function that draws a `Figure` return an `Illustration`, in the report's style."""
 
     def decorate(draw: Callable[..., Figure]) -> Callable[..., Illustration]:
         @functools.wraps(draw)
@@ -79,8 +76,9 @@ def illustration(
 
 @illustration(
     "reliability",
-    "Reliability: accuracy in bins of the confidence, for the head and for the generative posterior with and without its temperature. "
-    "On the diagonal, a confidence of 90% is right 90% of the time. Below: how many test images fall into each bin (logarithmic).",
+    "Reliability: accuracy in bins of the confidence, for the head and for the generative "
+    "posterior with and without its temperature. On the diagonal, a confidence of 90% is right 90% "
+    "of the time. Below: how many test images fall into each bin (logarithmic).",
 )
 def draw_reliability(bins: dict[str, ReliabilityBins]) -> Figure:
     """One panel for each named classifier: accuracy against confidence above, counts below."""
@@ -88,23 +86,14 @@ def draw_reliability(bins: dict[str, ReliabilityBins]) -> Figure:
     axes = figure.subplots(
         2, len(bins), sharex=True, sharey="row", squeeze=False, height_ratios=(3, 1)
     )
-    for (upper, lower), (title, (confidence, accuracy, count)) in zip(
-        axes.T, bins.items(), strict=True
-    ):
+    for (upper, lower), (title, panel) in zip(axes.T, bins.items(), strict=True):
+        confidence, accuracy, count = panel
         width = 1 / len(count)
         centres = (np.arange(len(count)) + 0.5) * width
-        upper.bar(
-            centres, accuracy, width * 0.92, color=BLUE, alpha=0.35, label="accuracy of the bin"
-        )
-        upper.plot(
-            confidence,
-            accuracy,
-            "o",
-            color=BLUE,
-            markersize=4,
-            clip_on=False,
-            label="at its mean confidence",
-        )
+        bars = {"color": BLUE, "alpha": 0.35, "label": "accuracy of the bin"}
+        upper.bar(centres, accuracy, width * 0.92, **bars)
+        points = {"color": BLUE, "markersize": 4, "label": "at its mean confidence"}
+        upper.plot(confidence, accuracy, "o", clip_on=False, **points)
         upper.plot([0, 1], [0, 1], "--", color=GREY, linewidth=1, label="perfect calibration")
         upper.set(title=title, xlim=(0, 1), ylim=(0, 1))
         lower.bar(centres, count, width * 0.92, color=GREY)
@@ -117,8 +106,8 @@ def draw_reliability(bins: dict[str, ReliabilityBins]) -> Figure:
 
 @illustration(
     "samples",
-    "Generated samples, a class a row, beside test images of the same classes. The first drawn, not the best; framed: those that the "
-    "independent classifier takes for another class.",
+    "Generated samples, a class a row, beside test images of the same classes. The first drawn, "
+    "not the best; framed: those that the independent classifier takes for another class.",
 )
 def draw_samples(
     samples: Tensor,
@@ -128,59 +117,22 @@ def draw_samples(
     test_labels: Tensor,
     class_names: Sequence[str],
 ) -> Figure:
-    """Grids of samples [N, C, H, W] in [-1, 1] and of test images: the first `IMAGES_PER_CLASS` of
-    the first `MAX_CLASSES` classes.
+    """Grids of samples and of test images, both [N, C, H, W] in [-1, 1].
+
+    The first `IMAGES_PER_CLASS` of the first `MAX_CLASSES` classes are shown.
     """
     shown = class_names[:MAX_CLASSES]
     figure = Figure(figsize=(9.6, 0.6 + 0.44 * len(shown)), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for axes, title, images, image_labels in (
-        (left, "generated", samples, labels),
-        (right, "test images", test_images, test_labels),
-    ):
-        rows = [
-            (image_labels == label).nonzero().flatten()[:IMAGES_PER_CLASS]
-            for label in range(len(shown))
-        ]
-        height, width = images.shape[-2] + 1, images.shape[-1] + 1
-        grid = np.full(
-            (len(shown) * height + 1, IMAGES_PER_CLASS * width + 1, 3), 1.0, dtype=np.float32
-        )
-        for row, indices in enumerate(rows):
-            for column, index in enumerate(indices.tolist()):
-                top, start = row * height + 1, column * width + 1
-                pixels = (images[index].clamp(-1, 1) + 1) / 2
-                grid[top : top + height - 1, start : start + width - 1] = pixels.permute(
-                    1, 2, 0
-                ).numpy()
-                if images is samples and predicted[index] != labels[index]:
-                    axes.add_patch(
-                        Rectangle(
-                            (start - 1, top - 1),
-                            width,
-                            height,
-                            fill=False,
-                            color=VERMILION,
-                            linewidth=2,
-                        )
-                    )
-        axes.imshow(grid, interpolation="nearest")
-        axes.set(
-            title=title,
-            xticks=[],
-            yticks=np.arange(len(shown)) * height + height / 2,
-            yticklabels=shown,
-        )
-        axes.grid(False)
-        axes.tick_params(length=0)
-        axes.spines[:].set_visible(False)
+    _draw_grid(left, "generated", samples, labels, shown, framed=predicted != labels)
+    _draw_grid(right, "test images", test_images, test_labels, shown)
     return figure
 
 
 @illustration(
     "nearest_training_images",
-    "Memorisation: distance of every generated sample and of every test image to its nearest training image. Copies would pile up at zero, "
-    "left of the test images.",
+    "Memorisation: distance of every generated sample and of every test image to its nearest "
+    "training image. Copies would pile up at zero, left of the test images.",
 )
 def draw_nearest_distances(generated: Tensor, test: Tensor) -> Figure:
     """Histograms of two sets of distances, with their medians."""
@@ -192,8 +144,9 @@ def draw_nearest_distances(generated: Tensor, test: Tensor) -> Figure:
 
 @illustration(
     "evidence",
-    "Evidence: log p(x) by the generative estimator, up to a constant, for test images, for the same images with their pixels shuffled and "
-    "for uniformly random images. The less they overlap, the better images from elsewhere are told apart.",
+    "Evidence: log p(x) by the generative estimator, up to a constant, for test images, for the "
+    "same images with their pixels shuffled and for uniformly random images. The less they "
+    "overlap, the better images from elsewhere are told apart.",
 )
 def draw_evidence(test: Tensor, shuffled: Tensor, uniform: Tensor) -> Figure:
     """Histograms of the log evidence of three sets of images."""
@@ -207,37 +160,38 @@ def draw_evidence(test: Tensor, shuffled: Tensor, uniform: Tensor) -> Figure:
 
 @illustration(
     "training",
-    "Training: losses of each stage over its optimizer steps; faint as logged, solid a running mean.",
+    "Training: losses of each stage over its optimizer steps; "
+    "faint as logged, solid a running mean.",
 )
 def draw_training(history: Sequence[dict[str, Any]], stages: Sequence[str] | None = None) -> Figure:
-    """One panel for each stage of the logged steps, with whichever of `LOSSES` were logged;
-    `stages` are the names of all.
+    """One panel for each stage of the logged steps, with whichever of `LOSSES` were logged.
+
+    `stages` are the names of all stages.
     """
     logged = sorted({row["stage"] for row in history})
     figure = Figure(figsize=(1.2 + 3.4 * len(logged), 4), layout="constrained")
     for axes, stage in zip(figure.subplots(1, len(logged), squeeze=False)[0], logged, strict=True):
         rows = [row for row in history if row["stage"] == stage]
+        # A list: every series is plotted, whatever the first ones say.
         positive = all([_plot_series(axes, rows, key, color) for key, color in LOSSES.items()])
         title = f"stage {stage}" if stages is None else f"stage {stage}: {stages[stage]}"
         axes.set(title=title, xlabel="step", yscale="log" if positive else "linear")
     figure.axes[0].set_ylabel("loss")
-    drawn = {
-        line.get_label(): line
-        for axes in figure.axes
-        for line in axes.lines
-        if not line.get_label().startswith("_")
-    }
+    drawn = {}
+    for axes in figure.axes:
+        lines = {line.get_label(): line for line in axes.lines}
+        drawn |= {label: line for label, line in lines.items() if not label.startswith("_")}
     if drawn:
-        figure.legend(
-            drawn.values(), drawn.keys(), loc="outside lower center", ncols=len(drawn), fontsize=8
-        )
+        below = {"loc": "outside lower center", "ncols": len(drawn), "fontsize": 8}
+        figure.legend(drawn.values(), drawn.keys(), **below)
     return figure
 
 
 @illustration(
     "alignment",
-    "Gradient alignment in the attention blocks: cosine between the perception and the generation gradient, and the share ρ of the common "
-    "direction that is kept. Faint as logged, solid a running mean.",
+    "Gradient alignment in the attention blocks: cosine between the perception and the generation "
+    "gradient, and the share ρ of the common direction that is kept. Faint as logged, solid a "
+    "running mean.",
 )
 def draw_alignment(history: Sequence[dict[str, Any]]) -> Figure:
     """Cosine and ρ (`alpha`) over the steps where they were logged."""
@@ -252,15 +206,43 @@ def draw_alignment(history: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
+def _draw_grid(
+    axes,
+    title: str,
+    images: Tensor,
+    labels: Tensor,
+    class_names: Sequence[str],
+    framed: Tensor | None = None,
+) -> None:
+    """Draw the first images [N, C, H, W] of each class in a row, with frames where `framed` [N]."""
+    classes = len(class_names)
+    height, width = images.shape[-2] + 1, images.shape[-1] + 1
+    grid_shape = (classes * height + 1, IMAGES_PER_CLASS * width + 1, 3)
+    grid = np.full(grid_shape, 1.0, dtype=np.float32)
+    for row in range(classes):
+        indices = (labels == row).nonzero().flatten()[:IMAGES_PER_CLASS]
+        for column, index in enumerate(indices.tolist()):
+            top, start = row * height + 1, column * width + 1
+            pixels = (images[index].clamp(-1, 1) + 1) / 2
+            cell = grid[top : top + height - 1, start : start + width - 1]
+            cell[:] = pixels.permute(1, 2, 0).numpy()
+            if framed is not None and framed[index]:
+                frame = {"fill": False, "color": VERMILION, "linewidth": 2}
+                axes.add_patch(Rectangle((start - 1, top - 1), width, height, **frame))
+    axes.imshow(grid, interpolation="nearest")
+    middles = np.arange(classes) * height + height / 2
+    axes.set(title=title, xticks=[], yticks=middles, yticklabels=class_names)
+    axes.grid(False)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+
+
 def _plot_series(
     axes, rows: Sequence[dict[str, Any]], key: str, color: str, label: str | None = None
 ) -> bool:
     """Plot what was logged under `key`; True where nothing of it forbids a logarithmic axis."""
-    logged = [
-        (row["step"], row[key])
-        for row in rows
-        if row.get(key) is not None and math.isfinite(row[key])
-    ]
+    logged = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+    logged = [(step, value) for step, value in logged if math.isfinite(value)]
     if not logged:
         return True
     steps, values = np.array(logged, dtype=float).T
@@ -269,14 +251,8 @@ def _plot_series(
     # A line of one point is invisible without a marker.
     marker = "." if len(values) < 15 else None
     axes.plot(steps, values, color=color, alpha=0.25, linewidth=1)
-    axes.plot(
-        steps[window - 1 :],
-        mean,
-        color=color,
-        linewidth=1.8,
-        marker=marker,
-        label=label or key.replace("_", " "),
-    )
+    label = label or key.replace("_", " ")
+    axes.plot(steps[window - 1 :], mean, color=color, linewidth=1.8, marker=marker, label=label)
     return bool((values > 0).all())
 
 
@@ -287,9 +263,8 @@ def _histograms(series: dict[str, tuple[Tensor, str]], xlabel: str) -> Figure:
         label: (values[values.isfinite()].numpy(), color)
         for label, (values, color) in series.items()
     }
-    edges = np.histogram_bin_edges(
-        np.concatenate([values for values, _ in finite.values()]), bins=50
-    )
+    together = np.concatenate([values for values, _ in finite.values()])
+    edges = np.histogram_bin_edges(together, bins=50)
     for label, (values, color) in finite.items():
         axes.hist(values, edges, color=color, alpha=0.5, label=label)
         if len(values):

@@ -1,4 +1,4 @@
-"""metrics.json, the figures and one self-contained report.html, each written whole or not at all."""
+"""metrics.json, the figures and a self-contained report.html, each written whole or not at all."""
 
 from __future__ import annotations
 
@@ -13,8 +13,14 @@ from .figures import Illustration
 
 
 class Row(NamedTuple):
-    """A line of the report's summary: where the value lies in the metrics, its name, format,
-    meaning, and what it is held against.
+    """A line of the report's summary.
+
+    Attributes:
+        section, key: where the value lies in the metrics.
+        name: of the value, for people.
+        format: as `str.format` takes it.
+        meaning: in a few words.
+        aim: what the value is held against.
     """
 
     section: str
@@ -105,7 +111,8 @@ SUMMARY = (
         "recognition_rate",
         "Samples: recognition rate",
         "{:.2%}",
-        "generated images that an independent classifier, fitted on real training images alone, takes for the class asked for",
+        "generated images that an independent classifier, fitted on real training images alone, "
+        "takes for the class asked for",
         "≥ 98%",
     ),
     Row(
@@ -181,16 +188,16 @@ SUMMARY = (
 def write_report(
     output_dir: Path, metrics: dict[str, Any], illustrations: Sequence[Illustration]
 ) -> None:
-    """Write ``figures/*.png``, ``report.html`` and, last, ``metrics.json`` to `output_dir`, which
-    is created where missing.
+    """Write ``figures/*.png``, ``report.html`` and, last, ``metrics.json`` to `output_dir`.
+
+    The folder is created where missing.
     """
     (output_dir / "figures").mkdir(parents=True, exist_ok=True)
     for illustration in illustrations:
         write_atomically(output_dir / "figures" / f"{illustration.name}.png", illustration.png)
     write_atomically(output_dir / "report.html", render_report(metrics, illustrations))
-    write_atomically(
-        output_dir / "metrics.json", json.dumps(metrics, indent=2, allow_nan=False) + "\n"
-    )
+    text = json.dumps(metrics, indent=2, allow_nan=False)
+    write_atomically(output_dir / "metrics.json", f"{text}\n")
 
 
 def render_report(metrics: dict[str, Any], illustrations: Sequence[Illustration]) -> str:
@@ -201,23 +208,18 @@ def render_report(metrics: dict[str, Any], illustrations: Sequence[Illustration]
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined
     )
+    titles = {
+        "sizes": "Sizes",
+        "seconds": "Wall time in seconds",
+        "teacher": "Distillation teacher",
+    }
+    rates = metrics["generation"]["recognition_rate_per_class"]
     return environment.get_template("report.html.jinja").render(
         summary=[(row, _formatted(metrics[row.section][row.key], row.format)) for row in SUMMARY],
         metrics=metrics,
         aims=metrics["sizes"]["data"] == "digits",
-        tables={
-            title: _flat(metrics[key])
-            for title, key in (
-                ("Sizes", "sizes"),
-                ("Wall time in seconds", "seconds"),
-                ("Distillation teacher", "teacher"),
-            )
-            if metrics[key]
-        },
-        recognition={
-            name: _formatted(rate, "{:.1%}")
-            for name, rate in metrics["generation"]["recognition_rate_per_class"].items()
-        },
+        tables={title: _flat(metrics[key]) for key, title in titles.items() if metrics[key]},
+        recognition={name: _formatted(rate, "{:.1%}") for name, rate in rates.items()},
         illustrations=[(item, base64.b64encode(item.png).decode()) for item in illustrations],
     )
 

@@ -1,6 +1,4 @@
-"""What a user sees while a stage trains: a live progress bar on a terminal, a line now and then
-elsewhere.
-"""
+"""What a user sees of a run: a live progress bar on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -33,8 +31,9 @@ def wall_clock(device: torch.device) -> float:
 
 
 class Stopwatch:
-    """Seconds spent in its ``with`` blocks; on a GPU those between events in its stream, so that
-    nothing waits for it before they are read.
+    """Seconds spent in its ``with`` blocks.
+
+    On a GPU those between events in its stream, so that nothing waits for it before they are read.
 
     Args:
         device: where the timed work runs.
@@ -42,7 +41,8 @@ class Stopwatch:
 
     def __init__(self, device: torch.device):
         self.device, self._seconds, self._running = device, 0.0, None
-        self._blocks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # not read yet
+        # Those that were not read yet.
+        self._blocks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def __enter__(self) -> None:
         self._running = self._mark()
@@ -111,17 +111,18 @@ class StageProgress:
         metrics = "  ".join(f"{name} {row[name]:.3f}" for name in _SHOWN if name in row)
         self.progress.update(self.task, completed=done, metrics=metrics)
         every = max(self.length // _LINES_PER_STAGE, 1)
-        if not console.is_terminal and (
-            done // every != self.printed // every or done == self.length
-        ):
+        due = done // every != self.printed // every or done == self.length
+        if due and not console.is_terminal:
             console.print(f"{self.stage:10} {done:6d}/{self.length}  {metrics}")
         self.printed = done
 
 
 @contextlib.contextmanager
 def evaluation_progress() -> Iterator[Callable[[str, float], None]]:
-    """A progress bar for `evaluate`, as the function that it calls with what it does and how far it
-    is.
+    """A progress bar for `evaluate`.
+
+    Yields:
+        The function that `evaluate` calls with what it does and how far it is.
     """
     columns = (
         TextColumn("{task.description:35}"),

@@ -1,5 +1,6 @@
-"""`genrep train --ablation`: the five rows of the paper's table (GenRep, ICLR 2026), where labels
-are few and they can differ.
+"""`genrep train --ablation`: the five rows of the paper's table (GenRep, ICLR 2026).
+
+Labels are few, so that the rows can differ.
 """
 
 from __future__ import annotations
@@ -37,11 +38,10 @@ COLUMNS = {
 
 
 def run_ablation(config: TrainingConfig, seeds: int) -> str:
-    """Run every row with `seeds` seeds, from `config.seed` on, and write ablation.md and
-    ablation.json to the output folder.
+    """Run every row with `seeds` seeds, from `config.seed` on.
 
-    Stage 0 is shared by the rows of a seed. A row that is complete is not run again, one that was
-    interrupted goes on.
+    Writes ablation.md and ablation.json to the output folder. Stage 0 is shared by the rows of a
+    seed. A row that is complete is not run again, one that was interrupted goes on.
 
     Args:
         config: the run that the rows vary.
@@ -63,13 +63,9 @@ def run_ablation(config: TrainingConfig, seeds: int) -> str:
 
 def _run_ablation(config: TrainingConfig, seeds: int) -> str:
     results = {row: [] for row in ROWS}
+    labelled = config.labelled_per_class or LABELLED_PER_CLASS
     for seed in range(config.seed, config.seed + seeds):
-        base = dataclasses.replace(
-            config,
-            seed=seed,
-            resume=True,
-            labelled_per_class=config.labelled_per_class or LABELLED_PER_CLASS,
-        )
+        base = dataclasses.replace(config, seed=seed, resume=True, labelled_per_class=labelled)
         backbone = _shared_backbone(base)
         for row, switches in ROWS.items():
             folder = Path(config.output) / f"seed-{seed}" / row.replace(" ", "-")
@@ -102,7 +98,8 @@ def _shared_backbone(config: TrainingConfig) -> Path:
     }
     config = dataclasses.replace(
         config, output=str(output), teacher="none", evaluate=False, **steps
-    ).resumed()
+    )
+    config = config.resumed()
     backbone = output / "backbone"
     if not backbone.is_dir():
         run(config)

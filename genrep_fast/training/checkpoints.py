@@ -28,9 +28,12 @@ _KEPT = 2
 _FORMAT = "genrep_fast checkpoint 1"
 _NAME = re.compile(r"step-([0-9]+)")
 _MANIFEST, _STATE, _BANK = "manifest.json", "state.json", "bank.safetensors"
-_LARGEST_MANIFEST = 2**20  # bytes; a real one has one thousand
-_BLOCK = 2**20  # bytes that are hashed at once
-_TENSORS = ("model", "optimizer", "averages", "momentum", "teacher")  # NAME.safetensors
+# In bytes; a real one has one thousand.
+_LARGEST_MANIFEST = 2**20
+# Bytes that are hashed at once.
+_BLOCK = 2**20
+# Each is a file NAME.safetensors.
+_TENSORS = ("model", "optimizer", "averages", "momentum", "teacher")
 _ALWAYS = (_STATE, "model.safetensors", "optimizer.safetensors", "averages.safetensors")
 _ALLOWED = {_STATE, _BANK, *(f"{name}.safetensors" for name in _TENSORS)}
 # What file browsers leave in any folder, besides names that begin with a dot.
@@ -104,7 +107,9 @@ def read_checkpoint(folder: Path, device: torch.device | str = "cpu") -> Checkpo
         names = [name for name in _TENSORS if (folder / f"{name}.safetensors").is_file()]
         # Copies: the file, which is mapped into memory, is dropped some checkpoints later.
         tensors = {name: _copied(load_file(folder / f"{name}.safetensors")) for name in names}
-        bank = ChainBank.load(folder / _BANK, device=device) if (folder / _BANK).is_file() else None
+        bank = None
+        if (folder / _BANK).is_file():
+            bank = ChainBank.load(folder / _BANK, device=device)
     except (_Damage, OSError, ValueError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         message = f"checkpoint {folder} cannot be read ({reason}); {_advice(folder)}"

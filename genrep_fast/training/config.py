@@ -15,6 +15,25 @@ STAGES = ("diffusion", "perception", "joint")
 # Where files lie, and what follows a run: no number of the training depends on these.
 _INDECISIVE = ("output", "resume", "evaluate", "data", "backbone", "vae", "scheduler")
 
+_POSITIVE = (
+    "batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "perception_learning_rate",
+    "teacher_chains",
+    "teacher_steps",
+    "checkpoint_every",
+    "log_every",
+)
+_NOT_NEGATIVE = (
+    "diffusion_steps",
+    "perception_steps",
+    "joint_steps",
+    "max_grad_norm",
+    "weight_decay",
+    "teacher_refresh",
+)
+
 
 @dataclass
 class TrainingConfig:
@@ -111,25 +130,10 @@ class TrainingConfig:
 
     def __post_init__(self):
         self.gradient_weights = tuple(self.gradient_weights)
-        positive = (
-            "batch_size",
-            "gradient_accumulation_steps",
-            "learning_rate",
-            "perception_learning_rate",
-            "teacher_chains",
-            "teacher_steps",
-        )
-        for name in (*positive, "checkpoint_every", "log_every"):
+        for name in _POSITIVE:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in (
-            "diffusion_steps",
-            "perception_steps",
-            "joint_steps",
-            "max_grad_norm",
-            "weight_decay",
-            "teacher_refresh",
-        ):
+        for name in _NOT_NEGATIVE:
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.diffusion_steps + self.perception_steps + self.joint_steps == 0:
@@ -152,8 +156,9 @@ class TrainingConfig:
 
     @property
     def scale(self) -> float:
-        """Size of this run against the full one, at most 1; bank, samples and evaluation shrink
-        with it.
+        """Size of this run against the full one, at most 1.
+
+        Bank, samples and evaluation shrink with it.
         """
         wanted = self.diffusion_steps + self.perception_steps + self.joint_steps
         return min(1.0, sum(self.stage_steps) / wanted)
@@ -165,8 +170,7 @@ class TrainingConfig:
         write_atomically(path / "config.json", json.dumps(dataclasses.asdict(self), indent=2))
 
     def resumed(self) -> TrainingConfig:
-        """The configuration saved in the output folder, where there is one, with `resume` as it is
-        here.
+        """The configuration saved in the output folder, if any, with `resume` as it is here.
 
         Raises:
             ValueError: for an option that was given and differs from the saved one, and for a
@@ -181,7 +185,8 @@ class TrainingConfig:
             stored = tuple(stored) if isinstance(stored, list) else stored
             if given not in (field.default, stored):
                 raise ValueError(
-                    f"{field.name} is {given} now, but {path} says {stored}: a run is resumed with the options it was started with"
+                    f"{field.name} is {given} now, but {path} says {stored}: "
+                    "a run is resumed with the options it was started with"
                 )
         try:
             return TrainingConfig(**saved)

@@ -22,8 +22,9 @@ def perception_loss(
     """L_percept = L_disc + λ·L_distil.
 
     Args:
-        logits: [B, K] of the head; labels: int64 [B]; labelled: bool [B], which of the labels
-            L_disc may use.
+        logits: [B, K] of the head.
+        labels: int64 [B].
+        labelled: bool [B], which of the labels L_disc may use.
         distillation: L_distil of the same logits (`Teacher.distillation_loss`), or None for no
             distillation.
         distillation_weight: λ.
@@ -35,22 +36,19 @@ def perception_loss(
     discrimination = (per_image * labelled).sum() / labelled.sum().clamp(min=1)
     if distillation is None:
         return discrimination, {"discrimination": discrimination}
-    return discrimination + distillation_weight * distillation, {
-        "discrimination": discrimination,
-        "distillation": distillation,
-    }
+    loss = discrimination + distillation_weight * distillation
+    return loss, {"discrimination": discrimination, "distillation": distillation}
 
 
 def stratified_timesteps(
     batch: int, num_train_timesteps: int, device: torch.device
 ) -> torch.Tensor:
-    """One uniform timestep from each of `batch` equal parts of the schedule, int64 [batch]: less
-    noisy than independent ones.
+    """One uniform timestep from each of `batch` equal parts of the schedule, int64 [batch].
+
+    A loss over them is less noisy than over independent ones.
     """
-    return (
-        (torch.arange(batch, device=device) + torch.rand(batch, device=device))
-        * (num_train_timesteps / batch)
-    ).long()
+    positions = torch.arange(batch, device=device) + torch.rand(batch, device=device)
+    return (positions * (num_train_timesteps / batch)).long()
 
 
 class GenerationLoss(nn.Module):
@@ -58,16 +56,15 @@ class GenerationLoss(nn.Module):
 
     Args:
         scheduler: DDPMScheduler of the chain that is trained.
-        alignment_weight: λ_r; variance_weight: λ_v.
+        alignment_weight: λ_r.
+        variance_weight: λ_v.
     """
 
     def __init__(self, scheduler, *, alignment_weight: float, variance_weight: float):
         super().__init__()
-        self.scheduler, self.alignment_weight, self.variance_weight = (
-            scheduler,
-            alignment_weight,
-            variance_weight,
-        )
+        self.scheduler = scheduler
+        self.alignment_weight = alignment_weight
+        self.variance_weight = variance_weight
         timesteps = torch.arange(scheduler.config.num_train_timesteps - 1, -1, -1)
         previous = timesteps - 1
         # Rows lie at t = T−1 … 0 in a chain; flipped, a row is found by its timestep.
@@ -77,7 +74,8 @@ class GenerationLoss(nn.Module):
         )
         large = StepCoefficients.chain(scheduler, timesteps, previous, variance="fixed_large")
         std = chain.std.flip(0)
-        std[0] = std[1]  # β̃ is 0 at t = 0; its neighbour stands in, as in Improved DDPM
+        # β̃ is 0 at t = 0; its neighbour stands in, as in Improved DDPM.
+        std[0] = std[1]
         self.register_buffer("std", std)
         # The std that scores: the one that moves the chain is 0 at t = 0, whose logarithm would
         # make the bound infinite there.
@@ -99,57 +97,55 @@ class GenerationLoss(nn.Module):
         """Draw timesteps and noise and return the loss and its parts by name.
 
         Args:
-            model: a GenRep, or its wrapper; x: clean latents [B, C, H, W]; labels: int64 [B].
-            semantic: x_sem [B, F, h, w] of the momentum network; None for plain diffusion (stage
-                0).
+            model: a GenRep, or its wrapper.
+            x: clean latents [B, C, H, W].
+            labels: int64 [B].
+            semantic: x_sem [B, F, h, w] of the momentum network; None for plain diffusion, stage 0.
             own: modulate by the network's own features, as at inference; `semantic` then serves the
                 alignment loss alone.
             modulate: semantic-driven generation.
         """
-        timesteps = stratified_timesteps(
-            len(x), self.scheduler.config.num_train_timesteps, x.device
-        )
+        steps = self.scheduler.config.num_train_timesteps
+        timesteps = stratified_timesteps(len(x), steps, x.device)
         noise = torch.randn_like(x)
         x_t = self.scheduler.add_noise(x, noise, timesteps)
-        output = model(
-            x_t, timesteps, labels, semantic=None if own else semantic, modulate=modulate
-        )
+        given = None if own else semantic
+        output = model(x_t, timesteps, labels, semantic=given, modulate=modulate)
         prediction = output.sample[:, : x.shape[1]]
-        diffusion = F.mse_loss(
-            prediction.float(), training_target(self.scheduler, x, noise, timesteps).float()
-        )
+        target = training_target(self.scheduler, x, noise, timesteps)
+        diffusion = F.mse_loss(prediction.float(), target.float())
         loss, parts = diffusion, {"diffusion": diffusion}
         driven = modulate and semantic is not None
         if driven:
-            parts["representation_alignment"] = (
-                1 - F.cosine_similarity(output.features.float(), semantic.float(), dim=1)
-            ).mean()
+            cosine = F.cosine_similarity(output.features.float(), semantic.float(), dim=1)
+            parts["representation_alignment"] = (1 - cosine).mean()
             loss = loss + self.alignment_weight * parts["representation_alignment"]
-        if (
-            driven or output.sample.shape[1] > x.shape[1]
-        ):  # a learned variance is trained in every stage
+        # A learned variance is trained in every stage.
+        learned_variance = output.sample.shape[1] > x.shape[1]
+        if driven or learned_variance:
             parts["variational_bound"] = self._variational_bound(x, x_t, output, timesteps)
             loss = loss + self.variance_weight * parts["variational_bound"]
         return loss, parts
 
     def _variational_bound(self, x, x_t, output, timesteps) -> torch.Tensor:
-        # KL( N(μ̃, σ²) ‖ N(μ, σ² e^{2s}) ) a dimension in nats, μ detached: it trains s, the shift
-        # of log σ (and a learned variance).
+        """KL( N(μ̃, σ²) ‖ N(μ, σ² e^{2s}) ) a dimension in nats.
+
+        μ is detached: the bound trains s, the shift of log σ (and a learned variance).
+        """
+
         def at(table):
             return table[timesteps][:, None, None, None]
 
         prediction = output.sample[:, : x.shape[1]].detach().float()
-        difference = (
-            at(self.noisy) * x_t + at(self.output) * prediction - at(self.exact_output) * x
-        )  # μ − μ̃
+        # μ − μ̃.
+        difference = at(self.noisy) * x_t + at(self.output) * prediction
+        difference = difference - at(self.exact_output) * x
         shift = output.log_std_shift.float()[:, None, None, None]
-        if (
-            self.scheduler.config.variance_type == "fixed_large"
-        ):  # the deviation that the shift modulates in `generate`
+        if self.scheduler.config.variance_type == "fixed_large":
+            # The deviation that the shift modulates in `generate`.
             shift = shift + at(self.log_std_range)
         elif output.sample.shape[1] == 2 * x.shape[1]:
-            shift = shift + (output.sample[:, x.shape[1] :].float() + 1) / 2 * at(
-                self.log_std_range
-            )
+            fraction = (output.sample[:, x.shape[1] :].float() + 1) / 2
+            shift = shift + fraction * at(self.log_std_range)
         ratio = (difference / at(self.std)) ** 2
         return (shift + ((1 + ratio) * (-2 * shift).exp() - 1) / 2).mean()

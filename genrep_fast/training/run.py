@@ -39,8 +39,11 @@ _CLOSING_ROWS = (
 
 
 def run(config: TrainingConfig, settings: EvaluationSettings | None = None) -> dict | None:
-    """Train as `config` says and evaluate, with the sizes of `settings` or with what fits the run's
-    length.
+    """Train as `config` says and evaluate.
+
+    Args:
+        config: of the training.
+        settings: sizes of the evaluation; None for those that fit the run's length.
 
     Returns:
         The metrics, or None where `config.evaluate` is False.
@@ -76,10 +79,10 @@ def _run(config: TrainingConfig, settings: EvaluationSettings | None) -> dict | 
                 progress=progress,
             )
     console.print(closing_table(trainer, metrics, time.perf_counter() - started))
-    console.print(
-        f"wrote {config.output}: model/, history.jsonl"
-        + (", metrics.json, report.html, figures/" if metrics else "")
-    )
+    written = "model/, history.jsonl"
+    if metrics:
+        written += ", metrics.json, report.html, figures/"
+    console.print(f"wrote {config.output}: {written}")
     return metrics
 
 
@@ -111,32 +114,22 @@ def _teacher_facts(state: TrainingState) -> dict[str, float]:
 def _budget_table(trainer: Trainer, settings: EvaluationSettings) -> Table:
     config, splits = trainer.config, trainer.splits
     seconds = _seconds_per_pass(trainer)
-    table = Table(
-        "stage",
-        "steps",
-        "time budget",
-        title=f"{config.data} → {config.output}",
-        title_justify="left",
-    )
+    title = f"{config.data} → {config.output}"
+    table = Table("stage", "steps", "time budget", title=title, title_justify="left")
     for stage, steps in zip(STAGES, config.stage_steps, strict=True):
-        table.add_row(
-            stage,
-            str(steps),
-            _minutes(steps * config.gradient_accumulation_steps * _PASSES[stage] * seconds),
-        )
+        passes = steps * config.gradient_accumulation_steps * _PASSES[stage]
+        table.add_row(stage, str(steps), _minutes(passes * seconds))
     if config.teacher != "none":
         evaluations = planned_evaluations(config, splits.num_classes)
         table.add_row("teacher", "", _minutes(evaluations / config.batch_size * _FORWARD * seconds))
     if config.evaluate:
         images = settings.test_images or len(splits.test)
-        scored = (
-            images + 2 * min(images, settings.random_images) + min(images, len(splits.calibration))
-        )
+        others = 2 * min(images, settings.random_images)
+        scored = images + others + min(images, len(splits.calibration))
         scored *= splits.num_classes * settings.elbo_steps
         drawn = settings.samples_per_class * splits.num_classes * settings.num_inference_steps
-        table.add_row(
-            "evaluation", "", _minutes((scored + drawn) / config.batch_size * _FORWARD * seconds)
-        )
+        batches = (scored + drawn) / config.batch_size
+        table.add_row("evaluation", "", _minutes(batches * _FORWARD * seconds))
     return table
 
 
@@ -171,10 +164,8 @@ def closing_table(trainer: Trainer, metrics: dict | None, evaluation_seconds: fl
         table.add_row(f"time, {stage}", _minutes(trainer.state.seconds[stage]))
     teacher = trainer.state.teacher
     if teacher is not None:
-        table.add_row(
-            f"time, teacher outside the steps ({teacher.evaluations} evaluations)",
-            _minutes(teacher.apart.seconds),
-        )
+        outside = f"time, teacher outside the steps ({teacher.evaluations} evaluations)"
+        table.add_row(outside, _minutes(teacher.apart.seconds))
         table.add_row("teacher", f"{trainer.state.teacher_percent:.1f}% of a training step")
     if metrics:
         table.add_row("time, evaluation", _minutes(evaluation_seconds))

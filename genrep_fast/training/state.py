@@ -43,9 +43,7 @@ class TrainingState:
 
     @property
     def teacher_percent(self) -> float:
-        """What the teacher takes of a training step that it teaches, in per cent of the step's
-        time.
-        """
+        """What the teacher takes of a training step that it teaches, in per cent of its time."""
         taught = self.seconds["perception"] + self.seconds["joint"]
         return 100 * self.teacher.in_steps.seconds / taught
 
@@ -135,22 +133,15 @@ class TrainingState:
         momentum, teacher = None, None
         if "momentum" in checkpoint.tensors:
             momentum = model.frozen_copy()
-            check_weights(
-                checkpoint.tensors["momentum"],
-                momentum.trained_state(),
-                "the tensors of momentum.safetensors",
-            )
-            momentum.load_state_dict(momentum.state_dict() | checkpoint.tensors["momentum"])
+            saved, expected = checkpoint.tensors["momentum"], momentum.trained_state()
+            check_weights(saved, expected, "the tensors of momentum.safetensors")
+            momentum.load_state_dict(momentum.state_dict() | saved)
         if "teacher" in checkpoint.tensors:
             teacher = Teacher(self.config, model.frozen_copy(), scheduler)
-            check_weights(
-                checkpoint.tensors["teacher"],
-                teacher.model.trained_state(),
-                "the tensors of teacher.safetensors",
-            )
+            saved, expected = checkpoint.tensors["teacher"], teacher.model.trained_state()
+            check_weights(saved, expected, "the tensors of teacher.safetensors")
             teacher.bank = checkpoint.bank
-            facts = checkpoint.state["teacher"]
-            teacher.load_state_dict({**facts, "model": checkpoint.tensors["teacher"]})
+            teacher.load_state_dict({**checkpoint.state["teacher"], "model": saved})
         for name in ("step", "micro_batch", "stage", "history", "seconds"):
             setattr(self, name, checkpoint.state[name])
         self.momentum, self.teacher = momentum, teacher

@@ -1,5 +1,6 @@
-"""The distillation teacher: a frozen denoiser, an estimator of log p(x|y) over it, the temperature
-of its posterior, and its cost.
+"""The distillation teacher: a frozen denoiser and an estimator of log p(x|y) over it.
+
+It knows the temperature of its posterior, and its cost.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ from .config import TrainingConfig
 # Chosen by negative log-likelihood on the calibration split of the digits: many short chains beat
 # few long ones at the same cost.
 _CENTER, _SIGMA_FLOOR = "sample", 0.2
-_BURN_IN, _THIN = 0.2, 4  # a fifth of the steps; every fourth of the rest
-_REFRESH = 4  # each refresh renews one chain in four
+# A fifth of the steps is dropped, and every fourth of the rest is kept.
+_BURN_IN, _THIN = 0.2, 4
+# Each refresh renews one chain in four.
+_REFRESH = 4
 _BATCH = 256
 
 
 def planned_evaluations(config: TrainingConfig, num_classes: int) -> int:
-    """Network evaluations that the teacher of a whole run will take, those of its calibration not
-    counted.
-    """
+    """Network evaluations of the teacher of a whole run, those of its calibration not counted."""
     if config.teacher == "none":
         return 0
     steps = sum(config.stage_steps[1:])
@@ -32,13 +33,8 @@ def planned_evaluations(config: TrainingConfig, num_classes: int) -> int:
         bank = scaled_chains(config) * num_classes * config.teacher_steps
         refreshes = steps // config.teacher_refresh if config.teacher_refresh else 0
         return bank + refreshes * bank // _REFRESH
-    return (
-        steps
-        * config.gradient_accumulation_steps
-        * config.batch_size
-        * num_classes
-        * config.teacher_steps
-    )
+    images = steps * config.gradient_accumulation_steps * config.batch_size
+    return images * num_classes * config.teacher_steps
 
 
 def scaled_chains(config: TrainingConfig) -> int:
@@ -93,34 +89,37 @@ class Teacher:
         self.estimator = bank
 
     def prepare(self, images: torch.Tensor, labels: torch.Tensor) -> None:
-        """Build the bank where there is one, and calibrate the temperature on images [N, C, H, W],
-        labels [N] that serve nothing else.
+        """Build the bank where there is one, and calibrate the temperature.
+
+        Args:
+            images: [N, C, H, W], that serve nothing else.
+            labels: [N].
         """
         with self.apart:
             if self.config.teacher == "bank":
                 self.estimator = self._build_bank()
-            scores = torch.cat(
-                [self.estimator.log_likelihood(batch) for batch in images.split(_BATCH)]
-            )
+            batches = images.split(_BATCH)
+            scores = torch.cat([self.estimator.log_likelihood(batch) for batch in batches])
             self.temperature = fit_temperature(scores, labels)
             self.accuracy = (scores.argmax(1) == labels).float().mean().item()
 
     def distillation_loss(self, logits: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """L_distil = KL(p ‖ softmax(logits)) in nats, with the teacher's posterior p of clean
-        latents x [B, C, H, W]; logits [B, K].
+        """L_distil = KL(p ‖ softmax(logits)) in nats, with the teacher's posterior p.
+
+        Args:
+            logits: [B, K].
+            x: clean latents [B, C, H, W].
         """
         with self.in_steps:
-            return distillation_loss(
-                logits, self.estimator.log_likelihood(x), temperature=self.temperature
-            )
+            scores = self.estimator.log_likelihood(x)
+            return distillation_loss(logits, scores, temperature=self.temperature)
 
     def refresh(self) -> None:
         """Renew a part of the bank's chains; the other estimators keep nothing that could age."""
         if self.config.teacher == "bank":
+            chains = max(1, scaled_chains(self.config) // _REFRESH)
             with self.apart:
-                self.estimator.refresh(
-                    self._denoise, chains=max(1, scaled_chains(self.config) // _REFRESH)
-                )
+                self.estimator.refresh(self._denoise, chains=chains)
 
     def state_dict(self) -> dict:
         return {
@@ -135,11 +134,10 @@ class Teacher:
     def load_state_dict(self, state: dict) -> None:
         self.model.load_state_dict(self.model.state_dict() | state["model"])
         self.temperature, self.accuracy = state["temperature"], state["accuracy"]
-        self.in_steps.seconds, self.apart.seconds = (
-            state["seconds_in_steps"],
-            state["seconds_apart"],
-        )
-        if self.config.teacher != "bank":  # a bank keeps its own count
+        self.in_steps.seconds = state["seconds_in_steps"]
+        self.apart.seconds = state["seconds_apart"]
+        # A bank keeps its own count.
+        if self.config.teacher != "bank":
             self.estimator.evaluations = state["evaluations"]
 
     def _build_bank(self) -> ChainBank:
@@ -159,13 +157,11 @@ class Teacher:
 
     def _online_estimator(self) -> ElboEstimator | ImageChainEstimator:
         arguments = (self._denoise, self.scheduler, self.model.config.num_classes)
+        steps = self.config.teacher_steps
         if self.config.teacher == "elbo":
-            return ElboEstimator(
-                *arguments, num_steps=self.config.teacher_steps, seed=self.config.seed
-            )
-        return ImageChainEstimator(
-            *arguments, num_inference_steps=self.config.teacher_steps, **self._chain_options()
-        )
+            return ElboEstimator(*arguments, num_steps=steps, seed=self.config.seed)
+        options = self._chain_options()
+        return ImageChainEstimator(*arguments, num_inference_steps=steps, **options)
 
     def _chain_options(self) -> dict:
         # A learned variance fits no table: the larger of its two bounds scores in its place.

@@ -34,7 +34,8 @@ from .state import TrainingState, check_numbers, copy_
 from .teacher import Teacher
 
 _WARMUP_STEPS = 50
-_FINAL_LEARNING_RATE = 0.01  # of the highest
+# As a fraction of the highest.
+_FINAL_LEARNING_RATE = 0.01
 # What a checkpoint keeps of PyTorch's LambdaLR; the rest follows from the options.
 _OF_THE_SCHEDULE = ("last_epoch", "_step_count", "_last_lr")
 
@@ -63,25 +64,23 @@ class Trainer:
         )
         if self.accelerator.num_processes > 1:
             raise RuntimeError(
-                f"training runs in one process, got {self.accelerator.num_processes}: both gradients would have to be reduced"
+                f"training runs in one process, got {self.accelerator.num_processes}: "
+                "both gradients would have to be reduced"
             )
         if not config.resume and (self.output / "checkpoints").is_dir():
             raise ValueError(
-                f"output: {self.output} holds a run already; pass --resume to go on with it, or choose another folder"
+                f"output: {self.output} holds a run already; "
+                "pass --resume to go on with it, or choose another folder"
             )
         torch.manual_seed(config.seed)
         self.scheduler = build_scheduler(config)
         model = build_model(config, splits).to(self.accelerator.device)
-        named = {
-            name: parameter
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad
-        }
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.names, self.parameters = list(named), list(named.values())
         self.averages = [parameter.detach().clone() for parameter in self.parameters]
-        groups = (
-            dict(zip(self.names, model.alignment_groups(), strict=True)) if config.align else {}
-        )
+        groups = {}
+        if config.align:
+            groups = dict(zip(self.names, model.alignment_groups(), strict=True))
         self.aligner = GradientAligner(
             named.items(),
             weights=config.gradient_weights,
@@ -146,10 +145,8 @@ class Trainer:
         return pipeline
 
     def _run_stage(self, stage: int, end: int, batches) -> None:
-        state = self.state
-        with StageProgress(
-            STAGES[stage], state.step, end, self.config.stage_steps[stage]
-        ) as progress:
+        state, length = self.state, self.config.stage_steps[stage]
+        with StageProgress(STAGES[stage], state.step, end, length) as progress:
             if state.stage != stage:
                 self._enter_stage(stage)
             # The only loss of an earlier stage counts whole.
@@ -170,9 +167,7 @@ class Trainer:
                     self._checkpoint()
 
     def _step(self, stage: int, batches) -> dict[str, torch.Tensor]:
-        """One optimizer step: its micro-batches, then alignment, clipping, update and averages at
-        once.
-        """
+        """One optimizer step: its micro-batches, then alignment, clipping, update and averages."""
         self.optimizer.optimizer.ema_decay = self._ema_decay(stage)
         while True:
             batch = next(batches)
@@ -197,8 +192,9 @@ class Trainer:
         return metrics
 
     def _backward(self, stage: int, batch) -> dict[str, torch.Tensor]:
-        """Collect the gradients of both losses; one that the stage does not have reaches no
-        parameter.
+        """Collect the gradients of both losses.
+
+        A loss that the stage does not have reaches no parameter.
         """
         images, labels, labelled = batch
         x = self.model.encode(images)
@@ -235,12 +231,9 @@ class Trainer:
         with self.accelerator.autocast():
             logits = self.model.perceive(x)
             distillation = None if teacher is None else teacher.distillation_loss(logits, x)
+            weight = self.config.distillation_weight
             loss, parts = perception_loss(
-                logits,
-                labels,
-                labelled,
-                distillation,
-                distillation_weight=self.config.distillation_weight,
+                logits, labels, labelled, distillation, distillation_weight=weight
             )
         self.accelerator.backward(loss)
         return {"perception": loss, **parts}
@@ -255,8 +248,9 @@ class Trainer:
         return teacher.apart.seconds - before
 
     def _ema_decay(self, stage: int) -> float:
-        """After n steps of a stage (1 + n) / (10 + n), up to the configured one; 0 for the first,
-        as in diffusers' EMAModel.
+        """After n steps of a stage (1 + n) / (10 + n), up to the configured one.
+
+        0 for the first step, as in diffusers' EMAModel.
         """
         n = self.state.step - sum(self.config.stage_steps[:stage])
         return min(self.config.ema_decay, (1 + n) / (10 + n)) if n else 0.0
@@ -279,22 +273,19 @@ class Trainer:
         """Take over the averaged weights of the stage that ends."""
         if self.state.stage >= 0:
             copy_(self.parameters, self.averages)
-        if (
-            self.state.stage == 0 and self.config.backbone is None
-        ):  # the null class of a pretrained backbone is initialised already
+        # The null class of a pretrained backbone is initialised already.
+        if self.state.stage == 0 and self.config.backbone is None:
             self.model.reset_null_class()
 
     def _checkpoint(self) -> None:
         # A loss that failed between two rows of the history shows here: no useless checkpoint may
         # take the place of a good one.
-        broken = [
-            name
-            for name, parameter in zip(self.names, self.parameters, strict=True)
-            if not parameter.isfinite().all()
-        ]
+        named = zip(self.names, self.parameters, strict=True)
+        broken = [name for name, parameter in named if not parameter.isfinite().all()]
         if broken:
             raise FloatingPointError(
-                f"{len(broken)} parameters are not finite at step {self.state.step} (the first is {broken[0]}); "
+                f"{len(broken)} parameters are not finite at step {self.state.step} "
+                f"(the first is {broken[0]}); "
                 f"checkpoints up to the last finite one are kept in {self.output}"
             )
         # The history first: a run that is killed in between writes it again, since it goes on from
@@ -361,9 +352,8 @@ class Trainer:
         sampler = _SeededBatches(
             len(labels), self.config.batch_size, self.config.seed, self.state.micro_batch, total
         )
-        return self.accelerator.prepare(
-            DataLoader(_PartlyLabelled(self.splits.train, labelled), batch_sampler=sampler)
-        )
+        dataset = _PartlyLabelled(self.splits.train, labelled)
+        return self.accelerator.prepare(DataLoader(dataset, batch_sampler=sampler))
 
     def _learning_rate_factor(self, step: int) -> float:
         start = 0
@@ -373,13 +363,11 @@ class Trainer:
             start += length
         position = min((step - start) / max(length, 1), 1.0)
         warmup = min(1.0, (step - start + 1) / min(_WARMUP_STEPS, max(length // 5, 1)))
-        cosine = (
-            _FINAL_LEARNING_RATE
-            + (1 - _FINAL_LEARNING_RATE) * (1 + math.cos(math.pi * position)) / 2
-        )
-        highest = (
-            1.0 if stage == 0 else self.config.perception_learning_rate / self.config.learning_rate
-        )
+        falling = (1 - _FINAL_LEARNING_RATE) * (1 + math.cos(math.pi * position)) / 2
+        cosine = _FINAL_LEARNING_RATE + falling
+        highest = 1.0
+        if stage > 0:
+            highest = self.config.perception_learning_rate / self.config.learning_rate
         return warmup * cosine * highest
 
 
@@ -397,18 +385,14 @@ class _PartlyLabelled(Dataset):
 
 
 class _SeededBatches(Sampler):
-    """Micro-batches `start` … `total` − 1 of a run: each epoch a permutation that follows from the
-    seed and the epoch alone.
+    """Micro-batches `start` … `total` − 1 of a run.
+
+    Each epoch is a permutation that follows from the seed and the epoch alone.
     """
 
     def __init__(self, length: int, batch_size: int, seed: int, start: int, total: int):
-        self.length, self.batch_size, self.seed, self.start, self.total = (
-            length,
-            min(batch_size, length),
-            seed,
-            start,
-            total,
-        )
+        self.length, self.batch_size = length, min(batch_size, length)
+        self.seed, self.start, self.total = seed, start, total
 
     def __len__(self) -> int:
         return self.total - self.start
@@ -424,8 +408,9 @@ class _SeededBatches(Sampler):
 
 
 def build_scheduler(config: TrainingConfig) -> DDPMScheduler:
-    """The noise schedule: the one that a pretrained backbone came with, else the linear one of DDPM
-    (Ho et al. 2020).
+    """The noise schedule that a pretrained backbone came with, else the linear one of DDPM.
+
+    DDPM is that of Ho et al. 2020.
     """
     if config.scheduler is not None:
         require_saved("scheduler", config.scheduler, DDPMScheduler.config_name)
@@ -434,24 +419,25 @@ def build_scheduler(config: TrainingConfig) -> DDPMScheduler:
 
 
 def build_model(config: TrainingConfig, splits: DataSplits) -> GenRep:
-    """GenRep over the configured backbone, or over a small UNet of the images' size; raises
-    ValueError where the images do not fit.
+    """GenRep over the configured backbone, or over a small UNet of the images' size.
+
+    Raises:
+        ValueError: where the images do not fit.
     """
-    if config.backbone is not None:
-        model = GenRep.from_backbone(
-            config.backbone, splits.num_classes, vae=config.vae, class_names=splits.class_names
-        )
-    elif config.vae is not None:
+    if config.backbone is None and config.vae is not None:
         raise ValueError("vae: a latent model needs a backbone, got none")
-    else:
-        model = GenRep.from_backbone(
-            _small_unet(*splits.image_shape), splits.num_classes, class_names=splits.class_names
-        )
+    backbone = config.backbone
+    if backbone is None:
+        backbone = _small_unet(*splits.image_shape)
+    model = GenRep.from_backbone(
+        backbone, splits.num_classes, vae=config.vae, class_names=splits.class_names
+    )
     image, _ = splits.train[0]
     latent = model.encode(image[None]).shape[1:]
     if tuple(latent) != model.sample_shape:
         raise ValueError(
-            f"data: images {list(image.shape)} give inputs {list(latent)}, the backbone wants {list(model.sample_shape)}; see image_size"
+            f"data: images {list(image.shape)} give inputs {list(latent)}, "
+            f"the backbone wants {list(model.sample_shape)}; see image_size"
         )
     return model
 
