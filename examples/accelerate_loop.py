@@ -21,8 +21,9 @@ import genrep_fast as gf
 
 
 class Network(nn.Module):
-    """Class logits of clean images [N, 1, 8, 8]; given timesteps [N] and labels [N], noisy ones
-    denoised.
+    """Class logits of clean images [N, 1, 8, 8], or clean images of noisy ones.
+
+    Noisy images are those that come with timesteps [N] and labels [N].
     """
 
     def __init__(self, width: int = 32):
