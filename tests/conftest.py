@@ -27,6 +27,19 @@ def backend(request, monkeypatch):
         yield request.param
 
 
+@pytest.fixture
+def interpreted(backend):
+    """Whether kernels run in Triton's interpreter, a thousand times slower than compiled."""
+    return backend == "triton" and not HAS_GPU
+
+
+@pytest.fixture
+def compiled(interpreted):
+    """Leaves a test to the backends that are compiled."""
+    if interpreted:
+        pytest.skip("too slow in the interpreter")
+
+
 def convert_bfloat16_as_a_gpu(monkeypatch):
     """Triton's interpreter cuts float32 off to bfloat16, where a GPU rounds, and takes bfloat16's
     subnormal numbers for zeros.
