@@ -2,6 +2,7 @@
 VAE, saving and loading.
 """
 
+import copy
 import json
 import shutil
 
@@ -363,8 +364,11 @@ def test_save_and_load_are_equal_to_the_bit(tiny_model, tiny_vae, tmp_path, kind
     assert list(loaded.config.class_names) == ["ape", "bee", "cat"]
     assert isinstance(loaded.vae, AutoencoderKL) == latent
     x, labels = clean_images(channels=4 if latent else 1), torch.tensor([0, 1, 2, 3, 0])
-    assert torch.equal(loaded.perceive(x), model.perceive(x))
-    assert torch.equal(loaded.train().denoise(x, 20, labels), model.denoise(x, 20, labels))
+    # Weights lie in a file as they come; where memory is aligned, a convolution may add in another
+    # order.
+    copied = copy.deepcopy(loaded)
+    assert torch.equal(copied.perceive(x), model.perceive(x))
+    assert torch.equal(copied.train().denoise(x, 20, labels), model.denoise(x, 20, labels))
     assert [p.requires_grad for p in loaded.parameters()] == [
         p.requires_grad for p in model.parameters()
     ]
