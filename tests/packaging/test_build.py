@@ -172,6 +172,10 @@ def test_compiler_with_options_and_folders_with_strange_names(monkeypatch, tmp_p
     monkeypatch.setenv("GENREP_FAST_CUDA", "0")
     monkeypatch.setenv("CXX", "g++ -pipe")
     sources = shutil.copytree(ROOT / "csrc", tmp_path / "so(ur) ce's & $x")
+    # Names are what matters here: the wheel and the dry run on a device compile all the rest.
+    for source in (sources / "cpu").glob("*.cpp"):
+        if source.stem not in ("posterior", "vector"):
+            source.write_text("")
     monkeypatch.setattr(native_build, "SOURCES", sources)
     native_build.build(tmp_path / "o (u) t", tmp_path / "b")
     assert {path.name for path in (tmp_path / "o (u) t").iterdir()} == {
