@@ -89,7 +89,8 @@ def _load(backend: str) -> str | None:
     except OSError as error:
         target = record.get("torch_target", "2.11")
         library = f"its library, built for torch {target} and newer"
-        why = error.__cause__ or error
+        # The text alone: an exception that is kept keeps this frame, hence the definitions.
+        why = str(error.__cause__ or error)
         return f"{library}, did not load in torch {torch.__version__}: {why}"
     _definitions.append(definitions)
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
