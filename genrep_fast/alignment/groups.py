@@ -12,6 +12,7 @@ from .wrappers import is_flat_shard, is_sharded, plain_name, plain_names
 
 
 def check_not_sharded(parameter: Tensor) -> None:
+    """Raise RuntimeError for a parameter that FSDP has flattened or sharded."""
     if is_flat_shard(parameter):
         raise RuntimeError(
             "params are flat shards of FullyShardedDataParallel (FSDP1), "
@@ -26,6 +27,7 @@ def check_not_sharded(parameter: Tensor) -> None:
 
 
 def check_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Check the names of the losses: 2 to `MAX_LOSSES` different strings."""
     is_sequence = isinstance(names, Sequence) and not isinstance(names, str)
     if not is_sequence or not all(isinstance(name, str) for name in names):
         raise TypeError(f"names must be a sequence of strings, got {names!r}")
@@ -35,6 +37,7 @@ def check_names(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def named_parameters(params: torch.nn.Module | Iterable) -> tuple[list[Tensor], list[str | None]]:
+    """Parameters and their names, None where they have none, after a check of each."""
     if isinstance(params, Tensor) or not isinstance(params, (torch.nn.Module, Iterable)):
         raise TypeError(
             f"params must be parameters, named parameters or a module, got {type(params).__name__}"

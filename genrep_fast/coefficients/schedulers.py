@@ -27,6 +27,7 @@ _PARAMETERIZATIONS = {
 
 
 def scheduler_family(scheduler: Any) -> str:
+    """ "ddpm", "ddim" or "flow", by the name of the class or of an ancestor."""
     for ancestor in type(scheduler).__mro__:
         if ancestor.__name__ in _FAMILIES:
             return _FAMILIES[ancestor.__name__]
@@ -111,6 +112,7 @@ def step_pairs(
     timesteps: Tensor | Sequence[float],
     previous_timesteps: Tensor | Sequence[float] | None,
 ) -> tuple[list[float], list[float]]:
+    """Timesteps, and where each of their steps leads; -1 is the final noise level."""
     timesteps = as_list("timesteps", timesteps)
     if previous_timesteps is None:
         run = scheduler.timesteps.tolist()
@@ -137,6 +139,7 @@ def step_pairs(
 
 
 def as_list(name: str, values: Tensor | Sequence[float]) -> list[float]:
+    """Check that `values` are numbers in one dimension; return them as a list."""
     values = torch.as_tensor(values)
     if values.ndim != 1 or values.dtype == torch.bool or values.is_complex():
         raise TypeError(
@@ -147,6 +150,7 @@ def as_list(name: str, values: Tensor | Sequence[float]) -> list[float]:
 
 
 def require_parameterization(scheduler: Any, parameterization: str | None) -> str:
+    """What the denoiser predicts: `parameterization`, else the scheduler's type."""
     supported = _PARAMETERIZATIONS[scheduler_family(scheduler)]
     given = parameterization
     if given is None:
@@ -160,6 +164,7 @@ def require_parameterization(scheduler: Any, parameterization: str | None) -> st
 
 
 def require_variance(scheduler: Any, variance: str | None) -> str:
+    """ "fixed_small" or "fixed_large": `variance`, else the scheduler's type."""
     given = variance if variance is not None else scheduler.config.variance_type
     if variance is None and given == "fixed_small_log":
         return "fixed_small"
@@ -172,12 +177,14 @@ def require_variance(scheduler: Any, variance: str | None) -> str:
 
 
 def require_unset(scheduler: Any, **options: Any) -> None:
+    """Raise ValueError for an option that this scheduler does not have."""
     for name, value in options.items():
         if value:
             raise ValueError(f"{name} does not exist for {type(scheduler).__name__}, got {value!r}")
 
 
 def refuse_clipping(scheduler: Any) -> None:
+    """Raise ValueError for a scheduler that clips, which no table can express."""
     for option in ("clip_sample", "thresholding"):
         if scheduler.config.get(option, False):
             raise ValueError(

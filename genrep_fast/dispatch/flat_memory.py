@@ -31,6 +31,7 @@ _LISTS = {
 
 
 def on_flat_memory(name: str, kernel: Callable) -> Callable:
+    """`kernel` of the operator `name`, behind copies of what is not flat memory."""
     lists = _LISTS.get(name)
     if lists is None:
         return kernel

@@ -127,6 +127,7 @@ def _measured_on(device_index: int) -> dict[str, list[tuple[int | None, str]]]:
 
 
 def fastest_measured(name: str, device: torch.device, arguments: tuple) -> str | None:
+    """The backend measured as the fastest for these arguments; None without a measurement."""
     steps = _measured_on(device.index).get(name)
     if steps is None:
         return None
