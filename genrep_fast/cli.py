@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from json import dumps
 from pathlib import Path
@@ -23,6 +24,12 @@ def main(arguments: list[str] | None = None) -> None:
         command, options = parse(arguments)
         name = f"genrep {command}"
         COMMANDS[command](**options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read the output has seen enough, as `genrep info | head` has. Python flushes
+        # standard output once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except ModuleNotFoundError as error:
         _end(name, advice(_asked_for(arguments), error) or error)
     except (

@@ -36,6 +36,7 @@ from ..ops.alignment import (
 )
 from .collected import Buckets, HeldMemory
 from .groups import check_names, check_not_sharded, key_function, named_parameters
+from .layout import Layout
 from .left_gradients import Fate, LeftGradients
 from .rules import least_accurate_dtype, resolve_rule
 from .tensor_grams import TensorGrams
@@ -153,7 +154,7 @@ class GradientAligner:
         self._grams = TensorGrams(len(self.names))
         self._memory = HeldMemory()
         self._left = LeftGradients()
-        self._layout: _Layout | None = None
+        self._layout: Layout | None = None
         # A weak reference.
         self._optimizer: Callable[[], torch.optim.Optimizer | None] = lambda: None
         self._scaler_expected = True
@@ -461,6 +462,9 @@ class GradientAligner:
     def _dense(self, index: int, parameter: Tensor) -> Tensor:
         """``parameter.grad`` as a dense tensor that carries no gradient."""
         gradient = parameter.grad
+        # Made under inference_mode, it counts no writes.
+        if gradient.is_inference():
+            gradient = gradient.clone()
         # create_graph=True
         if gradient.requires_grad:
             gradient = gradient.detach()
@@ -621,7 +625,7 @@ class GradientAligner:
                 "run its backward pass inside `with aligner.collect(name):`"
             )
 
-    def _check_reached(self, layout: _Layout) -> None:
+    def _check_reached(self, layout: Layout) -> None:
         if self.module is not None and any(map(self._is_unknown, parameters_inside(self.module))):
             named = self.module.named_parameters()
             unknown = next(name for name, parameter in named if self._is_unknown(parameter))
@@ -672,57 +676,21 @@ class GradientAligner:
             return self._gradients[loss][index]
         return self._buckets.views[0][index]
 
-    def _current_layout(self) -> _Layout:
+    def _current_layout(self) -> Layout:
         present = [
             [gradient is not None for gradient in gradients] for gradients in self._gradients
         ]
         key = (present, len(self._group_rows))
         if self._layout is None or self._layout.key != key:
-            self._layout = self._new_layout(key)
+            self._layout = Layout.of(key, self._groups, self.parameters)
         return self._layout
-
-    def _new_layout(self, key: tuple[list[list[bool]], int]) -> _Layout:
-        layout = _Layout(key, [], [], [], [], [], [], [], [])
-        for index, reached in enumerate(zip(*key[0], strict=True)):
-            if not any(reached):
-                continue
-            group = self._groups[index] if all(reached) else -1
-            layout.places.append(len(layout.indices))
-            layout.indices.append(index)
-            layout.groups.append(group)
-            layout.first.append(reached.index(True))
-            # What is not aligned has the row behind those of what is: -1 until their number is
-            # known.
-            layout.rows.append(len(layout.aligned) if group >= 0 else -1)
-            if group >= 0:
-                layout.aligned.append(index)
-                layout.aligned_groups.append(group)
-        rows = [row if row >= 0 else len(layout.aligned) for row in layout.rows]
-        return layout._replace(rows=rows, watched=self._watched(layout.indices))
-
-    def _watched(self, indices: list[int]) -> list[int]:
-        """The smallest parameter, the smallest matrix or tensor of more axes, and the largest."""
-
-        def size(index: int) -> int:
-            return self.parameters[index].numel()
-
-        indices = [index for index in indices if size(index)]
-        if not indices:
-            return []
-        matrices = [index for index in indices if self.parameters[index].ndim > 1]
-        watched = [
-            min(indices, key=size),
-            min(matrices or indices, key=size),
-            max(indices, key=size),
-        ]
-        return list(dict.fromkeys(watched))
 
     def _gradients_of(self, indices: list[int]) -> list[Tensor | None]:
         """Gradients of parameters, flattened loss by loss."""
         return [gradients[index] for gradients in self._gradients for index in indices]
 
     def _tensor_grams(
-        self, layout: _Layout, everything: bool
+        self, layout: Layout, everything: bool
     ) -> tuple[Tensor, list[int], list[int]]:
         """Gram matrices [T, n, n], the groups of these T tensors, and the row of every parameter.
 
@@ -789,30 +757,6 @@ class GradientAligner:
                 self._groups[index] = -1
             else:
                 self._groups[index] = self._group_rows.setdefault(key, len(self._group_rows))
-
-
-class _Layout(NamedTuple):
-    """Which gradients belong where.
-
-    It holds as long as `key` does: which gradients there are, and the number of groups.
-    """
-
-    key: tuple[list[list[bool]], int]
-    # Parameters that some loss reaches.
-    indices: list[int]
-    # Of each, -1 where it is not aligned.
-    groups: list[int]
-    # Which loss is the first to reach it.
-    first: list[int]
-    # 0, 1, 2, ...
-    places: list[int]
-    # Of the coefficients of `aligned`, behind which one row is that of the others.
-    rows: list[int]
-    # Parameters that all losses reach and that have a group.
-    aligned: list[int]
-    aligned_groups: list[int]
-    # Parameters of which gradients' values are compared, the smallest first.
-    watched: list[int]
 
 
 def check_max_norm(max_norm: float | None) -> float | None:

@@ -691,6 +691,18 @@ def test_gradients_set_by_hand(flat):
     assert a[0].tolist() == [1, 2, 3]  # the expanded tensor was not written to
 
 
+def test_gradients_made_under_inference_mode():
+    parameter = nn.Parameter(torch.zeros(3))
+    aligner = gf.GradientAligner([parameter])
+    for name, value in zip(NAMES, (1.0, 2.0), strict=True):
+        with aligner.collect(name):
+            with torch.inference_mode():
+                gradient = torch.full((3,), value)
+            parameter.grad = gradient
+    aligner.align()
+    torch.testing.assert_close(parameter.grad, torch.full((3,), 0.7 + 2 * 0.3))
+
+
 @pytest.mark.filterwarnings("ignore:Using backward.* with create_graph=True")
 def test_create_graph():
     model = Model()

@@ -5,6 +5,8 @@ cannot be done.
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -284,3 +286,13 @@ def test_data_of_other_classes_is_one_line(capsys, trained, tmp_path):
         tmp_path / "results",
     )
     assert "3 classes, got 10" in line
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "genrep_fast", "info"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 1
