@@ -34,8 +34,8 @@ from ..ops.alignment import (
     group_gram_operator,
     tensor_coefficients_operator,
 )
-from .collected import Buckets, HeldMemory
-from .groups import check_names, check_not_sharded, key_function, named_parameters
+from .collected import CollectedGradients
+from .groups import check_names, check_not_sharded, key_function, label, named_parameters
 from .layout import Layout
 from .left_gradients import Fate, LeftGradients
 from .rules import least_accurate_dtype, resolve_rule
@@ -150,9 +150,10 @@ class GradientAligner:
         # -1: in no group; None: has not required a gradient yet.
         self._groups: list[int | None] = [None] * len(self.parameters)
         self._assign_groups()
-        self._buckets = Buckets(len(self.names)) if flat else None
+        self._collected = CollectedGradients(
+            self.parameters, self.parameter_names, len(self.names), flat=flat
+        )
         self._grams = TensorGrams(len(self.names))
-        self._memory = HeldMemory()
         self._left = LeftGradients()
         self._layout: Layout | None = None
         # A weak reference.
@@ -302,8 +303,8 @@ class GradientAligner:
         """
         collected = self.hand_over(max_norm)
         reached_first = zip(self._layout.first, collected.indices, strict=True)
-        results = [self._result(loss, index) for loss, index in reached_first]
-        gradients = self._gradients_of(collected.indices)
+        results = [self._collected.result(loss, index) for loss, index in reached_first]
+        gradients = self._collected.of(collected.indices)
         combine_operator(gradients, collected.coefficients, collected.rows, [], results)
         self._left.clear()
         for index, result in zip(collected.indices, results, strict=True):
@@ -331,7 +332,7 @@ class GradientAligner:
 
     def describe(self, index: int) -> str:
         """Name of a parameter, for messages."""
-        return self.parameter_names[index] or f"params[{index}]"
+        return label(self.parameter_names, index)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Keep gradients for `optimizer`, in place of one attached before."""
@@ -376,7 +377,7 @@ class GradientAligner:
         if grad_scale is not None:
             table = table / grad_scale
         self.stats = AlignerStats(cosine, alpha, norms, coefficients, total_norm)
-        return Collected(self._gradients, layout.indices, rows, table)
+        return Collected(self._collected.gradients, layout.indices, rows, table)
 
     def overflow(self) -> Tensor:
         """0 where all that was collected is finite, NaN otherwise; float64 without axes."""
@@ -399,19 +400,18 @@ class GradientAligner:
         self._left.take_back()
         self._grams.clear()
         self._assign_groups()
-        if self._buckets is not None and not any(self._passes):
-            requiring = {i: p for i, p in enumerate(self.parameters) if p.requires_grad}
-            self._buckets.arrange(requiring, self._groups)
+        if not any(self._passes):
+            self._collected.arrange(self._groups)
         self._collecting = self.names.index(name)
         self._emptied = False
         if (world_size() or 1) > 1:
-            self._put_back()
+            self._collected.put_back(self._collecting)
         try:
             yield
             if self._emptied and all(parameter.grad is None for parameter in self.parameters):
                 self._dropped = True
             else:
-                self._take_all()
+                self._collected.take(self._collecting)
                 self._passes[self._collecting] += 1
         except BaseException:
             self._abandon()
@@ -441,94 +441,6 @@ class GradientAligner:
             for parameter in self.parameters:
                 check_not_sharded(parameter)
 
-    def _take_all(self) -> None:
-        """Take every ``.grad`` over as, or into, the gradient of the loss being collected."""
-        collected = self._gradients[self._collecting]
-        sums: list[Tensor] = []
-        addends: list[Tensor] = []
-        for index, parameter in enumerate(self.parameters):
-            if parameter.grad is None:
-                continue
-            gradient = self._dense(index, parameter)
-            if collected[index] is not None:
-                self._check_new(index, gradient)
-                sums.append(collected[index])
-                addends.append(gradient)
-            else:
-                collected[index] = self._own(index, gradient)
-        if sums:
-            torch._foreach_add_(sums, addends)
-
-    def _dense(self, index: int, parameter: Tensor) -> Tensor:
-        """``parameter.grad`` as a dense tensor that carries no gradient."""
-        gradient = parameter.grad
-        # Made under inference_mode, it counts no writes.
-        if gradient.is_inference():
-            gradient = gradient.clone()
-        # create_graph=True
-        if gradient.requires_grad:
-            gradient = gradient.detach()
-        if gradient.layout != torch.strided:
-            raise ValueError(
-                f"the gradient of {self.describe(index)} must be dense, "
-                f"got layout {gradient.layout}: use sparse=False"
-            )
-        # Set by hand: it may be an expanded tensor.
-        if not gradient.is_contiguous() and gradient.stride() != parameter.stride():
-            gradient = torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
-        return gradient
-
-    def _own(self, index: int, gradient: Tensor) -> Tensor:
-        """`gradient`, or a copy: in the flat buffers, and where another gradient has its memory."""
-        if self._buckets is not None:
-            return self._bucket(index, gradient.dtype).copy_(gradient)
-        if self._memory.claim(gradient):
-            return gradient
-        self._check_new(index, gradient)
-        return torch.empty_like(gradient).copy_(gradient)
-
-    def _put_back(self) -> None:
-        """Let the next pass add to ``.grad``, as without an aligner.
-
-        A data-parallel wrapper averages what ``.grad`` holds, which includes micro-batches that it
-        did not average (``no_sync``).
-        """
-        collected = self._gradients[self._collecting]
-        self._gradients[self._collecting] = [None] * len(self.parameters)
-        for parameter, gradient in zip(self.parameters, collected, strict=True):
-            if gradient is not None:
-                parameter.grad = gradient
-        self._claim_collected()
-
-    def _claim_collected(self) -> None:
-        self._memory.clear()
-        for gradient in itertools.chain(*self._gradients):
-            if gradient is not None:
-                self._memory.claim(gradient)
-
-    def _check_new(self, index: int, gradient: Tensor) -> None:
-        for gradients in self._gradients:
-            if gradients[index] is None or not gradients[index].is_set_to(gradient):
-                continue
-            raise ValueError(
-                f"the gradient of {self.describe(index)} lies where one that was collected before "
-                "does: clone it, or use flat=True"
-            )
-
-    def _bucket(self, index: int, dtype: torch.dtype) -> Tensor:
-        bucket = self._buckets.views[self._collecting].get(index)
-        if bucket is None:
-            raise RuntimeError(
-                f"{self.describe(index)} began to require a gradient within a step, "
-                "which flat=True does not allow"
-            )
-        if bucket.dtype != dtype:
-            raise ValueError(
-                f"the gradient of {self.describe(index)} must be {bucket.dtype} like its flat "
-                f"buffer, got {dtype}"
-            )
-        return bucket
-
     def _abandon(self) -> None:
         """Drop the gradients of the block that raised."""
         self._clear_gradients()
@@ -536,8 +448,7 @@ class GradientAligner:
             # They may have been added to those of earlier blocks.
             self._broken = True
         else:
-            self._gradients[self._collecting] = [None] * len(self.parameters)
-            self._claim_collected()
+            self._collected.drop(self._collecting)
 
     def _clear_gradients(self) -> None:
         for parameter in self.parameters:
@@ -553,8 +464,8 @@ class GradientAligner:
         """
         if self._broken:
             return
-        shown = list(self._gradients[latest])
-        for gradients in self._gradients:
+        shown = list(self._collected.gradients[latest])
+        for gradients in self._collected.gradients:
             for index, gradient in enumerate(gradients):
                 if shown[index] is None:
                     shown[index] = gradient
@@ -670,24 +581,11 @@ class GradientAligner:
             "GradientAccumulationPlugin(num_steps=..., sync_each_batch=True)"
         )
 
-    def _result(self, loss: int, index: int) -> Tensor:
-        """Where a parameter's aligned gradient is written; `loss` is the first to reach it."""
-        if self._buckets is None:
-            return self._gradients[loss][index]
-        return self._buckets.views[0][index]
-
     def _current_layout(self) -> Layout:
-        present = [
-            [gradient is not None for gradient in gradients] for gradients in self._gradients
-        ]
-        key = (present, len(self._group_rows))
+        key = (self._collected.present(), len(self._group_rows))
         if self._layout is None or self._layout.key != key:
             self._layout = Layout.of(key, self._groups, self.parameters)
         return self._layout
-
-    def _gradients_of(self, indices: list[int]) -> list[Tensor | None]:
-        """Gradients of parameters, flattened loss by loss."""
-        return [gradients[index] for gradients in self._gradients for index in indices]
 
     def _tensor_grams(
         self, layout: Layout, everything: bool
@@ -701,7 +599,7 @@ class GradientAligner:
         if everything:
             indices, groups, rows = layout.indices, layout.groups, layout.places
         if indices:
-            return self._grams.matrices(indices, self._gradients_of), groups, rows
+            return self._grams.matrices(indices, self._collected.of), groups, rows
         n, device = len(self.names), self.parameters[0].device
         return torch.zeros(0, n, n, dtype=torch.float64, device=device), groups, rows
 
@@ -720,13 +618,11 @@ class GradientAligner:
         cosine = torch.where(products == 0, 0.0, cosine).clamp(-1, 1)
         if len(self.names) == 2:
             cosine = cosine[:, 0, 1]
-        dtype = least_accurate_dtype(itertools.chain(*self._gradients))
+        dtype = least_accurate_dtype(itertools.chain(*self._collected.gradients))
         return self._rule(gram, dtype), cosine, None, norms
 
     def _reset(self) -> None:
-        self._gradients: list[list[Tensor | None]] = [
-            [None] * len(self.parameters) for _ in self.names
-        ]
+        self._collected.clear()
         self._passes = [0] * len(self.names)
         # Whether gradients of a pass that raised have been added to others.
         self._broken = False
@@ -734,7 +630,6 @@ class GradientAligner:
         # Whether the gradient that was left tells a GradScaler if all is finite.
         self._marker_checked = False
         self._grams.clear()
-        self._memory.clear()
         self._left.take_back()
 
     def _assign_groups(self) -> None:

@@ -1,11 +1,158 @@
-"""The memory of collected gradients: which of it is held, and flat buckets."""
+"""Gradients as autograd hands them over: taken from ``.grad``, kept loss by loss, and added up."""
 
 from __future__ import annotations
 
 import bisect
+import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from .groups import label
+
+
+class CollectedGradients:
+    """The gradients of n losses for the same parameters, None where a loss does not reach one.
+
+    They are the tensors that autograd made, which nobody copies; with `flat`, parts of one buffer a
+    loss.
+
+    Attributes:
+        gradients: for each loss, one of every parameter.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        names: Sequence[str | None],
+        n: int,
+        *,
+        flat: bool,
+    ):
+        self._parameters = parameters
+        self._names = names
+        self._n = n
+        self._buckets = Buckets(n) if flat else None
+        self._memory = HeldMemory()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.gradients: list[list[Tensor | None]] = [
+            [None] * len(self._parameters) for _ in range(self._n)
+        ]
+        self._memory.clear()
+
+    def arrange(self, groups: list[int | None]) -> None:
+        """Have flat buffers, where they are wanted, for what requires gradients now."""
+        if self._buckets is None:
+            return
+        requiring = {i: p for i, p in enumerate(self._parameters) if p.requires_grad}
+        self._buckets.arrange(requiring, groups)
+
+    def present(self) -> list[list[bool]]:
+        """For each loss, which parameters have a gradient."""
+        return [[gradient is not None for gradient in of_loss] for of_loss in self.gradients]
+
+    def of(self, indices: list[int]) -> list[Tensor | None]:
+        """Gradients of parameters, flattened loss by loss."""
+        return [of_loss[index] for of_loss in self.gradients for index in indices]
+
+    def result(self, loss: int, index: int) -> Tensor:
+        """Where a parameter's aligned gradient is written, `loss` being the first to reach it."""
+        if self._buckets is None:
+            return self.gradients[loss][index]
+        return self._buckets.views[0][index]
+
+    def take(self, loss: int) -> None:
+        """Take every ``.grad`` over as, or into, the gradient of `loss`."""
+        collected = self.gradients[loss]
+        sums: list[Tensor] = []
+        addends: list[Tensor] = []
+        for index, parameter in enumerate(self._parameters):
+            if parameter.grad is None:
+                continue
+            gradient = self._dense(index, parameter)
+            if collected[index] is not None:
+                self._check_new(index, gradient)
+                sums.append(collected[index])
+                addends.append(gradient)
+            else:
+                collected[index] = self._own(loss, index, gradient)
+        if sums:
+            torch._foreach_add_(sums, addends)
+
+    def put_back(self, loss: int) -> None:
+        """Let the next pass add to ``.grad``, as without an aligner.
+
+        A data-parallel wrapper averages what ``.grad`` holds, which includes micro-batches that it
+        did not average (``no_sync``).
+        """
+        collected = self.gradients[loss]
+        self.drop(loss)
+        for parameter, gradient in zip(self._parameters, collected, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient
+
+    def drop(self, loss: int) -> None:
+        """Forget the gradients of `loss`."""
+        self.gradients[loss] = [None] * len(self._parameters)
+        self._memory.clear()
+        for gradient in itertools.chain(*self.gradients):
+            if gradient is not None:
+                self._memory.claim(gradient)
+
+    def _dense(self, index: int, parameter: Tensor) -> Tensor:
+        """``parameter.grad`` as a dense tensor that carries no gradient."""
+        gradient = parameter.grad
+        # Made under inference_mode, it counts no writes.
+        if gradient.is_inference():
+            gradient = gradient.clone()
+        # create_graph=True
+        if gradient.requires_grad:
+            gradient = gradient.detach()
+        if gradient.layout != torch.strided:
+            raise ValueError(
+                f"the gradient of {label(self._names, index)} must be dense, "
+                f"got layout {gradient.layout}: use sparse=False"
+            )
+        # Set by hand: it may be an expanded tensor.
+        if not gradient.is_contiguous() and gradient.stride() != parameter.stride():
+            gradient = torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
+        return gradient
+
+    def _own(self, loss: int, index: int, gradient: Tensor) -> Tensor:
+        """`gradient`, or a copy: in the flat buffers, and where another gradient has its memory."""
+        if self._buckets is not None:
+            return self._bucket(loss, index, gradient.dtype).copy_(gradient)
+        if self._memory.claim(gradient):
+            return gradient
+        self._check_new(index, gradient)
+        return torch.empty_like(gradient).copy_(gradient)
+
+    def _check_new(self, index: int, gradient: Tensor) -> None:
+        for gradients in self.gradients:
+            if gradients[index] is None or not gradients[index].is_set_to(gradient):
+                continue
+            raise ValueError(
+                f"the gradient of {label(self._names, index)} lies where one that was "
+                "collected before does: clone it, or use flat=True"
+            )
+
+    def _bucket(self, loss: int, index: int, dtype: torch.dtype) -> Tensor:
+        bucket = self._buckets.views[loss].get(index)
+        if bucket is None:
+            raise RuntimeError(
+                f"{label(self._names, index)} began to require a gradient within a step, "
+                "which flat=True does not allow"
+            )
+        if bucket.dtype != dtype:
+            raise ValueError(
+                f"the gradient of {label(self._names, index)} must be {bucket.dtype} like its flat "
+                f"buffer, got {dtype}"
+            )
+        return bucket
 
 
 class HeldMemory:

@@ -26,6 +26,11 @@ def check_not_sharded(parameter: Tensor) -> None:
         )
 
 
+def label(names: Sequence[str | None], index: int) -> str:
+    """What messages call a parameter: its name, or its place where it has none."""
+    return names[index] or f"params[{index}]"
+
+
 def check_names(names: Sequence[str]) -> tuple[str, ...]:
     """Check the names of the losses: 2 to `MAX_LOSSES` different strings."""
     is_sequence = isinstance(names, Sequence) and not isinstance(names, str)

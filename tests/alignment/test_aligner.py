@@ -4,12 +4,14 @@ gradients come about.
 
 import contextlib
 import copy
+import gc
 import math
 import os
 import pickle
 import subprocess
 import sys
 import unittest.mock
+import weakref
 
 import pytest
 import torch
@@ -689,6 +691,19 @@ def test_gradients_set_by_hand(flat):
     aligner.align()
     torch.testing.assert_close(parameter.grad, gf.align_gradients([a], [b])[0][0])
     assert a[0].tolist() == [1, 2, 3]  # the expanded tensor was not written to
+
+
+def test_an_aligner_that_is_gone_leaves_no_gradients_behind():
+    model = Model()
+    aligner = gf.GradientAligner(model)
+    collect_all(aligner, model)
+    gone = weakref.ref(aligner)
+    gc.disable()
+    try:
+        del aligner
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_gradients_made_under_inference_mode():

@@ -611,7 +611,7 @@ def test_joint_gradients_are_aligned_on_the_attention_blocks(make_config, backbo
     def record(*_):
         collected = [
             [None if g is None else g.double() for g in gradients]
-            for gradients in trainer.aligner._gradients
+            for gradients in trainer.aligner._collected.gradients
         ]
         seen.append(dict(zip(trainer.aligner.names, collected, strict=True)))
 
@@ -664,7 +664,7 @@ def test_the_only_loss_of_an_early_stage_counts_whole(make_config):
     def record(*_):
         (gradients,) = [
             gradients
-            for gradients in trainer.aligner._gradients
+            for gradients in trainer.aligner._collected.gradients
             if any(gradient is not None for gradient in gradients)
         ]
         seen.append([None if gradient is None else gradient.clone() for gradient in gradients])
