@@ -23,7 +23,11 @@ from .scoring.chain_bank import ChainBank
 from .scoring.scorer import PosteriorScorer
 
 # Where names live that need more than torch.
-_LAZY = {"GenRep": "models", "GenRepPipeline": "models", "GenRepWeighting": "genrep_weighting"}
+_LAZY = {
+    "GenRep": "models",
+    "GenRepPipeline": "models",
+    "GenRepWeighting": "alignment.torchjd",
+}
 
 __all__ = [
     "AlignedAdamW",
