@@ -217,9 +217,9 @@ def test_information_without_anything_else(python, tmp_path):
         and found["backends"]["triton"]["reason"] == "triton is not installed"
     )
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    answer = subprocess.run(
-        found["reproduce"], shell=True, env=environment, capture_output=True, text=True
-    )
+    # From elsewhere than the sources, which Python would find first.
+    options = {"env": environment, "cwd": tmp_path, "capture_output": True, "text": True}
+    answer = subprocess.run(found["reproduce"], shell=True, **options)
     # Info needs none of the command line's own requirements.
     assert json.loads(answer.stdout)["built"] == found["built"]
     answer = subprocess.run(
