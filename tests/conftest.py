@@ -5,6 +5,9 @@ alone.
 """
 
 import os
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -57,6 +60,42 @@ def convert_bfloat16_as_a_gpu(monkeypatch):
         return convert(values, source, target, mode)
 
     monkeypatch.setattr(interpreter, "_convert_float", exact)
+
+
+@pytest.fixture
+def two_processes(tmp_path):
+    """A function that runs a test file as ranks 0 and 1, with the arguments rank and store.
+
+    A rank that takes 150 seconds prints where all its threads are and ends.
+    """
+    hang = "import faulthandler; faulthandler.dump_traceback_later(150, exit=True); "
+    program = hang + "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    if sys.platform == "linux":
+        environment["GLOO_SOCKET_IFNAME"] = "lo"
+
+    def run(file):
+        outputs = [tmp_path / f"rank{rank}.log" for rank in range(2)]
+        processes = []
+        for rank, output in enumerate(outputs):
+            # runpy leaves its own arguments alone: the file reads sys.argv[2:].
+            command = [sys.executable, "-c", program, file, str(rank), str(tmp_path / "store")]
+            with output.open("w") as log:
+                processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+        try:
+            # Where one rank fails the other would wait for it.
+            while all(process.poll() in (None, 0) for process in processes):
+                if all(process.poll() == 0 for process in processes):
+                    return
+                time.sleep(0.05)
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        codes = [process.returncode for process in processes]
+        pytest.fail(f"ranks ended with {codes}\n" + "\n".join(o.read_text() for o in outputs))
+
+    return run
 
 
 def build_backbone(kind, num_classes=3, *, channels=1, **options):

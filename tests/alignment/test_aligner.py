@@ -6,9 +6,7 @@ import contextlib
 import copy
 import gc
 import math
-import os
 import pickle
-import subprocess
 import sys
 import unittest.mock
 import weakref
@@ -889,7 +887,7 @@ def test_blocks_of_collect_do_not_nest():
         aligner.collect("perception"),
         pytest.raises(
             RuntimeError,
-            match="collect\('generation'\) inside the block that collects 'perception'",
+            match=r"collect\('generation'\) inside the block that collects 'perception'",
         ),
         aligner.collect("generation"),
     ):
@@ -1158,28 +1156,9 @@ def run_rank(rank, store):
 
 
 @pytest.mark.slow
-def test_data_parallel_gradients_are_those_of_one_process(tmp_path):
-    command, environment = (
-        [sys.executable, __file__],
-        os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "store")],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+def test_data_parallel_gradients_are_those_of_one_process(two_processes):
+    two_processes(__file__)
 
 
 if __name__ == "__main__":
-    run_rank(int(sys.argv[1]), sys.argv[2])
+    run_rank(int(sys.argv[2]), sys.argv[3])

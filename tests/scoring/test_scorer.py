@@ -4,9 +4,7 @@ states and of processes.
 
 import itertools
 import math
-import os
 import random
-import subprocess
 import sys
 
 import pytest
@@ -702,28 +700,9 @@ def run_rank(rank, store):
 
 
 @pytest.mark.slow
-def test_all_reduce_equals_one_process(tmp_path):
-    command, environment = (
-        [sys.executable, __file__],
-        os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "store")],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+def test_all_reduce_equals_one_process(two_processes):
+    two_processes(__file__)
 
 
 if __name__ == "__main__":
-    run_rank(int(sys.argv[1]), sys.argv[2])
+    run_rank(int(sys.argv[2]), sys.argv[3])
