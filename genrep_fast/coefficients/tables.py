@@ -24,8 +24,8 @@ from .schedulers import (
 )
 from .transitions import SMALLEST_STD, check_sigma_floor, normal_tables, reverse_kernel
 
+# Rows of `StepCoefficients.tables`.
 _TABLES = ("data", "noisy", "output", "inv_var", "log_norm")
-
 _MEAN_TABLES = ("mean_noisy", "mean_output", "std")
 
 
@@ -42,6 +42,8 @@ class StepCoefficients:
             std·z; all three or none. std may be 0.
 
     Attributes:
+        tables: all of them as one tensor, [5, S] or with a chain's own step [8, S], in the order
+            above; the tables are its rows.
         unscorable: rows whose standard deviation is too small to score.
         needs_noisy: whether any residual contains x_s.
 
@@ -59,6 +61,7 @@ class StepCoefficients:
     mean_noisy: Tensor | None = None
     mean_output: Tensor | None = None
     std: Tensor | None = None
+    tables: Tensor = dataclasses.field(init=False)
     unscorable: tuple[int, ...] = dataclasses.field(init=False)
     needs_noisy: bool = dataclasses.field(init=False)
 
@@ -80,6 +83,8 @@ class StepCoefficients:
             raise ValueError(f"log_norm must be finite, got {self.log_norm.tolist()}")
         if given and not (self.std >= 0).all():
             raise ValueError(f"std must not be negative, got {self.std.tolist()}")
+        names = (*_TABLES, *given)
+        self._set_tables(torch.stack([getattr(self, name) for name in names]))
         # Kept in Python, so that no call has to ask the device.
         object.__setattr__(self, "unscorable", tuple((~finite).nonzero().flatten().tolist()))
         object.__setattr__(self, "needs_noisy", bool((self.noisy != 0).any()))
@@ -94,27 +99,28 @@ class StepCoefficients:
 
         Returns itself where nothing changes.
         """
-        if self.data.to(device, dtype) is self.data:
+        tables = self.tables.to(device, dtype)
+        if tables is self.tables:
             return self
-        tables = {}
-        for name in (*_TABLES, *_MEAN_TABLES):
-            table = getattr(self, name)
-            tables[name] = None if table is None else table.to(device, dtype)
-        if dtype not in (None, self.data.dtype):
-            return StepCoefficients(**tables)
+        if dtype not in (None, self.tables.dtype):
+            return StepCoefficients(*tables)
         # Values that were checked once are not read again: on a device that would wait for it a
         # dozen times.
         moved = copy.copy(self)
-        vars(moved).update(tables)
+        moved._set_tables(tables)
         return moved
 
-    def scoring_tables(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The five tables that score, in the order of the operators' arguments.
+    def _set_tables(self, tables: Tensor) -> None:
+        object.__setattr__(self, "tables", tables)
+        for name, table in zip((*_TABLES, *_MEAN_TABLES), tables, strict=False):
+            object.__setattr__(self, name, table)
 
-        Themselves where they have that dtype already.
+    def scoring_tables(self, dtype: torch.dtype) -> Tensor:
+        """The rows of `tables` that score, [5, S] in `dtype`.
+
+        A view where they have that dtype already.
         """
-        tables = (self.data, self.noisy, self.output, self.inv_var, self.log_norm)
-        return tables if self.data.dtype == dtype else tuple(table.to(dtype) for table in tables)
+        return self.tables[: len(_TABLES)].to(dtype)
 
     def require_scorable(self, step: int | None = None) -> None:
         """Raise ValueError where a row has too small a standard deviation.
