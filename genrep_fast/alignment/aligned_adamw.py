@@ -12,13 +12,13 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from ..ops.alignment import check_tensor
-from ..ops.optimizer import (
-    adamw_step_operator,
+from ..checks import (
     check_ema_decay,
     check_hyperparameters,
     check_learning_rate,
+    check_tensor,
 )
+from ..ops.optimizer import adamw_step_operator
 from .aligner import Collected, GradientAligner, check_max_norm
 from .averages import Averages
 

@@ -24,12 +24,10 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from ..checks import DTYPES, check_number, check_weights
 from ..ops.alignment import (
-    DTYPES,
     AlignmentStats,
     alignment_coefficients_operator,
-    check_number,
-    check_weights,
     combine_operator,
     group_gram_operator,
     tensor_coefficients_operator,

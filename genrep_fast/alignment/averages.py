@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from ..checks import check_ema_decay, check_length, check_writable
 from ..memory_overlap import check_no_overlap, in_same_place
-from ..ops.alignment import check_length, check_writable
-from ..ops.optimizer import check_ema_decay
 from .aligner import GradientAligner
 from .wrappers import plain_name, uncompiled, unwrapped
 

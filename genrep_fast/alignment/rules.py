@@ -38,7 +38,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..ops.alignment import check_power, check_weights
+from ..checks import check_power, check_weights
 
 Rule = Callable[[Tensor, torch.dtype], Tensor]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..ops.alignment import check_power, check_weights
+from ..checks import check_power, check_weights
 from .rules import genrep
 
 try:

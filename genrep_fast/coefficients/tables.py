@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import check_choice
 from .schedulers import (
     alpha_sigma,
     as_list,
@@ -62,6 +63,7 @@ class StepCoefficients:
     mean_output: Tensor | None = None
     std: Tensor | None = None
     tables: Tensor = dataclasses.field(init=False)
+    _scoring: Tensor = dataclasses.field(init=False, repr=False)
     unscorable: tuple[int, ...] = dataclasses.field(init=False)
     needs_noisy: bool = dataclasses.field(init=False)
 
@@ -112,6 +114,7 @@ class StepCoefficients:
 
     def _set_tables(self, tables: Tensor) -> None:
         object.__setattr__(self, "tables", tables)
+        object.__setattr__(self, "_scoring", tables[: len(_TABLES)])
         for name, table in zip((*_TABLES, *_MEAN_TABLES), tables, strict=False):
             object.__setattr__(self, name, table)
 
@@ -120,7 +123,7 @@ class StepCoefficients:
 
         A view where they have that dtype already.
         """
-        return self.tables[: len(_TABLES)].to(dtype)
+        return self._scoring.to(dtype)
 
     def require_scorable(self, step: int | None = None) -> None:
         """Raise ValueError where a row has too small a standard deviation.
@@ -179,8 +182,7 @@ class StepCoefficients:
 
         Ho et al. 2020 (DDPM), Song et al. 2021 (DDIM), Lipman et al. 2023 (flow matching).
         """
-        if center not in ("mean", "sample"):
-            raise ValueError(f'center must be "mean" or "sample", got {center!r}')
+        check_choice(center, "center", ("mean", "sample"))
         check_sigma_floor(sigma_floor)
         if parameterization != "mean":
             refuse_clipping(scheduler)
@@ -247,10 +249,8 @@ class StepCoefficients:
 
         Li et al., ICCV 2023 (Diffusion Classifier).
         """
-        if input not in ("target", "noisy"):
-            raise ValueError(f'input must be "target" or "noisy", got {input!r}')
-        if space not in ("native", "epsilon"):
-            raise ValueError(f'space must be "native" or "epsilon", got {space!r}')
+        check_choice(input, "input", ("target", "noisy"))
+        check_choice(space, "space", ("native", "epsilon"))
         parameterization = require_parameterization(scheduler, parameterization)
         level = noise_levels(scheduler, "timesteps", as_list("timesteps", timesteps))
         alpha, sigma = alpha_sigma(scheduler, level)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -12,14 +10,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import (
+    DTYPES,
+    check_length,
+    check_power,
+    check_tensor,
+    check_weights,
+    check_writable,
+)
 from ..dispatch.operators import define_operator
-from ..memory_overlap import check_no_overlap, overlaps_itself
+from ..memory_overlap import check_no_overlap
 from ..reference import alignment as reference
 
 # Of one loss: a tensor for each parameter, None where the loss does not reach it.
 Gradients = Sequence[Tensor | None]
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_LOSSES = 8
 # A wrong index ends in a message, not in gigabytes of Gram matrices.
 MAX_GROUPS = 1 << 20
@@ -303,55 +308,6 @@ def _are_alike(
     return all([a.shape == b.shape for a, b in pairs if a is not None and b is not None])
 
 
-def check_length(tensors: Sequence, name: str, length: int) -> None:
-    """Check that `tensors` is a sequence with `length` entries."""
-    if not isinstance(tensors, Sequence):
-        raise TypeError(f"{name} must be a list or a tuple, got {type(tensors).__name__}")
-    if len(tensors) != length:
-        raise ValueError(f"{name} must have {length} entries, got {len(tensors)}")
-
-
-def check_tensor(
-    tensor: Tensor, name: str, shape: torch.Size | None, device: torch.device | None
-) -> None:
-    """Check that `tensor` is dense, of one of `DTYPES`, of this shape and device (None: any)."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if tensor.layout != torch.strided:
-        raise ValueError(
-            f"{name} must be dense, got layout {tensor.layout}; "
-            "densify sparse gradients with .to_dense()"
-        )
-    if tensor.dtype not in DTYPES:
-        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
-    if shape is not None and tensor.shape != shape:
-        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
-    if device is not None and tensor.device != device:
-        raise ValueError(f"{name} must be on {device} like the other tensors, got {tensor.device}")
-
-
-def check_writable(tensor: Tensor, name: str, shape: torch.Size, device: torch.device) -> None:
-    """`check_tensor`, and that no two elements of `tensor` share memory.
-
-    Those of an expanded tensor or of windows do.
-    """
-    check_tensor(tensor, name, shape, device)
-    axes = zip(tensor.stride(), tensor.shape, strict=True)
-    if any(stride == 0 and size > 1 for stride, size in axes):
-        raise ValueError(
-            f"{name} is written to and must not be an expanded tensor, "
-            f"got strides {tensor.stride()}"
-        )
-    # A traced program's strides may be symbols.
-    if torch.compiler.is_compiling() or tensor.is_contiguous():
-        return
-    if overlaps_itself(tensor):
-        raise ValueError(
-            f"{name} is written to and must not overlap itself, "
-            f"got shape {tuple(shape)} with strides {tensor.stride()}"
-        )
-
-
 def check_coefficients(
     coefficients: Tensor, weights: Sequence[float] | None, n: int, layout: GradientLayout
 ) -> tuple[Tensor, list[float]]:
@@ -375,36 +331,6 @@ def check_coefficients(
             "got None"
         )
     return coefficients, []
-
-
-def check_weights(weights: Sequence[float], n: int) -> list[float]:
-    """Check that `weights` are `n` finite numbers; return them as floats."""
-    is_sequence = isinstance(weights, Sequence)
-    if not is_sequence or not all(isinstance(weight, (int, float)) for weight in weights):
-        raise TypeError(f"weights must be a sequence of numbers, got {weights!r}")
-    if len(weights) != n or not all(abs(weight) < math.inf for weight in weights):
-        note = "" if n == 2 else "; give one for each loss, the default is for two"
-        raise ValueError(f"weights must be {n} finite numbers, got {weights!r}{note}")
-    return [float(weight) for weight in weights]
-
-
-def check_power(power: float) -> float:
-    """Check that `power` is a finite number, >= 0; return it as a float."""
-    check_not_negative(power, "power")
-    return float(power)
-
-
-def check_not_negative(value: float, name: str) -> None:
-    """Check that `value` is a finite number, >= 0."""
-    check_number(value, name)
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be finite and not negative, got {value}")
-
-
-def check_number(value: float, name: str) -> None:
-    """Check that `value` is a real number."""
-    if not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
 
 def _check_groups(groups: Sequence[int | None] | None, num_tensors: int) -> tuple[list[int], int]:

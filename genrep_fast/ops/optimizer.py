@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from ..dispatch.operators import define_operator
-from ..memory_overlap import check_no_overlap
-from ..reference import optimizer as reference
-from .alignment import (
-    Gradients,
-    check_coefficients,
-    check_gradients,
+from ..checks import (
+    check_ema_decay,
+    check_hyperparameters,
+    check_learning_rate,
     check_length,
-    check_not_negative,
-    check_number,
+    check_scalar,
     check_tensor,
     check_writable,
 )
+from ..dispatch.operators import define_operator
+from ..memory_overlap import check_no_overlap
+from ..reference import optimizer as reference
+from .alignment import Gradients, check_coefficients, check_gradients
 
 adamw_step_operator = define_operator(
     "adamw_step(Tensor(a!)[] params, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
@@ -99,7 +98,7 @@ def adamw_step(
     for t in reached:
         for name, tensors in written.items():
             check_writable(tensors[t], f"{name}[{t}]", layout.samples[t].shape, layout.device)
-        _check_scalar(steps[t], f"steps[{t}]", layout.device)
+        check_scalar(steps[t], f"steps[{t}]", layout.device)
     lists = dict(zip(names, gradients, strict=True)) | {"steps": steps}
     scalars = {"coefficients": coefficients, "lr": lr, "found_inf": found_inf}
     tensors = {name: tensor for name, tensor in scalars.items() if isinstance(tensor, Tensor)}
@@ -143,53 +142,3 @@ def _check_found_inf(found_inf: Tensor | None, device: torch.device) -> None:
     check_tensor(found_inf, "found_inf", None, device)
     if found_inf.numel() != 1:
         raise ValueError(f"found_inf must have one element, got shape {tuple(found_inf.shape)}")
-
-
-def check_learning_rate(lr: float | Tensor, device: torch.device) -> None:
-    """Check that `lr` is a finite number, not negative, or a tensor of one element.
-
-    A tensor lies on `device` or the CPU. The value of a tensor is checked on the CPU alone, where
-    nobody waits for it.
-    """
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1:
-            raise ValueError(f"lr must have one element, got shape {tuple(lr.shape)}")
-        _check_scalar(lr.reshape(()), "lr", device)
-        if type(lr) is not Tensor or lr.device.type != "cpu" or torch.compiler.is_compiling():
-            return
-        lr = lr.item()
-    check_not_negative(lr, "lr")
-
-
-def check_hyperparameters(betas: tuple[float, float], eps: float, weight_decay: float) -> None:
-    """Check AdamW's hyperparameters but the learning rate."""
-    if not isinstance(betas, Sequence) or not all(map(_is_number, betas)):
-        raise TypeError(f"betas must be two numbers, got {betas!r}")
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
-    check_not_negative(eps, "eps")
-    check_not_negative(weight_decay, "weight_decay")
-
-
-def _is_number(value: object) -> bool:
-    """Whether `value` is a number, or a tensor of one element on the CPU.
-
-    Nobody waits for such a tensor's value.
-    """
-    if isinstance(value, Tensor):
-        return value.numel() == 1 and value.device.type == "cpu"
-    return isinstance(value, numbers.Real)
-
-
-def check_ema_decay(ema_decay: float) -> float:
-    """Check that `ema_decay` is between 0 and 1; return it."""
-    check_number(ema_decay, "ema_decay")
-    if not 0 <= ema_decay <= 1:
-        raise ValueError(f"ema_decay must be between 0 and 1, got {ema_decay}")
-    return ema_decay
-
-
-def _check_scalar(tensor: Tensor, name: str, device: torch.device) -> None:
-    check_tensor(tensor, name, torch.Size(), None)
-    if tensor.device not in (device, torch.device("cpu")):
-        raise ValueError(f"{name} must be on {device} or on the CPU, got {tensor.device}")

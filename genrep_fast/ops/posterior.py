@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-import numbers
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..checks import check_choice, check_device, check_floating, check_positive
 from ..dispatch.operators import define_operator
 from ..reference import posterior as reference
 from ..reference.scoring import accumulation_dtype
-from .scoring import check_device, check_floating
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -101,8 +100,7 @@ def distillation_loss(
         raise ValueError(
             "log_prior carries no gradient in distillation_loss, but it requires one: detach it"
         )
-    if reduction not in ("batchmean", "mean", "none"):
-        raise ValueError(f'reduction must be "batchmean", "mean" or "none", got {reduction!r}')
+    check_choice(reduction, "reduction", ("batchmean", "mean", "none"))
     if accumulation_dtype(student_logits, log_likelihood) == torch.float64:
         student_logits, log_likelihood = student_logits.double(), log_likelihood.double()
     loss = _distillation_loss(student_logits, log_likelihood, log_prior, float(temperature))
@@ -172,10 +170,7 @@ def _check_scores(
         raise ValueError(
             f"log_likelihood must be [B, K, *spatial] with at least one class, got {tuple(shape)}"
         )
-    if not isinstance(temperature, numbers.Real):
-        raise TypeError(f"temperature must be a number, got {type(temperature).__name__}")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    check_positive(temperature, "temperature")
     if log_prior is None:
         return None
     check_floating(log_prior, "log_prior")

@@ -8,13 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..checks import check_device, check_float64_like, check_in_range, require
 from ..coefficients.tables import StepCoefficients
 from ..dispatch.operators import define_operator
 from ..reference import reverse_step as reference
 from ..reference.scoring import accumulation_dtype
-from .scoring import require
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def reverse_step(
@@ -63,10 +61,7 @@ def reverse_step(
         raise ValueError(f"x_t must be [B, C, *spatial], got {tuple(x_t.shape)}")
     _check_model_output(model_output, x_t)
     _check_coefficients(coefficients, step, x_t)
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise TypeError(f"seed must be an integer, got {type(seed).__name__}")
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed must lie in [0, 2**64), got {seed}")
+    check_in_range(seed, "seed", 2**64, "2**64")
     _check_chain_ids(chain_ids, x_t)
     if x is not None:
         _check_sample("x", x, x_t)
@@ -120,20 +115,8 @@ def _check_std_scale(std_scale: Tensor, x_t: Tensor) -> None:
 
 
 def _check_sample(name: str, tensor: Tensor, x_t: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    is_mixed = (tensor.dtype == torch.float64) != (x_t.dtype == torch.float64)
-    if tensor.dtype not in _DTYPES or is_mixed:
-        raise TypeError(
-            f"{name} must be float32, bfloat16 or float16, or float64 where x_t is, "
-            f"got {tensor.dtype}"
-        )
-    _check_device(name, tensor, x_t)
-
-
-def _check_device(name: str, tensor: Tensor, x_t: Tensor) -> None:
-    if tensor.device != x_t.device:
-        raise ValueError(f"{name} must be on x_t's device {x_t.device}, got {tensor.device}")
+    check_float64_like(tensor, name, x_t, "x_t")
+    check_device(x_t.device, **{name: tensor})
 
 
 def _check_coefficients(coefficients: StepCoefficients, step: int, x_t: Tensor) -> None:
@@ -144,11 +127,8 @@ def _check_coefficients(coefficients: StepCoefficients, step: int, x_t: Tensor) 
             "coefficients have no step of their own (mean_noisy, mean_output, std): "
             "build them with StepCoefficients.chain"
         )
-    _check_device("coefficients", coefficients.data, x_t)
-    if not isinstance(step, int) or isinstance(step, bool):
-        raise TypeError(f"step must be an integer, got {type(step).__name__}")
-    if not 0 <= step < len(coefficients):
-        raise ValueError(f"step must lie in [0, {len(coefficients)}), got {step}")
+    check_device(x_t.device, coefficients=coefficients.data)
+    check_in_range(step, "step", len(coefficients))
 
 
 def _check_chain_ids(chain_ids: Tensor, x_t: Tensor) -> None:
@@ -161,7 +141,7 @@ def _check_chain_ids(chain_ids: Tensor, x_t: Tensor) -> None:
         raise ValueError(
             f"chain_ids must be [{x_t.shape[0]}], one a chain, got {tuple(chain_ids.shape)}"
         )
-    _check_device("chain_ids", chain_ids, x_t)
+    check_device(x_t.device, chain_ids=chain_ids)
     require(((chain_ids >= 0) & (chain_ids < 2**32)).all(), "chain_ids must lie in [0, 2**32)")
 
 

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import check_choice, check_device, check_float64_like, check_floating
 from ..coefficients.tables import StepCoefficients
 from ..dispatch.operators import define_operator
 from ..dispatch.selection import insisted_backend, use_backend
 from ..reference import scoring as reference
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+REDUCTIONS = ("mixture", "mean")
 _CHUNK = (
     "Tensor x, Tensor model_output, Tensor? x_t, "
     "Tensor data, Tensor noisy, Tensor output, Tensor inv_var, Tensor log_norm"
@@ -57,7 +58,7 @@ def log_likelihood(
         ValueError: for shapes that do not fit, mixed devices, a missing `x_t`, a step that cannot
             be scored, or the "mean" of no steps.
     """
-    check_reduction(reduction)
+    check_choice(reduction, "reduction", REDUCTIONS)
     arguments = chunk_arguments(x, model_output, coefficients, x_t)
     if reduction == "mean" and len(coefficients) == 0:
         raise ValueError('reduction "mean" needs at least one step, got coefficients of 0 steps')
@@ -107,47 +108,9 @@ def result_shape(
     return (x.shape[0], classes, *(x.shape[2:] if per_location else ()))
 
 
-def check_reduction(reduction: str) -> None:
-    """Raise ValueError for a reduction that does not exist."""
-    if reduction not in ("mixture", "mean"):
-        raise ValueError(f'reduction must be "mixture" or "mean", got {reduction!r}')
-
-
-def require(condition: Tensor, message: str, got: Tensor | None = None) -> None:
-    """Raise ValueError where `condition` (a boolean scalar) on the CPU is False.
-
-    Elsewhere, and when compiled, assert without waiting.
-    """
-    if torch.compiler.is_compiling() or condition.device.type != "cpu":
-        torch._assert_async(condition, message)
-    elif not condition:
-        raise ValueError(message if got is None else f"{message}, got {got.tolist()}")
-
-
-def check_floating(tensor: Tensor, name: str) -> None:
-    """Raise TypeError for what is no tensor of a floating-point dtype that the operators take."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in _DTYPES:
-        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
-
-
-def check_device(device: torch.device, **tensors: Tensor | None) -> None:
-    """Raise ValueError for tensors on another device."""
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != device:
-            raise ValueError(
-                f"{name} must be on {device} like the other tensors, got {tensor.device}"
-            )
-
-
 def _leading_axes(tensor: Tensor, name: str, x: Tensor) -> Tensor:
     """[K, S, ...] -> [1, K, S, ...]; the checks that model_output and x_t have in common."""
-    check_floating(tensor, name)
-    if (tensor.dtype == torch.float64) != (x.dtype == torch.float64):
-        raise TypeError(
-            f"{name} must be float64 if and only if x is, got {tensor.dtype} and x of {x.dtype}"
-        )
+    check_float64_like(tensor, name, x, "x")
     if tensor.ndim == x.ndim + 1:
         tensor = tensor.unsqueeze(0)
     if tensor.ndim != x.ndim + 2:

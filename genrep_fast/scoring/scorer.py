@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..checks import check_at_least, check_choice, require
 from ..coefficients.tables import StepCoefficients
 from ..ops.posterior import posterior
-from ..ops.scoring import check_reduction, chunk_arguments, require, result_shape, score_update
+from ..ops.scoring import REDUCTIONS, chunk_arguments, result_shape, score_update
 from ..reference.scoring import (
     accumulation_dtype,
     empty_state,
@@ -47,11 +48,8 @@ class PosteriorScorer:
     """
 
     def __init__(self, num_classes: int, *, reduction: str = "mixture", per_location: bool = False):
-        if not isinstance(num_classes, int) or isinstance(num_classes, bool):
-            raise TypeError(f"num_classes must be an int, got {type(num_classes).__name__}")
-        if num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-        check_reduction(reduction)
+        check_at_least(1, num_classes=num_classes)
+        check_choice(reduction, "reduction", REDUCTIONS)
         self.num_classes = num_classes
         self.reduction = reduction
         self.per_location = per_location

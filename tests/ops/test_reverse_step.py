@@ -273,7 +273,7 @@ def test_no_gradient_flows():
         (
             {"model_output": torch.ones(3, 2, 5, 7, dtype=torch.float64)},
             TypeError,
-            "model_output must be float32",
+            "model_output must be float64 if and only if x_t is",
         ),
         (
             {"model_output": torch.ones(3, 2, 5, 7, device="meta")},

@@ -12,6 +12,7 @@ PACKAGE = ROOT / "genrep_fast"
 # other.
 FLOORS = (
     {"_version", "extras", "files", "memory_overlap"},
+    {"checks"},
     {"dispatch", "reference", "coefficients"},
     {"ops"},
     {"alignment", "scoring", "data"},

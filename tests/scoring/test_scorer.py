@@ -610,8 +610,8 @@ def test_update_refuses_and_keeps_the_state(changed, error, match):
     ("arguments", "error", "match"),
     [
         ({"num_classes": 0}, ValueError, "num_classes must be at least 1, got 0"),
-        ({"num_classes": 2.0}, TypeError, "num_classes must be an int, got float"),
-        ({"num_classes": True}, TypeError, "num_classes must be an int, got bool"),
+        ({"num_classes": 2.0}, TypeError, "num_classes must be an integer, got 2.0"),
+        ({"num_classes": True}, TypeError, "num_classes must be an integer, got True"),
         ({"num_classes": 2, "reduction": "max"}, ValueError, "reduction must be .* got 'max'"),
     ],
 )
