@@ -46,8 +46,9 @@ format: $(VENV)/.installed-dev # formats Python and C++
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
-native: $(VENV)/.installed-test # compiles what changed in csrc, into the working tree
+native: $(VENV)/.installed-test # compiles what changed in csrc, and writes compile_commands.json
 	$(BIN)/python setup.py -q build_ext --inplace
+	$(BIN)/ninja -C "$$(ls -td build/temp.*/ | head -1)" -t compdb cxx python nvcc > compile_commands.json
 
 # One wheel for every Python and for torch >= 2.11, in dist/; torch's own libraries are left to torch. setuptools copies whatever lies in
 # build/lib into it, deleted modules too.
