@@ -63,7 +63,7 @@ class StepCoefficients:
     mean_output: Tensor | None = None
     std: Tensor | None = None
     tables: Tensor = dataclasses.field(init=False)
-    _scoring: Tensor = dataclasses.field(init=False, repr=False)
+    _scoring_tables: Tensor = dataclasses.field(init=False, repr=False)
     unscorable: tuple[int, ...] = dataclasses.field(init=False)
     needs_noisy: bool = dataclasses.field(init=False)
 
@@ -114,7 +114,8 @@ class StepCoefficients:
 
     def _set_tables(self, tables: Tensor) -> None:
         object.__setattr__(self, "tables", tables)
-        object.__setattr__(self, "_scoring", tables[: len(_TABLES)])
+        # Kept, because every call of a scoring operator asks for it.
+        object.__setattr__(self, "_scoring_tables", tables[: len(_TABLES)])
         for name, table in zip((*_TABLES, *_MEAN_TABLES), tables, strict=False):
             object.__setattr__(self, name, table)
 
@@ -123,7 +124,7 @@ class StepCoefficients:
 
         A view where they have that dtype already.
         """
-        return self._scoring.to(dtype)
+        return self._scoring_tables.to(dtype)
 
     def require_scorable(self, step: int | None = None) -> None:
         """Raise ValueError where a row has too small a standard deviation.

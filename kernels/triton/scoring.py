@@ -159,16 +159,12 @@ def log_likelihood(
     x: Tensor,
     model_output: Tensor,
     x_t: Tensor | None,
-    data: Tensor,
-    noisy: Tensor,
-    output: Tensor,
-    inv_var: Tensor,
-    log_norm: Tensor,
+    tables: Tensor,
     reduction: str,
     per_location: bool,
 ) -> tuple[Tensor, Tensor]:
     """L and what rounding took from it, float32 [B, K, *loc] each; see the reference."""
-    chunk = _chunk(x, model_output, x_t, (data, noisy, output, inv_var, log_norm), per_location)
+    chunk = _chunk(x, model_output, x_t, tables.unbind(), per_location)
     likelihood = x.new_empty(
         chunk.batch, chunk.classes, *(x.shape[2:] if per_location else ()), dtype=torch.float32
     )
@@ -181,11 +177,7 @@ def score_update(
     x: Tensor,
     model_output: Tensor,
     x_t: Tensor | None,
-    data: Tensor,
-    noisy: Tensor,
-    output: Tensor,
-    inv_var: Tensor,
-    log_norm: Tensor,
+    tables: Tensor,
     classes: Tensor | None,
     reduction: str,
     per_location: bool,
@@ -193,7 +185,7 @@ def score_update(
     state: Tensor,
 ) -> None:
     """Add a chunk to `count` and `state` in place; see the reference."""
-    chunk = _chunk(x, model_output, x_t, (data, noisy, output, inv_var, log_norm), per_location)
+    chunk = _chunk(x, model_output, x_t, tables.unbind(), per_location)
     if not (count.is_contiguous() and state.is_contiguous()):
         raise ValueError(
             f"count and state must be contiguous, got strides {count.stride()} and {state.stride()}"
@@ -218,11 +210,7 @@ def log_likelihood_backward(
     x: Tensor,
     model_output: Tensor,
     x_t: Tensor | None,
-    data: Tensor,
-    noisy: Tensor,
-    output: Tensor,
-    inv_var: Tensor,
-    log_norm: Tensor,
+    tables: Tensor,
     reduction: str,
     per_location: bool,
     output_mask: list[bool],
@@ -233,7 +221,7 @@ def log_likelihood_backward(
     every row, 1/D of what is read. With `per_location` that would be 1/C of it, and scales are
     computed again instead.
     """
-    chunk = _chunk(x, model_output, x_t, (data, noisy, output, inv_var, log_norm), per_location)
+    chunk = _chunk(x, model_output, x_t, tables.unbind(), per_location)
     gradients = [
         torch.empty(tensor.shape, dtype=tensor.dtype, device=x.device) if needed else x.new_empty(0)
         for tensor, needed in zip((x, model_output, x_t), output_mask, strict=True)
@@ -248,6 +236,7 @@ def log_likelihood_backward(
         if model_output.shape[:2] == (chunk.batch, chunk.classes):
             whole_output, targets[1] = targets[1], None
     likelihoods = (grad.contiguous(), log_likelihood.contiguous(), remainder.contiguous())
+    data, noisy, output, *_ = tables
     sums = [i for i in range(3) if targets[i] is not None]
     scales = (
         x.new_empty(chunk.rows(), chunk.steps, dtype=torch.float32)
