@@ -154,7 +154,7 @@ def distillation_loss_backward(*shape):
 def reverse_step(batch):
     random, table = Random(), torch.linspace(0.5, 1, 8, device=DEVICE)
     x_t, output, x = (random(batch, *CHANNELS) for _ in range(3))
-    return [x_t, output, *[table] * 8, 3, 7, torch.arange(batch, device=DEVICE), x, None]
+    return [x_t, output, table.repeat(8, 1), 3, 7, torch.arange(batch, device=DEVICE), x, None]
 
 
 PARAMETERS = [(10**5,), (10**7,), (10**8,)]

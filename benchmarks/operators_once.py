@@ -214,9 +214,9 @@ def step_chains(device):
         x_t, model_output, x = (view(make, (3,), channels, 5, 7) for channels in (3, 4, 3))
         scale = (None, make(3, 1, 1, 1) + 1, view(make, (3,), 3, 5, 7) + 1)[i % 3]
         chain_ids = torch.tensor([5, 2**32 - 1, 0]).to(device)
-        tables = [make.table(7) for _ in range(8)]
+        tables = torch.stack([make.table(7) for _ in range(8)])
         x_prev, score = operators.reverse_step(
-            x_t, model_output, *tables, 6, -5, chain_ids, None if i % 4 == 3 else x, scale
+            x_t, model_output, tables, 6, -5, chain_ids, None if i % 4 == 3 else x, scale
         )
         require_finite(name, x_prev, score)
 

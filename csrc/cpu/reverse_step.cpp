@@ -278,12 +278,23 @@ GENREP_FAST_CLONES(
     move_chunk, (const Step& step, int64_t b, int64_t begin, int64_t end, double& score),
     move_chunk_kernel, (step, b, begin, end, score))
 
-float entry(const Tensor& table, int64_t step) {
+// Takes the step's column of the tables [8, S], whose rows are in the order of StepCoefficients.
+void read_tables(const Tensor& tables, int64_t row, Step& step) {
+  const bool fits = tables.scalar_type() == ScalarType::Float && tables.dim() == 2 &&
+                    tables.size(0) == 8 && tables.is_contiguous();
   STD_TORCH_CHECK(
-      table.scalar_type() == ScalarType::Float && table.is_contiguous() && 0 <= step &&
-          step < table.numel(),
-      "tables must be contiguous float32 tensors with a row ", step);
-  return static_cast<const float*>(table.const_data_ptr())[step];
+      fits && 0 <= row && row < tables.size(1),
+      "tables must be contiguous float32 [8, S] with a step ", row);
+  const float* column = static_cast<const float*>(tables.const_data_ptr()) + row;
+  auto entry = [&](int64_t table) { return column[table * tables.size(1)]; };
+  step.data = entry(0);
+  step.noisy = entry(1);
+  step.output_factor = entry(2);
+  step.inv_var = entry(3);
+  step.log_norm = entry(4);
+  step.mean_noisy = entry(5);
+  step.mean_output = entry(6);
+  step.std = entry(7);
 }
 
 // Elements of x_t's shape, those of its channels where the tensor has more, broadcast where it has
@@ -306,9 +317,8 @@ Source chains_of(Tensor tensor, const Tensor& x_t, std::vector<Tensor>& copies) 
 }
 
 std::tuple<Tensor, Tensor> reverse_step(
-    Tensor x_t, Tensor model_output, Tensor data, Tensor noisy, Tensor output, Tensor inv_var,
-    Tensor log_norm, Tensor mean_noisy, Tensor mean_output, Tensor std, int64_t row, int64_t seed,
-    Tensor chain_ids, std::optional<Tensor> x, std::optional<Tensor> std_scale) {
+    Tensor x_t, Tensor model_output, Tensor tables, int64_t row, int64_t seed, Tensor chain_ids,
+    std::optional<Tensor> x, std::optional<Tensor> std_scale) {
   const int64_t batch = x_t.size(0);
   STD_TORCH_CHECK(
       chain_ids.scalar_type() == ScalarType::Long && chain_ids.numel() == batch,
@@ -326,14 +336,7 @@ std::tuple<Tensor, Tensor> reverse_step(
   step.x = x ? chains_of(*x, x_t, copies) : Source{};
   step.std_scale = std_scale ? chains_of(*std_scale, x_t, copies) : Source{};
   step.target = buffer_of(x_prev);
-  step.data = entry(data, row);
-  step.noisy = entry(noisy, row);
-  step.output_factor = entry(output, row);
-  step.inv_var = entry(inv_var, row);
-  step.log_norm = entry(log_norm, row);
-  step.mean_noisy = entry(mean_noisy, row);
-  step.mean_output = entry(mean_output, row);
-  step.std = entry(std, row);
+  read_tables(tables, row, step);
   step.draw.row = static_cast<uint32_t>(row);
   step.draw.keys[0] = static_cast<uint32_t>(seed);
   step.draw.keys[1] = static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32);

@@ -1,8 +1,8 @@
 // One step of chains with counter-based noise, and the score of the same step (see
 // genrep_fast/reference/reverse_step.py).
 //
-//     x' = mean_noisy x_t + mean_output o + std scale z,   score = sum( -1/2 inv_var (r / scale)^2 + log_norm - log scale )
-//     r = data x + noisy x_t + output o
+//     x' = mean_noisy x_t + mean_output o + std scale z,        r = data x + noisy x_t + output o
+//     score = sum(-1/2 inv_var (r / scale)^2 + log_norm - log scale)
 //
 // Reads x_t, o and x and writes x', 16 bytes an element in float32, for about 50 operations, most
 // of them the noise z: bound by memory, in 16-bit dtypes by arithmetic. Four elements have one
@@ -197,7 +197,7 @@ __global__ __launch_bounds__(kThreads) void reverse_step_kernel(
 }
 
 // A block a chain.
-__global__ __launch_bounds__(kThreads) void score_kernel(
+__global__ __launch_bounds__(kThreads) void reverse_step_score_kernel(
     const double* sums, int64_t blocks, const float* log_norm, int64_t elements, float* scores) {
   double sum = 0;
   for (int64_t block = threadIdx.x; block < blocks; block += kThreads) {
@@ -274,16 +274,35 @@ void check_sample(
   STD_TORCH_CHECK(fits, name, " must have x_t's shape and device");
 }
 
+// Points at the step's column of the tables [8, S], whose rows are in the order of StepCoefficients.
+void point_at_tables(const Tensor& tables, int64_t step, const Tensor& x_t, Step& arguments) {
+  const bool fits = tables.scalar_type() == ScalarType::Float && tables.dim() == 2 &&
+                    tables.size(0) == 8 && tables.is_contiguous();
+  STD_TORCH_CHECK(
+      fits && tables.device() == x_t.device(),
+      "tables must be contiguous float32 [8, S] on x_t's device");
+  const int64_t steps = tables.size(1);
+  STD_TORCH_CHECK(0 <= step && step < steps, "step must lie in [0, ", steps, "), got ", step);
+  const float* column = static_cast<const float*>(tables.const_data_ptr()) + step;
+  arguments.data = column;
+  arguments.noisy = column + steps;
+  arguments.model = column + 2 * steps;
+  arguments.inv_var = column + 3 * steps;
+  arguments.log_norm = column + 4 * steps;
+  arguments.mean_noisy = column + 5 * steps;
+  arguments.mean_output = column + 6 * steps;
+  arguments.std = column + 7 * steps;
+}
+
 std::tuple<Tensor, Tensor> reverse_step(
-    const Tensor& x_t, const Tensor& model_output, const Tensor& data, const Tensor& noisy,
-    const Tensor& output, const Tensor& inv_var, const Tensor& log_norm, const Tensor& mean_noisy,
-    const Tensor& mean_output, const Tensor& std, int64_t step, int64_t seed,
+    const Tensor& x_t, const Tensor& model_output, const Tensor& tables, int64_t step, int64_t seed,
     const Tensor& chain_ids, const std::optional<Tensor>& x,
     const std::optional<Tensor>& std_scale) {
   STD_TORCH_CHECK(x_t.dim() >= 2, "x_t must be [B, C, *spatial]");
   DeviceScope scope(x_t);
-  const int64_t batch = x_t.size(0), channels = x_t.size(1), steps = data.numel();
-  STD_TORCH_CHECK(0 <= step && step < steps, "step must lie in [0, ", steps, "), got ", step);
+  const int64_t batch = x_t.size(0), channels = x_t.size(1);
+  Step arguments{};
+  point_at_tables(tables, step, x_t, arguments);
   check_sample(model_output, x_t, true, "model_output");
   const Tensor chains = torch::stable::contiguous(chain_ids);
   const bool is_chains =
@@ -292,7 +311,6 @@ std::tuple<Tensor, Tensor> reverse_step(
       is_chains && chains.device() == x_t.device(), "chain_ids must be int64 [", batch,
       "] on x_t's device");
 
-  Step arguments{};
   arguments.locations = 1;
   for (int64_t axis = 2; axis < x_t.dim(); ++axis) {
     arguments.locations *= x_t.size(axis);
@@ -311,15 +329,6 @@ std::tuple<Tensor, Tensor> reverse_step(
   if (std_scale) {
     arguments.scale = scale_of(*std_scale, x_t, arguments.locations, copies);
   }
-  auto entry = [&](const Tensor& table) { return table_of(table, steps, x_t) + step; };
-  arguments.data = entry(data);
-  arguments.noisy = entry(noisy);
-  arguments.model = entry(output);
-  arguments.inv_var = entry(inv_var);
-  arguments.log_norm = entry(log_norm);
-  arguments.mean_noisy = entry(mean_noisy);
-  arguments.mean_output = entry(mean_output);
-  arguments.std = entry(std);
   arguments.chain_ids = static_cast<const int64_t*>(chains.data_ptr());
   arguments.seed = static_cast<uint64_t>(seed);
   arguments.row = static_cast<uint32_t>(step);
@@ -338,7 +347,7 @@ std::tuple<Tensor, Tensor> reverse_step(
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
   if (x && batch > 0) {
-    score_kernel<<<grid_of(batch), kThreads, 0, scope.stream()>>>(
+    reverse_step_score_kernel<<<grid_of(batch), kThreads, 0, scope.stream()>>>(
         sum_data, arguments.blocks, arguments.log_norm, arguments.elements,
         static_cast<float*>(score.data_ptr()));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
@@ -351,7 +360,7 @@ std::tuple<Tensor, Tensor> reverse_step(
 std::vector<Kernel> reverse_step_kernels() {
   return {
       {"reverse_step_kernel", reinterpret_cast<const void*>(&reverse_step_kernel)},
-      {"score_kernel", reinterpret_cast<const void*>(&score_kernel)},
+      {"reverse_step_score_kernel", reinterpret_cast<const void*>(&reverse_step_score_kernel)},
   };
 }
 

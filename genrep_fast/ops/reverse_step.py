@@ -73,17 +73,10 @@ def reverse_step(
         std_scale = std_scale.expand(x_t.shape)
     # The schema's integers are signed: the upper half of the seeds is their two's complement.
     signed_seed = seed - 2**64 if seed >= 2**63 else seed
-    tables = (
-        coefficients.data,
-        coefficients.noisy,
-        coefficients.output,
-        coefficients.inv_var,
-        coefficients.log_norm,
-    )
-    own = (coefficients.mean_noisy, coefficients.mean_output, coefficients.std)
+    tables = coefficients.tables
     with torch.no_grad():
         x_prev, score = _reverse_step(
-            x_t, model_output, *tables, *own, step, signed_seed, chain_ids, x, std_scale
+            x_t, model_output, tables, step, signed_seed, chain_ids, x, std_scale
         )
     return x_prev, None if x is None else score
 
@@ -152,10 +145,8 @@ def _reverse_step_fake(x_t: Tensor, *arguments) -> tuple[Tensor, Tensor]:
 
 
 _reverse_step = define_operator(
-    "reverse_step(Tensor x_t, Tensor model_output, Tensor data, Tensor noisy, "
-    "Tensor output, Tensor inv_var, Tensor log_norm, Tensor mean_noisy, "
-    "Tensor mean_output, Tensor std, SymInt step, SymInt seed, Tensor chain_ids, "
-    "Tensor? x, Tensor? std_scale) -> (Tensor, Tensor)",
+    "reverse_step(Tensor x_t, Tensor model_output, Tensor tables, SymInt step, SymInt seed, "
+    "Tensor chain_ids, Tensor? x, Tensor? std_scale) -> (Tensor, Tensor)",
     reference=reference.reverse_step,
     fake=_reverse_step_fake,
 )

@@ -77,14 +77,7 @@ def chain_noise(seed: int, chain_ids: Tensor, row: int, shape: Sequence[int]) ->
 def reverse_step(
     x_t: Tensor,
     model_output: Tensor,
-    data: Tensor,
-    noisy: Tensor,
-    output: Tensor,
-    inv_var: Tensor,
-    log_norm: Tensor,
-    mean_noisy: Tensor,
-    mean_output: Tensor,
-    std: Tensor,
+    tables: Tensor,
     step: int,
     seed: int,
     chain_ids: Tensor,
@@ -99,8 +92,8 @@ def reverse_step(
     scale², log_norm − log scale.
     """
     dtype = accumulation_dtype(x_t)
-    tables = (data, noisy, output, inv_var, log_norm, mean_noisy, mean_output, std)
-    of_step = [table[step].to(dtype) for table in tables]
+    # The rows of `StepCoefficients.tables`, [8, S].
+    of_step = tables[:, step].to(dtype)
     data, noisy, output, inv_var, log_norm, mean_noisy, mean_output, std = of_step
     state, prediction = x_t.to(dtype), model_output[:, : x_t.shape[1]].to(dtype)
     if std_scale is None:

@@ -27,38 +27,19 @@ _BLOCK = 1024  # elements
 _PARTIALS = 1024  # of one chain's score at most
 
 _DATA = ["x_t_ptr", "model_output_ptr", "x_ptr", "scale_ptr", "x_prev_ptr"]
-_TABLES = [
-    f"{name}_ptr"
-    for name in (
-        "data",
-        "noisy",
-        "output",
-        "inv_var",
-        "log_norm",
-        "mean_noisy",
-        "mean_output",
-        "std",
-    )
-]
 _STRIDES = [
     *("x_t_batch", "x_t_channel", "x_t_location"),
     *("output_batch", "output_channel", "output_location"),
     *("x_batch", "x_channel", "x_location"),
     *("scale_batch", "scale_channel", "scale_location"),
 ]
+_SIZES = ["locations", "elements", "parts", "size", "steps"]
 
 
 def reverse_step(
     x_t: Tensor,
     model_output: Tensor,
-    data: Tensor,
-    noisy: Tensor,
-    output: Tensor,
-    inv_var: Tensor,
-    log_norm: Tensor,
-    mean_noisy: Tensor,
-    mean_output: Tensor,
-    std: Tensor,
+    tables: Tensor,
     step: int,
     seed: int,
     chain_ids: Tensor,
@@ -83,7 +64,6 @@ def reverse_step(
         for tensor in tensors
         for stride in ((0, 0, 0) if tensor is None else tensor.stride())
     ]
-    tables = (data, noisy, output, inv_var, log_norm, mean_noisy, mean_output, std)
     flat = all(tensor is None or tensor.stride()[1:] == (locations, 1) for tensor in tensors[:3])
     addresses = [tensor.data_ptr() for tensor in (*tensors[:3], x_prev) if tensor is not None]
     aligned = flat and all(number % 16 == 0 for number in (*addresses, *strides[:9:3], elements))
@@ -94,12 +74,13 @@ def reverse_step(
                 x_prev,
                 partials,
                 chain_ids.contiguous(),
-                *tables,
+                tables.contiguous(),
                 *strides,
                 locations,
                 elements,
                 parts,
                 size,
+                tables.shape[1],
                 step,
                 seed,
                 FLAT=flat,
@@ -207,8 +188,8 @@ def _load(
 
 
 @triton.jit(
-    do_not_specialize=[*_STRIDES, "locations", "elements", "parts", "size", "step", "seed"],
-    do_not_specialize_on_alignment=[*_DATA, *_TABLES, "partials_ptr", "chain_ids_ptr"],
+    do_not_specialize=[*_STRIDES, *_SIZES, "step", "seed"],
+    do_not_specialize_on_alignment=[*_DATA, "partials_ptr", "chain_ids_ptr", "tables_ptr"],
 )
 def _reverse_step_kernel(
     x_t_ptr,
@@ -218,14 +199,7 @@ def _reverse_step_kernel(
     x_prev_ptr,
     partials_ptr,
     chain_ids_ptr,
-    data_ptr,
-    noisy_ptr,
-    output_ptr,
-    inv_var_ptr,
-    log_norm_ptr,
-    mean_noisy_ptr,
-    mean_output_ptr,
-    std_ptr,
+    tables_ptr,
     x_t_batch: tl.int64,
     x_t_channel: tl.int64,
     x_t_location: tl.int64,
@@ -242,6 +216,7 @@ def _reverse_step_kernel(
     elements: tl.int64,
     parts: tl.int64,
     size: tl.int64,
+    steps: tl.int64,
     step: tl.int64,
     seed: tl.int64,
     FLAT: tl.constexpr,
@@ -252,9 +227,17 @@ def _reverse_step_kernel(
     program = tl.program_id(0).to(tl.int64)
     chain, part = program // parts, program % parts
     chain_id = tl.load(chain_ids_ptr + chain)
-    mean_noisy = tl.load(mean_noisy_ptr + step)
-    mean_output = tl.load(mean_output_ptr + step)
-    std = tl.load(std_ptr + step)
+    # The step's column of the tables [8, S], whose rows are in the order of StepCoefficients.
+    column_ptr = tables_ptr + step
+    mean_noisy = tl.load(column_ptr + 5 * steps)
+    mean_output = tl.load(column_ptr + 6 * steps)
+    std = tl.load(column_ptr + 7 * steps)
+    if x_ptr is not None:
+        data = tl.load(column_ptr)
+        noisy = tl.load(column_ptr + steps)
+        output = tl.load(column_ptr + 2 * steps)
+        inv_var = tl.load(column_ptr + 3 * steps)
+        log_norm = tl.load(column_ptr + 4 * steps)
     x_prev_ptr += chain * elements
     if ALIGNED:  # the quotients are exact: the compiler sees the factors
         x_prev_ptr, elements = tl.multiple_of(x_prev_ptr, 16), elements // 16 * 16
@@ -305,12 +288,7 @@ def _reverse_step_kernel(
             x = _load(
                 x_ptr, chain, e, locations, mask, x_batch, x_channel, x_location, FLAT, ALIGNED
             )
-            r = (
-                tl.load(data_ptr + step) * x
-                + tl.load(noisy_ptr + step) * x_t
-                + tl.load(output_ptr + step) * prediction
-            )
-            inv_var, log_norm = tl.load(inv_var_ptr + step), tl.load(log_norm_ptr + step)
+            r = data * x + noisy * x_t + output * prediction
             if scale_ptr is not None:
                 term = -0.5 * inv_var / (scale * scale) * r * r + (log_norm - tl.log(scale))
             else:

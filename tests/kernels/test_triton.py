@@ -321,7 +321,7 @@ def compile_scoring():
     for dtype, x, scale in itertools.product((F32, BF16), (False, True), (False, True)):
         x_t = torch.zeros(8, 4, 16, 16, dtype=dtype)
         optional = (x_t if x else None, x_t[:, :1] if scale else None)
-        reverse_step.reverse_step(x_t, x_t, *[torch.ones(5)] * 8, 2, 7, torch.arange(8), *optional)
+        reverse_step.reverse_step(x_t, x_t, torch.ones(8, 5), 2, 7, torch.arange(8), *optional)
 
 
 def kernels_of_the_package():

@@ -223,18 +223,8 @@ def test_the_last_row_moves_but_is_not_scored():
 @pytest.mark.parametrize("scored", [False, True])
 def test_opcheck(scored):
     x_t, output, x, ids = case(extra=1)
-    tables = coefficients()
-    names = ("data", "noisy", "output", "inv_var", "log_norm", "mean_noisy", "mean_output", "std")
-    arguments = (
-        x_t,
-        output,
-        *(getattr(tables, name) for name in names),
-        3,
-        -5,
-        ids,
-        x if scored else None,
-        torch.ones(1) if scored else None,
-    )
+    optional = (x, torch.ones(1)) if scored else (None, None)
+    arguments = (x_t, output, coefficients().tables, 3, -5, ids, *optional)
     torch.library.opcheck(torch.ops.genrep_fast.reverse_step.default, arguments)
 
 
