@@ -125,6 +125,18 @@ class StepCoefficients:
         """
         return self._scoring.to(dtype)
 
+    def step_tables(self) -> Tensor:
+        """The rows of `tables` that move a chain, [3, S]: mean_noisy, mean_output and std.
+
+        Raises ValueError where there are none.
+        """
+        if len(self.tables) == len(_TABLES):
+            raise ValueError(
+                f"coefficients have no step of their own ({', '.join(_MEAN_TABLES)}): "
+                "build them with StepCoefficients.chain"
+            )
+        return self.tables[len(_TABLES) :]
+
     def require_scorable(self, step: int | None = None) -> None:
         """Raise ValueError where a row has too small a standard deviation.
 
