@@ -36,10 +36,11 @@ sanitize: $(VENV)/.installed-test # C++ kernels under sanitizers
 		PYTHONPATH=$(SANITIZED) OMP_NUM_THREADS=2 $(BIN)/pytest --capture=sys $(SANITIZED_TESTS) -k "$(SANITIZED_CASES)"
 
 CXX_SOURCES = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
-lint: $(VENV)/.installed-dev # ruff and clang-format
+lint: $(VENV)/.installed-dev # ruff, clang-format and mypy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --diff
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+	$(BIN)/mypy
 
 format: $(VENV)/.installed-dev # formats Python and C++
 	$(BIN)/ruff check --fix

@@ -100,7 +100,7 @@ setup(
     # MANIFEST.in is the source distribution's.
     include_package_data=False,
     package_data={
-        "genrep_fast": ["gpu_backends.json", "reporting/*.jinja"],
+        "genrep_fast": ["gpu_backends.json", "py.typed", "reporting/*.jinja"],
         "genrep_fast.benchmarks": ["*.jinja"],
     },
     ext_modules=[] if PURE else [Extension("genrep_fast._introspection", sources=[])],

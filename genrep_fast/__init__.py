@@ -8,6 +8,7 @@ imports torchjd.
 from __future__ import annotations
 
 from importlib import import_module
+from typing import Any
 
 from ._version import __version__ as __version__
 from .alignment.aligned_adamw import AlignedAdamW
@@ -55,7 +56,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in _LAZY:
         try:
             module = import_module(f"genrep_fast.{_LAZY[name]}")

@@ -5,13 +5,17 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from json import dumps
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from .dispatch.report import info as backend_info
 from .extras import advice
 from .training.config import STAGES, TrainingConfig, saved_data
+
+if TYPE_CHECKING:
+    from .models import GenRepPipeline
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -19,7 +23,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     name = "genrep"
     try:
-        # It tells what is missing, so it has to run where that is.
+        # `info` tells what is missing, so it has to run where that is.
         parse = _parse_info if arguments[:1] == ["info"] else _parse
         command, options = parse(arguments)
         name = f"genrep {command}"
@@ -51,7 +55,9 @@ def _end(name: str, reason: object) -> NoReturn:
 
 def _asked_for(arguments: list[str]) -> str:
     """The command as the user called it."""
-    return arguments[0] if arguments and arguments[0] in COMMANDS else "every command but info"
+    if arguments and arguments[0] in COMMANDS:
+        return arguments[0]
+    return "every command but info"
 
 
 class _InfoParser(argparse.ArgumentParser):
@@ -63,11 +69,15 @@ class _InfoParser(argparse.ArgumentParser):
 
 def _parse_info(arguments: list[str]) -> tuple[str, dict[str, Any]]:
     """The command `info` and its options, by the standard library alone."""
-    summary = info.__doc__.splitlines()[0]
-    parser = _InfoParser(prog="genrep info", description=summary, allow_abbrev=False)
+    parser = _InfoParser(prog="genrep info", description=_summary(info), allow_abbrev=False)
     for argument, keywords in _EXPLICIT_ARGUMENTS["info"].items():
         parser.add_argument(f"--{argument}", **keywords)
     return "info", vars(parser.parse_args(arguments[1:]))
+
+
+def _summary(command: Callable[..., None]) -> str:
+    """The first line of a command's docstring; its name where Python dropped that."""
+    return (command.__doc__ or command.__name__).partition("\n")[0]
 
 
 def _parse(arguments: list[str]) -> tuple[str, dict[str, Any]]:
@@ -81,7 +91,7 @@ def _parse(arguments: list[str]) -> tuple[str, dict[str, Any]]:
     )
     subcommands = parser.add_subcommands()
     for name, command in COMMANDS.items():
-        summary = command.__doc__.splitlines()[0]
+        summary = _summary(command)
         subparser = ArgumentParser(description=summary)
         explicit = _EXPLICIT_ARGUMENTS.get(name, {})
         # Of `train`, those of TrainingConfig too.
@@ -93,7 +103,7 @@ def _parse(arguments: list[str]) -> tuple[str, dict[str, Any]]:
     return parsed.subcommand, parsed[parsed.subcommand].as_dict()
 
 
-def train(ablation: bool = False, seeds: int = 3, **options) -> None:
+def train(ablation: bool = False, seeds: int = 3, **options: Any) -> None:
     """Train a GenRep in three stages, evaluate it and write a report.
 
     Args:
@@ -105,9 +115,9 @@ def train(ablation: bool = False, seeds: int = 3, **options) -> None:
 
         run_ablation(config, seeds)
     else:
-        from .training.run import run
+        from .training.run import train_and_evaluate
 
-        run(config)
+        train_and_evaluate(config)
 
 
 def evaluate(
@@ -242,31 +252,42 @@ def bench(
     from .benchmarks import suite as benchmarks
     from .reporting.terminal import console
 
+    suites = suite or benchmarks.SUITES
+    # What cannot be found is told before anything is measured.
+    benchmarks.find_cases(suites, case, quick)
     options = {
-        "suites": suite or benchmarks.SUITES,
+        "suites": suites,
         "pattern": case,
         "quick": quick,
         "seconds": seconds,
         "threads": threads,
         "cold": cold,
     }
-    benchmarks.find_cases(options["suites"], case, quick)
-    if against is not None:
-        from .benchmarks.against import compare
-
-        _print_comparison(compare(against, options, rounds=rounds, progress=console.print))
+    if against is None:
+        _measure(options, Path(output))
         return
-    from .benchmarks.report import table, write
+    from .benchmarks.against import compare
 
-    def keep(results: dict) -> None:
-        write(results, Path(output), complete=False)
+    _print_comparison(compare(against, options, rounds=rounds, progress=console.print))
+
+
+def _measure(options: dict[str, Any], folder: Path) -> None:
+    """Run the benchmarks and write their report; exit with 1 where a kernel of ours failed."""
+    from .benchmarks import suite as benchmarks
+    from .benchmarks.report import table, write
+    from .reporting.terminal import console
+
+    def keep(results: dict[str, Any]) -> None:
+        write(results, folder, complete=False)
         row = results["rows"][-1]
         console.print(f"measured {row['suite'].replace('_', ' ')}: {row['case']}", highlight=False)
 
     console.print("checks every case first, and what memory it needs")
     results = benchmarks.run(**options, progress=keep)
-    print(f"\n{table(results)}\nwrote {', '.join(map(str, write(results, Path(output))))}")
-    if any("failure" in row and row["role"] in ("ours", "variant") for row in results["rows"]):
+    written = ", ".join(map(str, write(results, folder)))
+    print(f"\n{table(results)}\nwrote {written}")
+    ours = [row for row in results["rows"] if row["role"] in ("ours", "variant")]
+    if any("failure" in row for row in ours):
         sys.exit(1)
 
 
@@ -299,7 +320,7 @@ def info(json: bool = False) -> None:
 
 
 # Flags and lists as shells have them; the rest follows from the signatures.
-_EXPLICIT_ARGUMENTS = {
+_EXPLICIT_ARGUMENTS: dict[str, dict[str, dict[str, Any]]] = {
     "train": {
         "ablation": {
             "action": "store_true",
@@ -330,7 +351,7 @@ _EXPLICIT_ARGUMENTS = {
     "info": {"json": {"action": "store_true", "help": "print JSON"}},
 }
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "evaluate": evaluate,
     "classify": classify,
@@ -340,7 +361,7 @@ COMMANDS = {
 }
 
 
-def _load_pipeline(checkpoint: str):
+def _load_pipeline(checkpoint: str) -> GenRepPipeline:
     from diffusers.utils.logging import disable_progress_bar
 
     from .models import GenRepPipeline

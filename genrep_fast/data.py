@@ -11,26 +11,40 @@ import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+if TYPE_CHECKING:
+    from PIL.Image import Image as PILImage
+
 DEFAULT_IMAGE_SIZE = 32
-DIGITS_CALIBRATION, DIGITS_TEST = 200, 500
-CALIBRATION_FRACTION, TEST_FRACTION = 0.1, 0.2
+DIGITS_CALIBRATION = 200
+DIGITS_TEST = 500
+CALIBRATION_FRACTION = 0.1
+TEST_FRACTION = 0.2
 
 _GREY_MODES = ("1", "L", "LA", "I;16", "I;16B")
 
 
-class ImageDataset(Dataset):
+class LabelledImages(Protocol):
+    """A map-style dataset: an item is an image, float32 [C, H, W] in [-1, 1], and its label."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> tuple[Tensor, int]: ...
+
+
+class ImageDataset(Dataset[tuple[Tensor, int]]):
     """Images [N, C, H, W] float32 in [-1, 1] with labels [N] int64.
 
     An item is an image [C, H, W] and its label, a Python int.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor):
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
         if len(images) == 0:
             raise ValueError("images must hold at least one image, got none")
         if len(images) != len(labels):
@@ -62,9 +76,9 @@ class DataSplits:
         name: as `load_data` was told it.
     """
 
-    train: Dataset
-    calibration: Dataset
-    test: Dataset
+    train: LabelledImages
+    calibration: LabelledImages
+    test: LabelledImages
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]
     name: str = ""
@@ -110,7 +124,7 @@ def load_data(name: str, *, image_size: int | None = None, seed: int = 0) -> Dat
     return dataclasses.replace(splits, name=name)
 
 
-def as_tensors(dataset: Dataset) -> tuple[Tensor, Tensor]:
+def as_tensors(dataset: LabelledImages) -> tuple[Tensor, Tensor]:
     """All of a map-style dataset of (image, label): images [N, C, H, W] float32, labels [N] int64.
 
     Raises ValueError where it is empty.
@@ -154,8 +168,9 @@ def _load_digits(image_size: int | None) -> DataSplits:
     )
     whole = ImageDataset(images, labels)
     class_names = [str(digit) for digit in digits.target_names]
-    parts = (_subset(whole, indices) for indices in (train, calibration, test))
-    return _splits(*parts, class_names)
+    return _splits(
+        _subset(whole, train), _subset(whole, calibration), _subset(whole, test), class_names
+    )
 
 
 def _load_folder(root: Path, image_size: int, seed: int) -> DataSplits:
@@ -170,7 +185,8 @@ def _load_folder(root: Path, image_size: int, seed: int) -> DataSplits:
             f"classes, got {len(folders)}"
         )
     extensions = Image.registered_extensions()
-    files, labels = [], []
+    files: list[Path] = []
+    labels: list[int] = []
     for label, folder in enumerate(folders):
         candidates = [path for path in folder.rglob("*") if not _is_hidden(path)]
         members = sorted(path for path in candidates if path.suffix.lower() in extensions)
@@ -185,8 +201,12 @@ def _load_folder(root: Path, image_size: int, seed: int) -> DataSplits:
     mode = _common_mode(_open_image(file).mode for file in files)
     images = torch.stack([_file_to_tensor(file, image_size, mode) for file in files])
     whole = ImageDataset(images, torch.tensor(labels))
-    indices = _split_by_class(whole.labels, (CALIBRATION_FRACTION, TEST_FRACTION), seed)
-    return _splits(*(_subset(whole, part) for part in indices), [folder.name for folder in folders])
+    fractions = (CALIBRATION_FRACTION, TEST_FRACTION)
+    train, calibration, test = _split_by_class(whole.labels, fractions, seed)
+    class_names = [folder.name for folder in folders]
+    return _splits(
+        _subset(whole, train), _subset(whole, calibration), _subset(whole, test), class_names
+    )
 
 
 def _is_hidden(path: Path) -> bool:
@@ -204,17 +224,16 @@ def _load_torchvision(name: str, image_size: int, seed: int) -> DataSplits:
     if factory is None:
         raise ValueError(f"torchvision.datasets has no {name!r}")
     parameters = inspect.signature(factory).parameters
+    root = str(Path(torch.hub.get_dir()).parent / "datasets")
     if "train" in parameters:
-        choices = {"train": True}, {"train": False}
+        sources = [factory(root, train=train, download=True) for train in (True, False)]
     elif "split" in parameters:
-        choices = {"split": "train"}, {"split": "test"}
+        sources = [factory(root, split=split, download=True) for split in ("train", "test")]
     else:
         raise ValueError(
             f"torchvision.datasets.{name} must take a train or a split argument, "
             "so that its test images are known"
         )
-    root = str(Path(torch.hub.get_dir()).parent / "datasets")
-    sources = [factory(root, **choice, download=True) for choice in choices]
     mode = _common_mode([sources[0][0][0].mode])
     training, test = (_pairs_to_dataset(source, image_size, mode) for source in sources)
     train, calibration = _split_by_class(training.labels, (CALIBRATION_FRACTION,), seed)
@@ -230,7 +249,8 @@ def _load_torchvision(name: str, image_size: int, seed: int) -> DataSplits:
 def _splits(
     train: ImageDataset, calibration: ImageDataset, test: ImageDataset, class_names: Sequence[str]
 ) -> DataSplits:
-    return DataSplits(train, calibration, test, tuple(class_names), tuple(train.images.shape[1:]))
+    channels, height, width = train.images.shape[1:]
+    return DataSplits(train, calibration, test, tuple(class_names), (channels, height, width))
 
 
 def _subset(dataset: ImageDataset, indices: Tensor | np.ndarray) -> ImageDataset:
@@ -249,7 +269,7 @@ def _split_by_class(labels: Tensor, fractions: Sequence[float], seed: int) -> li
 
     A part takes at least one image of every class.
     """
-    parts = [[] for _ in range(len(fractions) + 1)]
+    parts: list[list[Tensor]] = [[] for _ in range(len(fractions) + 1)]
     for members in _members_of_classes(labels, torch.Generator().manual_seed(seed)):
         sizes = [max(1, round(fraction * len(members))) for fraction in fractions]
         pieces = members.split([len(members) - sum(sizes), *sizes])
@@ -262,7 +282,7 @@ def _common_mode(modes: Iterable[str]) -> str:
     return "L" if all(mode in _GREY_MODES for mode in modes) else "RGB"
 
 
-def _open_image(file: Path):
+def _open_image(file: Path) -> PILImage:
     from PIL import Image
 
     try:
@@ -279,7 +299,7 @@ def _file_to_tensor(file: Path, image_size: int, mode: str) -> Tensor:
             raise ValueError(f"cannot read image {file}: {error}") from error
 
 
-def image_to_tensor(image, size: tuple[int, int], mode: str) -> Tensor:
+def image_to_tensor(image: PILImage, size: tuple[int, int], mode: str) -> Tensor:
     """A PIL image, turned upright, resized and centre-cropped, as a tensor.
 
     The tensor is float32 [C, height, width] in [-1, 1].
@@ -308,7 +328,9 @@ def image_to_tensor(image, size: tuple[int, int], mode: str) -> Tensor:
     return channels_last.permute(2, 0, 1).contiguous() / 127.5 - 1
 
 
-def _pairs_to_dataset(pairs: Sequence, image_size: int, mode: str) -> ImageDataset:
+def _pairs_to_dataset(
+    pairs: Sequence[tuple[PILImage, int]], image_size: int, mode: str
+) -> ImageDataset:
     images, labels = zip(*(pairs[index] for index in range(len(pairs))), strict=True)
     size = (image_size, image_size)
     tensors = [image_to_tensor(image, size, mode) for image in images]

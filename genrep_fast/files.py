@@ -22,7 +22,7 @@ try:
     import fcntl
 except ImportError:
     # Windows.
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 _LOCK = ".lock"
 _UNFINISHED = re.compile(r"\..+\.[0-9]+\.tmp")
@@ -197,7 +197,7 @@ def _lock_file(file: int, folder: Path, argument: str) -> None:
                 used = f"{argument}: {folder} is in use by another run{_signature(file)}"
                 advice = "wait until it ends, or choose another folder"
                 raise BlockingIOError(f"{used}; {advice}") from error
-            why = error.strerror
+            why = error.strerror or str(error)
             if error.errno not in _UNSUPPORTED:
                 raise OSError(f"{argument}: {folder} cannot be locked ({why})") from error
     advice = "let no other run write to it"

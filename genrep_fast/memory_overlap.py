@@ -17,7 +17,7 @@ import math
 import operator
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ Tensors = Tensor | Sequence[Tensor | None] | Mapping[str, Tensor | None]
 # Tensors of other classes (fake, functional, distributed) have no memory, or none of their own.
 _PLAIN_TENSORS = {Tensor, torch.nn.Parameter}
 
+# The memory format has a default, whatever the annotations of torch say.
+_is_contiguous = cast(Callable[[Tensor], bool], Tensor.is_contiguous)
+
 _STEPS_OF_A_PAIR = 1 << 12
 # Some 0.1 s.
 _STEPS_OF_A_CALL = 1 << 16
@@ -34,14 +37,15 @@ _STEPS_OF_A_CALL = 1 << 16
 
 def overlaps(first: Tensor, second: Tensor) -> bool | None:
     """Whether two strided tensors share a byte; None where it takes too long, or of a subclass."""
-    if type(first) not in _PLAIN_TENSORS or type(second) not in _PLAIN_TENSORS:
+    if not _is_plain(first) or not _is_plain(second):
         return None
     if first.numel() == 0 or second.numel() == 0:
         return False
-    spans = [_span(0, 0, first), _span(0, 1, second)]
-    if spans[0].space != spans[1].space:
+    first_span = _span(0, 0, first)
+    second_span = _span(0, 1, second)
+    if first_span.space != second_span.space:
         return False
-    return _spans_overlap(*spans, _Work(_STEPS_OF_A_PAIR))
+    return _spans_overlap(first_span, second_span, _Work(_STEPS_OF_A_PAIR))
 
 
 def overlaps_itself(tensor: Tensor) -> bool | None:
@@ -73,7 +77,7 @@ def in_same_place(first: Tensor, second: Tensor) -> bool:
     """Whether two tensors are one: the same address, shape, strides and dtype."""
     if first is second:
         return True
-    if type(first) not in _PLAIN_TENSORS or type(second) not in _PLAIN_TENSORS:
+    if not _is_plain(first) or not _is_plain(second):
         return False
     if first.data_ptr() != second.data_ptr() or first.dtype != second.dtype:
         return False
@@ -149,11 +153,12 @@ class _Argument:
 class _Span(NamedTuple):
     """The memory of a tensor."""
 
+    # Numbers of the argument, and of the tensor in it.
     argument: int
-    index: int
+    place: int
     tensor: Tensor
     # What addresses count in.
-    space: tuple
+    space: tuple[object, ...]
     # First byte.
     start: int
     end: int
@@ -178,16 +183,23 @@ def _listed(tensors: Tensors) -> tuple[Sequence[Tensor | None], Sequence[int | s
 
 def _are_disjoint(arguments: list[_Argument]) -> bool:
     """Whether the tensors' ranges of addresses, from first byte to last, are disjoint."""
-    tensors = list(itertools.chain.from_iterable(argument.tensors for argument in arguments))
-    if not set(map(type, tensors)) <= _PLAIN_TENSORS:
-        tensors = [tensor for tensor in tensors if type(tensor) in _PLAIN_TENSORS]
+    given = list(itertools.chain.from_iterable(argument.tensors for argument in arguments))
+    tensors = given if _all_plain(given) else list(filter(_is_plain, given))
     starts = list(map(Tensor.data_ptr, tensors))
-    contiguous = all(map(Tensor.is_contiguous, tensors))
-    lengths = map(operator.attrgetter("nbytes") if contiguous else _length, tensors)
-    ends = sorted(map(operator.add, starts, lengths))
+    contiguous = all(map(_is_contiguous, tensors))
+    length: Callable[[Tensor], int] = operator.attrgetter("nbytes") if contiguous else _length
+    ends = sorted(map(operator.add, starts, map(length, tensors)))
     starts.sort()
     # At each start as many ranges must have ended as have started before, no matter which ones.
     return all(map(operator.le, ends, starts[1:]))
+
+
+def _is_plain(tensor: object) -> TypeGuard[Tensor]:
+    return type(tensor) in _PLAIN_TENSORS
+
+
+def _all_plain(tensors: list[Tensor | None]) -> TypeGuard[list[Tensor]]:
+    return set(map(type, tensors)) <= _PLAIN_TENSORS
 
 
 def _length(tensor: Tensor) -> int:
@@ -200,10 +212,10 @@ def _length(tensor: Tensor) -> int:
 
 
 def _check_pairs(arguments: list[_Argument]) -> None:
-    spaces: dict[tuple, list[_Span]] = {}
+    spaces: dict[tuple[object, ...], list[_Span]] = {}
     for number, argument in enumerate(arguments):
         for index, tensor in enumerate(argument.tensors):
-            if type(tensor) in _PLAIN_TENSORS and tensor.numel() > 0:
+            if _is_plain(tensor) and tensor.numel() > 0:
                 span = _span(number, index, tensor)
                 spaces.setdefault(span.space, []).append(span)
     work = _Work(_STEPS_OF_A_CALL)
@@ -220,9 +232,9 @@ def _check_pairs(arguments: list[_Argument]) -> None:
 def _check_pair(output: _Span, other: _Span, arguments: list[_Argument], work: _Work) -> None:
     if not _spans_overlap(output, other, work):
         return
-    name = arguments[output.argument].label(output.index)
-    other_name = arguments[other.argument].label(other.index)
-    if arguments[other.argument].in_place and output.index == other.index:
+    name = arguments[output.argument].label(output.place)
+    other_name = arguments[other.argument].label(other.place)
+    if arguments[other.argument].in_place and output.place == other.place:
         exactly = "in the same place with the same strides and dtype"
         rule = f"unless it is exactly {other_name}, {exactly}, it must share no memory with it"
     else:
@@ -236,9 +248,11 @@ def _span(argument: int, index: int, tensor: Tensor) -> _Span:
     return _Span(argument, index, tensor, _space(tensor), start, start + _length(tensor), axes)
 
 
-def _space(tensor: Tensor) -> tuple:
+def _space(tensor: Tensor) -> tuple[object, ...]:
     """Where addresses count: on a device, as two storages may hold the same foreign memory."""
-    return (tensor.device, tensor.untyped_storage()._cdata) if tensor.is_meta else (tensor.device,)
+    if tensor.is_meta:
+        return tensor.device, tensor.untyped_storage()._cdata
+    return (tensor.device,)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -298,7 +312,8 @@ class _Suffix(NamedTuple):
 
 
 def _suffix(terms: list[tuple[int, int]]) -> _Suffix:
-    divisor, reach, complete = 0, 0, True
+    divisor = reach = 0
+    complete = True
     for coefficient, bound in sorted(terms):
         if divisor > 0:
             complete = complete and coefficient % divisor == 0 and coefficient <= reach + divisor
@@ -365,7 +380,7 @@ def _clusters(spans: list[_Span], arguments: list[_Argument]) -> list[list[_Span
 
 
 def _order(span: _Span) -> tuple[int, int]:
-    return span.argument, span.index
+    return span.argument, span.place
 
 
 def _needs_pairs(spans: list[_Span], arguments: list[_Argument]) -> bool:

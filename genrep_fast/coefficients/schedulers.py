@@ -99,9 +99,11 @@ def _alphas_cumprod(scheduler: Any) -> Tensor:
 def alpha_sigma(scheduler: Any, level: Tensor) -> tuple[Tensor, Tensor]:
     """α and σ of x_s = α·x + σ·ε."""
     if scheduler_family(scheduler) == "flow":
-        alpha, sigma = 1 - level, level
+        alpha = 1 - level
+        sigma = level
     else:
-        alpha, sigma = level.sqrt(), (1 - level).sqrt()
+        alpha = level.sqrt()
+        sigma = (1 - level).sqrt()
     if (sigma == 0).any():
         raise ValueError("timesteps: a step without noise (sigma = 0) has no coefficients")
     return alpha, sigma
@@ -115,8 +117,8 @@ def step_pairs(
     """Timesteps, and where each of their steps leads; -1 is the final noise level."""
     timesteps = as_list("timesteps", timesteps)
     if previous_timesteps is None:
-        run = scheduler.timesteps.tolist()
-        successors = dict(zip(run, [*run[1:], -1], strict=True))
+        chain = scheduler.timesteps.tolist()
+        successors = dict(zip(chain, [*chain[1:], -1], strict=True))
         unknown = [timestep for timestep in timesteps if timestep not in successors]
         if unknown:
             raise ValueError(

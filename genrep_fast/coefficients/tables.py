@@ -23,7 +23,13 @@ from .schedulers import (
     refuse_clipping,
     require_parameterization,
 )
-from .transitions import SMALLEST_STD, check_sigma_floor, normal_tables, reverse_kernel
+from .transitions import (
+    SMALLEST_STD,
+    ReverseKernel,
+    check_sigma_floor,
+    normal_tables,
+    reverse_kernel,
+)
 
 # Rows of `StepCoefficients.tables`.
 _TABLES = ("data", "noisy", "output", "inv_var", "log_norm")
@@ -83,7 +89,7 @@ class StepCoefficients:
         finite = self.inv_var.isfinite()
         if not self.log_norm[finite].isfinite().all():
             raise ValueError(f"log_norm must be finite, got {self.log_norm.tolist()}")
-        if given and not (self.std >= 0).all():
+        if self.std is not None and not (self.std >= 0).all():
             raise ValueError(f"std must not be negative, got {self.std.tolist()}")
         names = (*_TABLES, *given)
         self._set_tables(torch.stack([getattr(self, name) for name in names]))
@@ -125,6 +131,18 @@ class StepCoefficients:
         A view where they have that dtype already.
         """
         return self._scoring_tables.to(dtype)
+
+    def step_tables(self) -> Tensor:
+        """The rows of `tables` that move a chain, [3, S]: mean_noisy, mean_output and std.
+
+        Raises ValueError where there are none.
+        """
+        if len(self.tables) == len(_TABLES):
+            raise ValueError(
+                f"coefficients have no step of their own ({', '.join(_MEAN_TABLES)}): "
+                "build them with StepCoefficients.chain"
+            )
+        return self.tables[len(_TABLES) :]
 
     def require_scorable(self, step: int | None = None) -> None:
         """Raise ValueError where a row has too small a standard deviation.
@@ -183,15 +201,10 @@ class StepCoefficients:
 
         Ho et al. 2020 (DDPM), Song et al. 2021 (DDIM), Lipman et al. 2023 (flow matching).
         """
-        check_choice(center, "center", ("mean", "sample"))
+        _check_center(center, parameterization)
         check_sigma_floor(sigma_floor)
         if parameterization != "mean":
             refuse_clipping(scheduler)
-        elif center != "mean":
-            raise ValueError(
-                'center must be "mean" where parameterization is "mean": '
-                "the clean sample is not known"
-            )
         step = reverse_kernel(
             scheduler,
             timesteps,
@@ -200,23 +213,7 @@ class StepCoefficients:
             variance=variance,
             eta=eta,
         )
-        mean_noisy = step.mean_noisy + step.mean_sample * step.sample_noisy
-        mean_output = step.mean_output + step.mean_sample * step.sample_output
-        scored_noisy, scored_output = mean_noisy, mean_output
-        if center == "sample":
-            scored_noisy, scored_output = step.sample_noisy, step.sample_output
-        inv_var, log_norm = normal_tables(step.score_std.clamp(min=sigma_floor))
-        tables = {
-            "data": torch.ones_like(step.std),
-            "noisy": -scored_noisy,
-            "output": -scored_output,
-            "inv_var": inv_var,
-            "log_norm": log_norm,
-            "mean_noisy": mean_noisy,
-            "mean_output": mean_output,
-            "std": step.std,
-        }
-        return cls(**_rounded(tables, timesteps, dtype))
+        return cls(**_rounded(_chain_tables(step, center, sigma_floor), timesteps, dtype))
 
     @classmethod
     def elbo(
@@ -255,36 +252,89 @@ class StepCoefficients:
         parameterization = require_parameterization(scheduler, parameterization)
         level = noise_levels(scheduler, "timesteps", as_list("timesteps", timesteps))
         alpha, sigma = alpha_sigma(scheduler, level)
-        zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
-        to_epsilon = {
-            "epsilon": one,
-            "sample": -alpha / sigma,
-            "v_prediction": alpha,
-            "flow": alpha,
-        }[parameterization]
-        factor = to_epsilon if space == "epsilon" else one
         inv_var = 2 * _require_weights(weight, len(alpha))
-        if parameterization == "sample":
-            data, noisy, output = one, zero, -one
-        elif input == "target":
-            data, noisy, output = zero, one, -one
-        else:
-            of_data = {"epsilon": -alpha, "v_prediction": -one, "flow": -one}
-            of_noisy = {"epsilon": one, "v_prediction": alpha, "flow": one}
-            data, noisy = of_data[parameterization] / sigma, of_noisy[parameterization] / sigma
-            output = -one
+        factor = torch.ones_like(alpha)
+        if space == "epsilon":
+            factor = _epsilon_factor(parameterization, alpha, sigma)
         if input == "target":
+            data, noisy, output = _error_of_target(parameterization, alpha)
             inv_var = inv_var * factor**2
         else:
-            data, noisy, output = factor * data, factor * noisy, factor * output
+            residual = _error_of_noisy(parameterization, alpha, sigma)
+            data, noisy, output = (factor * table for table in residual)
         tables = {
             "data": data,
             "noisy": noisy,
             "output": output,
             "inv_var": inv_var,
-            "log_norm": zero,
+            "log_norm": torch.zeros_like(alpha),
         }
         return cls(**_rounded(tables, timesteps, dtype))
+
+
+def _check_center(center: str, parameterization: str | None) -> None:
+    check_choice(center, "center", ("mean", "sample"))
+    if parameterization == "mean" and center != "mean":
+        raise ValueError(
+            'center must be "mean" where parameterization is "mean": the clean sample is not known'
+        )
+
+
+def _chain_tables(step: ReverseKernel, center: str, sigma_floor: float) -> dict[str, Tensor]:
+    mean_noisy = step.mean_noisy + step.mean_sample * step.sample_noisy
+    mean_output = step.mean_output + step.mean_sample * step.sample_output
+    scored_noisy = mean_noisy
+    scored_output = mean_output
+    if center == "sample":
+        scored_noisy = step.sample_noisy
+        scored_output = step.sample_output
+    inv_var, log_norm = normal_tables(step.score_std.clamp(min=sigma_floor))
+    return {
+        "data": torch.ones_like(step.std),
+        "noisy": -scored_noisy,
+        "output": -scored_output,
+        "inv_var": inv_var,
+        "log_norm": log_norm,
+        "mean_noisy": mean_noisy,
+        "mean_output": mean_output,
+        "std": step.std,
+    }
+
+
+def _epsilon_factor(parameterization: str, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """The error of the implied noise over that of the output."""
+    if parameterization == "epsilon":
+        return torch.ones_like(alpha)
+    if parameterization == "sample":
+        return -alpha / sigma
+    # The velocity of "v_prediction" and "flow".
+    return alpha
+
+
+def _error_of_target(parameterization: str, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """data, noisy and output of target − o, where the target takes the place of x_s."""
+    zero = torch.zeros_like(alpha)
+    one = torch.ones_like(alpha)
+    # The target is x itself.
+    if parameterization == "sample":
+        return one, zero, -one
+    return zero, one, -one
+
+
+def _error_of_noisy(
+    parameterization: str, alpha: Tensor, sigma: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """data, noisy and output of target − o, with the target's parts in x and x_s."""
+    zero = torch.zeros_like(alpha)
+    one = torch.ones_like(alpha)
+    if parameterization == "sample":
+        return one, zero, -one
+    if parameterization == "epsilon":
+        return -alpha / sigma, one / sigma, -one
+    if parameterization == "v_prediction":
+        return -one / sigma, alpha / sigma, -one
+    # Flow.
+    return -one / sigma, one / sigma, -one
 
 
 def _require_weights(weight: str | Tensor | Sequence[float], length: int) -> Tensor:

@@ -8,7 +8,7 @@ and through contiguous copies where they do not.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,18 +30,18 @@ _LISTS = {
 }
 
 
-def on_flat_memory(name: str, kernel: Callable) -> Callable:
+def on_flat_memory(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
     """`kernel` of the operator `name`, behind copies of what is not flat memory."""
     lists = _LISTS.get(name)
     if lists is None:
         return kernel
 
-    def call(*arguments):
+    def call(*arguments: Any) -> Any:
         read = [tensor for position in lists.inputs for tensor in arguments[position]]
         written = [tensor for position in lists.outputs for tensor in arguments[position]]
         copies: list[tuple[Tensor, Tensor]] = []
         if not all(tensor is None or tensor.is_contiguous() for tensor in read + written):
-            arguments, copies = _flatten(list(arguments), lists)
+            arguments, copies = _flatten(arguments, lists)
         result = kernel(*arguments)
         for tensor, copy in copies:
             tensor.copy_(copy)
@@ -53,28 +53,34 @@ def on_flat_memory(name: str, kernel: Callable) -> Callable:
     return call
 
 
-def _flatten(arguments: list, lists: _TensorLists) -> tuple[list, list[tuple[Tensor, Tensor]]]:
+def _flatten(
+    arguments: tuple[Any, ...], lists: _TensorLists
+) -> tuple[tuple[Any, ...], list[tuple[Tensor, Tensor]]]:
     """Arguments in which tensors that belong together have one dense layout.
 
     Also the outputs that are copies, behind their originals.
     """
-    positions, num_tensors = (*lists.inputs, *lists.outputs), len(arguments[lists.groups])
+    flat = list(arguments)
+    positions = (*lists.inputs, *lists.outputs)
     for position in positions:
-        arguments[position] = list(arguments[position])
+        flat[position] = list(flat[position])
+    num_tensors = len(flat[lists.groups])
     copies = []
-    for t in range(num_tensors):
+    for first in range(num_tensors):
+        # Those that belong together: one of each argument, or one for each loss.
         places = []
-        for p in positions:
-            indices = range(t, len(arguments[p]), num_tensors)
-            places += [(p, i) for i in indices if arguments[p][i] is not None]
-        if _share_dense_layout([arguments[p][i] for p, i in places]):
+        for position in positions:
+            indices = range(first, len(flat[position]), num_tensors)
+            places += [(position, index) for index in indices if flat[position][index] is not None]
+        if _share_dense_layout([flat[position][index] for position, index in places]):
             continue
-        for p, i in places:
-            original = arguments[p][i]
-            arguments[p][i] = original.contiguous()
-            if p in lists.outputs and not original.is_contiguous():
-                copies.append((original, arguments[p][i]))
-    return arguments, copies
+        for position, index in places:
+            original = flat[position][index]
+            copy = original.contiguous()
+            flat[position][index] = copy
+            if position in lists.outputs and not original.is_contiguous():
+                copies.append((original, copy))
+    return tuple(flat), copies
 
 
 def _share_dense_layout(tensors: list[Tensor]) -> bool:

@@ -78,8 +78,11 @@ def _load(backend: str) -> str | None:
         return f"GENREP_FAST_CPU_CAPABILITY must be one of {allowed}, got {capability!r}"
     if backend == "cuda" and torch.version.cuda is None:
         return "this torch is built without CUDA"
-    if backend == "cuda" and (driver := _driver()) and driver < (record.get("minimum_driver") or 0):
-        return f"it needs NVIDIA's driver {record['minimum_driver']} or newer, this is {driver}"
+    if backend == "cuda":
+        driver = _driver()
+        needed = record.get("minimum_driver")
+        if driver and needed and driver < needed:
+            return f"it needs NVIDIA's driver {needed} or newer, this is {driver}"
     namespace = f"genrep_fast_{backend}"
     definitions = torch.library.Library(namespace, "FRAGMENT")
     for schema in schemas.values():
@@ -130,10 +133,10 @@ def _register_triton() -> str | None:
     return None
 
 
-def _imported_at_first_call(module: str, name: str) -> Callable:
+def _imported_at_first_call(module: str, name: str) -> Callable[..., Any]:
     """Function `name` of a module of kernels; importing one imports Triton."""
 
-    def call(*arguments):
+    def call(*arguments: Any) -> Any:
         return getattr(import_module(f"genrep_fast.kernels.{module}"), name)(*arguments)
 
     return call

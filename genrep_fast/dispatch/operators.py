@@ -40,12 +40,12 @@ _library = torch.library.Library("genrep_fast", "FRAGMENT")
 def define_operator(
     schema: str,
     *,
-    reference: Callable,
-    fake: Callable,
-    backward: Callable | None = None,
-    setup_context: Callable | None = None,
-    data: tuple[int, ...] = (0,),
-) -> Callable:
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., None] | None = None,
+    dtype_from: tuple[int, ...] = (0,),
+) -> Callable[..., Any]:
     """Define ``genrep_fast::<schema>`` once: schema, fake, autograd, first implementation.
 
     That implementation is `reference`.
@@ -59,7 +59,7 @@ def define_operator(
         backward: ``backward(ctx, *grads)`` as `torch.library.register_autograd` wants it; None
             where no gradient flows.
         setup_context: ``setup_context(ctx, inputs, output)``, required with `backward`.
-        data: positions of the tensor arguments that hold the user's data: where one of their
+        dtype_from: positions of the tensor arguments whose dtype decides: where one of their
             tensors is float64, the reference runs.
 
     Returns:
@@ -72,21 +72,8 @@ def define_operator(
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     register_implementation(name, "reference", reference)
 
-    def run(*args: Any, **kwargs: Any) -> Any:
-        arguments = (*args, *kwargs.values())
-        device = _first_tensor(arguments).device
-        device_type = device.type
-        float64 = any(_holds_float64(arguments[position]) for position in data)
-        fastest = fastest_measured(name, device, arguments) if device_type == "cuda" else None
-        implementation = select_implementation(name, device_type, float64, fastest)
-        if not torch.is_autocast_enabled(device_type):
-            return implementation(*args, **kwargs)
-        # Autocast would run the inner matrix products of an operator in bfloat16, whatever its
-        # inputs.
-        with torch.autocast(device_type, enabled=False):
-            return implementation(*args, **kwargs)
-
-    _library.impl(name, run, "CompositeExplicitAutograd")
+    on_backend = _on_selected_backend(name, dtype_from)
+    _library.impl(name, on_backend, "CompositeExplicitAutograd")
     torch.library.register_fake(f"genrep_fast::{name}", fake, lib=_library)
     if backward is not None:
         torch.library.register_autograd(
@@ -101,25 +88,44 @@ def define_operator(
             return overload(*args)
         if backward is not None and torch.is_grad_enabled() and any(map(_requires_grad, args)):
             return overload(*args)
-        return run(*args)
+        return on_backend(*args)
 
     return call
 
 
-def _is_traced(arguments: tuple) -> bool:
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or type(_first_tensor(arguments)) not in _PLAIN_TENSORS
-    )
+def _on_selected_backend(name: str, dtype_from: tuple[int, ...]) -> Callable[..., Any]:
+    """The operator `name` on the backend that is selected at each call."""
+
+    def on_backend(*args: Any, **kwargs: Any) -> Any:
+        arguments = (*args, *kwargs.values())
+        device = _first_tensor(arguments).device
+        device_type = device.type
+        float64 = any(_holds_float64(arguments[position]) for position in dtype_from)
+        fastest = fastest_measured(name, device, arguments) if device_type == "cuda" else None
+        implementation = select_implementation(name, device_type, float64, fastest)
+        if not torch.is_autocast_enabled(device_type):
+            return implementation(*args, **kwargs)
+        # Autocast would run the inner matrix products of an operator in bfloat16, whatever its
+        # inputs.
+        with torch.autocast(device_type, enabled=False):
+            return implementation(*args, **kwargs)
+
+    return on_backend
+
+
+def _is_traced(arguments: tuple[Any, ...]) -> bool:
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return type(_first_tensor(arguments)) not in _PLAIN_TENSORS
 
 
 def _requires_grad(argument: Any) -> bool:
     return isinstance(argument, torch.Tensor) and argument.requires_grad
 
 
-def _first_tensor(arguments: tuple) -> torch.Tensor:
+def _first_tensor(arguments: tuple[Any, ...]) -> torch.Tensor:
     for argument in arguments:
         for value in argument if isinstance(argument, (list, tuple)) else (argument,):
             if isinstance(value, torch.Tensor):

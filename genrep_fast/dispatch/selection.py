@@ -15,6 +15,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,7 +29,7 @@ _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "referenc
 _unavailable: dict[str, str] = {}
 
 # Operator -> backend -> function.
-_implementations: dict[str, dict[str, Callable]] = {}
+_implementations: dict[str, dict[str, Callable[..., Any]]] = {}
 
 _insisted: contextvars.ContextVar[str | None] = contextvars.ContextVar(
     "genrep_fast_backend", default=None
@@ -39,7 +40,7 @@ class BackendUnavailableError(RuntimeError):
     """A backend was insisted on that cannot run the operator; the message says why."""
 
 
-def register_implementation(name: str, backend: str, implementation: Callable) -> None:
+def register_implementation(name: str, backend: str, implementation: Callable[..., Any]) -> None:
     """Add `implementation` of the operator `name` for `backend`, one of `BACKENDS`."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -82,7 +83,7 @@ def insisted_backend() -> str | None:
 
 def select_implementation(
     name: str, device_type: str, float64: bool, fastest: str | None = None
-) -> Callable:
+) -> Callable[..., Any]:
     """The function that the operator `name` runs now, for tensors on `device_type`.
 
     `float64`: whether the user's data are in float64. `fastest`: the backend to take where it is
@@ -116,25 +117,40 @@ def select_implementation(
     return by_backend["reference"]
 
 
-@functools.cache
-def _measured_on(device_index: int) -> dict[str, list[tuple[int | None, str]]]:
-    """Operator -> [(number of elements, backend that is the fastest up to it)].
+class FastestUpTo(NamedTuple):
+    """The backend that was measured as the fastest for an operator's arguments up to a size.
 
-    The last one is for any number.
+    Attributes:
+        num_elements: of the largest argument; None for any number.
+        backend: one of `BACKENDS`.
     """
-    measured = json.loads(Path(__file__).parent.parent.joinpath("gpu_backends.json").read_text())
-    return measured.get("{}.{}".format(*torch.cuda.get_device_capability(device_index)), {})
+
+    num_elements: int | None
+    backend: str
+
+    def holds_for(self, num_elements: int) -> bool:
+        """Whether it is the fastest where the largest argument has so many elements."""
+        return self.num_elements is None or num_elements <= self.num_elements
 
 
-def fastest_measured(name: str, device: torch.device, arguments: tuple) -> str | None:
+@functools.cache
+def _measured_on(device_index: int) -> dict[str, list[FastestUpTo]]:
+    """What was measured on GPUs like this one: operator -> sizes upwards, the last for any size."""
+    by_capability = json.loads((Path(__file__).parents[1] / "gpu_backends.json").read_text())
+    major, minor = torch.cuda.get_device_capability(device_index)
+    measured = by_capability.get(f"{major}.{minor}", {})
+    return {name: [FastestUpTo(*row) for row in rows] for name, rows in measured.items()}
+
+
+def fastest_measured(name: str, device: torch.device, arguments: tuple[object, ...]) -> str | None:
     """The backend measured as the fastest for these arguments; None without a measurement."""
-    steps = _measured_on(device.index).get(name)
-    if steps is None:
+    measured = _measured_on(device.index).get(name)
+    if measured is None:
         return None
-    if len(steps) == 1:
-        return steps[0][1]
-    elements = max(map(_num_elements, arguments))
-    return next(backend for most, backend in steps if most is None or elements <= most)
+    if len(measured) == 1:
+        return measured[0].backend
+    num_elements = max(map(_num_elements, arguments))
+    return next(fastest.backend for fastest in measured if fastest.holds_for(num_elements))
 
 
 def _num_elements(argument: object) -> int:

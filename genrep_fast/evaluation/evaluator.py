@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..data import DataSplits, as_tensors
-from ..models import GenRepPipeline
+from ..models import GenRep, GenRepPipeline
 from ..ops.posterior import fit_temperature, log_evidence, posterior
 from ..reporting.figures import (
     Illustration,
@@ -69,15 +69,15 @@ class EvaluationSettings:
     batch_size: int = 256
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             if value is not None and name != "seed" and value < 1:
                 raise ValueError(f"{name} must be positive, got {value}")
 
 
 def evaluate(
-    model,
-    scheduler,
+    model: GenRep,
+    scheduler: Any,
     splits: DataSplits,
     output_dir: str | Path,
     *,
@@ -123,10 +123,11 @@ def evaluate(
     output_dir.mkdir(parents=True, exist_ok=True)
     settings = settings or EvaluationSettings()
     evaluation = _Evaluation(model.eval(), scheduler, splits, settings, progress)
-    metrics, illustrations = evaluation.run(history or [], stages)
+    metrics, illustrations = evaluation.measure(history or [], stages)
     metrics["seconds"]["training"] = timings or {}
     metrics["teacher"] = teacher or {}
-    metrics["undefined"] = undefined = []
+    undefined: list[str] = []
+    metrics["undefined"] = undefined
     metrics = _without_nan(metrics, undefined)
     write_report(output_dir, metrics, illustrations)
     return metrics
@@ -137,12 +138,12 @@ class _Evaluation:
 
     def __init__(
         self,
-        model,
-        scheduler,
+        model: GenRep,
+        scheduler: Any,
         splits: DataSplits,
         settings: EvaluationSettings,
         progress: Progress | None,
-    ):
+    ) -> None:
         self.model = model
         self.scheduler = scheduler
         self.splits = splits
@@ -167,7 +168,7 @@ class _Evaluation:
         self.work_done = 0
         self.seconds: dict[str, Any] = {}
 
-    def run(
+    def measure(
         self, history: Sequence[dict[str, Any]], stages: Sequence[str] | None
     ) -> tuple[dict[str, Any], list[Illustration]]:
         with self._timed("head"):
@@ -175,8 +176,9 @@ class _Evaluation:
         with self._timed("posterior"):
             posterior_metrics, log_posteriors, test_evidence = self._posterior()
         with self._timed("classifier"):
-            num_classes, seed = self.splits.num_classes, self.settings.seed
-            classifier = fit_classifier(self.train, num_classes, seed=seed)
+            classifier = fit_classifier(
+                self.train, self.splits.num_classes, seed=self.settings.seed
+            )
         with self._timed("generation"):
             generation_metrics, generation_figures = self._generation(classifier)
         with self._timed("out_of_distribution"):
@@ -216,7 +218,8 @@ class _Evaluation:
         temperature = math.nan
         if calibration.isfinite().all():
             temperature = fit_temperature(calibration, self.calibration[1])
-        uncalibrated, calibrated = posterior(test), torch.full_like(test, math.nan)
+        uncalibrated = posterior(test)
+        calibrated = torch.full_like(test, math.nan)
         if math.isfinite(temperature):
             calibrated = posterior(test, temperature=temperature)
         before = classification_metrics(uncalibrated, self.test[1])
@@ -235,7 +238,8 @@ class _Evaluation:
         samples, labels = self._samples()
         train_images, _ = self.train
         test_images, test_labels = self.test
-        batch_size, class_names = self.settings.batch_size, self.splits.class_names
+        batch_size = self.settings.batch_size
+        class_names = self.splits.class_names
         features, predicted = classifier.judge(samples, batch_size)
         train_features, _ = classifier.judge(train_images, batch_size)
         test_features, _ = classifier.judge(test_images, batch_size)
@@ -244,8 +248,10 @@ class _Evaluation:
         floor = sum(frechet_distance(subset, test_features) for subset in subsets) / FLOOR_SUBSETS
         nearest = nearest_distances(samples, train_images, batch_size)
         nearest_test = nearest_distances(test_images, train_images, batch_size)
-        median, test_median = nearest.median().item(), nearest_test.median().item()
-        rate, rates = math.nan, dict.fromkeys(class_names, math.nan)
+        median = nearest.median().item()
+        test_median = nearest_test.median().item()
+        rate = math.nan
+        rates = dict.fromkeys(class_names, math.nan)
         if samples.isfinite().all():
             rate = accuracy(predicted, labels)
             for label, name in enumerate(class_names):
@@ -336,11 +342,12 @@ class _Evaluation:
     def _encode(self, images: Tensor) -> Tensor:
         return self.model.encode(images.to(self.model.device, self.model.dtype))
 
-    def _at_most(self, data: tuple[Tensor, Tensor], number: int | None) -> tuple[Tensor, Tensor]:
-        if number is None or number >= len(data[0]):
-            return data
-        chosen = torch.randperm(len(data[0]), generator=self.generator)[:number]
-        return data[0][chosen], data[1][chosen]
+    def _at_most(self, split: tuple[Tensor, Tensor], number: int | None) -> tuple[Tensor, Tensor]:
+        images, labels = split
+        if number is None or number >= len(images):
+            return split
+        chosen = torch.randperm(len(images), generator=self.generator)[:number]
+        return images[chosen], labels[chosen]
 
     def _subset(self, rows: Tensor, number: int) -> Tensor:
         return rows[torch.randperm(len(rows), generator=self.generator)[:number]]

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 NUM_FEATURES = 32
 MAX_IMAGE_SIZE = 32
-STEPS, BATCH_SIZE, LEARNING_RATE = 300, 128, 5e-3
+STEPS = 300
+BATCH_SIZE = 128
+LEARNING_RATE = 5e-3
 
 
 class ImageClassifier(nn.Module):
@@ -17,12 +19,12 @@ class ImageClassifier(nn.Module):
     Its last hidden layer has `NUM_FEATURES` units.
     """
 
-    def __init__(self, image_shape: tuple[int, int, int], num_classes: int):
+    def __init__(self, image_shape: tuple[int, int, int], num_classes: int) -> None:
         super().__init__()
         channels, height, width = image_shape
         # Larger images are shrunk first, so that fitting takes no longer for them.
         size = min(height, width, MAX_IMAGE_SIZE)
-        layers = [nn.AdaptiveAvgPool2d(size)] if size == MAX_IMAGE_SIZE else []
+        layers: list[nn.Module] = [nn.AdaptiveAvgPool2d(size)] if size == MAX_IMAGE_SIZE else []
         layers += _convolution(channels, 32)
         while size > 8:
             size = (size + 1) // 2
@@ -58,9 +60,10 @@ def fit_classifier(train: tuple[Tensor, Tensor], num_classes: int, *, seed: int)
         seed: of the initialisation and of the batches; the global random state is left as it was.
     """
     images, labels = train
+    channels, height, width = images.shape[1:]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        classifier = ImageClassifier(tuple(images.shape[1:]), num_classes)
+        classifier = ImageClassifier((channels, height, width), num_classes)
         optimizer = torch.optim.AdamW(classifier.parameters(), lr=LEARNING_RATE)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=STEPS)
         for _ in range(STEPS):

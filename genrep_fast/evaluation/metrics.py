@@ -23,12 +23,12 @@ class ReliabilityBins(NamedTuple):
     Attributes:
         confidence: its mean, NaN in an empty bin.
         accuracy: NaN in an empty bin.
-        count: of predictions.
+        counts: of predictions.
     """
 
     confidence: np.ndarray
     accuracy: np.ndarray
-    count: np.ndarray
+    counts: np.ndarray
 
 
 def classification_metrics(log_probabilities: Tensor, labels: Tensor) -> dict[str, float]:
@@ -57,14 +57,15 @@ def classification_metrics(log_probabilities: Tensor, labels: Tensor) -> dict[st
 
 def reliability_bins(log_probabilities: Tensor, labels: Tensor) -> ReliabilityBins:
     """Confidence and accuracy of log p(y|x) [N, K] in bins, for a reliability diagram."""
-    confidence, predicted = log_probabilities.exp().max(1)
-    confidence, correct = confidence.double().numpy(), (predicted == labels).double().numpy()
+    highest, predicted = log_probabilities.exp().max(1)
+    confidence = highest.double().numpy()
+    correct = (predicted == labels).double().numpy()
     edges = np.linspace(0, 1, CALIBRATION_BINS + 1)
-    count, _ = np.histogram(confidence, edges)
-    confidences, _ = np.histogram(confidence, edges, weights=confidence)
+    counts, _ = np.histogram(confidence, edges)
+    sums, _ = np.histogram(confidence, edges, weights=confidence)
     hits, _ = np.histogram(confidence, edges, weights=correct)
-    filled = np.where(count > 0, count, np.nan)
-    return ReliabilityBins(confidences / filled, hits / filled, count)
+    filled = np.where(counts > 0, counts, np.nan)
+    return ReliabilityBins(sums / filled, hits / filled, counts)
 
 
 def accuracy(predicted: Tensor, labels: Tensor) -> float:
@@ -84,12 +85,18 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
         return math.nan
     if not (_is_usable(features) and _is_usable(reference)):
         return math.nan
-    given_features = nn.Identity()
-    given_features.num_features = features.shape[1]
-    metric = FrechetInceptionDistance(given_features)
+    metric = FrechetInceptionDistance(_GivenFeatures(features.shape[1]))
     metric.update(reference.double(), real=True)
     metric.update(features.double(), real=False)
     return metric.compute().item()
+
+
+class _GivenFeatures(nn.Identity):
+    """In the place of torchmetrics' network: its inputs are features already."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
 
 
 def nearest_distances(images: Tensor, reference: Tensor, batch_size: int) -> Tensor:

@@ -5,8 +5,10 @@ How to add a null class, which blocks there are, and what their outputs look lik
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from diffusers import DiTTransformer2DModel, UNet2DModel
@@ -16,12 +18,17 @@ from torch import nn
 from ..files import read_json
 from .weights import load_complete
 
-BACKBONES = {"UNet2DModel": UNet2DModel, "DiTTransformer2DModel": DiTTransformer2DModel}
+Backbone: TypeAlias = UNet2DModel | DiTTransformer2DModel
+
+BACKBONES: dict[str, type[Backbone]] = {
+    "UNet2DModel": UNet2DModel,
+    "DiTTransformer2DModel": DiTTransformer2DModel,
+}
 
 _CLASS_COUNT = {UNet2DModel: "num_class_embeds", DiTTransformer2DModel: "num_embeds_ada_norm"}
 
 
-def load_backbone(path: str | Path) -> nn.Module:
+def load_backbone(path: str | Path) -> Backbone:
     """Load a backbone from a directory that diffusers' `save_pretrained` wrote.
 
     Raises:
@@ -39,7 +46,7 @@ def load_backbone(path: str | Path) -> nn.Module:
     return load_complete(backbone_class(config.get("_class_name")).from_pretrained, path)
 
 
-def require_saved(argument: str, path: str | Path, file: str) -> Path:
+def require_saved(argument: str, path: str | PathLike[str], file: str) -> Path:
     """Path of `file` in the directory `path`.
 
     Raises:
@@ -53,14 +60,14 @@ def require_saved(argument: str, path: str | Path, file: str) -> Path:
     return found
 
 
-def backbone_class(class_name: str) -> type[nn.Module]:
+def backbone_class(class_name: str | None) -> type[Backbone]:
     """Return the backbone class of that name, or raise ValueError with the names that exist."""
     if class_name not in BACKBONES:
         raise ValueError(f"backbone must be one of {', '.join(BACKBONES)}, got {class_name!r}")
     return BACKBONES[class_name]
 
 
-def build_backbone(config: dict[str, Any]) -> nn.Module:
+def build_backbone(config: dict[str, Any]) -> Backbone:
     """Build a randomly initialised backbone from ``{"_class_name": ..., **config}``."""
     backbone = backbone_class(config["_class_name"]).from_config(
         {k: v for k, v in config.items() if not k.startswith("_")}
@@ -74,7 +81,7 @@ def build_backbone(config: dict[str, Any]) -> nn.Module:
 
 
 def with_null_class(
-    backbone: nn.Module, num_classes: int
+    backbone: Backbone, num_classes: int
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Give `backbone` `num_classes` classes and a null class, the last row of its class embedding.
 
@@ -117,19 +124,19 @@ def with_null_class(
     return config, state
 
 
-def class_embeddings(backbone: nn.Module) -> list[nn.Parameter]:
+def class_embeddings(backbone: Backbone) -> list[nn.Parameter]:
     """The parameters that hold one row a class, the null class last."""
     names = ("class_embedding.weight", "class_embedder.embedding_table.weight")
     return [parameter for name, parameter in backbone.named_parameters() if name.endswith(names)]
 
 
 def run_backbone(
-    backbone: nn.Module,
+    backbone: Backbone,
     x: torch.Tensor,
     timesteps: torch.Tensor,
     labels: torch.Tensor,
     blocks: list[str],
-):
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Run `backbone` and capture the outputs of `blocks`.
 
     Args:
@@ -143,7 +150,7 @@ def run_backbone(
     """
     captured: dict[str, torch.Tensor] = {}
 
-    def capture(name):
+    def capture(name: str) -> Callable[[nn.Module, Any, torch.Tensor], None]:
         return lambda module, inputs, output: captured.__setitem__(name, output)
 
     handles = [backbone.get_submodule(name).register_forward_hook(capture(name)) for name in blocks]
@@ -163,7 +170,7 @@ def _as_map(features: torch.Tensor) -> torch.Tensor:
     return features.transpose(1, 2).unflatten(2, (side, side))
 
 
-def block_names(backbone: nn.Module) -> list[str]:
+def block_names(backbone: Backbone) -> list[str]:
     """Paths of the blocks whose outputs can serve as features, in the order in which they run."""
     if isinstance(backbone, DiTTransformer2DModel):
         return [f"transformer_blocks.{i}" for i in range(len(backbone.transformer_blocks))]
@@ -171,21 +178,21 @@ def block_names(backbone: nn.Module) -> list[str]:
     return middle + [f"up_blocks.{i}" for i in range(len(backbone.up_blocks))]
 
 
-def block_channels(backbone: nn.Module, name: str) -> int:
+def block_channels(backbone: Backbone, name: str) -> int:
     """Number of channels of the feature map of one block."""
     if isinstance(backbone, DiTTransformer2DModel):
         return backbone.inner_dim
     return backbone.get_submodule(name).resnets[-1].out_channels
 
 
-def output_channels(backbone: nn.Module) -> int:
+def output_channels(backbone: Backbone) -> int:
     """Number of channels C' of the model output, learned-variance channels included."""
     if isinstance(backbone, DiTTransformer2DModel):
         return backbone.out_channels
     return backbone.config.out_channels
 
 
-def attention_blocks(backbone: nn.Module) -> list[nn.Module]:
+def attention_blocks(backbone: Backbone) -> list[nn.Module]:
     """The modules whose gradients are aligned: attention layers of a UNet, blocks of a DiT."""
     if isinstance(backbone, DiTTransformer2DModel):
         return list(backbone.transformer_blocks)

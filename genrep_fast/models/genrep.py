@@ -16,6 +16,7 @@ from diffusers.utils import BaseOutput
 from torch import nn
 
 from .backbones import (
+    Backbone,
     attention_blocks,
     block_channels,
     block_names,
@@ -45,9 +46,9 @@ class GenRepOutput(BaseOutput):
 
     sample: torch.Tensor
     # Accelerate's mixed precision rebuilds an output from one dictionary, which diffusers takes
-    # only where the other fields have defaults.
-    log_std_shift: torch.Tensor | None = None
-    features: torch.Tensor | None = None
+    # only where the other fields are None at first; `forward` gives all of them.
+    log_std_shift: torch.Tensor = None  # type: ignore[assignment]
+    features: torch.Tensor = None  # type: ignore[assignment]
 
 
 class GenRep(ModelMixin, ConfigMixin):
@@ -81,7 +82,7 @@ class GenRep(ModelMixin, ConfigMixin):
         semantic_block: str | None = None,
         pool_size: int = 2,
         class_names: list[str] | None = None,
-    ):
+    ) -> None:
         super().__init__()
         self.backbone = build_backbone(backbone_config)
         self.vae = None
@@ -98,7 +99,8 @@ class GenRep(ModelMixin, ConfigMixin):
                 )
         self.register_to_config(perception_blocks=perception_blocks, semantic_block=semantic_block)
 
-        in_channels, out_channels = self.backbone.config.in_channels, output_channels(self.backbone)
+        in_channels = self.backbone.config.in_channels
+        out_channels = output_channels(self.backbone)
         semantic_channels = block_channels(self.backbone, semantic_block)
         widths = [block_channels(self.backbone, name) * pool_size**2 for name in perception_blocks]
         self.head = nn.Sequential(nn.LayerNorm(sum(widths)), nn.Linear(sum(widths), num_classes))
@@ -107,22 +109,20 @@ class GenRep(ModelMixin, ConfigMixin):
         self.mean_modulation = nn.Linear(
             _TIME_EMBEDDING, out_channels * (in_channels + semantic_channels)
         )
-        self.log_std_modulation = nn.Sequential(
-            nn.Linear(semantic_channels, semantic_channels),
-            nn.SiLU(),
-            nn.Linear(semantic_channels, 1),
-        )
-        for layer in (self.mean_modulation, self.log_std_modulation[-1]):
+        hidden = nn.Linear(semantic_channels, semantic_channels)
+        log_std_shift = nn.Linear(semantic_channels, 1)
+        self.log_std_modulation = nn.Sequential(hidden, nn.SiLU(), log_std_shift)
+        for layer in (self.mean_modulation, log_std_shift):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
     @classmethod
     def from_backbone(
         cls,
-        backbone: nn.Module | str | Path,
+        backbone: Backbone | str | Path,
         num_classes: int,
-        vae: nn.Module | str | Path | None = None,
-        **kwargs,
+        vae: AutoencoderKL | str | Path | None = None,
+        **kwargs: Any,
     ) -> GenRep:
         """Build a GenRep over a UNet2DModel or DiTTransformer2DModel.
 
@@ -140,25 +140,23 @@ class GenRep(ModelMixin, ConfigMixin):
             FileNotFoundError: where a directory holds no model.
             OSError: where a directory's weights cannot be read.
         """
-        if isinstance(backbone, (str, Path)):
-            backbone = load_backbone(backbone)
-        if isinstance(vae, (str, Path)):
-            require_saved("vae", vae, "config.json")
-            vae = load_complete(AutoencoderKL.from_pretrained, vae)
-        for name, module in (("backbone", backbone), ("vae", vae)):
+        network = load_backbone(backbone) if isinstance(backbone, (str, Path)) else backbone
+        autoencoder = _load_vae(vae) if isinstance(vae, (str, Path)) else vae
+        for name, module in (("backbone", network), ("vae", autoencoder)):
             empty = set() if module is None else meta_tensors(module)
             if empty:
                 without = named(sorted(empty))
                 raise ValueError(f"{name} must have values for all weights, got none for {without}")
-        config, state = with_null_class(backbone, num_classes)
-        model = cls(config, num_classes, None if vae is None else dict(vae.config), **kwargs)
+        config, state = with_null_class(network, num_classes)
+        vae_config = None if autoencoder is None else dict(autoencoder.config)
+        model = cls(config, num_classes, vae_config, **kwargs)
         model.backbone.load_state_dict(state)
-        if vae is not None:
-            model.vae.load_state_dict(vae.state_dict())
+        if autoencoder is not None:
+            model.vae.load_state_dict(autoencoder.state_dict())
         return model
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, **kwargs) -> GenRep:
+    def from_pretrained(cls, path: str | Path, **kwargs: Any) -> GenRep:
         """Load a model from a directory that `save_pretrained` wrote, or from the hub.
 
         Weights are read through safetensors only. Arguments are those of diffusers'
@@ -172,7 +170,9 @@ class GenRep(ModelMixin, ConfigMixin):
         return load_complete(super().from_pretrained, path, **kwargs)
 
     # The variant by its name, which is how diffusers' pipelines find out that there may be one.
-    def save_pretrained(self, path: str | Path, *, variant: str | None = None, **kwargs) -> None:
+    def save_pretrained(
+        self, path: str | Path, *, variant: str | None = None, **kwargs: Any
+    ) -> None:
         """Write config.json and the weights, as safetensors.
 
         Arguments are those of diffusers' `ModelMixin.save_pretrained`.
@@ -302,7 +302,7 @@ class GenRep(ModelMixin, ConfigMixin):
 
     def alignment_groups(self) -> list[int | None]:
         """For each trained parameter the index of its attention block, or None outside of them."""
-        groups = {}
+        groups: dict[int, int] = {}
         for index, block in enumerate(attention_blocks(self.backbone)):
             groups |= dict.fromkeys(map(id, block.parameters()), index)
         return [groups.get(id(p)) for p in self.parameters() if p.requires_grad]
@@ -318,6 +318,11 @@ class GenRep(ModelMixin, ConfigMixin):
 
     def _timesteps(self, x: torch.Tensor, timestep: torch.Tensor | int | float) -> torch.Tensor:
         return torch.as_tensor(timestep, device=x.device).expand(len(x))
+
+
+def _load_vae(path: str | Path) -> AutoencoderKL:
+    require_saved("vae", path, "config.json")
+    return load_complete(AutoencoderKL.from_pretrained, path)
 
 
 def _normalise(features: torch.Tensor) -> torch.Tensor:

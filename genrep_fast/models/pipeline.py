@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -46,12 +48,12 @@ class GenRepPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "model"
 
-    def __init__(self, model: GenRep, scheduler):
+    def __init__(self, model: GenRep, scheduler: Any) -> None:
         super().__init__()
         self.register_modules(model=model, scheduler=scheduler)
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike, **kwargs) -> GenRepPipeline:
+    def from_pretrained(cls, path: str | os.PathLike[str], **kwargs: Any) -> GenRepPipeline:
         """Load a pipeline from a directory that `save_pretrained` wrote.
 
         Weights are read through safetensors only.
@@ -67,7 +69,9 @@ class GenRepPipeline(DiffusionPipeline):
         return super().from_pretrained(path, model=model, **kwargs)
 
     @torch.no_grad()
-    def __call__(self, images) -> PerceptionOutput:
+    def __call__(
+        self, images: Image.Image | Sequence[Image.Image] | torch.Tensor
+    ) -> PerceptionOutput:
         """Classify images.
 
         Args:
@@ -88,11 +92,11 @@ class GenRepPipeline(DiffusionPipeline):
     @torch.no_grad()
     def generate(
         self,
-        labels,
+        labels: Sequence[int] | torch.Tensor,
         *,
         num_inference_steps: int = 50,
         seed: int = 0,
-        chain_ids=None,
+        chain_ids: Sequence[int] | torch.Tensor | None = None,
         eta: float = 0.0,
         output_type: str = "pil",
     ) -> ImagePipelineOutput:
@@ -151,7 +155,7 @@ class GenRepPipeline(DiffusionPipeline):
             images = to_pil(images)
         return ImagePipelineOutput(images=images)
 
-    def _checked_labels(self, labels) -> torch.Tensor:
+    def _checked_labels(self, labels: Sequence[int] | torch.Tensor) -> torch.Tensor:
         labels = torch.as_tensor(labels)
         num_classes = self.model.config.num_classes
         if labels.ndim != 1 or len(labels) == 0:
@@ -163,7 +167,9 @@ class GenRepPipeline(DiffusionPipeline):
             raise ValueError(f"labels must be in [0, {num_classes}), got {labels.tolist()}")
         return labels.to(self.device, torch.int64)
 
-    def _as_tensor(self, images) -> torch.Tensor:
+    def _as_tensor(
+        self, images: Image.Image | Sequence[Image.Image] | torch.Tensor
+    ) -> torch.Tensor:
         channels, height, width = self.model.image_shape
         if not isinstance(images, torch.Tensor):
             images = [images] if isinstance(images, Image.Image) else list(images)

@@ -13,13 +13,14 @@ from safetensors import SafetensorError, safe_open
 
 from ..files import read_json
 
-_NAMED = 3  # keys in a message; the others are counted
+# Keys in a message; the others are counted.
+_NAMED = 3
 _SIZE = r"torch\.Size\((\[[\d, ]*\])\)"
 _Named = Mapping[str, torch.Tensor]
 _log = logging.getLogger("diffusers.models.modeling_utils")
 
 
-def load_complete(from_pretrained: Callable[..., Any], path: str | Path, **kwargs) -> Any:
+def load_complete(from_pretrained: Callable[..., Any], path: str | Path, **kwargs: Any) -> Any:
     """What a diffusers model's ``from_pretrained(path, **kwargs)`` returns, of complete weights.
 
     Raises:
@@ -75,7 +76,8 @@ def check_weights(found: _Named, expected: _Named, what: str) -> None:
 def named(names: Collection[str]) -> str:
     """The first few of `names`, and how many there are beside them."""
     names = list(names)
-    first, others = ", ".join(names[:_NAMED]), len(names) - _NAMED
+    first = ", ".join(names[:_NAMED])
+    others = len(names) - _NAMED
     return f"{first} and {others} more" if others > 0 else first
 
 

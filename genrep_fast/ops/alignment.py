@@ -51,7 +51,7 @@ alignment_coefficients_operator = define_operator(
         gram.new_empty(len(gram)),
         gram.new_empty(len(gram)),
     ),
-    data=(),
+    dtype_from=(),
 )
 
 # A loss does not reach a tensor whose gradient of it is zero everywhere: autograd makes zeros of
@@ -61,7 +61,7 @@ group_gram_operator = define_operator(
     "group_gram(Tensor grams, int[] groups, int num_groups) -> Tensor",
     reference=reference.group_gram,
     fake=lambda grams, groups, num_groups: grams.new_empty(num_groups, *grams.shape[1:]),
-    data=(),
+    dtype_from=(),
 )
 
 tensor_coefficients_operator = define_operator(
@@ -69,7 +69,7 @@ tensor_coefficients_operator = define_operator(
     "-> Tensor",
     reference=reference.tensor_coefficients,
     fake=lambda coefficients, grams, groups, weights: coefficients.new_empty(grams.shape[:2]),
-    data=(),
+    dtype_from=(),
 )
 
 combine_operator = define_operator(
@@ -77,7 +77,7 @@ combine_operator = define_operator(
     "float[] weights, Tensor(a!)[] out) -> ()",
     reference=reference.combine,
     fake=lambda gradients, coefficients, groups, weights, out: None,
-    data=(0, 4),
+    dtype_from=(0, 4),
 )
 
 

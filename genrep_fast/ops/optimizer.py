@@ -28,7 +28,7 @@ adamw_step_operator = define_operator(
     "float weight_decay, float ema_decay, Tensor? found_inf) -> ()",
     reference=reference.adamw_step,
     fake=lambda *arguments: None,
-    data=(0, 1, 2, 3, 4),
+    dtype_from=(0, 1, 2, 3, 4),
 )
 
 

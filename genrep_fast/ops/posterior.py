@@ -102,7 +102,8 @@ def distillation_loss(
         )
     check_choice(reduction, "reduction", ("batchmean", "mean", "none"))
     if accumulation_dtype(student_logits, log_likelihood) == torch.float64:
-        student_logits, log_likelihood = student_logits.double(), log_likelihood.double()
+        student_logits = student_logits.double()
+        log_likelihood = log_likelihood.double()
     loss = _distillation_loss(student_logits, log_likelihood, log_prior, float(temperature))
     if reduction == "none":
         return loss  # [B, *spatial]
@@ -149,14 +150,17 @@ def fit_temperature(
         probability = torch.softmax(beta * scores + prior, 1)
         return torch.where(probability == 0, 0, probability * scores).sum(1).mean()
 
-    low, high = (-math.log(1e8) - gaps.log()), (math.log(1e8) - gaps.log())
+    # Of log beta.
+    low = -math.log(1e8) - gaps.log()
+    high = math.log(1e8) - gaps.log()
     separable = (scores.masked_fill(prior == -math.inf, -math.inf) <= 0).all()
     limit = negative_log_likelihood(high.exp()) + 0.5 / scores.shape[0]
     for _ in range(64):
         middle = (low + high) / 2
         beta = middle.exp()
         too_small = torch.where(separable, negative_log_likelihood(beta) > limit, slope(beta) < 0)
-        low, high = torch.where(too_small, middle, low), torch.where(too_small, high, middle)
+        low = torch.where(too_small, middle, low)
+        high = torch.where(too_small, high, middle)
     return (-high).exp().item()
 
 
@@ -261,15 +265,20 @@ def _differentiate_distillation(ctx: Any, grad: Tensor) -> tuple:
 
 
 def _distillation_loss_backward_fake(
-    grad, student_logits, log_likelihood, log_prior, temperature, mask
-):
-    gradients = []
-    for tensor, needed in zip((student_logits, log_likelihood), mask, strict=True):
-        if needed:
-            gradients.append(torch.empty(tensor.shape, dtype=tensor.dtype, device=grad.device))
-        else:
-            gradients.append(grad.new_empty(0))
-    return tuple(gradients)
+    grad: Tensor,
+    student_logits: Tensor,
+    log_likelihood: Tensor,
+    log_prior: Tensor | None,
+    temperature: float,
+    mask: list[bool],
+) -> tuple[Tensor, Tensor]:
+    def gradient_of(tensor: Tensor, needed: bool) -> Tensor:
+        if not needed:
+            return grad.new_empty(0)
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=grad.device)
+
+    needs_logits, needs_likelihood = mask
+    return gradient_of(student_logits, needs_logits), gradient_of(log_likelihood, needs_likelihood)
 
 
 _posterior = define_operator(

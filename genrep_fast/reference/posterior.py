@@ -26,7 +26,9 @@ def posterior(log_likelihood: Tensor, log_prior: Tensor | None, temperature: flo
 def log_evidence(log_likelihood: Tensor, log_prior: Tensor | None) -> Tensor:
     """log p(x) = logsumexp_y( L + log p(y) ), uniform p(y) where None. -> [B, *loc]"""
     evidence = _scores(log_likelihood, log_prior, 1.0).logsumexp(1)
-    return evidence - math.log(log_likelihood.shape[1]) if log_prior is None else evidence
+    if log_prior is None:
+        return evidence - math.log(log_likelihood.shape[1])
+    return evidence
 
 
 def distillation_loss(
@@ -72,5 +74,6 @@ def _divergence(
     """p, q, log p - log q [B, K, *loc] and KL(p || q) [B, *loc], where 0 log 0 = 0."""
     log_p = posterior(log_likelihood, log_prior, temperature)
     log_q = student_logits.to(log_p.dtype).log_softmax(1)
-    p, log_ratio = log_p.exp(), log_p - log_q
+    p = log_p.exp()
+    log_ratio = log_p - log_q
     return p, log_q.exp(), log_ratio, torch.where(p == 0, 0, p * log_ratio).sum(1)

@@ -11,11 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
+
     from ..evaluation.metrics import ReliabilityBins
 
 # Okabe and Ito's palette, told apart by colour-blind readers too.
@@ -27,7 +31,7 @@ VERMILION = "#D55E00"
 PURPLE = "#CC79A7"
 GREY = "#777777"
 
-STYLE = {
+STYLE: dict[RcKeyType, Any] = {
     "font.size": 10,
     "axes.titlesize": 11,
     "axes.spines.top": False,
@@ -38,7 +42,8 @@ STYLE = {
     "legend.frameon": False,
     "savefig.dpi": 150,
 }
-MAX_CLASSES, IMAGES_PER_CLASS = 20, 10
+MAX_CLASSES = 20
+IMAGES_PER_CLASS = 10
 LOSSES = {
     "perception": BLUE,
     "discrimination": SKY,
@@ -177,13 +182,14 @@ def draw_training(history: Sequence[dict[str, Any]], stages: Sequence[str] | Non
         title = f"stage {stage}" if stages is None else f"stage {stage}: {stages[stage]}"
         axes.set(title=title, xlabel="step", yscale="log" if positive else "linear")
     figure.axes[0].set_ylabel("loss")
-    drawn = {}
+    drawn: dict[str, Artist] = {}
     for axes in figure.axes:
-        lines = {line.get_label(): line for line in axes.lines}
+        lines = {str(line.get_label()): line for line in axes.lines}
         drawn |= {label: line for label, line in lines.items() if not label.startswith("_")}
     if drawn:
-        below = {"loc": "outside lower center", "ncols": len(drawn), "fontsize": 8}
-        figure.legend(drawn.values(), drawn.keys(), **below)
+        labels = list(drawn)
+        handles = list(drawn.values())
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(drawn), fontsize=8)
     return figure
 
 
@@ -207,7 +213,7 @@ def draw_alignment(history: Sequence[dict[str, Any]]) -> Figure:
 
 
 def _draw_grid(
-    axes,
+    axes: Axes,
     title: str,
     images: Tensor,
     labels: Tensor,
@@ -216,19 +222,23 @@ def _draw_grid(
 ) -> None:
     """Draw the first images [N, C, H, W] of each class in a row, with frames where `framed` [N]."""
     classes = len(class_names)
-    height, width = images.shape[-2] + 1, images.shape[-1] + 1
+    # Of a cell, with the line that parts it from the next.
+    height = images.shape[-2] + 1
+    width = images.shape[-1] + 1
     grid_shape = (classes * height + 1, IMAGES_PER_CLASS * width + 1, 3)
     grid = np.full(grid_shape, 1.0, dtype=np.float32)
     for row in range(classes):
         indices = (labels == row).nonzero().flatten()[:IMAGES_PER_CLASS]
         for column, index in enumerate(indices.tolist()):
-            top, start = row * height + 1, column * width + 1
+            top = row * height + 1
+            start = column * width + 1
             pixels = (images[index].clamp(-1, 1) + 1) / 2
             cell = grid[top : top + height - 1, start : start + width - 1]
             cell[:] = pixels.permute(1, 2, 0).numpy()
             if framed is not None and framed[index]:
-                frame = {"fill": False, "color": VERMILION, "linewidth": 2}
-                axes.add_patch(Rectangle((start - 1, top - 1), width, height, **frame))
+                corner = (start - 1, top - 1)
+                frame = Rectangle(corner, width, height, fill=False, color=VERMILION, linewidth=2)
+                axes.add_patch(frame)
     axes.imshow(grid, interpolation="nearest")
     middles = np.arange(classes) * height + height / 2
     axes.set(title=title, xticks=[], yticks=middles, yticklabels=class_names)
@@ -238,7 +248,7 @@ def _draw_grid(
 
 
 def _plot_series(
-    axes, rows: Sequence[dict[str, Any]], key: str, color: str, label: str | None = None
+    axes: Axes, rows: Sequence[dict[str, Any]], key: str, color: str, label: str | None = None
 ) -> bool:
     """Plot what was logged under `key`; True where nothing of it forbids a logarithmic axis."""
     logged = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
@@ -264,7 +274,7 @@ def _histograms(series: dict[str, tuple[Tensor, str]], xlabel: str) -> Figure:
         for label, (values, color) in series.items()
     }
     together = np.concatenate([values for values, _ in finite.values()])
-    edges = np.histogram_bin_edges(together, bins=50)
+    edges = np.histogram_bin_edges(together, bins=50).tolist()
     for label, (values, color) in finite.items():
         axes.hist(values, edges, color=color, alpha=0.5, label=label)
         if len(values):

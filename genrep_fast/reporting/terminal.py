@@ -39,20 +39,23 @@ class Stopwatch:
         device: where the timed work runs.
     """
 
-    def __init__(self, device: torch.device):
-        self.device, self._seconds, self._running = device, 0.0, None
-        # Those that were not read yet.
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._seconds = 0.0
+        # Those on a GPU that were not read yet.
         self._blocks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def __enter__(self) -> None:
-        self._running = self._mark()
-
-    def __exit__(self, *exception) -> None:
-        start, end = self._running, self._mark()
         if self.device.type == "cuda":
-            self._blocks.append((start, end))
+            self._start_event = self._event()
         else:
-            self._seconds += end - start
+            self._start_time = wall_clock(self.device)
+
+    def __exit__(self, *exception: object) -> None:
+        if self.device.type == "cuda":
+            self._blocks.append((self._start_event, self._event()))
+        else:
+            self._seconds += wall_clock(self.device) - self._start_time
 
     @property
     def seconds(self) -> float:
@@ -68,9 +71,7 @@ class Stopwatch:
         self._seconds = value
         self._blocks.clear()
 
-    def _mark(self) -> float | torch.cuda.Event:
-        if self.device.type != "cuda":
-            return wall_clock(self.device)
+    def _event(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self.device))
         return event
@@ -79,8 +80,11 @@ class Stopwatch:
 class StageProgress:
     """Progress of one stage, from step `start` to step `end` of the run; a context manager."""
 
-    def __init__(self, stage: str, start: int, end: int, length: int):
-        self.stage, self.length, self.first, self.printed = stage, length, end - length, 0
+    def __init__(self, stage: str, start: int, end: int, length: int) -> None:
+        self.stage = stage
+        self.length = length
+        self.first = end - length
+        self.printed = 0
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -102,10 +106,10 @@ class StageProgress:
         self.progress.start()
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.progress.stop()
 
-    def update(self, step: int, row: dict) -> None:
+    def update(self, step: int, row: dict[str, float]) -> None:
         """Show the newest row of the history."""
         done = step - self.first
         metrics = "  ".join(f"{name} {row[name]:.3f}" for name in _SHOWN if name in row)
@@ -133,7 +137,7 @@ def evaluation_progress() -> Iterator[Callable[[str, float], None]]:
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("evaluation", total=1.0)
-        said = None
+        said = ""
 
         def update(what: str, fraction: float) -> None:
             nonlocal said

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from .config import TrainingConfig
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
 
 __all__ = ["TrainingConfig", "Trainer"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> type[Trainer]:
     if name == "Trainer":
         return import_module("genrep_fast.training.trainer").Trainer
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,24 +9,28 @@ import dataclasses
 import json
 import statistics
 from pathlib import Path
+from typing import Any
 
 from ..evaluation import EvaluationSettings
 from ..files import only_writer, read_json, replacing, write_atomically
 from ..models import GenRep
 from ..reporting.terminal import console
 from .config import TrainingConfig
-from .run import run
+from .run import train_and_evaluate
 
 LABELLED_PER_CLASS = 10
 
 # What is switched on in each row; everything else, the budget of steps included, is the same.
-ROWS = {
+ROWS: dict[str, dict[str, Any]] = {
     "none": {"teacher": "none", "semantic": False, "align": False},
     "+ distillation": {"semantic": False, "align": False},
     "+ semantic-driven generation": {"teacher": "none", "align": False},
     "both": {"align": False},
     "both + alignment": {},
 }
+
+# Column -> value; None where a metric is not defined.
+_Metrics = dict[str, float | None]
 
 COLUMNS = {
     "head top-1 ↑": ("head", "top1"),
@@ -62,19 +66,22 @@ def run_ablation(config: TrainingConfig, seeds: int) -> str:
 
 
 def _run_ablation(config: TrainingConfig, seeds: int) -> str:
-    results = {row: [] for row in ROWS}
+    results: dict[str, list[_Metrics]] = {row: [] for row in ROWS}
     labelled = config.labelled_per_class or LABELLED_PER_CLASS
     for seed in range(config.seed, config.seed + seeds):
         base = dataclasses.replace(config, seed=seed, resume=True, labelled_per_class=labelled)
         backbone = _shared_backbone(base)
+        _, perception_steps, joint_steps = base.stage_steps
         for row, switches in ROWS.items():
             folder = Path(config.output) / f"seed-{seed}" / row.replace(" ", "-")
             varied = dataclasses.replace(
                 base,
                 output=str(folder),
                 backbone=str(backbone),
+                diffusion_steps=0,
+                perception_steps=perception_steps,
+                joint_steps=joint_steps,
                 steps=None,
-                **_after_diffusion(base),
                 **switches,
             )
             console.print(f"seed {seed}: {row}")
@@ -90,34 +97,29 @@ def _run_ablation(config: TrainingConfig, seeds: int) -> str:
 def _shared_backbone(config: TrainingConfig) -> Path:
     """Stage 0 of one seed; returns the folder of its backbone."""
     output = Path(config.output) / f"seed-{config.seed}" / "diffusion"
-    steps = {
-        "diffusion_steps": config.stage_steps[0],
-        "perception_steps": 0,
-        "joint_steps": 0,
-        "steps": None,
-    }
     config = dataclasses.replace(
-        config, output=str(output), teacher="none", evaluate=False, **steps
-    )
-    config = config.resumed()
+        config,
+        output=str(output),
+        teacher="none",
+        evaluate=False,
+        diffusion_steps=config.stage_steps[0],
+        perception_steps=0,
+        joint_steps=0,
+        steps=None,
+    ).resumed()
     backbone = output / "backbone"
     if not backbone.is_dir():
-        run(config)
+        train_and_evaluate(config)
         with replacing(backbone) as unfinished:
             GenRep.from_pretrained(output / "model" / "model").backbone.save_pretrained(unfinished)
     return backbone
 
 
-def _after_diffusion(config: TrainingConfig) -> dict[str, int]:
-    _, perception, joint = config.stage_steps
-    return {"diffusion_steps": 0, "perception_steps": perception, "joint_steps": joint}
-
-
-def _metrics(config: TrainingConfig) -> dict:
+def _metrics(config: TrainingConfig) -> _Metrics:
     config = config.resumed()
     path = Path(config.output) / "metrics.json"
     if not path.is_file():
-        run(config, EvaluationSettings(elbo_steps=8, seed=config.seed))
+        train_and_evaluate(config, EvaluationSettings(elbo_steps=8, seed=config.seed))
     metrics = read_json(path)
     try:
         return {column: metrics[group][key] for column, (group, key) in COLUMNS.items()}
@@ -125,16 +127,18 @@ def _metrics(config: TrainingConfig) -> dict:
         raise ValueError(f"{path} is damaged: it lacks {error}") from error
 
 
-def _table(results: dict[str, list[dict]]) -> str:
+def _table(results: dict[str, list[_Metrics]]) -> str:
     lines = ["| parts | " + " | ".join(COLUMNS) + " |", "| --- |" + " --- |" * len(COLUMNS)]
-    for row, runs in results.items():
-        cells = [_mean_and_deviation([run[column] for run in runs]) for column in COLUMNS]
+    for row, of_seeds in results.items():
+        columns = [[metrics[column] for metrics in of_seeds] for column in COLUMNS]
+        cells = map(_mean_and_deviation, columns)
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def _mean_and_deviation(values: list[float | None]) -> str:
-    if any(value is None for value in values):
+    defined = [value for value in values if value is not None]
+    if len(defined) < len(values):
         return "undefined"
-    deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.4f}{deviation}"
+    deviation = f" ± {statistics.stdev(defined):.4f}" if len(defined) > 1 else ""
+    return f"{statistics.mean(defined):.4f}{deviation}"

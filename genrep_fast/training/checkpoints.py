@@ -27,7 +27,9 @@ from ..scoring.chain_bank import ChainBank
 _KEPT = 2
 _FORMAT = "genrep_fast checkpoint 1"
 _NAME = re.compile(r"step-([0-9]+)")
-_MANIFEST, _STATE, _BANK = "manifest.json", "state.json", "bank.safetensors"
+_MANIFEST = "manifest.json"
+_STATE = "state.json"
+_BANK = "bank.safetensors"
 # In bytes; a real one has one thousand.
 _LARGEST_MANIFEST = 2**20
 # Bytes that are hashed at once.
@@ -165,7 +167,7 @@ def optimizer_state_dict(
     numbers = [number for group in groups for number in group["params"]]
     reached = {name.rpartition("/")[0] for name in tensors}
     counter = torch.zeros((), dtype=torch.float32)
-    expected = {}
+    expected: dict[str, torch.Tensor] = {}
     for name in reached & parameters.keys():
         expected |= {
             f"{name}/step": counter,
@@ -254,7 +256,8 @@ def _read_manifest(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
     if manifest.get("format") != _FORMAT:
         found = f"{_MANIFEST} has the format {manifest.get('format')!r}"
         raise _Damage(f"{found}, this genrep_fast reads {_FORMAT!r}")
-    step, files = manifest.get("step"), manifest.get("files")
+    step = manifest.get("step")
+    files = manifest.get("files")
     if type(step) is not int or not isinstance(files, dict):
         raise _Damage(damaged)
     if not all(isinstance(entry, dict) for entry in files.values()):
@@ -312,7 +315,8 @@ def _checkpoints(output: Path) -> list[_Found]:
     """The checkpoints of a run by their steps, whatever the number of digits."""
     folder = output / "checkpoints"
     paths = folder.iterdir() if folder.is_dir() else ()
-    return sorted(_Found(_number(path), path) for path in paths if _number(path) is not None)
+    numbered = ((_number(path), path) for path in paths)
+    return sorted(_Found(step, path) for step, path in numbered if step is not None)
 
 
 def _drop(old: Path) -> None:

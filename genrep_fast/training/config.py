@@ -6,7 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from ..files import read_json, write_atomically
 
@@ -128,8 +128,9 @@ class TrainingConfig:
     log_every: int = 10
     evaluate: bool = True
 
-    def __post_init__(self):
-        self.gradient_weights = tuple(self.gradient_weights)
+    def __post_init__(self) -> None:
+        # JSON has lists in place of tuples.
+        self.gradient_weights = cast(tuple[float, float], tuple(self.gradient_weights))
         for name in _POSITIVE:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
@@ -181,7 +182,8 @@ class TrainingConfig:
             return self
         saved = _read_options(path) | {"resume": self.resume, "output": self.output}
         for field in dataclasses.fields(self):
-            given, stored = getattr(self, field.name), saved.get(field.name, field.default)
+            given = getattr(self, field.name)
+            stored = saved.get(field.name, field.default)
             stored = tuple(stored) if isinstance(stored, list) else stored
             if given not in (field.default, stored):
                 raise ValueError(
@@ -218,7 +220,8 @@ def _read_options(path: Path) -> dict[str, Any]:
         ValueError: where it is damaged, has other options than TrainingConfig, or values of other
             types.
     """
-    saved, kinds = read_json(path), get_type_hints(TrainingConfig)
+    saved = read_json(path)
+    kinds = get_type_hints(TrainingConfig)
     if not isinstance(saved, dict):
         raise ValueError(f"{path} is damaged: it holds no options, but a {type(saved).__name__}")
     for name, value in saved.items():
@@ -238,7 +241,8 @@ def _fits(value: Any, kind: Any) -> bool:
         kinds = get_args(kind)
         fits = isinstance(value, list) and len(value) == len(kinds)
         return fits and all(map(_fits, value, kinds))
-    if get_args(kind):  # a union
+    if get_args(kind):
+        # A union.
         return any(_fits(value, part) for part in get_args(kind))
     if kind is float:
         return type(value) in (int, float)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ..coefficients.tables import StepCoefficients
-from ..models import GenRep
+from ..models import GenRep, GenRepOutput
 from ..scoring.estimators import training_target
 
 
@@ -60,7 +62,13 @@ class GenerationLoss(nn.Module):
         variance_weight: λ_v.
     """
 
-    def __init__(self, scheduler, *, alignment_weight: float, variance_weight: float):
+    std: torch.Tensor
+    log_std_range: torch.Tensor
+    noisy: torch.Tensor
+    output: torch.Tensor
+    exact_output: torch.Tensor
+
+    def __init__(self, scheduler: Any, *, alignment_weight: float, variance_weight: float) -> None:
         super().__init__()
         self.scheduler = scheduler
         self.alignment_weight = alignment_weight
@@ -73,16 +81,17 @@ class GenerationLoss(nn.Module):
             scheduler, timesteps, previous, variance="fixed_small", parameterization="sample"
         )
         large = StepCoefficients.chain(scheduler, timesteps, previous, variance="fixed_large")
-        std = chain.std.flip(0)
+        noisy, output, std = chain.step_tables().flip(1)
+        exact_noisy, exact_output, _ = exact.step_tables().flip(1)
         # β̃ is 0 at t = 0; its neighbour stands in, as in Improved DDPM.
         std[0] = std[1]
         self.register_buffer("std", std)
         # The std that scores: the one that moves the chain is 0 at t = 0, whose logarithm would
         # make the bound infinite there.
         self.register_buffer("log_std_range", -0.5 * large.inv_var.flip(0).log() - std.log())
-        self.register_buffer("noisy", (chain.mean_noisy - exact.mean_noisy).flip(0))
-        self.register_buffer("output", chain.mean_output.flip(0))
-        self.register_buffer("exact_output", exact.mean_output.flip(0))
+        self.register_buffer("noisy", noisy - exact_noisy)
+        self.register_buffer("output", output)
+        self.register_buffer("exact_output", exact_output)
 
     def forward(
         self,
@@ -110,13 +119,15 @@ class GenerationLoss(nn.Module):
         noise = torch.randn_like(x)
         x_t = self.scheduler.add_noise(x, noise, timesteps)
         given = None if own else semantic
-        output = model(x_t, timesteps, labels, semantic=given, modulate=modulate)
+        output: GenRepOutput = model(x_t, timesteps, labels, semantic=given, modulate=modulate)
         prediction = output.sample[:, : x.shape[1]]
         target = training_target(self.scheduler, x, noise, timesteps)
         diffusion = F.mse_loss(prediction.float(), target.float())
-        loss, parts = diffusion, {"diffusion": diffusion}
-        driven = modulate and semantic is not None
-        if driven:
+        loss = diffusion
+        parts = {"diffusion": diffusion}
+        driven = False
+        if modulate and semantic is not None:
+            driven = True
             cosine = F.cosine_similarity(output.features.float(), semantic.float(), dim=1)
             parts["representation_alignment"] = (1 - cosine).mean()
             loss = loss + self.alignment_weight * parts["representation_alignment"]
@@ -127,13 +138,15 @@ class GenerationLoss(nn.Module):
             loss = loss + self.variance_weight * parts["variational_bound"]
         return loss, parts
 
-    def _variational_bound(self, x, x_t, output, timesteps) -> torch.Tensor:
+    def _variational_bound(
+        self, x: torch.Tensor, x_t: torch.Tensor, output: GenRepOutput, timesteps: torch.Tensor
+    ) -> torch.Tensor:
         """KL( N(μ̃, σ²) ‖ N(μ, σ² e^{2s}) ) a dimension in nats.
 
         μ is detached: the bound trains s, the shift of log σ (and a learned variance).
         """
 
-        def at(table):
+        def at(table: torch.Tensor) -> torch.Tensor:
             return table[timesteps][:, None, None, None]
 
         prediction = output.sample[:, : x.shape[1]].detach().float()

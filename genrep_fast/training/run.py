@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -38,7 +39,9 @@ _CLOSING_ROWS = (
 )
 
 
-def run(config: TrainingConfig, settings: EvaluationSettings | None = None) -> dict | None:
+def train_and_evaluate(
+    config: TrainingConfig, settings: EvaluationSettings | None = None
+) -> dict[str, Any] | None:
     """Train as `config` says and evaluate.
 
     Args:
@@ -53,10 +56,12 @@ def run(config: TrainingConfig, settings: EvaluationSettings | None = None) -> d
         ValueError, OSError, FloatingPointError: as `Trainer` and its `run`.
     """
     with only_writer(Path(config.output)):
-        return _run(config.resumed() if config.resume else config, settings)
+        return _train_and_evaluate(config.resumed() if config.resume else config, settings)
 
 
-def _run(config: TrainingConfig, settings: EvaluationSettings | None) -> dict | None:
+def _train_and_evaluate(
+    config: TrainingConfig, settings: EvaluationSettings | None
+) -> dict[str, Any] | None:
     splits = load_data(config.data, image_size=config.image_size)
     trainer = Trainer(config, splits)
     settings = settings or evaluation_settings(config)
@@ -112,7 +117,8 @@ def _teacher_facts(state: TrainingState) -> dict[str, float]:
 
 
 def _budget_table(trainer: Trainer, settings: EvaluationSettings) -> Table:
-    config, splits = trainer.config, trainer.splits
+    config = trainer.config
+    splits = trainer.splits
     seconds = _seconds_per_pass(trainer)
     title = f"{config.data} → {config.output}"
     table = Table("stage", "steps", "time budget", title=title, title_justify="left")
@@ -134,7 +140,8 @@ def _budget_table(trainer: Trainer, settings: EvaluationSettings) -> Table:
 
 
 def _seconds_per_pass(trainer: Trainer) -> float:
-    config, model = trainer.config, trainer.model
+    config = trainer.config
+    model = trainer.model
     x = torch.zeros(config.batch_size, *model.sample_shape, device=model.device)
     labels = torch.zeros(config.batch_size, dtype=torch.int64, device=model.device)
     seconds = []
@@ -148,16 +155,20 @@ def _seconds_per_pass(trainer: Trainer) -> float:
     return sorted(seconds)[1]
 
 
-def result_table(metrics: dict | None) -> Table:
-    """The main results of an evaluation, for a terminal."""
+def result_table(metrics: dict[str, Any] | None) -> Table:
+    """The main results of an evaluation, for a terminal; none where `metrics` is None."""
     table = Table("result", "value", title="Result", title_justify="left")
-    for name, (group, key) in _CLOSING_ROWS if metrics else ():
+    if metrics is None:
+        return table
+    for name, (group, key) in _CLOSING_ROWS:
         value = metrics[group][key]
         table.add_row(name, "undefined" if value is None else f"{value:.4f}")
     return table
 
 
-def closing_table(trainer: Trainer, metrics: dict | None, evaluation_seconds: float) -> Table:
+def closing_table(
+    trainer: Trainer, metrics: dict[str, Any] | None, evaluation_seconds: float
+) -> Table:
     """Results, where there are any, and the times of a finished run."""
     table = result_table(metrics)
     for stage in STAGES:

@@ -14,7 +14,7 @@ from ..models import GenRep
 from ..models.weights import check_weights
 from .checkpoints import Checkpoint
 from .config import STAGES, TrainingConfig
-from .teacher import Teacher
+from .teacher import Teacher, check_bank
 
 # What is read off gradients may overflow where a GradScaler skips the step; the losses may not.
 _MAY_OVERFLOW = ("gradient_norm", "cosine", "alpha")
@@ -38,18 +38,24 @@ class TrainingState:
     stage: int = -1
     momentum: GenRep | None = None
     teacher: Teacher | None = None
-    history: list[dict] = field(default_factory=list)
+    history: list[dict[str, float]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
 
     @property
     def teacher_percent(self) -> float:
         """What the teacher takes of a training step that it teaches, in per cent of its time."""
+        if self.teacher is None:
+            return 0.0
         taught = self.seconds["perception"] + self.seconds["joint"]
         return 100 * self.teacher.in_steps.seconds / taught
 
     def log(self, stage: int, metrics: dict[str, torch.Tensor], learning_rate: float) -> None:
         """Append a row to the history; raise FloatingPointError where a loss is not finite."""
-        row = {"step": self.step, "stage": stage, "learning_rate": learning_rate}
+        row: dict[str, float] = {
+            "step": self.step,
+            "stage": stage,
+            "learning_rate": learning_rate,
+        }
         row |= {name: float(value) for name, value in metrics.items()}
         for name, value in row.items():
             if name not in _MAY_OVERFLOW and not math.isfinite(value):
@@ -64,7 +70,9 @@ class TrainingState:
 
     @torch.no_grad()
     def follow(self, momentum: float) -> None:
-        """θ_sem ← momentum·θ_sem + (1 − momentum)·θ_unified."""
+        """θ_sem ← momentum·θ_sem + (1 − momentum)·θ_unified, where there is such a network."""
+        if self.momentum is None:
+            return
         followers = [self.momentum.get_parameter(name) for name in self.parameters]
         torch._foreach_lerp_(followers, list(self.parameters.values()), 1 - momentum)
 
@@ -124,27 +132,30 @@ class TrainingState:
             end += length
         return []
 
-    def restore(self, checkpoint: Checkpoint, model: GenRep, scheduler) -> None:
+    def restore(self, checkpoint: Checkpoint, model: GenRep, scheduler: Any) -> None:
         """Go to the place of `checkpoint`, which `check` accepted, with networks like `model`.
 
         Raises:
             ValueError: for networks and a bank that do not fit; nothing is changed then.
         """
-        momentum, teacher = None, None
+        momentum = None
         if "momentum" in checkpoint.tensors:
             momentum = model.frozen_copy()
-            saved, expected = checkpoint.tensors["momentum"], momentum.trained_state()
-            check_weights(saved, expected, "the tensors of momentum.safetensors")
+            saved = checkpoint.tensors["momentum"]
+            check_weights(saved, momentum.trained_state(), "the tensors of momentum.safetensors")
             momentum.load_state_dict(momentum.state_dict() | saved)
+        teacher = None
         if "teacher" in checkpoint.tensors:
-            teacher = Teacher(self.config, model.frozen_copy(), scheduler)
-            saved, expected = checkpoint.tensors["teacher"], teacher.model.trained_state()
-            check_weights(saved, expected, "the tensors of teacher.safetensors")
-            teacher.bank = checkpoint.bank
+            frozen = model.frozen_copy()
+            saved = checkpoint.tensors["teacher"]
+            check_weights(saved, frozen.trained_state(), "the tensors of teacher.safetensors")
+            check_bank(checkpoint.bank, self.config, frozen)
+            teacher = Teacher(self.config, frozen, scheduler, checkpoint.bank)
             teacher.load_state_dict({**checkpoint.state["teacher"], "model": saved})
         for name in ("step", "micro_batch", "stage", "history", "seconds"):
             setattr(self, name, checkpoint.state[name])
-        self.momentum, self.teacher = momentum, teacher
+        self.momentum = momentum
+        self.teacher = teacher
         copy_(self.averages, [checkpoint.tensors["averages"][name] for name in self.parameters])
 
 
@@ -170,9 +181,12 @@ def read_history(path: Path) -> list[dict[str, Any]]:
 
 def check_numbers(values: Any, what: str) -> None:
     """Raise ValueError where `values`, which `what` names, is no dictionary of finite numbers."""
-    found = values.values() if isinstance(values, dict) else [None]
-    if not all(type(value) in (int, float) and abs(value) < math.inf for value in found):
+    if not isinstance(values, dict) or not all(map(_is_finite_number, values.values())):
         raise ValueError(f"{what} must be numbers and finite, got {repr(values)[:80]}")
+
+
+def _is_finite_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < math.inf
 
 
 def check_history(history: Any) -> None:

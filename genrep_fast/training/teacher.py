@@ -5,6 +5,8 @@ It knows the temperature of its posterior, and its cost.
 
 from __future__ import annotations
 
+from typing import Any, TypeAlias
+
 import torch
 
 from ..models import GenRep
@@ -16,12 +18,16 @@ from .config import TrainingConfig
 
 # Chosen by negative log-likelihood on the calibration split of the digits: many short chains beat
 # few long ones at the same cost.
-_CENTER, _SIGMA_FLOOR = "sample", 0.2
+_CENTER = "sample"
+_SIGMA_FLOOR = 0.2
 # A fifth of the steps is dropped, and every fourth of the rest is kept.
-_BURN_IN, _THIN = 0.2, 4
+_BURN_IN = 0.2
+_THIN = 4
 # Each refresh renews one chain in four.
 _REFRESH = 4
 _BATCH = 256
+
+_Estimator: TypeAlias = ElboEstimator | ImageChainEstimator | ChainBank
 
 
 def planned_evaluations(config: TrainingConfig, num_classes: int) -> int:
@@ -45,6 +51,12 @@ def scaled_chains(config: TrainingConfig) -> int:
 class Teacher:
     """Scores images with the estimator that `config.teacher` names, over the frozen `model`.
 
+    Args:
+        config: of the run; its teacher is not "none".
+        model: frozen.
+        scheduler: that `model` was trained with.
+        bank: which `check_bank` accepted; one is built where it is needed and not given.
+
     Attributes:
         temperature: τ of the posterior, calibrated by `prepare`.
         accuracy: top-1 of the posterior on the calibration images, also of `prepare`.
@@ -54,11 +66,22 @@ class Teacher:
         apart: stopwatch of everything else, the bank's chains and the calibration.
     """
 
-    def __init__(self, config: TrainingConfig, model: GenRep, scheduler):
-        self.config, self.model, self.scheduler = config, model, scheduler
-        self.temperature, self.accuracy = 1.0, 0.0
-        self.in_steps, self.apart = Stopwatch(model.device), Stopwatch(model.device)
-        self.estimator = None if config.teacher == "bank" else self._online_estimator()
+    def __init__(
+        self,
+        config: TrainingConfig,
+        model: GenRep,
+        scheduler: Any,
+        bank: ChainBank | None = None,
+    ) -> None:
+        self.config = config
+        self.model = model
+        self.scheduler = scheduler
+        self.temperature = 1.0
+        self.accuracy = 0.0
+        self.in_steps = Stopwatch(model.device)
+        self.apart = Stopwatch(model.device)
+        with self.apart:
+            self.estimator = self._build_estimator() if bank is None else bank
 
     @property
     def evaluations(self) -> int:
@@ -66,38 +89,17 @@ class Teacher:
 
     @property
     def bank(self) -> ChainBank | None:
-        """The bank of a teacher that has one; `state_dict` holds the rest.
-
-        Raises:
-            ValueError: where it is set to a bank of other sizes.
-        """
-        return self.estimator if self.config.teacher == "bank" else None
-
-    @bank.setter
-    def bank(self, bank: ChainBank | None) -> None:
-        if (bank is not None) != (self.config.teacher == "bank"):
-            fault = "no" if bank is None else "a"
-            raise ValueError(f"a teacher of the kind {self.config.teacher} got {fault} bank")
-        if bank is None:
-            return
-        found = (len(bank.centers), bank.settings.chains, *bank.centers.shape[2:])
-        num_classes = self.model.config.num_classes
-        expected = (num_classes, scaled_chains(self.config), *self.model.sample_shape)
-        if found != expected:
-            sizes = "classes, chains and sample shape"
-            raise ValueError(f"the bank has {sizes} {found}, its teacher {expected}")
-        self.estimator = bank
+        """The bank of a teacher that has one; `state_dict` holds the rest."""
+        return self.estimator if isinstance(self.estimator, ChainBank) else None
 
     def prepare(self, images: torch.Tensor, labels: torch.Tensor) -> None:
-        """Build the bank where there is one, and calibrate the temperature.
+        """Calibrate the temperature.
 
         Args:
             images: [N, C, H, W], that serve nothing else.
             labels: [N].
         """
         with self.apart:
-            if self.config.teacher == "bank":
-                self.estimator = self._build_bank()
             batches = images.split(_BATCH)
             scores = torch.cat([self.estimator.log_likelihood(batch) for batch in batches])
             self.temperature = fit_temperature(scores, labels)
@@ -116,12 +118,13 @@ class Teacher:
 
     def refresh(self) -> None:
         """Renew a part of the bank's chains; the other estimators keep nothing that could age."""
-        if self.config.teacher == "bank":
+        bank = self.bank
+        if bank is not None:
             chains = max(1, scaled_chains(self.config) // _REFRESH)
             with self.apart:
-                self.estimator.refresh(self._denoise, chains=chains)
+                bank.refresh(self._denoise, chains=chains)
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         return {
             "model": self.model.trained_state(),
             "temperature": self.temperature,
@@ -131,21 +134,26 @@ class Teacher:
             "evaluations": self.evaluations,
         }
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(self.model.state_dict() | state["model"])
-        self.temperature, self.accuracy = state["temperature"], state["accuracy"]
+        self.temperature = state["temperature"]
+        self.accuracy = state["accuracy"]
         self.in_steps.seconds = state["seconds_in_steps"]
         self.apart.seconds = state["seconds_apart"]
         # A bank keeps its own count.
-        if self.config.teacher != "bank":
+        if not isinstance(self.estimator, ChainBank):
             self.estimator.evaluations = state["evaluations"]
 
-    def _build_bank(self) -> ChainBank:
+    def _build_estimator(self) -> _Estimator:
+        arguments = (self._denoise, self.scheduler, self.model.config.num_classes)
         steps = self.config.teacher_steps
+        if self.config.teacher == "elbo":
+            return ElboEstimator(*arguments, num_steps=steps, seed=self.config.seed)
+        if self.config.teacher == "image_chain":
+            options = self._chain_options()
+            return ImageChainEstimator(*arguments, num_inference_steps=steps, **options)
         return ChainBank.build(
-            self._denoise,
-            self.scheduler,
-            self.model.config.num_classes,
+            *arguments,
             self.model.sample_shape,
             num_inference_steps=steps,
             chains=scaled_chains(self.config),
@@ -155,15 +163,7 @@ class Teacher:
             **self._chain_options(),
         )
 
-    def _online_estimator(self) -> ElboEstimator | ImageChainEstimator:
-        arguments = (self._denoise, self.scheduler, self.model.config.num_classes)
-        steps = self.config.teacher_steps
-        if self.config.teacher == "elbo":
-            return ElboEstimator(*arguments, num_steps=steps, seed=self.config.seed)
-        options = self._chain_options()
-        return ImageChainEstimator(*arguments, num_inference_steps=steps, **options)
-
-    def _chain_options(self) -> dict:
+    def _chain_options(self) -> dict[str, Any]:
         # A learned variance fits no table: the larger of its two bounds scores in its place.
         variance = "fixed_large" if self.scheduler.config.variance_type == "learned_range" else None
         return {
@@ -177,3 +177,20 @@ class Teacher:
         self, x_t: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor
     ) -> torch.Tensor:
         return self.model(x_t, timesteps, labels, modulate=False).sample
+
+
+def check_bank(bank: ChainBank | None, config: TrainingConfig, model: GenRep) -> None:
+    """Raise ValueError where `bank` is not one that `Teacher` builds with these arguments.
+
+    A teacher of another kind than "bank" has none.
+    """
+    if (bank is not None) != (config.teacher == "bank"):
+        fault = "no" if bank is None else "a"
+        raise ValueError(f"a teacher of the kind {config.teacher} got {fault} bank")
+    if bank is None:
+        return
+    found = (len(bank.centers), bank.settings.chains, *bank.centers.shape[2:])
+    expected = (model.config.num_classes, scaled_chains(config), *model.sample_shape)
+    if found != expected:
+        sizes = "classes, chains and sample shape"
+        raise ValueError(f"the bank has {sizes} {found}, its teacher {expected}")

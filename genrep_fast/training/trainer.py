@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple, TypeAlias
 
 import torch
 from accelerate import Accelerator
@@ -13,8 +15,8 @@ from diffusers import DDPMScheduler, UNet2DModel
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..alignment.aligned_adamw import AlignedAdamW
-from ..alignment.aligner import GradientAligner
-from ..data import DataSplits, as_tensors, few_labels
+from ..alignment.aligner import AlignerStats, GradientAligner
+from ..data import DataSplits, LabelledImages, as_tensors, few_labels
 from ..files import only_writer, remove_unfinished, replacing, write_atomically
 from ..models import GenRep, GenRepPipeline
 from ..models.backbones import require_saved
@@ -39,6 +41,9 @@ _FINAL_LEARNING_RATE = 0.01
 # What a checkpoint keeps of PyTorch's LambdaLR; the rest follows from the options.
 _OF_THE_SCHEDULE = ("last_epoch", "_step_count", "_last_lr")
 
+# Images [B, C, H, W], labels int64 [B], and which of them the perception loss may use, bool [B].
+_Batch: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
 
 class Trainer:
     """Trains one GenRep as `config` says and leaves the pipeline in ``<output>/model``.
@@ -56,8 +61,10 @@ class Trainer:
 
     def __init__(
         self, config: TrainingConfig, splits: DataSplits, accelerator: Accelerator | None = None
-    ):
-        self.config, self.splits, self.output = config, splits, Path(config.output)
+    ) -> None:
+        self.config = config
+        self.splits = splits
+        self.output = Path(config.output)
         self.accelerator = accelerator or Accelerator(
             mixed_precision=config.mixed_precision,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
@@ -76,9 +83,10 @@ class Trainer:
         self.scheduler = build_scheduler(config)
         model = build_model(config, splits).to(self.accelerator.device)
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.names, self.parameters = list(named), list(named.values())
+        self.names = list(named)
+        self.parameters = list(named.values())
         self.averages = [parameter.detach().clone() for parameter in self.parameters]
-        groups = {}
+        groups: dict[str, int | None] = {}
         if config.align:
             groups = dict(zip(self.names, model.alignment_groups(), strict=True))
         self.aligner = GradientAligner(
@@ -144,8 +152,9 @@ class Trainer:
             pipeline.save_pretrained(unfinished)
         return pipeline
 
-    def _run_stage(self, stage: int, end: int, batches) -> None:
-        state, length = self.state, self.config.stage_steps[stage]
+    def _run_stage(self, stage: int, end: int, batches: Iterator[_Batch]) -> None:
+        state = self.state
+        length = self.config.stage_steps[stage]
         with StageProgress(STAGES[stage], state.step, end, length) as progress:
             if state.stage != stage:
                 self._enter_stage(stage)
@@ -166,7 +175,7 @@ class Trainer:
                 if last or state.step % self.config.checkpoint_every == 0:
                     self._checkpoint()
 
-    def _step(self, stage: int, batches) -> dict[str, torch.Tensor]:
+    def _step(self, stage: int, batches: Iterator[_Batch]) -> dict[str, torch.Tensor]:
         """One optimizer step: its micro-batches, then alignment, clipping, update and averages."""
         self.optimizer.optimizer.ema_decay = self._ema_decay(stage)
         while True:
@@ -182,47 +191,61 @@ class Trainer:
                 self.optimizer.zero_grad()
             if self.accelerator.sync_gradients:
                 break
-        stats = self.aligner.stats
-        if stage == 2:
-            self.state.follow(self.config.momentum)
-            if self.aligner.group_keys:
-                metrics |= {"cosine": stats.cosine.mean(), "alpha": stats.alpha.mean()}
+        self.state.follow(self.config.momentum)
+        if self.aligner.stats is not None:
+            metrics |= self._alignment_metrics(stage, self.aligner.stats)
+        return metrics
+
+    def _alignment_metrics(self, stage: int, stats: AlignerStats) -> dict[str, torch.Tensor]:
+        metrics = {}
+        # Earlier stages have one loss, hence no conflict.
+        if stage == 2 and self.aligner.group_keys and stats.alpha is not None:
+            metrics = {"cosine": stats.cosine.mean(), "alpha": stats.alpha.mean()}
         if stats.total_norm is not None:
             metrics["gradient_norm"] = stats.total_norm
         return metrics
 
-    def _backward(self, stage: int, batch) -> dict[str, torch.Tensor]:
+    def _backward(self, stage: int, batch: _Batch) -> dict[str, torch.Tensor]:
         """Collect the gradients of both losses.
 
         A loss that the stage does not have reaches no parameter.
         """
         images, labels, labelled = batch
         x = self.model.encode(images)
-        metrics = {}
+        metrics: dict[str, torch.Tensor] = {}
         with self.aligner.collect("generation"):
             if stage != 1:
-                metrics |= self._generation(stage, x, labels)
+                metrics |= self._generation(x, labels)
         with self.aligner.collect("perception"):
             if stage != 0:
                 metrics |= self._perception(x, labels, labelled)
         return {name: value.detach() for name, value in metrics.items()}
 
-    def _generation(
-        self, stage: int, x: torch.Tensor, labels: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
-        arguments = {"modulate": False}
-        if stage == 2:
-            arguments = {
-                "modulate": self.config.semantic,
-                "own": torch.rand(()).item() >= self.config.semantic_rate,
-            }
-            if self.config.semantic:
-                with torch.no_grad(), self.accelerator.autocast():
-                    arguments["semantic"] = self.state.momentum.semantic_features(x)
+    def _generation(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        semantic = _Semantic()
+        if self.state.momentum is not None:
+            semantic = self._semantic(x, self.state.momentum)
         with self.accelerator.autocast():
-            loss, parts = self.generation_loss(self.wrapped, x, labels, **arguments)
+            loss, parts = self.generation_loss(
+                self.wrapped,
+                x,
+                labels,
+                semantic=semantic.features,
+                own=semantic.own,
+                modulate=semantic.modulate,
+            )
         self.accelerator.backward(loss)
         return {"generation": loss, **parts}
+
+    def _semantic(self, x: torch.Tensor, momentum: GenRep) -> _Semantic:
+        """What drives the generation in the joint stage, which alone has a momentum network."""
+        # Drawn even where nothing is driven: a run without `semantic` has the same random numbers.
+        own = torch.rand(()).item() >= self.config.semantic_rate
+        features = None
+        if self.config.semantic:
+            with torch.no_grad(), self.accelerator.autocast():
+                features = momentum.semantic_features(x)
+        return _Semantic(features, own, modulate=self.config.semantic)
 
     def _perception(
         self, x: torch.Tensor, labels: torch.Tensor, labelled: torch.Tensor
@@ -240,7 +263,8 @@ class Trainer:
 
     def _refresh_teacher(self) -> float:
         """Renew a part of the teacher's bank where it is time to; the seconds that this took."""
-        teacher, every = self.state.teacher, self.config.teacher_refresh
+        teacher = self.state.teacher
+        every = self.config.teacher_refresh
         if teacher is None or not every or self.state.step % every != 0:
             return 0.0
         before = teacher.apart.seconds
@@ -305,7 +329,8 @@ class Trainer:
         checkpoint = self.state.checkpoint()
         moments = optimizer_tensors(self.optimizer.optimizer, self.names)
         checkpoint.tensors |= {"model": self.model.state_dict(), "optimizer": moments}
-        schedule, scaler = self.schedule.state_dict(), self.accelerator.scaler
+        schedule = self.schedule.state_dict()
+        scaler = self.accelerator.scaler
         checkpoint.state |= {
             "schedule": {name: schedule[name] for name in _OF_THE_SCHEDULE},
             "scaler": None if scaler is None else scaler.state_dict(),
@@ -315,13 +340,15 @@ class Trainer:
     def _restore(self, folder: Path) -> None:
         """Take over a checkpoint's content, all of which is checked before anything is changed."""
         checkpoint = read_checkpoint(folder, self.accelerator.device)
-        tensors, optimizer = checkpoint.tensors, self.optimizer.optimizer
+        tensors = checkpoint.tensors
+        optimizer = self.optimizer.optimizer
         scaler = self.accelerator.scaler
         try:
             self.state.check(checkpoint)
             current = self.model.state_dict()
             check_weights(tensors["model"], current, "the tensors of model.safetensors")
-            schedule, saved_scaler = checkpoint.state["schedule"], checkpoint.state["scaler"]
+            schedule = checkpoint.state["schedule"]
+            saved_scaler = checkpoint.state["scaler"]
             if schedule.keys() != set(_OF_THE_SCHEDULE):
                 raise ValueError("the schedule in state.json is not that of this run")
             rates = schedule["_last_lr"]
@@ -371,33 +398,47 @@ class Trainer:
         return warmup * cosine * highest
 
 
-class _PartlyLabelled(Dataset):
+class _Semantic(NamedTuple):
+    """What drives the generation (`GenerationLoss.forward`): nothing before the joint stage."""
+
+    # [B, F, h, w]
+    features: torch.Tensor | None = None
+    own: bool = False
+    modulate: bool = False
+
+
+class _PartlyLabelled(Dataset[tuple[torch.Tensor, int, bool]]):
     """Items (image, label, whether the perception loss may use the label)."""
 
-    def __init__(self, dataset: Dataset, labelled: torch.Tensor):
-        self.dataset, self.labelled = dataset, labelled.tolist()
+    def __init__(self, dataset: LabelledImages, labelled: torch.Tensor) -> None:
+        self.dataset = dataset
+        self.labelled: list[bool] = labelled.tolist()
 
     def __len__(self) -> int:
         return len(self.labelled)
 
-    def __getitem__(self, index: int):
-        return *self.dataset[index], self.labelled[index]
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int, bool]:
+        image, label = self.dataset[index]
+        return image, label, self.labelled[index]
 
 
-class _SeededBatches(Sampler):
+class _SeededBatches(Sampler[list[int]]):
     """Micro-batches `start` … `total` − 1 of a run.
 
     Each epoch is a permutation that follows from the seed and the epoch alone.
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int, start: int, total: int):
-        self.length, self.batch_size = length, min(batch_size, length)
-        self.seed, self.start, self.total = seed, start, total
+    def __init__(self, length: int, batch_size: int, seed: int, start: int, total: int) -> None:
+        self.length = length
+        self.batch_size = min(batch_size, length)
+        self.seed = seed
+        self.start = start
+        self.total = total
 
     def __len__(self) -> int:
         return self.total - self.start
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[list[int]]:
         per_epoch = self.length // self.batch_size
         for index in range(self.start, self.total):
             epoch, place = divmod(index, per_epoch)
@@ -426,9 +467,7 @@ def build_model(config: TrainingConfig, splits: DataSplits) -> GenRep:
     """
     if config.backbone is None and config.vae is not None:
         raise ValueError("vae: a latent model needs a backbone, got none")
-    backbone = config.backbone
-    if backbone is None:
-        backbone = _small_unet(*splits.image_shape)
+    backbone = _small_unet(*splits.image_shape) if config.backbone is None else config.backbone
     model = GenRep.from_backbone(
         backbone, splits.num_classes, vae=config.vae, class_names=splits.class_names
     )

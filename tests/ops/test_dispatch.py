@@ -225,7 +225,8 @@ def test_autocast_is_off_inside_operators(registry, compiled):
 
 
 def test_the_fastest_backend_depends_on_the_largest_argument(monkeypatch):
-    table = {"gram": [[None, "triton"]], "combine": [[100, "cuda"], [None, "triton"]]}
+    any_size = selection.FastestUpTo(None, "triton")
+    table = {"gram": [any_size], "combine": [selection.FastestUpTo(100, "cuda"), any_size]}
     monkeypatch.setattr(selection, "_measured_on", lambda index: table)
     device = torch.device("cuda", 0)
     assert selection.fastest_measured("gram", device, (torch.ones(1000),)) == "triton"
