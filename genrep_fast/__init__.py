@@ -7,8 +7,8 @@ imports torchjd.
 
 from __future__ import annotations
 
+import typing
 from importlib import import_module
-from typing import Any
 
 from ._version import __version__ as __version__
 from .alignment.aligned_adamw import AlignedAdamW
@@ -22,6 +22,10 @@ from .ops.reverse_step import reverse_step
 from .ops.scoring import log_likelihood
 from .scoring.chain_bank import ChainBank
 from .scoring.scorer import PosteriorScorer
+
+if typing.TYPE_CHECKING:
+    from .alignment.torchjd import GenRepWeighting
+    from .models import GenRep, GenRepPipeline
 
 # Where names live that need more than torch.
 _LAZY = {
@@ -56,7 +60,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name in _LAZY:
         try:
             module = import_module(f"genrep_fast.{_LAZY[name]}")
