@@ -45,7 +45,7 @@ def test_all_holds_every_public_import():
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
-    assert imported - {"Any", "annotations", "import_module", "__version__"} | set(gf._LAZY) == set(
+    assert imported - {"annotations", "import_module", "__version__"} | set(gf._LAZY) == set(
         gf.__all__
     )
 
