@@ -22,7 +22,7 @@ from .schedulers import (
     refuse_clipping,
     require_parameterization,
 )
-from .transitions import SMALLEST_STD, check_sigma_floor, normal_tables, reverse_kernel
+from .transitions import SMALLEST_STD, check_sigma_floor, normal_tables, reverse_transition
 
 # Rows of `StepCoefficients.tables`.
 _TABLES = ("data", "noisy", "output", "inv_var", "log_norm")
@@ -189,13 +189,13 @@ class StepCoefficients:
                 'center must be "mean" where parameterization is "mean": '
                 "the clean sample is not known"
             )
-        step = reverse_kernel(
+        step = reverse_transition(
             scheduler,
             timesteps,
-            previous_timesteps,
             parameterization=parameterization,
             variance=variance,
             eta=eta,
+            previous_timesteps=previous_timesteps,
         )
         mean_noisy = step.mean_noisy + step.mean_sample * step.sample_noisy
         mean_output = step.mean_output + step.mean_sample * step.sample_output

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 import genrep_fast as gf
 from genrep_fast import ChainBank, StepCoefficients
 from genrep_fast.reference.reverse_step import INITIAL_ROW, chain_noise
-from genrep_fast.scoring import chain_bank
+from genrep_fast.scoring import chain_bank, chain_bank_file
 
 SHAPE, CLASSES, CHAINS, STEPS = (2, 3, 5), 3, 4, 10
 
@@ -424,7 +424,7 @@ def not_replaced(file, path):
 
 @pytest.mark.parametrize(
     "module, name, failing",
-    [(chain_bank, "save_file", half_written), (os, "replace", not_replaced)],
+    [(chain_bank_file, "save_file", half_written), (os, "replace", not_replaced)],
 )
 def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch, module, name, failing):
     path = tmp_path / "bank.safetensors"
