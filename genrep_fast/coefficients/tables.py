@@ -25,10 +25,10 @@ from .schedulers import (
 )
 from .transitions import (
     SMALLEST_STD,
-    ReverseKernel,
+    ReverseTransition,
     check_sigma_floor,
     normal_tables,
-    reverse_kernel,
+    reverse_transition,
 )
 
 # Rows of `StepCoefficients.tables`.
@@ -205,13 +205,13 @@ class StepCoefficients:
         check_sigma_floor(sigma_floor)
         if parameterization != "mean":
             refuse_clipping(scheduler)
-        step = reverse_kernel(
+        step = reverse_transition(
             scheduler,
             timesteps,
-            previous_timesteps,
             parameterization=parameterization,
             variance=variance,
             eta=eta,
+            previous_timesteps=previous_timesteps,
         )
         return cls(**_rounded(_chain_tables(step, center, sigma_floor), timesteps, dtype))
 
@@ -280,7 +280,7 @@ def _check_center(center: str, parameterization: str | None) -> None:
         )
 
 
-def _chain_tables(step: ReverseKernel, center: str, sigma_floor: float) -> dict[str, Tensor]:
+def _chain_tables(step: ReverseTransition, center: str, sigma_floor: float) -> dict[str, Tensor]:
     mean_noisy = step.mean_noisy + step.mean_sample * step.sample_noisy
     mean_output = step.mean_output + step.mean_sample * step.sample_output
     scored_noisy = mean_noisy

@@ -25,8 +25,8 @@ from .schedulers import (
 SMALLEST_STD = 1e-6
 
 
-class ReverseKernel(NamedTuple):
-    """One reverse step, each table [S] float64 on the CPU, before any clipping.
+class ReverseTransition(NamedTuple):
+    """Reverse steps, each table [S] float64 on the CPU, before any clipping.
 
     The clean sample is x̂0 = sample_noisy·x_s + sample_output·o (0 where parameterization is
     "mean"), the mean is mean_sample·x̂0 + mean_noisy·x_s + mean_output·o. std moves the chain,
@@ -42,15 +42,15 @@ class ReverseKernel(NamedTuple):
     score_std: Tensor
 
 
-def reverse_kernel(
+def reverse_transition(
     scheduler: Any,
     timesteps: Tensor | Sequence[float],
-    previous_timesteps: Tensor | Sequence[float] | None = None,
     *,
     parameterization: str | None = None,
     variance: str | None = None,
     eta: float = 0.0,
-) -> ReverseKernel:
+    previous_timesteps: Tensor | Sequence[float] | None = None,
+) -> ReverseTransition:
     """The scheduler's reverse step as tables; see `StepCoefficients.chain` for the arguments.
 
     What raises is described there, too.
@@ -66,7 +66,7 @@ def reverse_kernel(
     mean_sample, mean_noisy, mean_epsilon, std, score_std = step
     if parameterization == "mean":
         zero = torch.zeros_like(level)
-        return ReverseKernel(zero, zero, zero, zero, torch.ones_like(level), std, score_std)
+        return ReverseTransition(zero, zero, zero, zero, torch.ones_like(level), std, score_std)
     parameterization = require_parameterization(scheduler, parameterization)
     alpha, sigma = alpha_sigma(scheduler, level)
     if parameterization == "epsilon" and (alpha == 0).any():
@@ -77,7 +77,7 @@ def reverse_kernel(
     of_sample, of_epsilon = _predictions(parameterization, alpha, sigma)
     sample_noisy, sample_output = of_sample
     epsilon_noisy, epsilon_output = of_epsilon
-    return ReverseKernel(
+    return ReverseTransition(
         sample_noisy,
         sample_output,
         mean_sample,
@@ -186,8 +186,8 @@ def learned_log_variance_ratio(scheduler: Any, timesteps: Tensor) -> Tensor | No
         )
     if variance_type != "learned_range":
         return None
-    small = reverse_kernel(scheduler, timesteps, variance="fixed_small").score_std
-    large = reverse_kernel(scheduler, timesteps, variance="fixed_large").score_std
+    small = reverse_transition(scheduler, timesteps, variance="fixed_small").score_std
+    large = reverse_transition(scheduler, timesteps, variance="fixed_large").score_std
     return 2 * (small.clamp(min=1e-10) / large).log()
 
 

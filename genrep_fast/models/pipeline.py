@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,11 +14,8 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils import BaseOutput
 from PIL import Image
 
-from ..coefficients.tables import StepCoefficients
-from ..coefficients.transitions import learned_log_variance_ratio, learned_std_scale
 from ..data import image_to_tensor
-from ..ops.reverse_step import reverse_step
-from ..reference.reverse_step import INITIAL_ROW, chain_noise
+from ..scoring.chains import Prediction, ReverseChain, inference_scheduler, initial_noise
 from .backbones import require_saved
 from .genrep import GenRep
 
@@ -129,27 +125,26 @@ class GenRepPipeline(DiffusionPipeline):
             raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
         labels = self._checked_labels(labels)
         self.model.eval()
-        scheduler = copy.deepcopy(self.scheduler)
-        scheduler.set_timesteps(num_inference_steps)
-        timesteps = scheduler.timesteps
-        log_variance_ratio = learned_log_variance_ratio(scheduler, timesteps)
-        variance = None if log_variance_ratio is None else "fixed_large"
-        coefficients = StepCoefficients.chain(scheduler, timesteps, variance=variance, eta=eta)
-        coefficients = coefficients.to(self.device)
+        scheduler = inference_scheduler(self.scheduler, num_inference_steps)
+        chain = ReverseChain.from_scheduler(scheduler, scheduler.timesteps, eta=eta)
         chain_ids = torch.arange(len(labels)) if chain_ids is None else torch.as_tensor(chain_ids)
         if chain_ids.shape != labels.shape:
             found = f"shape {tuple(chain_ids.shape)} for {len(labels)} labels"
             raise ValueError(f"chain_ids must be one id a label, got {found}")
-        noise = {"seed": seed, "chain_ids": chain_ids.to(self.device)}
-        x = chain_noise(**noise, row=INITIAL_ROW, shape=self.model.sample_shape)
-        x = x.to(self.model.dtype)
-        for row, timestep in enumerate(self.progress_bar(timesteps)):
-            output = self.model(x, timestep, labels)
-            scale = output.log_std_shift.exp()[:, None, None, None]
-            if log_variance_ratio is not None:
-                ratio = log_variance_ratio[row]
-                scale = scale * learned_std_scale(output.sample, x.shape[1], ratio)
-            x, _ = reverse_step(x, output.sample, coefficients, row, std_scale=scale, **noise)
+        chain_ids = chain_ids.to(self.device)
+
+        def predict(row: int, timestep: torch.Tensor, x_t: torch.Tensor) -> Prediction:
+            output = self.model(x_t, timestep, labels)
+            std_scale = output.log_std_shift.exp()[:, None, None, None]
+            return Prediction(output.sample, std_scale=std_scale)
+
+        x = chain.to(self.device).run(
+            initial_noise(seed, chain_ids, self.model.sample_shape).to(self.model.dtype),
+            predict,
+            seed=seed,
+            chain_ids=chain_ids,
+            progress=self.progress_bar,
+        )
         images = self.model.decode(x)
         if output_type == "pil":
             images = to_pil(images)

@@ -6,17 +6,14 @@ step). `ChainBank` is the third of them.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from ..coefficients.tables import StepCoefficients
-from ..ops.reverse_step import reverse_step
-from ..reference.reverse_step import INITIAL_ROW, chain_noise
+from ..reference.reverse_step import chain_noise
+from .chains import Denoiser, Prediction, ReverseChain, inference_scheduler, initial_noise
 from .scorer import PosteriorScorer
-
-Denoiser = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class ElboEstimator:
@@ -39,8 +36,14 @@ class ElboEstimator:
     """
 
     def __init__(
-        self, denoiser: Denoiser, scheduler, num_classes: int, *, num_steps: int = 16, seed: int = 0
-    ):
+        self,
+        denoiser: Denoiser,
+        scheduler: Any,
+        num_classes: int,
+        *,
+        num_steps: int = 16,
+        seed: int = 0,
+    ) -> None:
         _require_noise_levels(scheduler)
         total = scheduler.config.num_train_timesteps
         if not 1 <= num_steps <= total:
@@ -98,7 +101,7 @@ class ImageChainEstimator:
     def __init__(
         self,
         denoiser: Denoiser,
-        scheduler,
+        scheduler: Any,
         num_classes: int,
         *,
         num_inference_steps: int = 20,
@@ -109,21 +112,21 @@ class ImageChainEstimator:
         sigma_floor: float = 0.0,
         variance: str | None = None,
         seed: int = 0,
-    ):
+    ) -> None:
         _require_noise_levels(scheduler)
-        self.scheduler = copy.deepcopy(scheduler)
-        self.scheduler.set_timesteps(num_inference_steps)
+        self.scheduler = inference_scheduler(scheduler, num_inference_steps)
         highest = start * scheduler.config.num_train_timesteps
-        self.timesteps = self.scheduler.timesteps[self.scheduler.timesteps < highest]
-        self.kept = range(len(self.timesteps))[burn_in::thin]
+        timesteps = self.scheduler.timesteps[self.scheduler.timesteps < highest]
+        self.kept = range(len(timesteps))[burn_in::thin]
         if len(self.kept) == 0:
-            steps = f"the {len(self.timesteps)} steps below start = {start}"
+            steps = f"the {len(timesteps)} steps below start = {start}"
             raise ValueError(f"burn_in must be less than {steps}, got {burn_in}")
-        self.chain = StepCoefficients.chain(self.scheduler, self.timesteps, variance=variance)
+        coefficients = StepCoefficients.chain(self.scheduler, timesteps, variance=variance)
+        self.chain = ReverseChain(timesteps, coefficients)
         self.scores = {
             row: StepCoefficients.chain(
                 self.scheduler,
-                self.timesteps[row : row + 1],
+                timesteps[row : row + 1],
                 center=center,
                 sigma_floor=sigma_floor,
                 variance=variance,
@@ -141,22 +144,23 @@ class ImageChainEstimator:
         """
         batch, classes = len(x), self.num_classes
         chain_ids = torch.arange(batch * classes, device=x.device)
-        noise = chain_noise(self.seed, chain_ids, INITIAL_ROW, x.shape[1:]).to(x.dtype)
+        noise = initial_noise(self.seed, chain_ids, x.shape[1:]).to(x.dtype)
         images = x.repeat_interleave(classes, 0)
-        first = self.timesteps[0].to(x.device).expand(len(images))
-        x_t = self.scheduler.add_noise(images, noise, first)  # [B · K, C, ...]
+        first = self.chain.timesteps[0].to(x.device).expand(len(images))
+        noised = self.scheduler.add_noise(images, noise, first)  # [B · K, C, ...]
         scorer = PosteriorScorer(classes, reduction="mixture")
         self.chain = self.chain.to(x.device)
         self.scores = {row: tables.to(x.device) for row, tables in self.scores.items()}
-        for row, timestep in enumerate(self.timesteps):
+
+        def predict(row: int, timestep: torch.Tensor, x_t: torch.Tensor) -> Prediction:
             noisy = x_t.unflatten(0, (batch, classes))  # [B, K, C, ...]
             output = denoise_classes(self.denoiser, noisy, timestep, classes)
             self.evaluations += batch * classes
             if row in self.kept:
                 scorer.update(x, output[:, :, None], self.scores[row], noisy[:, :, None])
-            x_t, _ = reverse_step(
-                x_t, output.flatten(0, 1), self.chain, row, seed=self.seed, chain_ids=chain_ids
-            )
+            return Prediction(output.flatten(0, 1))
+
+        self.chain.run(noised, predict, seed=self.seed, chain_ids=chain_ids)
         return scorer.log_likelihood()
 
 
@@ -171,7 +175,7 @@ def denoise_classes(
 
 
 def training_target(
-    scheduler, x: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+    scheduler: Any, x: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
 ) -> torch.Tensor:
     """What a denoiser of `scheduler.config.prediction_type` learns to predict, of the shape of x.
 
@@ -190,7 +194,7 @@ def training_target(
     )
 
 
-def _require_noise_levels(scheduler) -> None:
+def _require_noise_levels(scheduler: Any) -> None:
     if not hasattr(scheduler, "alphas_cumprod"):
         wanted = "alphas_cumprod, as DDPMScheduler and DDIMScheduler have"
         raise TypeError(f"scheduler must have {wanted}, got {type(scheduler).__name__}")

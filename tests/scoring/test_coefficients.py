@@ -77,12 +77,11 @@ def check_steps(scheduler, coefficients, bound, record, **options):
     assert worst <= bound
 
 
-@pytest.mark.parametrize("precision, bound", [("float32", BOUND), ("float64", 1e-12)])
-@pytest.mark.parametrize("steps", [7, 50])
+@pytest.mark.parametrize("precision, bound, steps", [("float32", BOUND, 50), ("float64", 1e-12, 7)])
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "fixed_small_log"])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_ddpm_chain_is_the_schedulers_step(
-    prediction, variance, steps, precision, bound, record_property
+    prediction, variance, precision, bound, steps, record_property
 ):
     scheduler = ddpm(prediction_type=prediction, variance_type=variance)
     if precision == "float64":
@@ -94,12 +93,15 @@ def test_ddpm_chain_is_the_schedulers_step(
     check_steps(scheduler, coefficients, bound, record_property)
 
 
-@pytest.mark.parametrize("precision, bound", [("float32", BOUND), ("float64", 1e-12)])
-@pytest.mark.parametrize("config", [{}, STABLE_DIFFUSION], ids=["default", "stable-diffusion"])
+@pytest.mark.parametrize(
+    "precision, bound, config",
+    [("float32", BOUND, {}), ("float32", BOUND, STABLE_DIFFUSION), ("float64", 1e-12, {})],
+    ids=["float32", "stable-diffusion", "float64"],
+)
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_ddim_chain_is_the_schedulers_step(
-    prediction, eta, config, precision, bound, record_property
+    prediction, eta, precision, bound, config, record_property
 ):
     scheduler = ddim(prediction_type=prediction, **config)
     if precision == "float64":

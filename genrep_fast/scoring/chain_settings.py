@@ -1,0 +1,84 @@
+"""What a bank's chains are run with, and what no bank can have."""
+
+from __future__ import annotations
+
+import dataclasses
+import numbers
+
+import torch
+
+from ..coefficients.transitions import check_sigma_floor
+
+_CENTER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclasses.dataclass(frozen=True)
+class ChainSettings:
+    """How a bank's chains are run, as in `ChainBank.build`.
+
+    `clip_range` is the scheduler's, None where it does not clip.
+    """
+
+    chains: int
+    burn_in: int
+    thin: int
+    center: str
+    sigma_floor: float
+    seed: int
+    clip_range: float | None
+
+
+def check_settings(settings: ChainSettings, steps: int) -> None:
+    """Raise TypeError or ValueError for settings with which no chain of `steps` steps can run."""
+    require_at_least(1, chains=settings.chains, thin=settings.thin)
+    require_at_least(0, burn_in=settings.burn_in, seed=settings.seed)
+    if settings.burn_in >= steps:
+        raise ValueError(
+            f"burn_in must be less than num_inference_steps, {steps}, got {settings.burn_in}: "
+            "no step would be kept"
+        )
+    if settings.seed >= 2**64:
+        raise ValueError(f"seed must be less than 2**64, got {settings.seed}")
+    if settings.center not in ("mean", "sample"):
+        raise ValueError(f'center must be "mean" or "sample", got {settings.center!r}')
+    check_sigma_floor(settings.sigma_floor)
+    clip_range = settings.clip_range
+    if clip_range is None:
+        return
+    if isinstance(clip_range, bool) or not isinstance(clip_range, (int, float)):
+        raise TypeError(f"clip_range must be a number or None, got {clip_range!r}")
+    if not 0 < clip_range <= torch.finfo(torch.float32).max:
+        raise ValueError(f"clip_range must be finite and positive, got {clip_range!r}")
+
+
+def check_centers(dtype: torch.dtype, num_classes: int, sample_shape: tuple[int, ...]) -> None:
+    """Raise TypeError or ValueError for centres that no bank has."""
+    if dtype not in _CENTER_DTYPES:
+        raise TypeError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")
+    require_at_least(1, num_classes=num_classes)
+    if not sample_shape:
+        raise ValueError("sample_shape must be (C, *spatial), got ()")
+    if not all(isinstance(size, int) and size > 0 for size in sample_shape):
+        raise ValueError(f"sample_shape must hold positive integers, got {sample_shape}")
+
+
+def check_drawn(drawn: int, settings: ChainSettings, num_classes: int) -> None:
+    """Raise ValueError where `drawn` chains of every class need more than the 2³² chain ids."""
+    generations = -(-drawn // settings.chains)
+    if generations * num_classes * settings.chains > 2**32:
+        raise ValueError(
+            f"the chains drawn so far, {drawn} for each of {num_classes} classes, "
+            "need more than 2**32 chain ids: build a new bank"
+        )
+
+
+def require_at_least(least: int, **values: int) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise TypeError(f"{name} must be an integer, got {value!r}")
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def run_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
