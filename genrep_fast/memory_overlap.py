@@ -15,9 +15,9 @@ import functools
 import itertools
 import math
 import operator
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -38,10 +38,10 @@ def overlaps(first: Tensor, second: Tensor) -> bool | None:
         return None
     if first.numel() == 0 or second.numel() == 0:
         return False
-    spans = [_span(0, 0, first), _span(0, 1, second)]
-    if spans[0].space != spans[1].space:
+    one, other = _span(0, 0, first), _span(0, 1, second)
+    if one.space != other.space:
         return False
-    return _spans_overlap(*spans, _Work(_STEPS_OF_A_PAIR))
+    return _spans_overlap(one, other, _Work(_STEPS_OF_A_PAIR))
 
 
 def overlaps_itself(tensor: Tensor) -> bool | None:
@@ -83,6 +83,10 @@ def in_same_place(first: Tensor, second: Tensor) -> bool:
     return all(a == b for size, a, b in strides if size > 1)
 
 
+def _are_one(first: Tensor | None, second: Tensor | None) -> bool:
+    return first is not None and second is not None and in_same_place(first, second)
+
+
 def check_no_overlap(
     written: Mapping[str, Tensors],
     read: Mapping[str, Tensors] | None = None,
@@ -106,20 +110,43 @@ def check_no_overlap(
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return
-    outputs = [_Argument(name, *_listed(tensors), True, False) for name, tensors in written.items()]
     read = read or {}
+    # Most calls end here, before anything is named.
+    if _are_disjoint(_all_but_in_place(written, read, in_place)):
+        return
+    outputs = [_Argument.of(name, tensors, True, False) for name, tensors in written.items()]
     inputs = []
     for name, tensors in read.items():
-        inputs.append(_Argument(name, *_listed(tensors), False, name in in_place))
+        inputs.append(_Argument.of(name, tensors, False, name in in_place))
+    for argument in inputs:
+        if argument.in_place:
+            argument.leave_out(outputs)
     arguments = outputs + inputs
-    inputs_in_place = [argument for argument in inputs if argument.in_place]
-    for argument in inputs_in_place:
-        argument.leave_out(outputs, operator.is_)
-    if _are_disjoint(arguments):
-        return
-    left_out = [argument.leave_out(outputs, in_same_place) for argument in inputs_in_place]
-    if not any(left_out) or not _are_disjoint(arguments):
+    every = itertools.chain.from_iterable(argument.tensors for argument in arguments)
+    if not _are_disjoint(list(every)):
         _check_pairs(arguments)
+
+
+def _all_but_in_place(
+    written: Mapping[str, Tensors], read: Mapping[str, Tensors], in_place: Collection[str]
+) -> list[Tensor | None]:
+    """All tensors but those in place that are the very object that is written at their index."""
+    outputs = [_listed(tensors) for tensors in written.values()]
+    every = list(itertools.chain.from_iterable(outputs))
+    for name, tensors in read.items():
+        listed = _listed(tensors)
+        for output in outputs if name in in_place else ():
+            if any(map(operator.is_, listed, output)):
+                pairs = zip(listed, output, strict=True)
+                listed = [None if one is other else one for one, other in pairs]
+        every += listed
+    return every
+
+
+def _listed(tensors: Tensors) -> Sequence[Tensor | None]:
+    if isinstance(tensors, Tensor):
+        return [tensors]
+    return list(tensors.values()) if isinstance(tensors, Mapping) else tensors
 
 
 @dataclass
@@ -130,27 +157,32 @@ class _Argument:
     written: bool
     in_place: bool
 
+    @classmethod
+    def of(cls, name: str, tensors: Tensors, written: bool, in_place: bool) -> _Argument:
+        keys: Sequence[int | str | None] = [None]
+        if isinstance(tensors, Mapping):
+            keys = list(tensors)
+        elif not isinstance(tensors, Tensor):
+            keys = range(len(tensors))
+        return cls(name, _listed(tensors), keys, written, in_place)
+
     def label(self, index: int) -> str:
         key = self.keys[index]
         return self.name if key is None else f"{self.name}[{key}]"
 
-    def leave_out(self, outputs: list[_Argument], are_same: Callable[[Any, Any], bool]) -> bool:
-        """Forget tensors that are the output of their index, which stays; whether any are."""
-        any_same = False
+    def leave_out(self, outputs: list[_Argument]) -> None:
+        """Forget tensors that are in the place of the output of their index, which stays."""
         for output in outputs:
-            same = list(map(are_same, self.tensors, output.tensors))
-            if any(same):
-                any_same = True
-                pairs = zip(self.tensors, same, strict=True)
-                self.tensors = [None if is_output else tensor for tensor, is_output in pairs]
-        return any_same
+            pairs = zip(self.tensors, output.tensors, strict=True)
+            self.tensors = [None if _are_one(one, other) else one for one, other in pairs]
 
 
 class _Span(NamedTuple):
     """The memory of a tensor."""
 
     argument: int
-    index: int
+    # In the argument.
+    position: int
     tensor: Tensor
     # What addresses count in.
     space: tuple
@@ -168,22 +200,16 @@ class _Work:
     left: int
 
 
-def _listed(tensors: Tensors) -> tuple[Sequence[Tensor | None], Sequence[int | str | None]]:
-    if isinstance(tensors, Tensor):
-        return [tensors], [None]
-    if isinstance(tensors, Mapping):
-        return list(tensors.values()), list(tensors)
-    return tensors, range(len(tensors))
-
-
-def _are_disjoint(arguments: list[_Argument]) -> bool:
+def _are_disjoint(tensors: list[Tensor | None]) -> bool:
     """Whether the tensors' ranges of addresses, from first byte to last, are disjoint."""
-    tensors = list(itertools.chain.from_iterable(argument.tensors for argument in arguments))
+    plain = cast(list[Tensor], tensors)
     if not set(map(type, tensors)) <= _PLAIN_TENSORS:
-        tensors = [tensor for tensor in tensors if type(tensor) in _PLAIN_TENSORS]
-    starts = list(map(Tensor.data_ptr, tensors))
-    contiguous = all(map(Tensor.is_contiguous, tensors))
-    lengths = map(operator.attrgetter("nbytes") if contiguous else _length, tensors)
+        plain = [tensor for tensor in plain if type(tensor) in _PLAIN_TENSORS]
+    starts = [tensor.data_ptr() for tensor in plain]
+    if all([tensor.is_contiguous() for tensor in plain]):
+        lengths = [tensor.nbytes for tensor in plain]
+    else:
+        lengths = list(map(_length, plain))
     ends = sorted(map(operator.add, starts, lengths))
     starts.sort()
     # At each start as many ranges must have ended as have started before, no matter which ones.
@@ -203,7 +229,7 @@ def _check_pairs(arguments: list[_Argument]) -> None:
     spaces: dict[tuple, list[_Span]] = {}
     for number, argument in enumerate(arguments):
         for index, tensor in enumerate(argument.tensors):
-            if type(tensor) in _PLAIN_TENSORS and tensor.numel() > 0:
+            if tensor is not None and type(tensor) in _PLAIN_TENSORS and tensor.numel() > 0:
                 span = _span(number, index, tensor)
                 spaces.setdefault(span.space, []).append(span)
     work = _Work(_STEPS_OF_A_CALL)
@@ -220,9 +246,9 @@ def _check_pairs(arguments: list[_Argument]) -> None:
 def _check_pair(output: _Span, other: _Span, arguments: list[_Argument], work: _Work) -> None:
     if not _spans_overlap(output, other, work):
         return
-    name = arguments[output.argument].label(output.index)
-    other_name = arguments[other.argument].label(other.index)
-    if arguments[other.argument].in_place and output.index == other.index:
+    name = arguments[output.argument].label(output.position)
+    other_name = arguments[other.argument].label(other.position)
+    if arguments[other.argument].in_place and output.position == other.position:
         exactly = "in the same place with the same strides and dtype"
         rule = f"unless it is exactly {other_name}, {exactly}, it must share no memory with it"
     else:
@@ -365,7 +391,7 @@ def _clusters(spans: list[_Span], arguments: list[_Argument]) -> list[list[_Span
 
 
 def _order(span: _Span) -> tuple[int, int]:
-    return span.argument, span.index
+    return span.argument, span.position
 
 
 def _needs_pairs(spans: list[_Span], arguments: list[_Argument]) -> bool:
