@@ -15,9 +15,9 @@ import functools
 import itertools
 import math
 import operator
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeGuard, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -27,9 +27,6 @@ Tensors = Tensor | Sequence[Tensor | None] | Mapping[str, Tensor | None]
 # Tensors of other classes (fake, functional, distributed) have no memory, or none of their own.
 _PLAIN_TENSORS = {Tensor, torch.nn.Parameter}
 
-# The memory format has a default, whatever the annotations of torch say.
-_is_contiguous = cast(Callable[[Tensor], bool], Tensor.is_contiguous)
-
 _STEPS_OF_A_PAIR = 1 << 12
 # Some 0.1 s.
 _STEPS_OF_A_CALL = 1 << 16
@@ -37,15 +34,14 @@ _STEPS_OF_A_CALL = 1 << 16
 
 def overlaps(first: Tensor, second: Tensor) -> bool | None:
     """Whether two strided tensors share a byte; None where it takes too long, or of a subclass."""
-    if not _is_plain(first) or not _is_plain(second):
+    if type(first) not in _PLAIN_TENSORS or type(second) not in _PLAIN_TENSORS:
         return None
     if first.numel() == 0 or second.numel() == 0:
         return False
-    first_span = _span(0, 0, first)
-    second_span = _span(0, 1, second)
-    if first_span.space != second_span.space:
+    one, other = _span(0, 0, first), _span(0, 1, second)
+    if one.space != other.space:
         return False
-    return _spans_overlap(first_span, second_span, _Work(_STEPS_OF_A_PAIR))
+    return _spans_overlap(one, other, _Work(_STEPS_OF_A_PAIR))
 
 
 def overlaps_itself(tensor: Tensor) -> bool | None:
@@ -77,7 +73,7 @@ def in_same_place(first: Tensor, second: Tensor) -> bool:
     """Whether two tensors are one: the same address, shape, strides and dtype."""
     if first is second:
         return True
-    if not _is_plain(first) or not _is_plain(second):
+    if type(first) not in _PLAIN_TENSORS or type(second) not in _PLAIN_TENSORS:
         return False
     if first.data_ptr() != second.data_ptr() or first.dtype != second.dtype:
         return False
@@ -85,6 +81,10 @@ def in_same_place(first: Tensor, second: Tensor) -> bool:
         return False
     strides = zip(first.shape, first.stride(), second.stride(), strict=True)
     return all(a == b for size, a, b in strides if size > 1)
+
+
+def _are_one(first: Tensor | None, second: Tensor | None) -> bool:
+    return first is not None and second is not None and in_same_place(first, second)
 
 
 def check_no_overlap(
@@ -110,20 +110,43 @@ def check_no_overlap(
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return
-    outputs = [_Argument(name, *_listed(tensors), True, False) for name, tensors in written.items()]
     read = read or {}
+    # Most calls end here, before anything is named.
+    if _are_disjoint(_all_but_in_place(written, read, in_place)):
+        return
+    outputs = [_Argument.of(name, tensors, True, False) for name, tensors in written.items()]
     inputs = []
     for name, tensors in read.items():
-        inputs.append(_Argument(name, *_listed(tensors), False, name in in_place))
+        inputs.append(_Argument.of(name, tensors, False, name in in_place))
+    for argument in inputs:
+        if argument.in_place:
+            argument.leave_out(outputs)
     arguments = outputs + inputs
-    inputs_in_place = [argument for argument in inputs if argument.in_place]
-    for argument in inputs_in_place:
-        argument.leave_out(outputs, operator.is_)
-    if _are_disjoint(arguments):
-        return
-    left_out = [argument.leave_out(outputs, in_same_place) for argument in inputs_in_place]
-    if not any(left_out) or not _are_disjoint(arguments):
+    every = itertools.chain.from_iterable(argument.tensors for argument in arguments)
+    if not _are_disjoint(list(every)):
         _check_pairs(arguments)
+
+
+def _all_but_in_place(
+    written: Mapping[str, Tensors], read: Mapping[str, Tensors], in_place: Collection[str]
+) -> list[Tensor | None]:
+    """All tensors but those in place that are the very object that is written at their index."""
+    outputs = [_listed(tensors) for tensors in written.values()]
+    every = list(itertools.chain.from_iterable(outputs))
+    for name, tensors in read.items():
+        listed = _listed(tensors)
+        for output in outputs if name in in_place else ():
+            if any(map(operator.is_, listed, output)):
+                pairs = zip(listed, output, strict=True)
+                listed = [None if one is other else one for one, other in pairs]
+        every += listed
+    return every
+
+
+def _listed(tensors: Tensors) -> Sequence[Tensor | None]:
+    if isinstance(tensors, Tensor):
+        return [tensors]
+    return list(tensors.values()) if isinstance(tensors, Mapping) else tensors
 
 
 @dataclass
@@ -134,31 +157,35 @@ class _Argument:
     written: bool
     in_place: bool
 
+    @classmethod
+    def of(cls, name: str, tensors: Tensors, written: bool, in_place: bool) -> _Argument:
+        keys: Sequence[int | str | None] = [None]
+        if isinstance(tensors, Mapping):
+            keys = list(tensors)
+        elif not isinstance(tensors, Tensor):
+            keys = range(len(tensors))
+        return cls(name, _listed(tensors), keys, written, in_place)
+
     def label(self, index: int) -> str:
         key = self.keys[index]
         return self.name if key is None else f"{self.name}[{key}]"
 
-    def leave_out(self, outputs: list[_Argument], are_same: Callable[[Any, Any], bool]) -> bool:
-        """Forget tensors that are the output of their index, which stays; whether any are."""
-        any_same = False
+    def leave_out(self, outputs: list[_Argument]) -> None:
+        """Forget tensors that are in the place of the output of their index, which stays."""
         for output in outputs:
-            same = list(map(are_same, self.tensors, output.tensors))
-            if any(same):
-                any_same = True
-                pairs = zip(self.tensors, same, strict=True)
-                self.tensors = [None if is_output else tensor for tensor, is_output in pairs]
-        return any_same
+            pairs = zip(self.tensors, output.tensors, strict=True)
+            self.tensors = [None if _are_one(one, other) else one for one, other in pairs]
 
 
 class _Span(NamedTuple):
     """The memory of a tensor."""
 
-    # Numbers of the argument, and of the tensor in it.
     argument: int
-    place: int
+    # In the argument.
+    position: int
     tensor: Tensor
     # What addresses count in.
-    space: tuple[object, ...]
+    space: tuple
     # First byte.
     start: int
     end: int
@@ -173,33 +200,20 @@ class _Work:
     left: int
 
 
-def _listed(tensors: Tensors) -> tuple[Sequence[Tensor | None], Sequence[int | str | None]]:
-    if isinstance(tensors, Tensor):
-        return [tensors], [None]
-    if isinstance(tensors, Mapping):
-        return list(tensors.values()), list(tensors)
-    return tensors, range(len(tensors))
-
-
-def _are_disjoint(arguments: list[_Argument]) -> bool:
+def _are_disjoint(tensors: list[Tensor | None]) -> bool:
     """Whether the tensors' ranges of addresses, from first byte to last, are disjoint."""
-    given = list(itertools.chain.from_iterable(argument.tensors for argument in arguments))
-    tensors = given if _all_plain(given) else list(filter(_is_plain, given))
-    starts = list(map(Tensor.data_ptr, tensors))
-    contiguous = all(map(_is_contiguous, tensors))
-    length: Callable[[Tensor], int] = operator.attrgetter("nbytes") if contiguous else _length
-    ends = sorted(map(operator.add, starts, map(length, tensors)))
+    plain = cast(list[Tensor], tensors)
+    if not set(map(type, tensors)) <= _PLAIN_TENSORS:
+        plain = [tensor for tensor in plain if type(tensor) in _PLAIN_TENSORS]
+    starts = [tensor.data_ptr() for tensor in plain]
+    if all([tensor.is_contiguous() for tensor in plain]):
+        lengths = [tensor.nbytes for tensor in plain]
+    else:
+        lengths = list(map(_length, plain))
+    ends = sorted(map(operator.add, starts, lengths))
     starts.sort()
     # At each start as many ranges must have ended as have started before, no matter which ones.
     return all(map(operator.le, ends, starts[1:]))
-
-
-def _is_plain(tensor: object) -> TypeGuard[Tensor]:
-    return type(tensor) in _PLAIN_TENSORS
-
-
-def _all_plain(tensors: list[Tensor | None]) -> TypeGuard[list[Tensor]]:
-    return set(map(type, tensors)) <= _PLAIN_TENSORS
 
 
 def _length(tensor: Tensor) -> int:
@@ -212,10 +226,10 @@ def _length(tensor: Tensor) -> int:
 
 
 def _check_pairs(arguments: list[_Argument]) -> None:
-    spaces: dict[tuple[object, ...], list[_Span]] = {}
+    spaces: dict[tuple, list[_Span]] = {}
     for number, argument in enumerate(arguments):
         for index, tensor in enumerate(argument.tensors):
-            if _is_plain(tensor) and tensor.numel() > 0:
+            if tensor is not None and type(tensor) in _PLAIN_TENSORS and tensor.numel() > 0:
                 span = _span(number, index, tensor)
                 spaces.setdefault(span.space, []).append(span)
     work = _Work(_STEPS_OF_A_CALL)
@@ -232,9 +246,9 @@ def _check_pairs(arguments: list[_Argument]) -> None:
 def _check_pair(output: _Span, other: _Span, arguments: list[_Argument], work: _Work) -> None:
     if not _spans_overlap(output, other, work):
         return
-    name = arguments[output.argument].label(output.place)
-    other_name = arguments[other.argument].label(other.place)
-    if arguments[other.argument].in_place and output.place == other.place:
+    name = arguments[output.argument].label(output.position)
+    other_name = arguments[other.argument].label(other.position)
+    if arguments[other.argument].in_place and output.position == other.position:
         exactly = "in the same place with the same strides and dtype"
         rule = f"unless it is exactly {other_name}, {exactly}, it must share no memory with it"
     else:
@@ -248,11 +262,9 @@ def _span(argument: int, index: int, tensor: Tensor) -> _Span:
     return _Span(argument, index, tensor, _space(tensor), start, start + _length(tensor), axes)
 
 
-def _space(tensor: Tensor) -> tuple[object, ...]:
+def _space(tensor: Tensor) -> tuple:
     """Where addresses count: on a device, as two storages may hold the same foreign memory."""
-    if tensor.is_meta:
-        return tensor.device, tensor.untyped_storage()._cdata
-    return (tensor.device,)
+    return (tensor.device, tensor.untyped_storage()._cdata) if tensor.is_meta else (tensor.device,)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -312,8 +324,7 @@ class _Suffix(NamedTuple):
 
 
 def _suffix(terms: list[tuple[int, int]]) -> _Suffix:
-    divisor = reach = 0
-    complete = True
+    divisor, reach, complete = 0, 0, True
     for coefficient, bound in sorted(terms):
         if divisor > 0:
             complete = complete and coefficient % divisor == 0 and coefficient <= reach + divisor
@@ -380,7 +391,7 @@ def _clusters(spans: list[_Span], arguments: list[_Argument]) -> list[list[_Span
 
 
 def _order(span: _Span) -> tuple[int, int]:
-    return span.argument, span.place
+    return span.argument, span.position
 
 
 def _needs_pairs(spans: list[_Span], arguments: list[_Argument]) -> bool:

@@ -19,8 +19,8 @@ std::string kernel_attributes() {
   using namespace genrep_fast;
   std::vector<Kernel> kernels;
   for (const auto& operators :
-       {alignment_kernels(), optimizer_kernels(), scoring_kernels(), posterior_kernels(),
-        reverse_step_kernels()}) {
+       {alignment_gram_kernels(), alignment_kernels(), optimizer_kernels(), scoring_kernels(),
+        posterior_kernels(), reverse_step_kernels()}) {
     kernels.insert(kernels.end(), operators.begin(), operators.end());
   }
   std::string json;

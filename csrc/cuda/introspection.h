@@ -11,6 +11,7 @@ struct Kernel {
   const void* function;
 };
 
+std::vector<Kernel> alignment_gram_kernels();
 std::vector<Kernel> alignment_kernels();
 std::vector<Kernel> optimizer_kernels();
 std::vector<Kernel> posterior_kernels();

@@ -123,7 +123,7 @@ __device__ void update_quad(
 }
 
 template <int N>
-__global__ __launch_bounds__(kThreads) void adamw_kernel(
+__global__ __launch_bounds__(kThreads) void adamw_step_kernel(
     const __grid_constant__ TensorTable<AdamWEntry<N>> table,
     const __grid_constant__ AdamWArguments arguments) {
   static_assert(sizeof(table) + sizeof(arguments) <= kParameterBytes);
@@ -216,7 +216,7 @@ void adamw_step(
       entries.push_back(entry);
     }
     for_each_table(entries, kAdamWChunk, [&](const auto& table) {
-      adamw_kernel<decltype(losses)::value>
+      adamw_step_kernel<decltype(losses)::value>
           <<<table.first_chunk[table.size], kThreads, 0, scope.stream()>>>(table, arguments);
       STD_CUDA_KERNEL_LAUNCH_CHECK();
     });
@@ -227,9 +227,9 @@ void adamw_step(
 
 std::vector<Kernel> optimizer_kernels() {
   return {
-      {"adamw_kernel<2>", reinterpret_cast<const void*>(&adamw_kernel<2>)},
-      {"adamw_kernel<4>", reinterpret_cast<const void*>(&adamw_kernel<4>)},
-      {"adamw_kernel<8>", reinterpret_cast<const void*>(&adamw_kernel<8>)},
+      {"adamw_step_kernel<2>", reinterpret_cast<const void*>(&adamw_step_kernel<2>)},
+      {"adamw_step_kernel<4>", reinterpret_cast<const void*>(&adamw_step_kernel<4>)},
+      {"adamw_step_kernel<8>", reinterpret_cast<const void*>(&adamw_step_kernel<8>)},
   };
 }
 

@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import math
-import numbers
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor
 
-from ..checks import (
-    check_ema_decay,
-    check_hyperparameters,
-    check_learning_rate,
-    check_tensor,
-)
+from ..checks import check_ema_decay
 from ..ops.optimizer import adamw_step_operator
-from .aligner import Collected, GradientAligner, check_max_norm
+from .adamw_state import check_group_options, checked_copy, counters_of_adamw
+from .aligner import GradientAligner, check_max_norm
 from .averages import Averages
-
-# What torch.optim.AdamW does where they are set, and this optimizer does not.
-_REFUSED = ("amsgrad", "maximize", "differentiable")
+from .collected import Collected
 
 
 class AlignedAdamW(torch.optim.Optimizer):
@@ -104,7 +96,7 @@ class AlignedAdamW(torch.optim.Optimizer):
         self._index = {id(parameter): index for index, parameter in enumerate(aligner.parameters)}
         self._averages: Averages | None = None
         self._ema: Any = None
-        self._members: _Partition | None = None
+        self._partition: _Partition | None = None
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -142,7 +134,7 @@ class AlignedAdamW(torch.optim.Optimizer):
         except BaseException:
             self.param_groups.pop()
             raise
-        self._members = None
+        self._partition = None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a copy of a state of an `AlignedAdamW` or `torch.optim.AdamW`, after the pre-hooks.
@@ -152,8 +144,13 @@ class AlignedAdamW(torch.optim.Optimizer):
                 flags that are not implemented, and a state that lacks something, has impossible
                 values or does not fit its parameter; nothing is changed then.
         """
+
+        def check(optimizer: torch.optim.Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
+            names = [self.aligner.describe(self._index[id(each)]) for each in self._all_params()]
+            return checked_copy(optimizer, loaded, names, self.aligner.parameters[0].device)
+
         # The last of the hooks: what it checks is what is loaded.
-        handle = self.register_load_state_dict_pre_hook(_checked_copy)
+        handle = self.register_load_state_dict_pre_hook(check)
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -165,13 +162,13 @@ class AlignedAdamW(torch.optim.Optimizer):
         Step counters are on the CPU unless a group is ``fused`` or ``capturable``.
         """
         # The first of the hooks: others get what torch.optim.AdamW would give them.
-        handle = self.register_state_dict_post_hook(_with_counters_of_adamw, prepend=True)
+        handle = self.register_state_dict_post_hook(counters_of_adamw, prepend=True)
         try:
             return super().state_dict()
         finally:
             handle.remove()
 
-    def __reduce_ex__(self, protocol: int) -> NoReturn:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         raise TypeError(
             "an AlignedAdamW, which belongs to its aligner, cannot be copied or pickled: "
             "load its state_dict() into a new one"
@@ -305,7 +302,7 @@ class AlignedAdamW(torch.optim.Optimizer):
         params = [parameter for parameter in self._all_params() if parameter.grad is not None]
         if not params or any(float(group["lr"]) != 0 for group in self.param_groups):
             return False
-        if any(parameter.grad.any() for parameter in params):
+        if any(parameter.grad is not None and parameter.grad.any() for parameter in params):
             return False
         for parameter in params:
             self._state(parameter)
@@ -324,12 +321,7 @@ class AlignedAdamW(torch.optim.Optimizer):
             )
         _check_decay(self.ema_decay)
         for group in self.param_groups:
-            self._check_hyperparameters(group)
-
-    def _check_hyperparameters(self, group: dict[str, Any]) -> None:
-        _check_flags(group)
-        check_learning_rate(group["lr"], self.aligner.parameters[0].device)
-        check_hyperparameters(group["betas"], group["eps"], group["weight_decay"])
+            check_group_options(group, self.aligner.parameters[0].device)
 
     def _all_params(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
@@ -337,28 +329,32 @@ class AlignedAdamW(torch.optim.Optimizer):
     def _members_of_groups(self, collected: Collected) -> list[_Members]:
         """For each parameter group what was collected for it; kept as long as it is the same."""
         groups = [list(group["params"]) for group in self.param_groups]
-        if self._members is None or not self._members.is_of(collected.rows, groups):
-            members = self._new_members(collected)
-            self._members = _Partition(collected.rows, groups, members)
-        return self._members.members
+        if self._partition is None or not self._partition.is_of(collected.rows, groups):
+            members = self._new_members(collected, groups)
+            self._partition = _Partition(collected.rows, groups, members)
+        return self._partition.members
 
-    def _new_members(self, collected: Collected) -> list[_Members]:
+    def _new_members(self, collected: Collected, groups: list[list[Tensor]]) -> list[_Members]:
         rows = dict(zip(collected.indices, collected.rows, strict=True))
-        members = []
-        for group in self.param_groups:
-            indices = [self._index[id(parameter)] for parameter in group["params"]]
-            indices = [index for index in indices if index in rows]
-            params = [self.aligner.parameters[index] for index in indices]
-            members.append(_Members(indices, params, [rows.pop(index) for index in indices]))
+        partition = []
+        for group in groups:
+            members = _Members([], [], [])
+            for parameter in group:
+                index = self._index[id(parameter)]
+                if index in rows:
+                    members.indices.append(index)
+                    members.params.append(parameter)
+                    members.rows.append(rows.pop(index))
+            partition.append(members)
         if rows:
             name = self.aligner.describe(min(rows))
             raise RuntimeError(
                 f"{name} was reached by a loss, but is in no parameter group of this optimizer"
             )
-        return members
+        return partition
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        self._check_hyperparameters(group)
+        check_group_options(group, self.aligner.parameters[0].device)
         seen: set[int] = set()
         for position, parameter in enumerate(group["params"]):
             name = group.get("param_names", {position: f"params[{position}]"})[position]
@@ -410,111 +406,3 @@ def _are_same(one: list[list[Tensor]], other: list[list[Tensor]]) -> bool:
 
 def _check_decay(ema_decay: float | None) -> float | None:
     return None if ema_decay is None else check_ema_decay(ema_decay)
-
-
-def _check_flags(group: Mapping[str, Any]) -> None:
-    for flag in _REFUSED:
-        if group.get(flag):
-            raise ValueError(f"AlignedAdamW does not implement {flag}, got {flag}={group[flag]}")
-    # torch.optim.Adam's state dict; without weight decay both are the same.
-    if not group.get("decoupled_weight_decay", True) and group["weight_decay"] != 0:
-        raise ValueError(
-            f"AlignedAdamW decouples weight decay, got decoupled_weight_decay=False, as of "
-            f"torch.optim.Adam, with weight_decay={group['weight_decay']}"
-        )
-
-
-def _with_counters_of_adamw(optimizer: AlignedAdamW, state_dict: dict[str, Any]) -> None:
-    for group in state_dict["param_groups"]:
-        if group["fused"] or group["capturable"]:
-            continue
-        for number in group["params"]:
-            values = state_dict["state"].get(number)
-            if values:
-                state_dict["state"][number] = {**values, "step": values["step"].cpu()}
-
-
-def _checked_copy(optimizer: AlignedAdamW, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """`state_dict`, once it fits `optimizer`, with copies of the tensors that both would share."""
-    try:
-        groups = _checked_groups(optimizer, state_dict)
-        numbers_of = [number for group in groups for number in group["params"]]
-        copies = dict(state_dict["state"])
-        for number, parameter in zip(numbers_of, optimizer._all_params(), strict=True):
-            state = copies.get(number)
-            if not state:
-                continue
-            name = optimizer.aligner.describe(optimizer._index[id(parameter)])
-            _check_state(state, parameter, name)
-            copies[number] = {key: _copy_for(value, parameter) for key, value in state.items()}
-    except TypeError as error:
-        # The checks are the constructor's: here a wrong type is a wrong value of the state dict.
-        raise ValueError(f"state_dict does not fit: {error}") from error
-    return {**state_dict, "param_groups": groups, "state": copies}
-
-
-def _checked_groups(optimizer: AlignedAdamW, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
-    """The parameter groups of `state_dict`, once they fit those of `optimizer`."""
-    for key in ("state", "param_groups"):
-        if key not in state_dict:
-            raise ValueError(
-                f"state_dict must have {key}, got {', '.join(map(str, state_dict)) or 'nothing'}"
-            )
-    saved = state_dict["param_groups"]
-    if len(saved) != len(optimizer.param_groups):
-        raise ValueError(
-            f"loaded state dict has a different number of parameter groups: {len(saved)}, "
-            f"the optimizer has {len(optimizer.param_groups)}"
-        )
-    groups = []
-    for position, (group, own) in enumerate(zip(saved, optimizer.param_groups, strict=True)):
-        for name in ("params", "lr", "betas", "eps", "weight_decay"):
-            if name not in group:
-                raise ValueError(
-                    f"state_dict must have {name} in every parameter group, "
-                    f"got {', '.join(sorted(group))}"
-                )
-        if len(group["params"]) != len(own["params"]):
-            raise ValueError(
-                f"loaded state dict contains a parameter group that doesn't match the size of "
-                f"optimizer's group: {len(group['params'])} parameters in group {position}, the "
-                f"optimizer has {len(own['params'])}"
-            )
-        optimizer._check_hyperparameters(group)
-        groups.append({**group, "decoupled_weight_decay": True})
-    return groups
-
-
-def _copy_for(value: Any, parameter: Tensor) -> Any:
-    """A copy of a tensor that torch would load as it is, for the state of `parameter`."""
-    if not isinstance(value, Tensor) or value.device != parameter.device:
-        return value
-    return value.detach().clone()
-
-
-def _check_state(state: Mapping[str, Any], parameter: Tensor, name: str) -> None:
-    for key in ("step", "exp_avg", "exp_avg_sq"):
-        if key not in state:
-            raise ValueError(
-                f"state_dict must have {key} for {name}, "
-                f"got {', '.join(map(str, state)) or 'nothing'}"
-            )
-    if "max_exp_avg_sq" in state:
-        raise ValueError(f"AlignedAdamW does not implement amsgrad, got max_exp_avg_sq for {name}")
-    for key in ("step", "exp_avg", "exp_avg_sq"):
-        if isinstance(state[key], Tensor) and state[key].is_meta:
-            raise ValueError(f"{key} of {name} must have values, got a tensor on the device meta")
-    for key in ("exp_avg", "exp_avg_sq"):
-        check_tensor(state[key], f"{key} of {name}", parameter.shape, None)
-    if (state["exp_avg_sq"] < 0).any():
-        raise ValueError(
-            f"exp_avg_sq of {name} must not be negative, got {state['exp_avg_sq'].min().item()}"
-        )
-    step = state["step"]
-    if isinstance(step, Tensor):
-        if step.numel() != 1:
-            raise ValueError(f"step of {name} must have one element, got shape {tuple(step.shape)}")
-        step = step.item()
-    is_finite = isinstance(step, numbers.Real) and math.isfinite(step)
-    if not is_finite or step < 0 or step != int(step):
-        raise ValueError(f"step of {name} must be a whole number, not negative, got {step}")

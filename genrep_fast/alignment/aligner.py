@@ -15,65 +15,29 @@ the tensors that every loss reaches.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor
 
-from ..checks import DTYPES, check_number, check_weights
-from ..ops.alignment import (
-    AlignmentStats,
-    alignment_coefficients_operator,
-    combine_operator,
-    group_gram_operator,
-    tensor_coefficients_operator,
-)
-from .collected import CollectedGradients
-from .groups import check_names, check_not_sharded, key_function, label, named_parameters
-from .layout import Layout
+from ..checks import check_number, check_weights
+from ..ops.alignment import combine_operator
+from .collected import Collected, CollectedGradients
+from .groups import ParameterGroups, check_names, check_not_sharded, label, named_parameters
+from .layout import Layout, LayoutKey
 from .left_gradients import Fate, LeftGradients
-from .rules import least_accurate_dtype, resolve_rule
-from .tensor_grams import TensorGrams
-from .wrappers import is_data_parallel, parameters_inside, plain_name, unwrapped, world_size
-
-
-@dataclass(frozen=True)
-class AlignerStats(AlignmentStats):
-    """What an alignment of n losses did, group by group as in `GradientAligner.group_keys`.
-
-    All are float64 tensors on the gradients' device.
-
-    Attributes:
-        cosine: [groups] between two gradients, [groups, n, n] between n > 2; 0 where one of them is
-            zero.
-        alpha: [groups], the damping rho of the rule "genrep"; None for other rules.
-        norms: [groups, n], Euclidean norms of the gradients.
-        coefficients: [groups, n], factors of the gradients in the result before clipping.
-        total_norm: [], Euclidean norm of the result before clipping, over all parameters; None
-            without `max_norm`. Its error is relative to sum_i |c_i| norm_i: where gradients cancel,
-            it is an upper bound.
-    """
-
-    alpha: Tensor | None
-    total_norm: Tensor | None
-
-
-class Collected(NamedTuple):
-    """What an aligner hands over.
-
-    The gradient of parameter ``indices[t]`` is the sum of its losses' gradients times row
-    ``rows[t]``.
-    """
-
-    # For each loss, of every parameter.
-    gradients: list[list[Tensor | None]]
-    indices: list[int]
-    rows: list[int]
-    coefficients: Tensor  # [rows, n] float64
+from .passes import Passes
+from .rules import resolve_rule
+from .tensor_coefficients import AlignerStats, TensorCoefficients
+from .wrappers import (
+    is_data_parallel,
+    reached_stranger,
+    refuse_several_backward_passes,
+    unwrapped,
+    world_size,
+)
 
 
 class GradientAligner:
@@ -139,30 +103,25 @@ class GradientAligner:
         self.parameters, self.parameter_names = named_parameters(source)
         self._known = {id(parameter) for parameter in self.parameters}
         self.stats: AlignerStats | None = None
-        self._power = power
         resolved = resolve_rule(rule, self.weights, power, len(self.names))
-        # None: the operator, which has statistics, too.
-        self._rule = None if is_genrep else resolved
-        self._group_key = key_function(groups, self.parameter_names)
-        self._group_rows: dict[Hashable, int] = {}
-        # -1: in no group; None: has not required a gradient yet.
-        self._groups: list[int | None] = [None] * len(self.parameters)
-        self._assign_groups()
+        self._groups = ParameterGroups(self.parameters, self.parameter_names, groups)
         self._collected = CollectedGradients(
             self.parameters, self.parameter_names, len(self.names), flat=flat
         )
-        self._grams = TensorGrams(len(self.names))
+        self._passes = Passes(self.names)
+        # GenRep's operator has statistics, too.
+        own_rule = None if is_genrep else resolved
+        self._coefficients = TensorCoefficients(len(self.names), own_rule, power)
         self._left = LeftGradients()
         self._layout: Layout | None = None
         # A weak reference.
         self._optimizer: Callable[[], torch.optim.Optimizer | None] = lambda: None
         self._scaler_expected = True
-        # Which loss.
-        self._collecting: int | None = None
+        # Whether the gradient that was left tells a GradScaler if all is finite.
+        self._marker_checked = False
         # Whether zero_grad was called in the block.
         self._emptied = False
         self._data_parallel: bool | None = None
-        self._reset()
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -172,7 +131,6 @@ class GradientAligner:
     @weights.setter
     def weights(self, weights: Sequence[float]) -> None:
         self._weights = tuple(check_weights(weights, len(self.names)))
-        self._weight_row: Tensor | None = None
 
     @property
     def group_keys(self) -> list[Hashable]:
@@ -180,7 +138,7 @@ class GradientAligner:
 
         "all", parameters' names or indices, or blocks.
         """
-        return list(self._group_rows)
+        return self._groups.keys
 
     def backward(
         self, *losses: Tensor, backward: Callable[..., Any] | None = None
@@ -217,10 +175,10 @@ class GradientAligner:
                 raise ValueError(
                     f"the loss {name} must have one element, got shape {tuple(loss.shape)}"
                 )
-        self._check_outside("backward")
+        self._passes.check_outside("backward")
         self._check_one_reducer()
         self._check_free()
-        before = list(self._passes)
+        before = list(self._passes.counts)
         try:
             for position, (name, loss) in enumerate(zip(self.names, losses, strict=True)):
                 self._clear_gradients()
@@ -233,8 +191,8 @@ class GradientAligner:
         except BaseException:
             if not any(before):
                 self._reset()
-            elif self._passes != before:
-                self._broken = True
+            elif self._passes.counts != before:
+                self._passes.broken = True
             self._leave()
             raise
         if self._optimizer() is None:
@@ -271,7 +229,7 @@ class GradientAligner:
         """
         if name not in self.names:
             raise ValueError(f"name must be one of {', '.join(self.names)}, got {name!r}")
-        self._check_outside(f"collect({name!r})")
+        self._passes.check_outside(f"collect({name!r})")
         self._check_free()
         try:
             with self._block(name):
@@ -300,14 +258,16 @@ class GradientAligner:
             TypeError, ValueError: for a `max_norm` that is not a number, or not positive.
         """
         collected = self.hand_over(max_norm)
-        reached_first = zip(self._layout.first, collected.indices, strict=True)
-        results = [self._collected.result(loss, index) for loss, index in reached_first]
+        places = zip(self._current_layout().first_losses, collected.indices, strict=True)
+        results = [self._collected.result(loss, index) for loss, index in places]
         gradients = self._collected.of(collected.indices)
         combine_operator(gradients, collected.coefficients, collected.rows, [], results)
         self._left.clear()
         for index, result in zip(collected.indices, results, strict=True):
             self.parameters[index].grad = result
         self.finish()
+        # Of `hand_over`.
+        assert self.stats is not None
         return self.stats
 
     def zero_grad(self) -> None:
@@ -317,10 +277,10 @@ class GradientAligner:
         counts.
         """
         self._reset()
-        self._emptied = self._collecting is not None
+        self._emptied = self._passes.collecting is not None
         self._clear_gradients()
 
-    def __reduce_ex__(self, protocol: int) -> NoReturn:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         raise TypeError(
             "a GradientAligner, which belongs to its parameters, cannot be copied or pickled: "
             "save state_dict() of model and optimizer, and make a new aligner"
@@ -343,7 +303,7 @@ class GradientAligner:
     @property
     def empty(self) -> bool:
         """Whether nothing has been collected."""
-        return not any(self._passes) and not self._broken
+        return self._passes.empty
 
     def hand_over(self, max_norm: float | None, grad_scale: Tensor | None = None) -> Collected:
         """The collected gradients and their coefficients, divided by `grad_scale`.
@@ -351,36 +311,30 @@ class GradientAligner:
         `max_norm` and the statistics are free of the scale. The gradients stay here until `finish`.
         """
         check_max_norm(max_norm)
-        self._check_outside("align" if self._optimizer() is None else "step")
+        self._passes.check_outside("align" if self._optimizer() is None else "step")
         # It looked for non-finite values.
         self._check_left(written_by_scaler=grad_scale is not None)
-        self._check_collected()
+        self._passes.check_complete()
         if self._optimizer() is not None:
             self._check_nothing_else()
         layout = self._current_layout()
         self._check_reached(layout)
-        grams, groups, rows = self._tensor_grams(layout, everything=max_norm is not None)
-        if grad_scale is not None:
-            grad_scale = grad_scale.to(grams)
-            grams = grams / grad_scale**2
-        gram = group_gram_operator(grams, groups, len(self._group_rows))
-        coefficients, cosine, alpha, norms = self._coefficients(gram)
-        table = tensor_coefficients_operator(coefficients, grams, groups, list(self._weights))
-        total_norm = None
-        if max_norm is not None:
-            total_norm = (table[:, :, None] * grams * table[:, None, :]).sum().clamp(min=0).sqrt()
-            table = table * (max_norm / (total_norm + 1e-6)).clamp(max=1)
-        else:
-            table = torch.cat([table, self._row_of_weights(table.device)])
-        if grad_scale is not None:
-            table = table / grad_scale
-        self.stats = AlignerStats(cosine, alpha, norms, coefficients, total_norm)
-        return Collected(self._collected.gradients, layout.indices, rows, table)
+        # The norm of the result takes the matrices of all that some loss reaches.
+        tensors = layout.aligned if max_norm is None else layout.reached
+        coefficients, self.stats = self._coefficients.rows(
+            tensors,
+            self._collected,
+            layout.key.num_groups,
+            self._weights,
+            max_norm=max_norm,
+            grad_scale=grad_scale,
+        )
+        indices = layout.reached.indices
+        return Collected(self._collected.gradients, indices, tensors.rows, coefficients)
 
     def overflow(self) -> Tensor:
         """0 where all that was collected is finite, NaN otherwise; float64 without axes."""
-        grams, _, _ = self._tensor_grams(self._current_layout(), everything=True)
-        return grams.sum() * 0
+        return self._coefficients.grams(self._current_layout().reached, self._collected).sum() * 0
 
     @property
     def marker_checked(self) -> bool:
@@ -395,37 +349,34 @@ class GradientAligner:
     @contextlib.contextmanager
     def _block(self, name: str) -> Iterator[None]:
         """Take over what the block leaves in ``.grad``, without removing it there."""
+        loss = self.names.index(name)
         self._left.take_back()
-        self._grams.clear()
-        self._assign_groups()
-        if not any(self._passes):
-            self._collected.arrange(self._groups)
-        self._collecting = self.names.index(name)
+        self._coefficients.clear()
+        self._groups.assign()
+        if not any(self._passes.counts):
+            self._collected.arrange(self._groups.of)
+        self._passes.collecting = loss
         self._emptied = False
         if (world_size() or 1) > 1:
-            self._collected.put_back(self._collecting)
+            self._collected.put_back(loss)
         try:
             yield
             if self._emptied and all(parameter.grad is None for parameter in self.parameters):
-                self._dropped = True
+                self._passes.dropped = True
             else:
-                self._collected.take(self._collecting)
-                self._passes[self._collecting] += 1
+                self._collected.take(loss)
+                self._passes.counts[loss] += 1
+                # What began to require a gradient in the block.
+                self._groups.assign()
         except BaseException:
-            self._abandon()
+            self._abandon(loss)
             raise
         finally:
-            self._collecting = None
-
-    def _check_outside(self, call: str) -> None:
-        if self._collecting is not None:
-            block = f"the block that collects {self.names[self._collecting]!r}"
-            why = f"{call} inside {block}, which takes .grad over when it ends"
-            raise RuntimeError(f"{why}: call it behind the block")
+            self._passes.collecting = None
 
     def _check_free(self) -> None:
         """Raise RuntimeError where ``.grad`` holds more than what was left there before a block."""
-        self._check_whole()
+        self._passes.check_whole()
         self._check_left()
         stranger = self._left.stranger(self.parameters)
         if stranger is not None:
@@ -439,14 +390,14 @@ class GradientAligner:
             for parameter in self.parameters:
                 check_not_sharded(parameter)
 
-    def _abandon(self) -> None:
-        """Drop the gradients of the block that raised."""
+    def _abandon(self, loss: int) -> None:
+        """Drop the gradients of the block of `loss` that raised."""
         self._clear_gradients()
-        if self._passes[self._collecting]:
+        if self._passes.counts[loss]:
             # They may have been added to those of earlier blocks.
-            self._broken = True
+            self._passes.broken = True
         else:
-            self._collected.drop(self._collecting)
+            self._collected.drop(loss)
 
     def _clear_gradients(self) -> None:
         for parameter in self.parameters:
@@ -460,49 +411,29 @@ class GradientAligner:
         GradScaler is expected, the smallest is a copy: GradScaler looks for values that are not
         finite in ``.grad`` alone.
         """
-        if self._broken:
+        if self._passes.broken:
             return
-        shown = list(self._collected.gradients[latest])
-        for gradients in self._collected.gradients:
-            for index, gradient in enumerate(gradients):
-                if shown[index] is None:
-                    shown[index] = gradient
-        watched: list[int] = []
-        if all(self._passes):
-            watched = self._current_layout().watched
-            if watched and self._optimizer() is not None and self._scaler_expected:
-                shown[watched[0]] = self._with_overflow(shown[watched[0]])
-        indices = [index for index, gradient in enumerate(shown) if gradient is not None]
+        shown = self._collected.one_of_each(latest)
+        watched = self._current_layout().watched if all(self._passes.counts) else []
+        if watched and self._optimizer() is not None and self._scaler_expected:
+            # NaN where anything collected is not finite.
+            smallest = shown[watched[0]]
+            shown[watched[0]] = smallest + self.overflow().to(smallest.dtype)
+            self._marker_checked = True
         self._left.leave(
-            [self.parameters[index] for index in indices],
-            [shown[index] for index in indices],
+            [self.parameters[index] for index in shown],
+            list(shown.values()),
             [shown[index] for index in watched],
         )
-
-    def _with_overflow(self, gradient: Tensor) -> Tensor:
-        """A copy of `gradient` for a GradScaler: NaN where anything collected is not finite."""
-        self._marker_checked = True
-        return gradient + self.overflow().to(gradient.dtype)
 
     def _check_left(self, *, written_by_scaler: bool = False) -> None:
         """Drop what was collected where ``zero_grad`` dropped what was left of it.
 
         Raises RuntimeError where what was left was changed.
         """
-        message = (
-            "a .grad was written to, replaced or set to None after its gradient had been "
-            "collected, which does not change what the aligner holds: "
-            "write to .grad inside the block of collect, clip with max_norm, "
-            "or start the step over with zero_grad()"
-        )
-        fate = self._left.fate(written_by_scaler=written_by_scaler)
-        if fate is Fate.CHANGED:
-            raise RuntimeError(message)
-        if fate is Fate.DROPPED:
+        if self._left.check(written_by_scaler=written_by_scaler) is Fate.DROPPED:
             self._reset()
-            self._dropped = True
-        else:
-            self._left.assert_values(message)
+            self._passes.dropped = True
 
     def _check_nothing_else(self) -> None:
         stranger = self._left.stranger(self.parameters)
@@ -513,47 +444,21 @@ class GradientAligner:
                 f"or add its loss to one of {', '.join(self.names)}"
             )
 
-    def _check_whole(self) -> None:
-        if self._broken:
-            raise RuntimeError(
-                "a pass raised after others of this step: start the step over with zero_grad()"
-            )
-
-    def _check_collected(self) -> None:
-        self._check_whole()
-        passes_of = dict(zip(self.names, self._passes, strict=True))
-        missing = [name for name, passes in passes_of.items() if not passes]
-        if missing and self._dropped:
-            raise RuntimeError(
-                f"no gradients of {', '.join(missing)} to align: they were dropped after they had "
-                "been collected, by zero_grad or whatever else emptied .grad"
-            )
-        if missing:
-            raise RuntimeError(
-                f"no gradients of {', '.join(missing)} to align: "
-                "run its backward pass inside `with aligner.collect(name):`"
-            )
-
     def _check_reached(self, layout: Layout) -> None:
-        if self.module is not None and any(map(self._is_unknown, parameters_inside(self.module))):
-            named = self.module.named_parameters()
-            unknown = next(name for name, parameter in named if self._is_unknown(parameter))
+        unknown = None if self.module is None else reached_stranger(self.module, self._known)
+        if unknown is not None:
             raise RuntimeError(
-                f"a loss reached {plain_name(unknown)}, "
+                f"a loss reached {unknown}, "
                 "which is not among the aligner's parameters: it joined the module or was "
                 "replaced (as by load_state_dict(assign=True)) after the aligner was made. "
                 "Make a new aligner and a new optimizer"
             )
-        if not layout.indices:
+        if not layout.reached.indices:
             raise RuntimeError(
                 f"no loss reached any of the aligner's {len(self.parameters)} parameters: "
                 "if the model has others now (as after load_state_dict(assign=True)), "
                 "make a new aligner and a new optimizer"
             )
-
-    def _is_unknown(self, parameter: Tensor) -> bool:
-        """Whether a loss reached `parameter`, which is not the aligner's."""
-        return parameter.grad is not None and id(parameter) not in self._known
 
     def _check_one_reducer(self) -> None:
         """Raise RuntimeError where data parallelism would reduce one of several backward passes."""
@@ -566,90 +471,20 @@ class GradientAligner:
             if not self._data_parallel:
                 return
         last_call = "aligner.align()" if self._optimizer() is None else "optimizer.step()"
-        running = "process is" if processes == 1 else "processes are"
-        raise RuntimeError(
-            "backward runs several backward passes over one graph, "
-            "of which DistributedDataParallel reduces but one, "
-            f"and {processes} {running} running. "
-            "Run a forward pass for each loss, through the wrapper, "
-            "and its backward pass inside `with aligner.collect(name):`, "
-            f"then call {last_call}. "
-            "Where a loss does not reach every parameter, wrap with find_unused_parameters=True; "
-            "with Accelerate's gradient accumulation, also pass "
-            "GradientAccumulationPlugin(num_steps=..., sync_each_batch=True)"
-        )
+        refuse_several_backward_passes(processes, last_call)
 
     def _current_layout(self) -> Layout:
-        key = (self._collected.present(), len(self._group_rows))
+        key = LayoutKey(self._collected.present(), self._groups.number)
         if self._layout is None or self._layout.key != key:
-            self._layout = Layout.of(key, self._groups, self.parameters)
+            self._layout = Layout.of(key, self._groups.of, self.parameters)
         return self._layout
-
-    def _tensor_grams(
-        self, layout: Layout, everything: bool
-    ) -> tuple[Tensor, list[int], list[int]]:
-        """Gram matrices [T, n, n], the groups of these T tensors, and the row of every parameter.
-
-        The tensors are what is aligned, or `everything`. Without `everything` the row T is that of
-        what is not aligned.
-        """
-        indices, groups, rows = layout.aligned, layout.aligned_groups, layout.rows
-        if everything:
-            indices, groups, rows = layout.indices, layout.groups, layout.places
-        if indices:
-            return self._grams.matrices(indices, self._collected.of), groups, rows
-        n, device = len(self.names), self.parameters[0].device
-        return torch.zeros(0, n, n, dtype=torch.float64, device=device), groups, rows
-
-    def _row_of_weights(self, device: torch.device) -> Tensor:
-        if self._weight_row is None or self._weight_row.device != device:
-            self._weight_row = torch.tensor([self._weights], dtype=torch.float64, device=device)
-        return self._weight_row
-
-    def _coefficients(self, gram: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """Coefficients, cosine, alpha and norms of the groups' Gram matrices."""
-        norms = gram.diagonal(dim1=1, dim2=2).sqrt()
-        if self._rule is None:
-            return *alignment_coefficients_operator(gram, self._weights, self._power), norms
-        products = norms[:, :, None] * norms[:, None, :]
-        cosine = gram / norms[:, :, None] / norms[:, None, :]
-        cosine = torch.where(products == 0, 0.0, cosine).clamp(-1, 1)
-        if len(self.names) == 2:
-            cosine = cosine[:, 0, 1]
-        dtype = least_accurate_dtype(itertools.chain(*self._collected.gradients))
-        return self._rule(gram, dtype), cosine, None, norms
 
     def _reset(self) -> None:
         self._collected.clear()
-        self._passes = [0] * len(self.names)
-        # Whether gradients of a pass that raised have been added to others.
-        self._broken = False
-        self._dropped = False
-        # Whether the gradient that was left tells a GradScaler if all is finite.
+        self._passes.clear()
+        self._coefficients.clear()
         self._marker_checked = False
-        self._grams.clear()
         self._left.take_back()
-
-    def _assign_groups(self) -> None:
-        """Give the parameters that require a gradient for the first time their rows."""
-        for index, parameter in enumerate(self.parameters):
-            if self._groups[index] is not None or not parameter.requires_grad:
-                continue
-            if parameter.dtype not in DTYPES:
-                raise TypeError(
-                    f"{self.describe(index)} must be float32, bfloat16, float16 or float64, "
-                    f"got {parameter.dtype}"
-                )
-            key = self._group_key(index)
-            if not isinstance(key, Hashable):
-                raise TypeError(
-                    "groups must return a hashable key or None, "
-                    f"got {type(key).__name__} for {self.describe(index)}"
-                )
-            if key is None:
-                self._groups[index] = -1
-            else:
-                self._groups[index] = self._group_rows.setdefault(key, len(self._group_rows))
 
 
 def check_max_norm(max_norm: float | None) -> float | None:

@@ -5,11 +5,26 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Sequence
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from .groups import label
+
+
+class Collected(NamedTuple):
+    """What an aligner hands over.
+
+    The gradient of parameter ``indices[t]`` is the sum of its losses' gradients times row
+    ``rows[t]``.
+    """
+
+    # For each loss, of every parameter.
+    gradients: list[list[Tensor | None]]
+    indices: list[int]
+    rows: list[int]
+    coefficients: Tensor  # [rows, n] float64
 
 
 class CollectedGradients:
@@ -51,6 +66,11 @@ class CollectedGradients:
         requiring = {i: p for i, p in enumerate(self._parameters) if p.requires_grad}
         self._buckets.arrange(requiring, groups)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the gradients lie."""
+        return self._parameters[0].device
+
     def present(self) -> list[list[bool]]:
         """For each loss, which parameters have a gradient."""
         return [[gradient is not None for gradient in of_loss] for of_loss in self.gradients]
@@ -59,10 +79,21 @@ class CollectedGradients:
         """Gradients of parameters, flattened loss by loss."""
         return [of_loss[index] for of_loss in self.gradients for index in indices]
 
+    def one_of_each(self, loss: int) -> dict[int, Tensor]:
+        """By its index a gradient of every parameter that has one: that of `loss`, or the first."""
+        found: dict[int, Tensor] = {}
+        for index, gradient in enumerate(self.gradients[loss]):
+            if gradient is None:
+                of_losses = [of_loss[index] for of_loss in self.gradients]
+                gradient = next((one for one in of_losses if one is not None), None)
+            if gradient is not None:
+                found[index] = gradient
+        return found
+
     def result(self, loss: int, index: int) -> Tensor:
         """Where a parameter's aligned gradient is written, `loss` being the first to reach it."""
         if self._buckets is None:
-            return self.gradients[loss][index]
+            return cast(Tensor, self.gradients[loss][index])
         return self._buckets.views[0][index]
 
     def take(self, loss: int) -> None:
@@ -73,13 +104,14 @@ class CollectedGradients:
         for index, parameter in enumerate(self._parameters):
             if parameter.grad is None:
                 continue
-            gradient = self._dense(index, parameter)
-            if collected[index] is not None:
-                self._check_new(index, gradient)
-                sums.append(collected[index])
-                addends.append(gradient)
-            else:
+            gradient = self._dense(index, parameter.grad)
+            earlier = collected[index]
+            if earlier is None:
                 collected[index] = self._own(loss, index, gradient)
+            else:
+                self._check_new(index, gradient)
+                sums.append(earlier)
+                addends.append(gradient)
         if sums:
             torch._foreach_add_(sums, addends)
 
@@ -103,9 +135,8 @@ class CollectedGradients:
             if gradient is not None:
                 self._memory.claim(gradient)
 
-    def _dense(self, index: int, parameter: Tensor) -> Tensor:
-        """``parameter.grad`` as a dense tensor that carries no gradient."""
-        gradient = parameter.grad
+    def _dense(self, index: int, gradient: Tensor) -> Tensor:
+        """The gradient of a parameter as a dense tensor that carries no gradient."""
         # Made under inference_mode, it counts no writes.
         if gradient.is_inference():
             gradient = gradient.clone()
@@ -118,6 +149,7 @@ class CollectedGradients:
                 f"got layout {gradient.layout}: use sparse=False"
             )
         # Set by hand: it may be an expanded tensor.
+        parameter = self._parameters[index]
         if not gradient.is_contiguous() and gradient.stride() != parameter.stride():
             gradient = torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
         return gradient
@@ -125,7 +157,10 @@ class CollectedGradients:
     def _own(self, loss: int, index: int, gradient: Tensor) -> Tensor:
         """`gradient`, or a copy: in the flat buffers, and where another gradient has its memory."""
         if self._buckets is not None:
-            return self._bucket(loss, index, gradient.dtype).copy_(gradient)
+            bucket = self._checked_bucket(
+                self._buckets.views[loss].get(index), index, gradient.dtype
+            )
+            return bucket.copy_(gradient)
         if self._memory.claim(gradient):
             return gradient
         self._check_new(index, gradient)
@@ -133,15 +168,15 @@ class CollectedGradients:
 
     def _check_new(self, index: int, gradient: Tensor) -> None:
         for gradients in self.gradients:
-            if gradients[index] is None or not gradients[index].is_set_to(gradient):
-                continue
-            raise ValueError(
-                f"the gradient of {label(self._names, index)} lies where one that was "
-                "collected before does: clone it, or use flat=True"
-            )
+            earlier = gradients[index]
+            if earlier is not None and earlier.is_set_to(gradient):
+                raise ValueError(
+                    f"the gradient of {label(self._names, index)} lies where one that was "
+                    "collected before does: clone it, or use flat=True"
+                )
 
-    def _bucket(self, loss: int, index: int, dtype: torch.dtype) -> Tensor:
-        bucket = self._buckets.views[loss].get(index)
+    def _checked_bucket(self, bucket: Tensor | None, index: int, dtype: torch.dtype) -> Tensor:
+        """`bucket`, checked to be there and to take a gradient of `dtype`."""
         if bucket is None:
             raise RuntimeError(
                 f"{label(self._names, index)} began to require a gradient within a step, "
@@ -161,7 +196,7 @@ class HeldMemory:
     Autograd may give several parameters views of one tensor.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
@@ -195,9 +230,30 @@ def _byte_range(tensor: Tensor) -> tuple[int, int]:
     span = 0
     if tensor.numel():
         axes = zip(tensor.shape, tensor.stride(), strict=True)
-        span = sum((size - 1) * stride for size, stride in axes) + 1
-    start = tensor.storage_offset()
+        span = int(sum((size - 1) * stride for size, stride in axes)) + 1
+    start = int(tensor.storage_offset())
     return start * tensor.element_size(), (start + span) * tensor.element_size()
+
+
+class _Part(NamedTuple):
+    """A parameter of which a flat buffer holds the gradient."""
+
+    parameter: int
+    # -1: in no group.
+    group: int
+    # Of its gradient.
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, index: int, parameter: Tensor, group: int | None) -> _Part:
+        # A grad_dtype of None allows any dtype.
+        dtype = getattr(parameter, "grad_dtype", None) or parameter.dtype
+        return cls(index, -1 if group is None else group, dtype, parameter.device)
+
+    def order(self) -> tuple[str, bool, int, int]:
+        """Its place in the buffer: by groups, behind which what is in none."""
+        return str(self.dtype), self.group < 0, self.group, self.parameter
 
 
 class Buckets:
@@ -206,38 +262,27 @@ class Buckets:
     def __init__(self, n: int):
         # For each loss, parameter -> its part of the buffer.
         self.views: list[dict[int, Tensor]] = [{} for _ in range(n)]
-        self._key: list[tuple] | None = None
+        self._parts: list[_Part] | None = None
 
     def arrange(self, parameters: dict[int, Tensor], groups: list[int | None]) -> None:
-        """Allocate buffers for `parameters` unless they are there; those in no group (-1) last."""
-        key = []
-        for index, parameter in parameters.items():
-            key.append((index, groups[index], _gradient_dtype(parameter), parameter.device))
-        if self._key == key:
+        """Allocate buffers for `parameters`, unless they are there."""
+        parts = [_Part.of(index, p, groups[index]) for index, p in parameters.items()]
+        if self._parts == parts:
             return
-        self._key = key
-        dtypes = {index: dtype for index, _, dtype, _ in key}
+        self._parts = parts
         starts: dict[int, int] = {}
         sizes: dict[torch.dtype, int] = {}
-
-        def place(index: int) -> tuple:
-            return str(dtypes[index]), groups[index] < 0, groups[index], index
-
-        for index in sorted(parameters, key=place):
-            starts[index] = sizes.get(dtypes[index], 0)
-            sizes[dtypes[index]] = starts[index] + parameters[index].numel()
-        device = next(iter(parameters.values())).device if parameters else None
+        for part in sorted(parts, key=_Part.order):
+            starts[part.parameter] = sizes.get(part.dtype, 0)
+            sizes[part.dtype] = starts[part.parameter] + parameters[part.parameter].numel()
         for views in self.views:
+            views.clear()
             buffers = {}
             for dtype, size in sizes.items():
-                buffers[dtype] = torch.empty(size, dtype=dtype, device=device)
-            views.clear()
-            for index, parameter in parameters.items():
-                strides = torch.empty_like(parameter, device="meta").stride()
-                buffer = buffers[dtypes[index]]
-                views[index] = buffer.as_strided(parameter.shape, strides, starts[index])
-
-
-def _gradient_dtype(parameter: Tensor) -> torch.dtype:
-    # A grad_dtype of None allows any dtype.
-    return getattr(parameter, "grad_dtype", None) or parameter.dtype
+                buffers[dtype] = torch.empty(size, dtype=dtype, device=parts[0].device)
+            for part in parts:
+                like = parameters[part.parameter]
+                strides = torch.empty_like(like, device="meta").stride()
+                buffer = buffers[part.dtype]
+                start = starts[part.parameter]
+                views[part.parameter] = buffer.as_strided(like.shape, strides, start)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from ..checks import DTYPES
 from ..ops.alignment import MAX_LOSSES
 from .wrappers import is_flat_shard, is_sharded, plain_name, plain_names
 
@@ -93,8 +95,9 @@ def key_function(
         raise ValueError(
             f"params must be named for groups={groups!r}: pass a module or its named_parameters()"
         )
-    key = _block if groups == "block" else groups
-    return lambda index: key(names[index])
+    named = cast(list[str], names)
+    key = groups if callable(groups) else _block
+    return lambda index: key(named[index])
 
 
 def _block(name: str) -> str:
@@ -104,3 +107,60 @@ def _block(name: str) -> str:
         if component.isdecimal():
             return ".".join(components[: position + 1])
     return ".".join(components[:-1]) or name
+
+
+class ParameterGroups:
+    """Which parameters share a Gram matrix; a parameter joins once it requires a gradient.
+
+    Args:
+        parameters, names: of the aligner.
+        groups: as `GradientAligner` takes them.
+
+    Attributes:
+        of: for each parameter the row of its group; -1: it is in none; None: it has not required a
+            gradient yet.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        names: list[str | None],
+        groups: str | Callable[[str], Hashable | None],
+    ):
+        self.of: list[int | None] = [None] * len(parameters)
+        self._parameters = parameters
+        self._names = names
+        self._key = key_function(groups, names)
+        self._rows: dict[Hashable, int] = {}
+        self.assign()
+
+    @property
+    def keys(self) -> list[Hashable]:
+        """Keys of the groups, in the order of their rows."""
+        return list(self._rows)
+
+    @property
+    def number(self) -> int:
+        """How many groups there are."""
+        return len(self._rows)
+
+    def assign(self) -> None:
+        """Give the parameters that require a gradient for the first time their rows."""
+        for index, parameter in enumerate(self._parameters):
+            if self.of[index] is not None or not parameter.requires_grad:
+                continue
+            if parameter.dtype not in DTYPES:
+                raise TypeError(
+                    f"{label(self._names, index)} must be float32, bfloat16, float16 or float64, "
+                    f"got {parameter.dtype}"
+                )
+            key = self._key(index)
+            if not isinstance(key, Hashable):
+                raise TypeError(
+                    "groups must return a hashable key or None, "
+                    f"got {type(key).__name__} for {label(self._names, index)}"
+                )
+            if key is None:
+                self.of[index] = -1
+            else:
+                self.of[index] = self._rows.setdefault(key, len(self._rows))

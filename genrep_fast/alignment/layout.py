@@ -7,30 +7,45 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-LayoutKey = tuple[list[list[bool]], int]
+
+class LayoutKey(NamedTuple):
+    """What a layout depends on."""
+
+    # For each loss, which parameters have a gradient.
+    present: list[list[bool]]
+    num_groups: int
 
 
-class Layout(NamedTuple):
-    """Which gradients belong where.
+class GramTensors(NamedTuple):
+    """Parameters whose Gram matrices a step takes, and where their coefficients go."""
 
-    It holds as long as `key` does: for each loss, which parameters have a gradient, and the number
-    of groups.
-    """
-
-    key: LayoutKey
-    # Parameters that some loss reaches.
     indices: list[int]
     # Of each, -1 where it is not aligned.
     groups: list[int]
-    # Which loss is the first to reach it.
-    first: list[int]
-    # 0, 1, 2, ...
-    places: list[int]
-    # Of the coefficients of `aligned`, behind which one row is that of the others.
+    # For each parameter that some loss reaches, the row of its coefficients.
     rows: list[int]
-    # Parameters that all losses reach and that have a group.
-    aligned: list[int]
-    aligned_groups: list[int]
+
+    def aligned(self) -> GramTensors:
+        """Those that are aligned; one row behind theirs is that of all others."""
+        places = [place for place, group in enumerate(self.groups) if group >= 0]
+        row_of = {place: row for row, place in enumerate(places)}
+        return GramTensors(
+            [self.indices[place] for place in places],
+            [self.groups[place] for place in places],
+            [row_of.get(place, len(places)) for place in range(len(self.indices))],
+        )
+
+
+class Layout(NamedTuple):
+    """Which gradients belong where, as long as `key` is the same."""
+
+    key: LayoutKey
+    # Of the parameters that some loss reaches, which is the first to do so.
+    first_losses: list[int]
+    # The parameters that some loss reaches.
+    reached: GramTensors
+    # Those that all losses reach and that have a group.
+    aligned: GramTensors
     # Parameters of which gradients' values are compared, the smallest first.
     watched: list[int]
 
@@ -38,24 +53,19 @@ class Layout(NamedTuple):
     def of(
         cls, key: LayoutKey, groups: Sequence[int | None], parameters: Sequence[Tensor]
     ) -> Layout:
-        """The layout of `key`; ``groups[index]`` is -1 for a parameter that is in none."""
-        layout = cls(key, [], [], [], [], [], [], [], [])
-        for index, reached in enumerate(zip(*key[0], strict=True)):
-            if not any(reached):
+        """The layout of `key`; ``groups[index]`` is -1 or None for a parameter that is in none."""
+        reached = GramTensors([], [], [])
+        first_losses = []
+        for index, losses in enumerate(zip(*key.present, strict=True)):
+            if not any(losses):
                 continue
-            group = groups[index] if all(reached) else -1
-            layout.places.append(len(layout.indices))
-            layout.indices.append(index)
-            layout.groups.append(group)
-            layout.first.append(reached.index(True))
-            # What is not aligned has the row behind those of what is: -1 until their number is
-            # known.
-            layout.rows.append(len(layout.aligned) if group >= 0 else -1)
-            if group >= 0:
-                layout.aligned.append(index)
-                layout.aligned_groups.append(group)
-        rows = [row if row >= 0 else len(layout.aligned) for row in layout.rows]
-        return layout._replace(rows=rows, watched=_watched(layout.indices, parameters))
+            group = groups[index] if all(losses) else None
+            reached.rows.append(len(reached.indices))
+            reached.indices.append(index)
+            reached.groups.append(-1 if group is None else group)
+            first_losses.append(losses.index(True))
+        watched = _watched(reached.indices, parameters)
+        return cls(key, first_losses, reached, reached.aligned(), watched)
 
 
 def _watched(indices: list[int], parameters: Sequence[Tensor]) -> list[int]:

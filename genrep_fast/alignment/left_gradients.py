@@ -10,6 +10,13 @@ from torch import Tensor
 # As many of a gradient's values are compared with what they were.
 _WATCHED_ELEMENTS = 4096
 
+_CHANGED = (
+    "a .grad was written to, replaced or set to None after its gradient had been "
+    "collected, which does not change what the aligner holds: "
+    "write to .grad inside the block of collect, clip with max_norm, "
+    "or start the step over with zero_grad()"
+)
+
 
 class Fate(enum.Enum):
     """What became of gradients that were left in ``.grad``."""
@@ -26,7 +33,7 @@ class LeftGradients:
     are compared, since a write through ``.data`` counts no version.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
@@ -68,11 +75,23 @@ class LeftGradients:
                 return index
         return None
 
-    def fate(self, *, written_by_scaler: bool = False) -> Fate:
-        """Whether all is as it was left, gone or zeroed as by ``zero_grad``, or something else.
+    def check(self, *, written_by_scaler: bool = False) -> Fate:
+        """Whether all is as it was left, or gone or zeroed as by ``zero_grad``.
 
-        A GradScaler that looked for non-finite values wrote the values that were there.
+        Raises RuntimeError for anything else; for values that have changed unseen on a GPU, when
+        the device gets there. A GradScaler that looked for non-finite values wrote the values that
+        were there.
         """
+        fate = self._fate(written_by_scaler)
+        if fate is Fate.CHANGED:
+            raise RuntimeError(_CHANGED)
+        if fate is Fate.KEPT:
+            for gradient, copy in self._watched:
+                same = (gradient == copy) | (gradient.isnan() & copy.isnan())
+                torch._assert_async(same.all(), _CHANGED)
+        return fate
+
+    def _fate(self, written_by_scaler: bool) -> Fate:
         now = [parameter.grad for parameter in self._parameters]
         if any(gradient is not left for gradient, left in zip(now, self._gradients, strict=True)):
             gone = all(gradient is None for gradient in now)
@@ -82,15 +101,6 @@ class LeftGradients:
             return Fate.KEPT
         zeroed = not any(gradient.any() for gradient in self._gradients)
         return Fate.DROPPED if zeroed else Fate.CHANGED
-
-    def assert_values(self, message: str) -> None:
-        """Raise RuntimeError with `message` where the watched gradient's values have changed.
-
-        On a GPU it is raised when the device gets there.
-        """
-        for gradient, copy in self._watched:
-            same = (gradient == copy) | (gradient.isnan() & copy.isnan())
-            torch._assert_async(same.all(), message)
 
 
 def _part(tensor: Tensor) -> Tensor:

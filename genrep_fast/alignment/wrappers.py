@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +34,8 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 def uncompiled(module: nn.Module) -> nn.Module:
     """The module inside of torch.compile."""
-    while _COMPILED in module._modules:
-        module = module._modules[_COMPILED]
+    while isinstance(inner := module._modules.get(_COMPILED), nn.Module):
+        module = inner
     return module
 
 
@@ -50,6 +51,18 @@ def parameters_inside(module: nn.Module) -> Iterator[nn.Parameter]:
             if child is not None and id(child) not in seen:
                 seen.add(id(child))
                 modules.append(child)
+
+
+def reached_stranger(module: nn.Module, known: set[int]) -> str | None:
+    """Name of a parameter of `module` that has a ``.grad``, but whose id is not `known`."""
+
+    def is_stranger(parameter: Tensor) -> bool:
+        return parameter.grad is not None and id(parameter) not in known
+
+    if not any(map(is_stranger, parameters_inside(module))):
+        return None
+    named = module.named_parameters()
+    return plain_name(next(name for name, parameter in named if is_stranger(parameter)))
 
 
 def plain_name(name: str) -> str:
@@ -98,6 +111,22 @@ def world_size() -> int | None:
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return None
     return torch.distributed.get_world_size()
+
+
+def refuse_several_backward_passes(processes: int, last_call: str) -> NoReturn:
+    """Raise RuntimeError, which says what to do instead and to end it with `last_call`."""
+    running = "process is" if processes == 1 else "processes are"
+    raise RuntimeError(
+        "backward runs several backward passes over one graph, "
+        "of which DistributedDataParallel reduces but one, "
+        f"and {processes} {running} running. "
+        "Run a forward pass for each loss, through the wrapper, "
+        "and its backward pass inside `with aligner.collect(name):`, "
+        f"then call {last_call}. "
+        "Where a loss does not reach every parameter, wrap with find_unused_parameters=True; "
+        "with Accelerate's gradient accumulation, also pass "
+        "GradientAccumulationPlugin(num_steps=..., sync_each_batch=True)"
+    )
 
 
 def _inside(module: nn.Module) -> nn.Module | None:

@@ -151,16 +151,14 @@ def align_gradients(
     power = check_power(power)
     _check_out(out, layout, {"perception": perception, "generation": generation})
     grouped = layout.grouped
-    groups, rows = [layout.groups[t] for t in grouped], list(range(len(grouped)))
+    own_groups = [layout.groups[t] for t in grouped]
+    rows = list(range(len(grouped)))
     grams = _gram_matrices(gradients, grouped, rows, len(rows), layout.device)
-    matrices = group_gram_operator(grams, groups, layout.num_groups)
-    coefficients, cosine, alpha = alignment_coefficients_operator(matrices, weights, power)
-    stats = AlignmentStats(cosine, alpha, matrices.diagonal(dim1=1, dim2=2).sqrt(), coefficients)
-    tensor_rows = tensor_coefficients_operator(coefficients, grams, groups, weights)
+    tensor_rows, stats = _aligned(grams, own_groups, layout.num_groups, weights, power)
     if len(grouped) < len(layout.groups):
-        row_of = dict(zip(grouped, rows, strict=True))
-        rows = [row_of.get(t, -1) for t in layout.reached]
-    return _combined(gradients, tensor_rows, rows, layout, weights, out), stats
+        place_of = {t: place for place, t in enumerate(grouped)}
+        rows = [place_of.get(t, -1) for t in layout.reached]
+    return _weighted_sums(gradients, tensor_rows, rows, layout, weights, out), stats
 
 
 @torch.no_grad()
@@ -227,7 +225,7 @@ def combine(
     named = dict(zip(_numbered(gradients), gradients, strict=True))
     _check_out(out, layout, named, coefficients)
     rows = [layout.groups[t] for t in layout.reached]
-    return _combined(gradients, table, rows, layout, weights, out)
+    return _weighted_sums(gradients, table, rows, layout, weights, out)
 
 
 class GradientLayout(NamedTuple):
@@ -372,7 +370,7 @@ def _check_out(
     # What no loss reaches is not written.
     pairs = zip(out, layout.samples, strict=True)
     written = [None if sample is None else tensor for tensor, sample in pairs]
-    read = dict(gradients)
+    read: dict[str, Tensor | Gradients] = dict(gradients)
     if coefficients is not None:
         read["coefficients"] = coefficients
     check_no_overlap({"out": written}, read, in_place=gradients)
@@ -397,7 +395,22 @@ def _gram_matrices(
     return gram_operator(tensors, n, groups, num_groups)
 
 
-def _combined(
+def _aligned(
+    grams: Tensor, groups: list[int], num_groups: int, weights: list[float], power: float
+) -> tuple[Tensor, AlignmentStats]:
+    """Coefficients [T, 2] of tensors from their own Gram matrices [T, 2, 2], and statistics."""
+    matrices = group_gram_operator(grams, groups, num_groups)
+    coefficients, cosine, alpha = alignment_coefficients_operator(matrices, weights, power)
+    norms = matrices.diagonal(dim1=1, dim2=2).sqrt()
+    stats = AlignmentStats(cosine, alpha, norms, coefficients)
+    if groups == list(range(num_groups)):
+        # Each tensor is a group, in order. Where a loss does not reach it, its matrix is zero, of
+        # which the coefficients are the weights.
+        return coefficients, stats
+    return tensor_coefficients_operator(coefficients, grams, groups, weights), stats
+
+
+def _weighted_sums(
     gradients: Sequence[Gradients],
     coefficients: Tensor,
     rows: list[int],
@@ -405,20 +418,23 @@ def _combined(
     weights: list[float],
     out: Gradients | None,
 ) -> list[Tensor | None]:
-    """Weighted sums of the gradients.
+    """Weighted sums of the gradients, written to `out` where it has a tensor for them.
 
     `rows` of `coefficients` (-1: `weights`), one for each tensor of ``layout.reached``.
     """
-    results = list(out) if out is not None else [None] * len(layout.samples)
-    for t, sample in enumerate(layout.samples):
-        if sample is None:
-            results[t] = None
-        elif results[t] is None:
-            own = [loss_gradients[t] for loss_gradients in gradients]
-            dtypes = (gradient.dtype for gradient in own if gradient is not None)
-            results[t] = torch.empty_like(sample, dtype=reduce(torch.promote_types, dtypes))
+    results: list[Tensor | None] = [None] * len(layout.samples)
+    written: list[Tensor] = []
     reached = layout.reached
+    for t in reached:
+        result = None if out is None else out[t]
+        if result is None:
+            own = [loss_gradients[t] for loss_gradients in gradients]
+            present = [gradient for gradient in own if gradient is not None]
+            dtype = reduce(torch.promote_types, [gradient.dtype for gradient in present])
+            result = torch.empty_like(present[-1], dtype=dtype)
+        results[t] = result
+        written.append(result)
     if reached:
         tensors = [loss_gradients[t] for loss_gradients in gradients for t in reached]
-        combine_operator(tensors, coefficients, rows, weights, [results[t] for t in reached])
+        combine_operator(tensors, coefficients, rows, weights, written)
     return results

@@ -92,17 +92,19 @@ def adamw_step(
     written = {"params": params, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     if emas is not None:
         written["emas"] = emas
-    for name, tensors in (*written.items(), ("steps", steps)):
-        check_length(tensors, name, len(layout.samples))
+    for name, listed in (*written.items(), ("steps", steps)):
+        check_length(listed, name, len(layout.samples))
     reached = layout.reached
     for t in reached:
         for name, tensors in written.items():
             check_writable(tensors[t], f"{name}[{t}]", layout.samples[t].shape, layout.device)
         check_scalar(steps[t], f"steps[{t}]", layout.device)
-    lists = dict(zip(names, gradients, strict=True)) | {"steps": steps}
-    scalars = {"coefficients": coefficients, "lr": lr, "found_inf": found_inf}
-    tensors = {name: tensor for name, tensor in scalars.items() if isinstance(tensor, Tensor)}
-    check_no_overlap(_only(written, reached), {**_only(lists, reached), **tensors})
+    lists: dict[str, Gradients] = dict(zip(names, gradients, strict=True))
+    read: dict[str, Tensor | Gradients] = dict(_only({**lists, "steps": steps}, reached))
+    for name, value in (("coefficients", coefficients), ("lr", lr), ("found_inf", found_inf)):
+        if isinstance(value, Tensor):
+            read[name] = value
+    check_no_overlap(_only(written, reached), read)
     if not reached:
         return
     lr = lr.reshape(()) if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64)
@@ -127,10 +129,12 @@ def adamw_step(
 
 def _only(
     lists: Mapping[str, Sequence[Tensor | None]], indices: Sequence[int]
-) -> dict[str, list[Tensor | None]]:
+) -> dict[str, Sequence[Tensor | None]]:
     """`lists` with None at all but `indices`."""
+    if all(len(tensors) == len(indices) for tensors in lists.values()):
+        return dict(lists)
     kept = set(indices)
-    result = {}
+    result: dict[str, Sequence[Tensor | None]] = {}
     for name, tensors in lists.items():
         result[name] = [tensor if t in kept else None for t, tensor in enumerate(tensors)]
     return result

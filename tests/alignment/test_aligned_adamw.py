@@ -423,7 +423,7 @@ def with_last(gradient, value):
 def test_grad_scaler(options, rule):
     fused, expected = Fused(Model(torch.float32), **options), Fused(Model(torch.float32), **options)
     for run in (fused, expected):
-        run.aligner._rule = gf.GradientAligner(run.model, rule=rule)._rule
+        run.aligner._coefficients = gf.GradientAligner(run.model, rule=rule)._coefficients
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
     for step in range(4):
         scaled_step(fused, scaler, [step, step + 10])

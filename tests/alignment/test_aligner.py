@@ -969,6 +969,21 @@ def test_flat_refuses_a_parameter_in_the_middle_of_a_step():
         model(batch())[1].backward()
 
 
+def test_a_parameter_may_begin_to_require_a_gradient_within_a_block():
+    parameter = nn.Parameter(torch.ones(2), requires_grad=False)
+    aligner = gf.GradientAligner([parameter])
+    with aligner.collect("perception"):
+        parameter.requires_grad_(True)
+        parameter.sum().backward()
+    parameter.requires_grad_(False)
+    with aligner.collect("generation"):
+        parameter.requires_grad_(True)
+        (2 * parameter).sum().backward()
+    aligner.align()
+    expected, _ = gf.align_gradients([torch.ones(2)], [2 * torch.ones(2)])
+    torch.testing.assert_close(parameter.grad, expected[0])
+
+
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
 def test_an_aligner_is_not_copied(duplicate):
     with pytest.raises(TypeError, match=r"cannot be copied or pickled: save state_dict\(\)"):
