@@ -36,15 +36,10 @@ class Random:
 
 
 def tables(steps):
-    """data, noisy, output, inv_var, log_norm [S] of the residual x - o."""
+    """data, noisy, output, inv_var, log_norm [5, S] of the residual x - o."""
     one = torch.ones(steps, device=DEVICE)
-    return (
-        one,
-        0 * one,
-        -one,
-        STEP_SCALE**2 * torch.linspace(0.9, 1.1, steps, device=DEVICE),
-        0 * one,
-    )
+    inv_var = STEP_SCALE**2 * torch.linspace(0.9, 1.1, steps, device=DEVICE)
+    return torch.stack((one, 0 * one, -one, inv_var, 0 * one))
 
 
 def gradients(numel, lists):
@@ -103,7 +98,7 @@ def chunk(batch, classes, steps, shared=False):
         random(batch, *CHANNELS),
         random(1 if shared else batch, classes, steps, *CHANNELS),
         None,
-        *tables(steps),
+        tables(steps),
     ]
 
 

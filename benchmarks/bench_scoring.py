@@ -80,10 +80,10 @@ class Setting:
         inv_var = (
             torch.linspace(0.99, 1.01, steps, device=DEVICE) / (2 * elements) ** 0.5
         )  # log-likelihoods vary by about 1
-        self.tables = (one, 0 * one, -one, inv_var, 0 * one)
+        self.tables = torch.stack((one, 0 * one, -one, inv_var, 0 * one))
         self.coefficients = gf.StepCoefficients(*self.tables)
         self.step_coefficients = [
-            gf.StepCoefficients(*(table[s : s + 1] for table in self.tables)) for s in range(steps)
+            gf.StepCoefficients(*self.tables[:, s : s + 1]) for s in range(steps)
         ]
 
     @functools.cached_property
@@ -97,7 +97,7 @@ class Setting:
 
 
 def reference_loss(logits, x, model_output, tables, per_location):
-    scores, _ = scoring.log_likelihood(x, model_output, None, *tables, "mixture", per_location)
+    scores, _ = scoring.log_likelihood(x, model_output, None, tables, "mixture", per_location)
     return posterior.distillation_loss(logits, scores, None, 1.0).mean()
 
 
@@ -154,12 +154,11 @@ def streamed(update, setting):
     state = scoring.empty_state(setting.logits.shape, "mixture", setting.x.device)
     count = torch.zeros(state.shape[2], dtype=torch.int64, device=setting.x.device)
     for model_output, steps in setting.chunks:
-        tables = (steps.data, steps.noisy, steps.output, steps.inv_var, steps.log_norm)
         update(
             setting.x,
             model_output,
             None,
-            *tables,
+            steps.tables,
             None,
             "mixture",
             setting.per_location,
@@ -228,11 +227,11 @@ def expected(setting, direction):
     x, logits, tables = (
         setting.x.double(),
         setting.logits.double(),
-        [table.double() for table in setting.tables],
+        setting.tables.double(),
     )
     options = ("mixture", setting.per_location)
     parts = setting.model_output.split(10, 1)
-    results = [scoring.log_likelihood(x, part.double(), None, *tables, *options) for part in parts]
+    results = [scoring.log_likelihood(x, part.double(), None, tables, *options) for part in parts]
     scores = torch.cat([result[0] for result in results], 1)
     loss = posterior.distillation_loss(logits, scores, None, 1.0)
     if direction != "backward":
@@ -243,7 +242,7 @@ def expected(setting, direction):
     )
     grad_parts = [
         scoring.log_likelihood_backward(
-            grad, *result, x, part.double(), None, *tables, *options, [False, True, False]
+            grad, *result, x, part.double(), None, tables, *options, [False, True, False]
         )[1]
         for grad, result, part in zip(grad_scores.split(10, 1), results, parts, strict=True)
     ]

@@ -135,7 +135,7 @@ def score(name, x, model_output, x_t, reduction, per_location, make):
         x,
         model_output,
         x_t,
-        *(make.table(steps) for _ in range(5)),
+        torch.stack([make.table(steps) for _ in range(5)]),
         reduction,
         per_location,
     )

@@ -100,6 +100,7 @@ inline View view_of(
   return view;
 }
 
+// Table [S] of the reverse step.
 inline const float* table_of(const Tensor& table, int64_t steps, const Tensor& x) {
   const bool fits = table.scalar_type() == ScalarType::Float && table.dim() == 1 &&
                     table.size(0) == steps && table.is_contiguous();
@@ -109,10 +110,26 @@ inline const float* table_of(const Tensor& table, int64_t steps, const Tensor& x
   return static_cast<const float*>(table.const_data_ptr());
 }
 
+// Points the chunk at the rows of tables [5, S].
+inline void set_tables(ScoredChunk& chunk, const Tensor& tables, const Tensor& x) {
+  const bool fits = tables.scalar_type() == ScalarType::Float && tables.dim() == 2 &&
+                    tables.size(0) == 5 && tables.size(1) == chunk.steps;
+  STD_TORCH_CHECK(
+      fits && (tables.stride(1) == 1 || chunk.steps <= 1) && tables.device() == x.device(),
+      "tables must be a float32 tensor of shape [5, ", chunk.steps,
+      "] on x's device, with contiguous rows");
+  const float* row = static_cast<const float*>(tables.const_data_ptr());
+  const int64_t stride = tables.stride(0);
+  chunk.data_table = row;
+  chunk.noisy_table = row + stride;
+  chunk.output_table = row + 2 * stride;
+  chunk.inv_var = row + 3 * stride;
+  chunk.log_norm = row + 4 * stride;
+}
+
 inline ScoredChunk scored_chunk(
     const Tensor& x, const Tensor& model_output, const std::optional<Tensor>& x_t,
-    const Tensor& data, const Tensor& noisy, const Tensor& output, const Tensor& inv_var,
-    const Tensor& log_norm, const std::string& reduction, bool per_location) {
+    const Tensor& tables, const std::string& reduction, bool per_location) {
   const int64_t axes = x.dim() + 2;
   STD_TORCH_CHECK(
       x.dim() >= 2 && model_output.dim() == axes, "model_output must have two axes more than x");
@@ -157,11 +174,7 @@ inline ScoredChunk scored_chunk(
   if (x_t) {
     chunk.noisy = view_of(*x_t, 3, chunk.channels_inner, chunk.copies);
   }
-  chunk.data_table = table_of(data, chunk.steps, x);
-  chunk.noisy_table = table_of(noisy, chunk.steps, x);
-  chunk.output_table = table_of(output, chunk.steps, x);
-  chunk.inv_var = table_of(inv_var, chunk.steps, x);
-  chunk.log_norm = table_of(log_norm, chunk.steps, x);
+  set_tables(chunk, tables, x);
   return chunk;
 }
 

@@ -228,10 +228,9 @@ std::vector<int64_t> likelihood_shape(const Tensor& x, const ScoredChunk& chunk)
 }
 
 std::tuple<Tensor, Tensor> log_likelihood(
-    Tensor x, Tensor model_output, std::optional<Tensor> x_t, Tensor data, Tensor noisy,
-    Tensor output, Tensor inv_var, Tensor log_norm, std::string reduction, bool per_location) {
-  Problem problem(scored_chunk(
-      x, model_output, x_t, data, noisy, output, inv_var, log_norm, reduction, per_location));
+    Tensor x, Tensor model_output, std::optional<Tensor> x_t, Tensor tables, std::string reduction,
+    bool per_location) {
+  Problem problem(scored_chunk(x, model_output, x_t, tables, reduction, per_location));
   const ScoredChunk& chunk = problem.chunk;
   const std::vector<int64_t> shape = likelihood_shape(x, chunk);
   Tensor result = torch::stable::empty(shape, ScalarType::Float);
@@ -253,11 +252,10 @@ std::tuple<Tensor, Tensor> log_likelihood(
 }
 
 void score_update(
-    Tensor x, Tensor model_output, std::optional<Tensor> x_t, Tensor data, Tensor noisy,
-    Tensor output, Tensor inv_var, Tensor log_norm, std::optional<Tensor> classes,
-    std::string reduction, bool per_location, Tensor count, Tensor state) {
-  Problem problem(scored_chunk(
-      x, model_output, x_t, data, noisy, output, inv_var, log_norm, reduction, per_location));
+    Tensor x, Tensor model_output, std::optional<Tensor> x_t, Tensor tables,
+    std::optional<Tensor> classes, std::string reduction, bool per_location, Tensor count,
+    Tensor state) {
+  Problem problem(scored_chunk(x, model_output, x_t, tables, reduction, per_location));
   const ScoredChunk& chunk = problem.chunk;
   const int64_t num_classes = count.numel(), locations = kept_locations(chunk),
                 rows = chunk.batch * num_classes * locations;

@@ -383,10 +383,9 @@ Tensor gradient_of(
 
 std::tuple<Tensor, Tensor, Tensor> log_likelihood_backward(
     Tensor grad, Tensor log_likelihood, Tensor remainder, Tensor x, Tensor model_output,
-    std::optional<Tensor> x_t, Tensor data, Tensor noisy, Tensor output, Tensor inv_var,
-    Tensor log_norm, std::string reduction, bool per_location, std::vector<bool> output_mask) {
-  ScoredChunk arguments = scored_chunk(
-      x, model_output, x_t, data, noisy, output, inv_var, log_norm, reduction, per_location);
+    std::optional<Tensor> x_t, Tensor tables, std::string reduction, bool per_location,
+    std::vector<bool> output_mask) {
+  ScoredChunk arguments = scored_chunk(x, model_output, x_t, tables, reduction, per_location);
   Backward backward{Problem(std::move(arguments)), nullptr, nullptr, nullptr, {}};
   const Problem& problem = backward.problem;
   const ScoredChunk& chunk = problem.chunk;

@@ -805,21 +805,17 @@ std::vector<int64_t> result_sizes(const ScoredChunk& chunk, const Tensor& x, boo
 
 ScoredChunk checked_chunk(
     const Tensor& x, const Tensor& model_output, const std::optional<Tensor>& x_t,
-    const Tensor& data, const Tensor& noisy, const Tensor& output, const Tensor& inv_var,
-    const Tensor& log_norm, const std::string& reduction, bool per_location) {
-  ScoredChunk chunk = scored_chunk(
-      x, model_output, x_t, data, noisy, output, inv_var, log_norm, reduction, per_location);
+    const Tensor& tables, const std::string& reduction, bool per_location) {
+  ScoredChunk chunk = scored_chunk(x, model_output, x_t, tables, reduction, per_location);
   chunk.per_location &= chunk.locations != 1;  // the one location is the image
   return chunk;
 }
 
 std::tuple<Tensor, Tensor> log_likelihood(
     const Tensor& x, const Tensor& model_output, const std::optional<Tensor>& x_t,
-    const Tensor& data, const Tensor& noisy, const Tensor& output, const Tensor& inv_var,
-    const Tensor& log_norm, const std::string& reduction, bool per_location) {
+    const Tensor& tables, const std::string& reduction, bool per_location) {
   DeviceScope scope(x);
-  const ScoredChunk chunk = checked_chunk(
-      x, model_output, x_t, data, noisy, output, inv_var, log_norm, reduction, per_location);
+  const ScoredChunk chunk = checked_chunk(x, model_output, x_t, tables, reduction, per_location);
   const std::vector<int64_t> sizes = result_sizes(chunk, x, per_location);
   Tensor likelihood = new_tensor(x, sizes, ScalarType::Float);
   Tensor remainder =
@@ -844,12 +840,10 @@ void check_state(
 
 void score_update(
     const Tensor& x, const Tensor& model_output, const std::optional<Tensor>& x_t,
-    const Tensor& data, const Tensor& noisy, const Tensor& output, const Tensor& inv_var,
-    const Tensor& log_norm, const std::optional<Tensor>& classes, const std::string& reduction,
+    const Tensor& tables, const std::optional<Tensor>& classes, const std::string& reduction,
     bool per_location, const Tensor& count, const Tensor& state) {
   DeviceScope scope(x);
-  const ScoredChunk chunk = checked_chunk(
-      x, model_output, x_t, data, noisy, output, inv_var, log_norm, reduction, per_location);
+  const ScoredChunk chunk = checked_chunk(x, model_output, x_t, tables, reduction, per_location);
   std::optional<Tensor> places;
   if (classes) {
     places = torch::stable::contiguous(*classes);
@@ -977,12 +971,10 @@ void launch_row_gradients(
 
 std::tuple<Tensor, Tensor, Tensor> log_likelihood_backward(
     const Tensor& grad, const Tensor& log_likelihood, const Tensor& remainder, const Tensor& x,
-    const Tensor& model_output, const std::optional<Tensor>& x_t, const Tensor& data,
-    const Tensor& noisy, const Tensor& output, const Tensor& inv_var, const Tensor& log_norm,
+    const Tensor& model_output, const std::optional<Tensor>& x_t, const Tensor& tables,
     const std::string& reduction, bool per_location, const std::vector<bool>& output_mask) {
   DeviceScope scope(x);
-  const ScoredChunk chunk = checked_chunk(
-      x, model_output, x_t, data, noisy, output, inv_var, log_norm, reduction, per_location);
+  const ScoredChunk chunk = checked_chunk(x, model_output, x_t, tables, reduction, per_location);
   STD_TORCH_CHECK(
       output_mask.size() == 3 && (x_t || !output_mask[2]),
       "output_mask must have 3 entries, False for an x_t that is None");

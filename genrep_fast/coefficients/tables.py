@@ -112,6 +112,8 @@ class StepCoefficients:
 
     def _set_tables(self, tables: Tensor) -> None:
         object.__setattr__(self, "tables", tables)
+        # Kept, because every call of a scoring operator asks for it.
+        object.__setattr__(self, "_scoring_tables", tables[: len(_TABLES)])
         for name, table in zip((*_TABLES, *_MEAN_TABLES), tables, strict=False):
             object.__setattr__(self, name, table)
 
@@ -120,7 +122,7 @@ class StepCoefficients:
 
         A view where they have that dtype already.
         """
-        return self.tables[: len(_TABLES)].to(dtype)
+        return self._scoring_tables.to(dtype)
 
     def require_scorable(self, step: int | None = None) -> None:
         """Raise ValueError where a row has too small a standard deviation.

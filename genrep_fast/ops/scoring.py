@@ -14,10 +14,7 @@ from ..dispatch.selection import insisted_backend, use_backend
 from ..reference import scoring as reference
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_CHUNK = (
-    "Tensor x, Tensor model_output, Tensor? x_t, "
-    "Tensor data, Tensor noisy, Tensor output, Tensor inv_var, Tensor log_norm"
-)
+_CHUNK = "Tensor x, Tensor model_output, Tensor? x_t, Tensor tables"
 
 
 def log_likelihood(
@@ -66,7 +63,7 @@ def log_likelihood(
 
 def chunk_arguments(
     x: Tensor, model_output: Tensor, coefficients: StepCoefficients, x_t: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Check the inputs of `log_likelihood` and make the operators' leading arguments of them.
 
     model_output and x_t get x.ndim + 2 axes.
@@ -94,7 +91,7 @@ def chunk_arguments(
     elif coefficients.needs_noisy:
         raise ValueError("x_t must be given: the coefficients' noisy is not zero")
     check_device(x.device, model_output=model_output, x_t=x_t, coefficients=coefficients.data)
-    return x, model_output, x_t, *coefficients.scoring_tables(reference.accumulation_dtype(x))
+    return x, model_output, x_t, coefficients.scoring_tables(reference.accumulation_dtype(x))
 
 
 def result_shape(
@@ -177,19 +174,33 @@ def _check_noisy(x_t: Tensor, classes: int, steps: int, channels: int) -> None:
         raise ValueError(f"x_t must have model_output's {classes} classes or 1, got {x_t.shape[1]}")
 
 
-def _log_likelihood_fake(x, model_output, x_t, *tables_and_options):
-    *_, reduction, per_location = tables_and_options
+def _log_likelihood_fake(
+    x: Tensor,
+    model_output: Tensor,
+    x_t: Tensor | None,
+    tables: Tensor,
+    reduction: str,
+    per_location: bool,
+) -> tuple[Tensor, Tensor]:
     shape = result_shape(x, model_output, x_t, per_location)
     result = x.new_empty(shape, dtype=reference.accumulation_dtype(x))
     return result, torch.empty_like(result) if reduction == "mixture" else result.new_empty(0)
 
 
 def _log_likelihood_backward_fake(
-    grad, log_likelihood, remainder, x, model_output, x_t, *tables_and_options
-):
-    mask = tables_and_options[-1]
+    grad: Tensor,
+    log_likelihood: Tensor,
+    remainder: Tensor,
+    x: Tensor,
+    model_output: Tensor,
+    x_t: Tensor | None,
+    tables: Tensor,
+    reduction: str,
+    per_location: bool,
+    output_mask: list[bool],
+) -> tuple[Tensor, ...]:
     gradients = []
-    for tensor, needed in zip((x, model_output, x_t), mask, strict=True):
+    for tensor, needed in zip((x, model_output, x_t), output_mask, strict=True):
         if needed:
             gradients.append(torch.empty(tensor.shape, dtype=tensor.dtype, device=x.device))
         else:
@@ -214,7 +225,7 @@ def _differentiate_log_likelihood(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
     with use_backend(ctx.backend) if ctx.backend else contextlib.nullcontext():
         gradients = backward(grad, *ctx.saved_tensors, ctx.reduction, ctx.per_location, mask)
     pairs = zip(gradients, mask, strict=True)
-    return *(gradient if needed else None for gradient, needed in pairs), *[None] * 7
+    return *(gradient if needed else None for gradient, needed in pairs), None, None, None
 
 
 _log_likelihood_backward = define_operator(

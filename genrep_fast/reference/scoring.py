@@ -3,7 +3,8 @@
 Shapes: B images, K classes, S scored steps, C channels, *spatial; *loc is *spatial where a
 likelihood is kept for each location, and nothing where it is kept for each image. `model_output` is
 [1|B, 1|K, S, C', *spatial] with C' >= C, `x_t` the same with exactly C channels (and 1 allowed for
-S), each table [S]. Everything is computed in float32, or in float64 where `x` is float64.
+S). `tables` is [5, S]: a row each of data (a), noisy (b), output (c), inv_var (v) and log_norm (n).
+Everything is computed in float32, or in float64 where `x` is float64.
 """
 
 from __future__ import annotations
@@ -25,11 +26,7 @@ def log_likelihood(
     x: Tensor,
     model_output: Tensor,
     x_t: Tensor | None,
-    data: Tensor,
-    noisy: Tensor,
-    output: Tensor,
-    inv_var: Tensor,
-    log_norm: Tensor,
+    tables: Tensor,
     reduction: str,
     per_location: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -40,8 +37,8 @@ def log_likelihood(
     The remainder is for kernels: in backward they get softmax_s(l) = exp(l - L - remainder) / S
     from one step at a time. "mean", which has no such weights, has an empty one.
     """
-    r = _residual(x, model_output, x_t, data, noisy, output)
-    steps = _step_log_likelihood(r, inv_var, log_norm, per_location)  # [B, K, S, *loc]
+    r = _residual(x, model_output, x_t, tables)
+    steps = _step_log_likelihood(r, tables, per_location)  # [B, K, S, *loc]
     if reduction == "mean":
         return steps.mean(2), steps.new_empty(0)
     exact = steps.double().logsumexp(2) - math.log(max(steps.shape[2], 1))
@@ -56,11 +53,7 @@ def log_likelihood_backward(
     x: Tensor,
     model_output: Tensor,
     x_t: Tensor | None,
-    data: Tensor,
-    noisy: Tensor,
-    output: Tensor,
-    inv_var: Tensor,
-    log_norm: Tensor,
+    tables: Tensor,
     reduction: str,
     per_location: bool,
     output_mask: list[bool],
@@ -72,13 +65,14 @@ def log_likelihood_backward(
     dl/dr = -v r, times softmax_s(l) ("mixture") or 1/S ("mean"); r's derivatives are the tables a,
     c and b. What `log_likelihood` returned is for kernels: see there.
     """
-    r = _residual(x, model_output, x_t, data, noisy, output)
+    r = _residual(x, model_output, x_t, tables)
     if reduction == "mean":
         weight = 1 / r.shape[2]
     else:
-        steps = _step_log_likelihood(r, inv_var, log_norm, per_location)
+        steps = _step_log_likelihood(r, tables, per_location)
         no_component = (steps == -math.inf).all(2, keepdim=True)
         weight = steps.softmax(2).masked_fill(no_component, 0)
+    data, noisy, output, inv_var, _ = tables
     v = _per_step(inv_var, r.dtype, grad.ndim - 1)
     scale = -v * weight * grad.to(r.dtype).unsqueeze(2)  # [B, K, S, *loc]
     scale = scale.unsqueeze(3) if per_location else scale.reshape(*scale.shape, *[1] * (r.ndim - 3))
@@ -119,11 +113,7 @@ def score_update(
     x: Tensor,
     model_output: Tensor,
     x_t: Tensor | None,
-    data: Tensor,
-    noisy: Tensor,
-    output: Tensor,
-    inv_var: Tensor,
-    log_norm: Tensor,
+    tables: Tensor,
     classes: Tensor | None,
     reduction: str,
     per_location: bool,
@@ -131,8 +121,8 @@ def score_update(
     state: Tensor,
 ) -> None:
     """Add a chunk of S >= 1 steps of `classes` (None: all) to `count` [K] and `state`, in place."""
-    r = _residual(x, model_output, x_t, data, noisy, output)
-    steps = _step_log_likelihood(r, inv_var, log_norm, per_location)
+    r = _residual(x, model_output, x_t, tables)
+    steps = _step_log_likelihood(r, tables, per_location)
     steps = steps.double()  # [B, K of the chunk, S, *loc]
     if reduction == "mixture":
         maximum = steps.amax(2)
@@ -200,23 +190,19 @@ def state_standard_error(count: Tensor, state: Tensor, reduction: str) -> Tensor
     return torch.where(n < 2, math.nan, variance.sqrt())
 
 
-def _residual(
-    x: Tensor, model_output: Tensor, x_t: Tensor | None, data: Tensor, noisy: Tensor, output: Tensor
-) -> Tensor:
+def _residual(x: Tensor, model_output: Tensor, x_t: Tensor | None, tables: Tensor) -> Tensor:
     """r = a x + b x_t + c o, over the first C channels of o. -> [B, K, S, C, *spatial]"""
     dtype = accumulation_dtype(x)
-    a, b, c = (_per_step(table, dtype, x.ndim) for table in (data, noisy, output))
+    a, b, c = (_per_step(table, dtype, x.ndim) for table in tables[:3])
     r = a * x.to(dtype)[:, None, None] + c * model_output[:, :, :, : x.shape[1]].to(dtype)
     return r if x_t is None else r + b * x_t.to(dtype)
 
 
-def _step_log_likelihood(
-    r: Tensor, inv_var: Tensor, log_norm: Tensor, per_location: bool
-) -> Tensor:
+def _step_log_likelihood(r: Tensor, tables: Tensor, per_location: bool) -> Tensor:
     """l = sum(-v r^2 / 2 + n) over C, and over locations that are not kept. -> [B, K, S, *loc]"""
     reduced = r.shape[3:4] if per_location else r.shape[3:]
     squares = r.square().sum(tuple(range(3, 3 + len(reduced))))
-    v, n = (_per_step(table, r.dtype, squares.ndim - 2) for table in (inv_var, log_norm))
+    v, n = (_per_step(table, r.dtype, squares.ndim - 2) for table in tables[3:])
     return -0.5 * v * squares + n * reduced.numel()
 
 

@@ -99,10 +99,9 @@ class PosteriorScorer:
         if dtype == torch.float64:
             self._dtype = dtype
         if len(coefficients) > 0:
-            tables = coefficients.scoring_tables(dtype)
             score_update(
                 *chunk,
-                *tables,
+                coefficients.scoring_tables(dtype),
                 classes,
                 self.reduction,
                 self.per_location,

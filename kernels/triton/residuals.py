@@ -164,11 +164,12 @@ def element_offsets(rows, e, inner_size, TILE: tl.constexpr):
 
 
 @triton.jit
-def factors_of(tables, steps):
+def factors_of(tables_ptr, table_stride, steps):
     """The tables' numbers of a tile's steps."""
     values = ()
     for i in tl.static_range(5):
-        values = values + (tl.load(tables[i] + steps.index, mask=steps.mask, other=0.0),)
+        pointers = tables_ptr + i * table_stride + steps.index
+        values = values + (tl.load(pointers, mask=steps.mask, other=0.0),)
     return Factors(
         values[0][None, :, None],
         values[1][None, :, None],

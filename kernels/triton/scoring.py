@@ -57,16 +57,12 @@ def log_likelihood(
     x: Tensor,
     model_output: Tensor,
     x_t: Tensor | None,
-    data: Tensor,
-    noisy: Tensor,
-    output: Tensor,
-    inv_var: Tensor,
-    log_norm: Tensor,
+    tables: Tensor,
     reduction: str,
     per_location: bool,
 ) -> tuple[Tensor, Tensor]:
     """L and what rounding took from it, float32 [B, K, *loc] each; see the reference."""
-    chunk = chunk_of(x, model_output, x_t, (data, noisy, output, inv_var, log_norm), per_location)
+    chunk = chunk_of(x, model_output, x_t, tables, per_location)
     shape = (chunk.batch, chunk.classes, *(x.shape[2:] if per_location else ()))
     likelihood = x.new_empty(shape, dtype=torch.float32)
     remainder = torch.empty_like(likelihood) if reduction == "mixture" else likelihood.new_empty(0)
@@ -78,11 +74,7 @@ def score_update(
     x: Tensor,
     model_output: Tensor,
     x_t: Tensor | None,
-    data: Tensor,
-    noisy: Tensor,
-    output: Tensor,
-    inv_var: Tensor,
-    log_norm: Tensor,
+    tables: Tensor,
     classes: Tensor | None,
     reduction: str,
     per_location: bool,
@@ -90,7 +82,7 @@ def score_update(
     state: Tensor,
 ) -> None:
     """Add a chunk to `count` and `state` in place; see the reference."""
-    chunk = chunk_of(x, model_output, x_t, (data, noisy, output, inv_var, log_norm), per_location)
+    chunk = chunk_of(x, model_output, x_t, tables, per_location)
     if not (count.is_contiguous() and state.is_contiguous()):
         raise ValueError(
             f"count and state must be contiguous, got strides {count.stride()} and {state.stride()}"
@@ -155,7 +147,7 @@ def score_kernel(
     output_outer: tl.int64, output_inner: tl.int64,
     x_t_ptr, noisy_batch: tl.int64, noisy_class: tl.int64, noisy_step: tl.int64,
     noisy_outer: tl.int64, noisy_inner: tl.int64,
-    data_ptr, noisy_ptr, output_ptr, inv_var_ptr, log_norm_ptr,
+    tables_ptr, table_stride: tl.int64,
     classes: tl.int64, steps: tl.int32, elements: tl.int32, inner_size: tl.int32,
     pairs: tl.int64, group_size: tl.int32, columns: tl.int64, plane: tl.int64, num_rows: tl.int64,
     partials_ptr, results,
@@ -172,7 +164,6 @@ def score_kernel(
         (x_t_ptr, noisy_batch, noisy_class, noisy_step, noisy_outer, noisy_inner),
         TILE,
     )
-    tables = (data_ptr, noisy_ptr, output_ptr, inv_var_ptr, log_norm_ptr)
     num_pairs, elements = exact_sizes(pairs, elements, TILE)
     pairs, group = pairs_of_program(num_pairs, classes, TILE)
     state = empty_state(PAIRS, MIXTURE)
@@ -181,7 +172,7 @@ def score_kernel(
     while first < end:
         tile_steps = steps_from(first, steps, TILE)
         rows = tile_rows(views, pairs, tile_steps, TILE)
-        factors = factors_of(tables, tile_steps)
+        factors = factors_of(tables_ptr, table_stride, tile_steps)
         step_scores = log_likelihoods(rows, factors, elements, inner_size, TILE)
         new_state = state_of(step_scores, tile_steps.mask[None, :], MIXTURE)
         state = merge_states(state, new_state, MIXTURE)

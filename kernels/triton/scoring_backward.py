@@ -37,6 +37,8 @@ from .residuals import (
 from .scoring_chunk import INTEGERS, POINTERS, RUN, Chunk, Strides, Tile, chunk_of, five_axes
 
 _GRAD_POINTERS = ["grad_ptr", "likelihood_ptr", "remainder_ptr", "scales_ptr", "target_ptr"]
+# Rows of the tables that have the factors of x, model_output and x_t.
+_TABLES = (0, 2, 1)
 _TARGET_STRIDES = ["target_batch", "target_class", "target_step", "target_outer", "target_inner"]
 
 
@@ -55,11 +57,7 @@ def log_likelihood_backward(
     x: Tensor,
     model_output: Tensor,
     x_t: Tensor | None,
-    data: Tensor,
-    noisy: Tensor,
-    output: Tensor,
-    inv_var: Tensor,
-    log_norm: Tensor,
+    tables: Tensor,
     reduction: str,
     per_location: bool,
     output_mask: list[bool],
@@ -68,7 +66,7 @@ def log_likelihood_backward(
 
     See the reference.
     """
-    chunk = chunk_of(x, model_output, x_t, (data, noisy, output, inv_var, log_norm), per_location)
+    chunk = chunk_of(x, model_output, x_t, tables, per_location)
     gradients = [
         torch.empty(tensor.shape, dtype=tensor.dtype, device=x.device) if needed else x.new_empty(0)
         for tensor, needed in zip((x, model_output, x_t), output_mask, strict=True)
@@ -92,8 +90,7 @@ def log_likelihood_backward(
         if whole_output is not None or scales is not None:
             _write_rows(chunk, reduction, likelihoods, whole_output, scales)
         for i, gradient in sums.items():
-            table = (data, output, noisy)[i]
-            _write_sums(chunk, reduction, likelihoods, scales, gradient, table)
+            _write_sums(chunk, reduction, likelihoods, scales, gradient, _TABLES[i])
     return tuple(gradients)
 
 
@@ -135,11 +132,11 @@ def _write_sums(
     likelihoods: Likelihoods,
     scales: Tensor | None,
     gradient: Tensor,
-    table: Tensor,
+    table: int,
 ) -> None:
     """Write a gradient [1|B, 1|K, 1|S, C, *spatial], summed over axes of size 1.
 
-    `table` is its input's factor in the residual.
+    `table`: the row that has its input's factor in the residual.
     """
     target = five_axes(gradient, chunk.channels, chunk.locations)
     if target.numel() == 0:
@@ -184,7 +181,7 @@ def rows_kernel(
     output_outer: tl.int64, output_inner: tl.int64,
     x_t_ptr, noisy_batch: tl.int64, noisy_class: tl.int64, noisy_step: tl.int64,
     noisy_outer: tl.int64, noisy_inner: tl.int64,
-    data_ptr, noisy_ptr, output_ptr, inv_var_ptr, log_norm_ptr,
+    tables_ptr, table_stride: tl.int64,
     classes: tl.int64, steps: tl.int32, elements: tl.int32, inner_size: tl.int32,
     pairs: tl.int64, group_size: tl.int32,
     grad_ptr, likelihood_ptr, remainder_ptr, scales_ptr,
@@ -202,7 +199,6 @@ def rows_kernel(
         (x_t_ptr, noisy_batch, noisy_class, noisy_step, noisy_outer, noisy_inner),
         TILE,
     )
-    tables = (data_ptr, noisy_ptr, output_ptr, inv_var_ptr, log_norm_ptr)
     num_pairs, elements = exact_sizes(pairs, elements, TILE)
     pairs, group = pairs_of_program(num_pairs, classes, TILE)
     locations = inner_size if TILE.kind == "locations" else 1
@@ -216,7 +212,7 @@ def rows_kernel(
     while first < end:
         tile_steps = steps_from(first, steps, TILE)
         rows = tile_rows(views, pairs, tile_steps, TILE)
-        factors = factors_of(tables, tile_steps)
+        factors = factors_of(tables_ptr, table_stride, tile_steps)
         scale = _scales(
             rows, likelihoods, factors, steps, elements, inner_size, MIXTURE, TILE
         )  # [PAIRS, STEPS]
@@ -260,12 +256,13 @@ def _store_gradients(
         *INTEGERS,
         "batch",
         "row_elements",
+        "table",
         *_TARGET_STRIDES,
         "own_batch",
         "own_classes",
         "own_steps",
     ],
-    do_not_specialize_on_alignment=[*POINTERS, *_GRAD_POINTERS, "table_ptr"],
+    do_not_specialize_on_alignment=[*POINTERS, *_GRAD_POINTERS],
 )
 def sums_kernel(
     x_ptr, x_batch: tl.int64, x_outer: tl.int64, x_inner: tl.int64,
@@ -273,13 +270,13 @@ def sums_kernel(
     output_outer: tl.int64, output_inner: tl.int64,
     x_t_ptr, noisy_batch: tl.int64, noisy_class: tl.int64, noisy_step: tl.int64,
     noisy_outer: tl.int64, noisy_inner: tl.int64,
-    data_ptr, noisy_ptr, output_ptr, inv_var_ptr, log_norm_ptr,
+    tables_ptr, table_stride: tl.int64,
     classes: tl.int64, steps: tl.int32, elements: tl.int32, inner_size: tl.int32,
     batch: tl.int64, row_elements: tl.int32,
     grad_ptr, likelihood_ptr, remainder_ptr, scales_ptr,
     target_ptr, target_batch: tl.int64, target_class: tl.int64, target_step: tl.int64,
     target_outer: tl.int64, target_inner: tl.int64,
-    table_ptr, own_batch: tl.int64, own_classes: tl.int64, own_steps: tl.int64,
+    table: tl.int64, own_batch: tl.int64, own_classes: tl.int64, own_steps: tl.int64,
     MIXTURE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Elements of a gradient, each the sum over all images, classes and steps that share it.
@@ -295,7 +292,6 @@ def sums_kernel(
         (x_t_ptr, noisy_batch, noisy_class, noisy_step, noisy_outer, noisy_inner),
         TILE,
     )
-    tables = (data_ptr, noisy_ptr, output_ptr, inv_var_ptr, log_norm_ptr)
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[:, None]
     target_row, e = index // row_elements, index % row_elements
     outer, inner = e // inner_size, e % inner_size
@@ -315,7 +311,7 @@ def sums_kernel(
         class_ = own_class + term // shared_steps % shared_classes
         image = own_image + term // shared_steps // shared_classes
         mask = inside & (term < terms)
-        factors = _factors_of_terms(tables, step, mask)
+        factors = _factors_of_terms(tables_ptr, table_stride, step, mask)
         rows = _rows_of_terms(views, image, class_, step, inner, mask)
         row = image * classes + class_
         if scales_ptr is not None:
@@ -332,7 +328,7 @@ def sums_kernel(
             pointers = pointers + (rows[i].pointers + outer * rows[i].outer,)
             masks = masks + (mask,)
         r = residual(pointers, masks, factors)
-        factor = tl.load(table_ptr + step, mask=mask, other=0.0)
+        factor = tl.load(tables_ptr + table * table_stride + step, mask=mask, other=0.0)
         total += tl.where(mask & (scale != 0), scale * r * factor, 0.0).to(tl.float64)
         first += TERMS
     places = (
@@ -347,11 +343,11 @@ def sums_kernel(
 
 
 @triton.jit
-def _factors_of_terms(tables, step, mask):
+def _factors_of_terms(tables_ptr, table_stride, step, mask):
     """The tables' numbers of terms [BLOCK, TERMS]."""
     values = ()
     for i in tl.static_range(5):
-        values = values + (tl.load(tables[i] + step, mask=mask, other=0.0),)
+        values = values + (tl.load(tables_ptr + i * table_stride + step, mask=mask, other=0.0),)
     return Factors(values[0], values[1], values[2], values[3], values[4])
 
 

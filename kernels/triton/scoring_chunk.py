@@ -24,21 +24,12 @@ _ALIGNMENT = 16  # bytes of the widest load, and elements
 # Parameters of kernels that hold the arguments. Each integer is a parameter of its own, as Triton
 # would compile a kernel again for every 1 and every multiple of 16 inside a tuple, whatever
 # `do_not_specialize` says.
-POINTERS = [
-    "x_ptr",
-    "model_output_ptr",
-    "x_t_ptr",
-    "data_ptr",
-    "noisy_ptr",
-    "output_ptr",
-    "inv_var_ptr",
-    "log_norm_ptr",
-]
+POINTERS = ["x_ptr", "model_output_ptr", "x_t_ptr", "tables_ptr"]
 INTEGERS = [
     *("x_batch", "x_outer", "x_inner"),
     *("output_batch", "output_class", "output_step", "output_outer", "output_inner"),
     *("noisy_batch", "noisy_class", "noisy_step", "noisy_outer", "noisy_inner"),
-    *("classes", "steps", "elements", "inner_size"),
+    *("table_stride", "classes", "steps", "elements", "inner_size"),
 ]
 
 
@@ -82,7 +73,8 @@ class Chunk(NamedTuple):
     x: Tensor  # [B, 1, 1, C, locations]
     model_output: Tensor  # [1|B, 1|K, S, C, locations]
     x_t: Tensor | None  # [1|B, 1|K, 1|S, C, locations]
-    tables: tuple[Tensor, ...]  # [S] each
+    # [5, S]: data, noisy, output, inv_var and log_norm, each row in sequence.
+    tables: Tensor
     strides: tuple[Strides, Strides, Strides]
     batch: int
     classes: int
@@ -120,7 +112,7 @@ class Chunk(NamedTuple):
             *output,
             self.x_t,
             *noisy,
-            *self.tables,
+            *(self.tables, self.tables.stride(0)),
             *(self.classes, self.steps, self.elements, self.inner_size),
         )
 
@@ -176,7 +168,7 @@ def chunk_of(
     x: Tensor,
     model_output: Tensor,
     x_t: Tensor | None,
-    tables: tuple[Tensor, ...],
+    tables: Tensor,
     per_location: bool,
 ) -> Chunk:
     """The chunk of an operator's first arguments."""

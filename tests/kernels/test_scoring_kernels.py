@@ -73,7 +73,7 @@ def random(*shape, seed=0, dtype=F32):
 
 
 def tables(steps, elements):
-    """data, noisy, output, inv_var and log_norm [S] each, such that many steps have weight and no
+    """data, noisy, output, inv_var and log_norm [5, S], such that many steps have weight and no
     term of a likelihood is positive
     """
     rising = torch.linspace(0, 1, steps, dtype=F64)
@@ -85,7 +85,7 @@ def tables(steps, elements):
         inv_var,
         -0.5 - rising / elements,
     )
-    return tuple(column.float().to(DEVICE) for column in columns)
+    return torch.stack(columns).float().to(DEVICE)
 
 
 def chunk(
@@ -109,7 +109,7 @@ def chunk(
     if x_t_axes is not None:
         own = [full if size is None else size for full, size in zip(lead, x_t_axes, strict=True)]
         x_t = random(*own, channels, *spatial, seed=3, dtype=dtypes[2])
-    return x, model_output, x_t, *tables(steps, channels * math.prod(spatial))
+    return x, model_output, x_t, tables(steps, channels * math.prod(spatial))
 
 
 def double(values):
@@ -183,12 +183,12 @@ def assert_scored(arguments, reduction, per_location, masks=(ALL,)):
 
 def added_sizes(grad, arguments, options):
     """By tensor: the sizes of the terms that make up its gradient, added up as the terms are."""
-    x, model_output, x_t, *columns = double(arguments)
-    lead = (len(x), grad.shape[1], len(columns[0]))
-    exact = reference.log_likelihood(x, model_output, x_t, *columns, *options)
+    x, model_output, x_t, columns = double(arguments)
+    lead = (len(x), grad.shape[1], columns.shape[1])
+    exact = reference.log_likelihood(x, model_output, x_t, columns, *options)
     whole = model_output.expand(*lead, *model_output.shape[3:])
     terms = reference.log_likelihood_backward(
-        grad.double(), *exact, x, whole, x_t, *columns, *options, [False, True, False]
+        grad.double(), *exact, x, whole, x_t, columns, *options, [False, True, False]
     )[1].abs()
     data, noisy, output = (column.abs().view(-1, *[1] * (x.ndim - 1)) for column in columns[:3])
     residuals = terms[:, :, :, : x.shape[1]] / output
@@ -246,10 +246,10 @@ def test_x_t_shared_by_any_axes(x_t_axes, size, interpreted):
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_the_classes_are_those_of_x_t(batch):
-    x, _, x_t, *columns = chunk(3, 5, 2, 2, 0, (3,), x_t_axes=(None, None, 1))
+    x, _, x_t, columns = chunk(3, 5, 2, 2, 0, (3,), x_t_axes=(None, None, 1))
     model_output = random(batch, 1, 2, 3, 3, seed=4)
     for per_location in (False, True):
-        assert_scored((x, model_output, x_t, *columns), "mixture", per_location)
+        assert_scored((x, model_output, x_t, columns), "mixture", per_location)
 
 
 def pad(tensor, *sizes):
@@ -284,14 +284,14 @@ LAYOUTS = {
 def test_any_strides(first, second, size, interpreted):
     if interpreted and second != "channels last":
         pytest.skip("too slow in the interpreter")
-    x, model_output, x_t, *columns = chunk(*size)
+    x, model_output, x_t, columns = chunk(*size)
     model_output = LAYOUTS[first](model_output)
     for layouts in ((second, first),) if interpreted else ((first, second), (second, first)):
         own_x, own_x_t = (
             LAYOUTS[layout](tensor) for layout, tensor in zip(layouts, (x, x_t), strict=True)
         )
         for per_location in (False, True):
-            assert_scored((own_x, model_output, own_x_t, *columns), "mixture", per_location)
+            assert_scored((own_x, model_output, own_x_t, columns), "mixture", per_location)
 
 
 @pytest.mark.parametrize(
@@ -302,18 +302,18 @@ def test_any_strides(first, second, size, interpreted):
 def test_sizes_for_wide_loads_in_any_layout(first, extra, dtypes, compiled):
     """Where the sizes allow loads of 16 bytes, strides and places in memory may not."""
     for channels, second in itertools.product((4, 8), ("contiguous", "channels last")):
-        x, model_output, x_t, *columns = chunk(3, 2, 2, channels, extra, (4, 8), dtypes=dtypes)
+        x, model_output, x_t, columns = chunk(3, 2, 2, channels, extra, (4, 8), dtypes=dtypes)
         model_output = LAYOUTS[first](model_output)
         for layouts in ((first, second), (second, first)):
             own_x, own_x_t = (
                 LAYOUTS[layout](tensor) for layout, tensor in zip(layouts, (x, x_t), strict=True)
             )
             for per_location in (False, True):
-                assert_scored((own_x, model_output, own_x_t, *columns), "mixture", per_location)
+                assert_scored((own_x, model_output, own_x_t, columns), "mixture", per_location)
         centres = LAYOUTS[first](model_output[:1].clone())
         masks = (ALL, (False, True, False))
-        assert_scored((LAYOUTS[second](x), model_output, None, *columns), "mixture", False, masks)
-        assert_scored((LAYOUTS[second](x), centres, None, *columns), "mean", False, masks)
+        assert_scored((LAYOUTS[second](x), model_output, None, columns), "mixture", False, masks)
+        assert_scored((LAYOUTS[second](x), centres, None, columns), "mean", False, masks)
     arguments = list(
         reverse_step_arguments(
             (3, 8, 4, 8), dtypes=dtypes, extra=extra, std_scale=random(3, 8, 4, 8, seed=4).exp()
@@ -335,7 +335,7 @@ def test_rows_of_whole_blocks(elements, steps, extra, compiled):
 
 @pytest.mark.parametrize("axes", [(0,), (1,), (2,), (0, 1), (0, 1, 2)])
 def test_expanded_outputs(axes, size, interpreted):
-    x, model_output, x_t, *columns = chunk(*size, x_t_axes=(None, None, None))
+    x, model_output, x_t, columns = chunk(*size, x_t_axes=(None, None, None))
     for layout in (
         ("contiguous",) if interpreted else ("contiguous", "steps first", "channels last")
     ):
@@ -343,7 +343,7 @@ def test_expanded_outputs(axes, size, interpreted):
         for axis in axes:
             expanded = [tensor.narrow(axis, 0, 1).expand_as(tensor) for tensor in expanded]
         for per_location in (False, True):
-            assert_scored((x[:1].expand_as(x), *expanded, *columns), "mixture", per_location)
+            assert_scored((x[:1].expand_as(x), *expanded, columns), "mixture", per_location)
 
 
 @pytest.mark.parametrize(
@@ -354,22 +354,22 @@ def test_centres_shared_by_the_batch(batch, x_t_axes, interpreted):
     if interpreted and batch > 1 and x_t_axes is not None:
         pytest.skip("too slow in the interpreter")
     shape = (2, 3, 2, 0, (3,)) if interpreted else (3, 5, 3, 0, (3, 7))
-    x, model_output, x_t, *columns = chunk(batch, *shape, x_t_axes=x_t_axes)
+    x, model_output, x_t, columns = chunk(batch, *shape, x_t_axes=x_t_axes)
     centres = random(1, *model_output.shape[1:], seed=4)
-    assert_scored((x, centres, x_t, *columns), "mixture", False, (ALL, (False, True, False)))
+    assert_scored((x, centres, x_t, columns), "mixture", False, (ALL, (False, True, False)))
     if batch <= 3 or not interpreted:
-        assert_scored((x, centres, x_t, *columns), "mean", False)
-        assert_scored((x, centres, x_t, *columns), "mixture", True)
+        assert_scored((x, centres, x_t, columns), "mean", False)
+        assert_scored((x, centres, x_t, columns), "mixture", True)
 
 
 @pytest.mark.parametrize("first", LAYOUTS)
 def test_shared_centres_of_any_strides_and_dtypes(first, interpreted):
-    x, model_output, _, *columns = chunk(
+    x, model_output, _, columns = chunk(
         *((3, 2, 2, 2, 0, (3, 2)) if interpreted else (19, 2, 3, 3, 0, (5, 7))), x_t_axes=None
     )
     centres = LAYOUTS[first](random(1, *model_output.shape[1:], seed=4))
-    assert_scored((x, centres, None, *columns), "mixture", False)
-    assert_scored((LAYOUTS[first](x).half(), centres.bfloat16(), None, *columns), "mixture", False)
+    assert_scored((x, centres, None, columns), "mixture", False)
+    assert_scored((LAYOUTS[first](x).half(), centres.bfloat16(), None, columns), "mixture", False)
 
 
 @pytest.mark.parametrize("per_location", [False, True])
@@ -398,6 +398,12 @@ def assert_scored_without_terms(arguments, *options):
 # Extreme likelihoods
 
 
+def plain_tables(steps):
+    """Tables [5, S] with which l = -sum o^2 / 2."""
+    zeros, ones = torch.zeros(steps, device=DEVICE), torch.ones(steps, device=DEVICE)
+    return torch.stack((zeros, zeros, ones, ones, zeros))
+
+
 def whole_numbers(steps, elements, largest):
     """x = 0, model_output [1, 2, S, D] of whole numbers, the first of them 1, and tables with which
     l = -sum o^2 / 2.
@@ -410,17 +416,12 @@ def whole_numbers(steps, elements, largest):
         torch.tensor([1, i % 3, *row[torch.randperm(elements - 2, generator=generator)]])
         for i in range(2 * steps)
     ]
-    zeros, ones = torch.zeros(steps, device=DEVICE), torch.ones(steps, device=DEVICE)
     x = torch.zeros(1, elements, device=DEVICE)
     return (
         x,
         torch.stack(rows).reshape(1, 2, steps, elements).float().to(DEVICE),
         None,
-        zeros,
-        zeros,
-        ones,
-        ones,
-        zeros,
+        plain_tables(steps),
     )
 
 
@@ -455,16 +456,11 @@ def test_weights_add_up_to_one(shift, per_location, shared, interpreted):
     classes, steps, channels = (1, 5, 7) if interpreted else (3, 33, 127)
     model_output = random(1 if shared else 2, classes, steps, channels, 2, seed=1) * 1e-2 + shift
     model_output[:, :, :, 0] = 1
-    zeros, ones = torch.zeros(steps, device=DEVICE), torch.ones(steps, device=DEVICE)
     arguments = (
         torch.zeros(2, channels, 2, device=DEVICE),
         model_output,
         None,
-        zeros,
-        zeros,
-        ones,
-        ones,
-        zeros,
+        plain_tables(steps),
     )
     likelihood, remainder = operators.log_likelihood(*arguments, "mixture", per_location)
     print(f"log-likelihoods near {likelihood.flatten()[0].item():.3g}")
@@ -490,7 +486,7 @@ def test_gaps_and_infinities(per_location, shared):
     model_output[:, 2, :, 0] = -math.inf
     model_output[:, 3, 3, 0] = 1e30  # its square overflows
     for reduction in REDUCTIONS:
-        arguments = (x, model_output, None, *tables(steps, 1))
+        arguments = (x, model_output, None, tables(steps, 1))
         likelihood, remainder = operators.log_likelihood(*arguments, reduction, per_location)
         assert_close_and_defined(
             likelihood, reference.log_likelihood(*arguments, reduction, per_location)[0]
@@ -750,7 +746,7 @@ def state_of(batch, num_classes, spatial, reduction, per_location):
 
 def chunks_of_steps_and_classes(arguments, num_classes):
     """The chunk's steps and classes in pieces, in another order, some classes with fewer steps."""
-    x, model_output, x_t, *columns = arguments
+    x, model_output, x_t, columns = arguments
     generator = torch.Generator().manual_seed(0)
     for steps in torch.randperm(model_output.shape[2], generator=generator).split([1, 4, 2, 4]):
         for classes in (
@@ -763,19 +759,23 @@ def chunks_of_steps_and_classes(arguments, num_classes):
                 classes.to(DEVICE)[::2],
                 steps.to(DEVICE),
             )
-            own = [column[own_steps] for column in columns]
             yield (
-                (x, model_output[:, classes][:, :, own_steps], x_t[:, :, own_steps], *own),
+                (
+                    x,
+                    model_output[:, classes][:, :, own_steps],
+                    x_t[:, :, own_steps],
+                    columns[:, own_steps],
+                ),
                 classes,
             )
-    first = [column[:3] for column in columns]
-    yield (x, model_output[:, :2, :3], x_t[:, :, :3], *first), torch.tensor([1, 0], device=DEVICE)
+    first = columns[:, :3]
+    yield (x, model_output[:, :2, :3], x_t[:, :, :3], first), torch.tensor([1, 0], device=DEVICE)
     yield (
         (
             x,
             model_output[:, :, :3].transpose(1, 2).contiguous().transpose(1, 2),
             x_t[:, :, :3],
-            *first,
+            first,
         ),
         None,
     )
@@ -811,14 +811,14 @@ def test_updates_in_any_order(dtype, reduction, per_location, interpreted):
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_updates_lose_nothing_of_exact_likelihoods(reduction):
-    x, model_output, x_t, *columns = whole_numbers(37, 63, 700)
+    x, model_output, x_t, columns = whole_numbers(37, 63, 700)
     count, state = state_of(1, 2, (), reduction, False)
     for steps in (slice(0, 1), slice(1, 30), slice(30, 37)):
         operators.score_update(
             x,
             model_output[:, :, steps],
             None,
-            *(c[steps] for c in columns),
+            columns[:, steps],
             None,
             reduction,
             False,
@@ -848,14 +848,14 @@ def test_updates_lose_nothing_of_exact_likelihoods(reduction):
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_updates_with_gaps_infinities_and_nans(reduction):
-    x, model_output, x_t, *columns = chunk(2, 6, 8, 2, 0, (3,), x_t_axes=None)
+    x, model_output, x_t, columns = chunk(2, 6, 8, 2, 0, (3,), x_t_axes=None)
     model_output[:, 0, ::2] += 1500.0
     model_output[:, 1, :6] = math.inf
     model_output[:, 2] = -math.inf
     model_output[1, 3, 2, 0, 1] = math.nan
     states = [state_of(2, 6, (), reduction, False) for _ in range(2)]
     for steps in (slice(0, 3), slice(3, 4), slice(4, 8)):
-        piece = (x, model_output[:, :, steps], None, *(column[steps] for column in columns))
+        piece = (x, model_output[:, :, steps], None, columns[:, steps])
         operators.score_update(*piece, None, reduction, False, *states[0])
         reference.score_update(*piece, None, reduction, False, *states[1])
     for query in (
@@ -871,13 +871,13 @@ def test_updates_with_gaps_infinities_and_nans(reduction):
 
 def test_an_update_of_shared_centres_and_of_no_images():
     for batch in (0, 17):
-        x, _, x_t, *columns = chunk(batch, 4, 5, 3, 0, (7,), x_t_axes=None)
+        x, _, x_t, columns = chunk(batch, 4, 5, 3, 0, (7,), x_t_axes=None)
         centres = random(1, 4, 5, 3, 7, seed=4)
         states = [state_of(batch, 4, (), "mixture", False) for _ in range(3)]
-        operators.score_update(x, centres, None, *columns, None, "mixture", False, *states[0])
-        reference.score_update(x, centres, None, *columns, None, "mixture", False, *states[1])
+        operators.score_update(x, centres, None, columns, None, "mixture", False, *states[0])
+        reference.score_update(x, centres, None, columns, None, "mixture", False, *states[1])
         reference.score_update(
-            *double((x, centres, None, *columns)), None, "mixture", False, *states[2]
+            *double((x, centres, None, columns)), None, "mixture", False, *states[2]
         )
         assert states[0][0].tolist() == [5] * 4
         queries = (reference.state_log_likelihood(*state, "mixture") for state in states)
@@ -1108,8 +1108,8 @@ def test_a_nan_stays_in_its_chain():
 def scoring_call(name, shared, reduction, per_location):
     """An operator that reads a chunk of several tiles, and its arguments."""
     if shared:
-        x, _, x_t, *columns = chunk(19, 5, 6, 4, 0, (16, 17), x_t_axes=None)
-        arguments = x, random(1, 5, 6, 4, 16, 17, seed=4), x_t, *columns, reduction, per_location
+        x, _, x_t, columns = chunk(19, 5, 6, 4, 0, (16, 17), x_t_axes=None)
+        arguments = x, random(1, 5, 6, 4, 16, 17, seed=4), x_t, columns, reduction, per_location
     else:
         arguments = (
             *chunk(3, 5, 6, 4, 1, (16, 17), x_t_axes=(None, None, None)),
@@ -1228,10 +1228,8 @@ def needs_gradient(name, value):
 
 
 def test_the_whole_way_compiles_without_a_graph_break():
-    x, model_output, x_t, *columns = chunk(2, 3, 4, 2, 1, (5,))
-    coefficients = gf.StepCoefficients(
-        **dict(zip(("data", "noisy", "output", "inv_var", "log_norm"), columns, strict=True))
-    )
+    x, model_output, x_t, columns = chunk(2, 3, 4, 2, 1, (5,))
+    coefficients = gf.StepCoefficients(*columns)
     logits = random(2, 3, seed=5)
 
     def run(model_output, logits):
@@ -1252,17 +1250,18 @@ def test_the_whole_way_compiles_without_a_graph_break():
 def test_arguments_that_would_leave_memory_are_refused(backend):
     if backend == "triton":
         pytest.skip("its launchers are Python, behind the same checks of the public functions")
-    x, model_output, x_t, *columns = chunk(2, 3, 4, 2, 1, (5,))
+    x, model_output, x_t, columns = chunk(2, 3, 4, 2, 1, (5,))
     options = ("mixture", False)
     grad = torch.ones(2, 3, device=DEVICE)
-    short = [column[:3] for column in columns]
     for arguments in (
-        (x, model_output[:, :, :, :1], x_t, *columns),
-        (x, model_output[..., :4], x_t, *columns),
-        (x, model_output, x_t[:, :, :3], *columns),
-        (x, model_output, x_t, *short),
-        (x, model_output, x_t, *(column.double() for column in columns)),
-        (x[:1], model_output, x_t, *columns),
+        (x, model_output[:, :, :, :1], x_t, columns),
+        (x, model_output[..., :4], x_t, columns),
+        (x, model_output, x_t[:, :, :3], columns),
+        (x, model_output, x_t, columns[:, :3]),
+        (x, model_output, x_t, columns[:4]),
+        (x, model_output, x_t, columns.t().contiguous().t()),
+        (x, model_output, x_t, columns.double()),
+        (x[:1], model_output, x_t, columns),
     ):
         with pytest.raises(RuntimeError):
             operators.log_likelihood(*arguments, *options)
@@ -1270,7 +1269,7 @@ def test_arguments_that_would_leave_memory_are_refused(backend):
             operators.log_likelihood_backward(grad, grad, grad, *arguments, *options, list(ALL))
         with pytest.raises(RuntimeError):
             operators.score_update(*arguments, None, *options, *state_of(2, 3, (), *options))
-    arguments = (x, model_output, x_t, *columns)
+    arguments = (x, model_output, x_t, columns)
     with pytest.raises(RuntimeError):
         operators.log_likelihood_backward(grad[:1], grad, grad, *arguments, *options, list(ALL))
     with pytest.raises(RuntimeError):
@@ -1329,12 +1328,12 @@ def test_memory_does_not_hold_steps(case, compiled):
             random(batch, 64, seed=1),
             random(1, classes, steps, 64, seed=2),
             None,
-            *tables(steps, 64),
+            tables(steps, 64),
         )
     else:
         batch, classes, steps = 2, 400, 1000
         output = random(batch, classes, steps, 9, seed=2)
-        arguments = (random(batch, 9, seed=1), output, None, *tables(steps, 9))
+        arguments = (random(batch, 9, seed=1), output, None, tables(steps, 9))
     outputs = operators.log_likelihood(*arguments, "mixture", False)
     state = state_of(batch, classes, (), "mixture", False)
 
@@ -1381,12 +1380,10 @@ def test_no_locations():
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_gradients_of_gradients(reduction):
     def penalty(dtype):
-        x, model_output, x_t, *columns = (value.to(dtype) for value in chunk(2, 3, 4, 2, 1, (3,)))
+        x, model_output, x_t, columns = (value.to(dtype) for value in chunk(2, 3, 4, 2, 1, (3,)))
         x, model_output = x.requires_grad_(), model_output.requires_grad_()
         logits = torch.linspace(-1, 1, 6, dtype=dtype, device=DEVICE).view(2, 3).requires_grad_()
-        coefficients = gf.StepCoefficients(
-            **dict(zip(("data", "noisy", "output", "inv_var", "log_norm"), columns, strict=True))
-        )
+        coefficients = gf.StepCoefficients(*columns)
         with gf.use_backend("reference") if dtype == torch.float64 else contextlib.nullcontext():
             likelihood = gf.log_likelihood(x, model_output, coefficients, x_t, reduction=reduction)
             loss = gf.distillation_loss(logits, likelihood, temperature=10.0)
@@ -1400,11 +1397,9 @@ def test_gradients_of_gradients(reduction):
 
 
 def test_backward_is_that_of_forwards_backend():
-    x, model_output, x_t, *columns = chunk(2, 3, 4, 2, 1, (3,))
+    x, model_output, x_t, columns = chunk(2, 3, 4, 2, 1, (3,))
     x *= 300  # where float32 rounds a likelihood to hundredths
-    coefficients = gf.StepCoefficients(
-        **dict(zip(("data", "noisy", "output", "inv_var", "log_norm"), columns, strict=True))
-    )
+    coefficients = gf.StepCoefficients(*columns)
     gradients = []
     for inside in (True, False):
         leaf = x.clone().requires_grad_()

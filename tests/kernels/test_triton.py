@@ -133,7 +133,7 @@ def scored_chunk(
         random(1 if shared else batch, classes, steps, channels, *spatial),
     )
     x_t = None if x_t_axes is None else random(*x_t_axes, channels, *spatial)
-    return x, model_output, x_t, *(torch.linspace(0.5, 1.5, steps, device=DEVICE) for _ in range(5))
+    return x, model_output, x_t, torch.linspace(0.5, 1.5, steps, device=DEVICE).repeat(5, 1)
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -142,7 +142,7 @@ def test_groups_of_steps_are_merged(monkeypatch, reduction, shared):
     arguments = scored_chunk(5, 2, 37, 3, (7,), shared=shared)
     likelihood = scoring.log_likelihood(*arguments, reduction, False)[0]
     monkeypatch.setattr(scoring_chunk, "_GROUP_ELEMENTS", 1)
-    chunk = scoring_chunk.chunk_of(*arguments[:3], arguments[3:], False)
+    chunk = scoring_chunk.chunk_of(*arguments, False)
     assert (
         chunk.kind == ("shared_centers" if shared else "rows")
         and chunk.split(chunk.tile(backward=False))[2] > 1
@@ -171,7 +171,7 @@ def test_groups_hold_every_step_once(steps, shared):
             output[0, 0, :1].expand(batch, -1) if steps else output.new_empty(batch, elements),
             output,
             None,
-            (),
+            torch.empty(5, steps, device=DEVICE),
             False,
         )
         for backward in (False, True):
@@ -181,18 +181,18 @@ def test_groups_hold_every_step_once(steps, shared):
 
 
 def test_wide_loads_are_for_aligned_rows_alone():
-    def aligned(x, model_output, x_t, *tables, per_location=False):
+    def aligned(x, model_output, x_t, tables, per_location=False):
         return scoring_chunk.chunk_of(x, model_output, x_t, tables, per_location).aligned
 
-    x, model_output, x_t, *tables = scored_chunk(2, 3, 4, 2, (4, 8), x_t_axes=(2, 1, 4))
-    assert aligned(x, model_output, x_t, *tables) and aligned(
-        x, model_output, x_t, *tables, per_location=True
+    x, model_output, x_t, tables = scored_chunk(2, 3, 4, 2, (4, 8), x_t_axes=(2, 1, 4))
+    assert aligned(x, model_output, x_t, tables) and aligned(
+        x, model_output, x_t, tables, per_location=True
     )
     channels_last = [
         tensor.movedim(-3, -1).contiguous().movedim(-1, -3) for tensor in (x, model_output, x_t)
     ]
-    assert aligned(*channels_last, *tables) and not aligned(
-        *channels_last, *tables, per_location=True
+    assert aligned(*channels_last, tables) and not aligned(
+        *channels_last, tables, per_location=True
     )
     shifted = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
     odd = [tensor[..., :7].contiguous() for tensor in (x, model_output, x_t)]
@@ -203,7 +203,7 @@ def test_wide_loads_are_for_aligned_rows_alone():
         (x, model_output[..., :1, :], x_t[..., :1, :]),
     ):
         x = tensors[0][..., : tensors[1].shape[-2], :]
-        assert not aligned(x, *tensors[1:], *tables)
+        assert not aligned(x, *tensors[1:], tables)
 
 
 # Compiled for GPUs that are not here

@@ -141,14 +141,14 @@ def test_strided_inputs_give_the_contiguous_result(reduction):
 
     x, model_output, x_t = inputs(2, 3, 4, 2, 0, (3, 5))
     coefficients = chain_coefficients(4)
-    tables = (
-        coefficients.data,
-        coefficients.noisy,
-        coefficients.output,
-        coefficients.inv_var,
-        coefficients.log_norm,
+    arguments = (
+        strided(x),
+        strided(model_output),
+        strided(x_t),
+        coefficients.tables,
+        reduction,
+        True,
     )
-    arguments = (strided(x), strided(model_output), strided(x_t), *tables, reduction, True)
     torch.library.opcheck(OPS.log_likelihood.default, arguments)
     likelihood, remainder = OPS.log_likelihood(*arguments)
     expected = gf.log_likelihood(
@@ -247,14 +247,7 @@ def test_log_likelihood_gradients(reduction, per_location):
 
 def test_only_the_gradients_asked_for_are_computed():
     x, model_output, x_t, coefficients = small_chunk()
-    tables = (
-        coefficients.data,
-        coefficients.noisy,
-        coefficients.output,
-        coefficients.inv_var,
-        coefficients.log_norm,
-    )
-    arguments = (x, model_output, x_t, *tables, "mixture", False)
+    arguments = (x, model_output, x_t, coefficients.tables, "mixture", False)
     gradients = OPS.log_likelihood_backward(
         random(2, 3), *OPS.log_likelihood(*arguments), *arguments, [False, True, False]
     )
@@ -388,20 +381,13 @@ def test_steps_that_cannot_be_scored_are_refused():
 def operator_calls():
     """Every operator with arguments that reach all of its branches."""
     x, model_output, x_t, coefficients = small_chunk()
-    tables = (
-        coefficients.data,
-        coefficients.noisy,
-        coefficients.output,
-        coefficients.inv_var,
-        coefficients.log_norm,
-    )
-    chunk = (x, model_output, x_t, *tables)
+    chunk = (x, model_output, x_t, coefficients.tables)
     grad, calls = random(2, 3, seed=4), {}
     for reduction in REDUCTIONS:
         differentiable = tuple(tensor.detach().clone().requires_grad_() for tensor in chunk[:3])
         calls[f"log_likelihood-{reduction}"] = (
             OPS.log_likelihood,
-            (*differentiable, *tables, reduction, reduction == "mean"),
+            (*differentiable, coefficients.tables, reduction, reduction == "mean"),
         )
         calls[f"log_likelihood_backward-{reduction}"] = (
             OPS.log_likelihood_backward,

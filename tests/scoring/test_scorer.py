@@ -664,7 +664,7 @@ def test_queries_before_the_first_update_are_refused(query):
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_update_compiles_without_a_graph_break(backend):
     x, model_output, x_t = example(torch.float32)
-    chunk = (x, model_output, x_t, *coefficients(STEPS).scoring_tables(torch.float32))
+    chunk = (x, model_output, x_t, coefficients(STEPS).scoring_tables(torch.float32))
 
     def update(count, state):
         torch.ops.genrep_fast.score_update(*chunk, None, "mixture", False, count, state)
