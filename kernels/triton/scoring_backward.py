@@ -34,11 +34,25 @@ from .residuals import (
     view_of,
     views_of,
 )
-from .scoring_chunk import INTEGERS, POINTERS, RUN, Chunk, Strides, Tile, chunk_of, five_axes
+from .scoring_chunk import (
+    ALIGNMENT,
+    INTEGERS,
+    POINTERS,
+    RUN,
+    Chunk,
+    Strides,
+    Tile,
+    chunk_of,
+    five_axes,
+    strides_of,
+)
 
 _GRAD_POINTERS = ["grad_ptr", "likelihood_ptr", "remainder_ptr", "scales_ptr", "target_ptr"]
 # Rows of the tables that have the factors of x, model_output and x_t.
 _TABLES = (0, 2, 1)
+# Elements by terms; where scales are computed again each element is a location, of any strides.
+_SUMS = Tile("locations", False, False, False, 64, 16, 1, RUN, num_warps=8)
+_SINGLE_TERMS = Tile("locations", False, False, False, 512, 1, 1, RUN, num_warps=8)
 _TARGET_STRIDES = ["target_batch", "target_class", "target_step", "target_outer", "target_inner"]
 
 
@@ -71,7 +85,7 @@ def log_likelihood_backward(
         torch.empty(tensor.shape, dtype=tensor.dtype, device=x.device) if needed else x.new_empty(0)
         for tensor, needed in zip((x, model_output, x_t), output_mask, strict=True)
     ]
-    # What each table's input has as a gradient that is a sum; x as [B, 1, 1, C, *spatial].
+    # Gradients that are sums, by the position of their tensor; that of x as [B, 1, 1, C, *spatial].
     sums = {i: gradients[i] for i in range(3) if output_mask[i]}
     if 0 in sums:
         sums[0] = sums[0][:, None, None]
@@ -108,9 +122,10 @@ def _write_rows(
         return
     strides, grad_flat = Strides(), True
     if grad_output is not None:
-        strides = chunk.strides_of(grad_output)
+        view = five_axes(grad_output, chunk.channels, chunk.locations)
+        strides = strides_of(view, chunk.channels_inner)
         grad_flat = chunk.is_flat(strides)
-        grad_aligned = all(distance % 16 == 0 for distance in chunk.row_distances(strides))
+        grad_aligned = all(distance % ALIGNMENT == 0 for distance in chunk.row_distances(strides))
         tile = tile._replace(aligned=tile.aligned and grad_aligned)
     rows_kernel[(split.programs * split.groups,)](
         *chunk.arguments(),
@@ -143,16 +158,14 @@ def _write_sums(
         return
     own, whole = target.shape[:3], (chunk.batch, chunk.classes, chunk.steps)
     terms = math.prod(size for size, one in zip(whole, own, strict=True) if one == 1)
-    block, at_once = (64, 16) if terms > 1 else (512, 1)
-    # For scales that are computed again: each element is a location, of any strides.
-    tile = Tile("locations", False, False, False, block, at_once, 1, RUN, num_warps=8)
-    sums_kernel[(triton.cdiv(target.numel(), block),)](
+    tile = _SUMS if terms > 1 else _SINGLE_TERMS
+    sums_kernel[(triton.cdiv(target.numel(), tile.pairs),)](
         *chunk.arguments(),
         *(chunk.batch, chunk.channels * chunk.locations),
         *likelihoods,
         scales,
         target,
-        *chunk.strides_of(gradient),
+        *strides_of(target, chunk.channels_inner),
         table,
         *own,
         MIXTURE=reduction == "mixture",

@@ -15,11 +15,11 @@ import triton
 from torch import Tensor
 
 RUN = 8  # elements that are added up in float32
+ALIGNMENT = 16  # bytes of the widest load, and elements
 
 _PROGRAMS = 2048  # enough to fill a GPU; steps are split into groups up to there
 _GROUP_ELEMENTS = 32768  # the least that is worth a group
 _SHARING_IMAGES = 4  # images from which on a tile of them pays
-_ALIGNMENT = 16  # bytes of the widest load, and elements
 
 # Parameters of kernels that hold the arguments. Each integer is a parameter of its own, as Triton
 # would compile a kernel again for every 1 and every multiple of 16 inside a tuple, whatever
@@ -147,10 +147,6 @@ class Chunk(NamedTuple):
         group_size = max(1, triton.cdiv(steps, tile.steps)) * tile.steps
         return Split(programs, group_size, max(1, triton.cdiv(self.steps, group_size)))
 
-    def strides_of(self, tensor: Tensor) -> Strides:
-        """Strides of another tensor [..., C', *spatial], its elements in the same order."""
-        return strides_of(five_axes(tensor, self.channels, self.locations), self.channels_inner)
-
     def is_flat(self, strides: Strides) -> bool:
         """Whether the elements of a row, or the locations of a channel, lie one after another."""
         if strides.inner != 1 and self.inner_size != 1:
@@ -242,4 +238,4 @@ def _rows_are_aligned(chunk: Chunk) -> bool:
     addresses = [tensor.data_ptr() for tensor in tensors if tensor is not None]
     distances = [distance for own in chunk.strides for distance in chunk.row_distances(own)]
     length = chunk.locations if chunk.kind == "locations" else chunk.elements
-    return all(number % _ALIGNMENT == 0 for number in (*addresses, *distances, length))
+    return all(number % ALIGNMENT == 0 for number in (*addresses, *distances, length))
