@@ -25,7 +25,8 @@ _FOLDER = Path(__file__).parent.parent
 _TRITON_MODULES = {
     "alignment": ("gram", "group_gram", "alignment_coefficients", "tensor_coefficients", "combine"),
     "optimizer": ("adamw_step",),
-    "scoring": ("log_likelihood", "log_likelihood_backward", "score_update"),
+    "scoring": ("log_likelihood", "score_update"),
+    "scoring_backward": ("log_likelihood_backward",),
     "posterior": ("posterior", "distillation_loss", "distillation_loss_backward"),
     "reverse_step": ("reverse_step",),
 }

@@ -38,10 +38,12 @@ def gram(gradients: list[Tensor | None], n: int, groups: list[int], num_groups: 
         tables = plan(by_loss(gradients, len(groups)), groups, num_groups, sample.device)
         partials = sample.new_empty(tables.slots, n * (n + 1) // 2, dtype=torch.float64)
         for chunks, dtypes, _ in tables.launches:
-            _gram_kernel[(len(chunks),)](
+            alignment_gram_kernel[(len(chunks),)](
                 chunks, tables.rows, partials, dtypes, CHUNK, LANES=256, num_warps=8
             )
-        _sum_kernel[(num_groups, n, n)](partials, tables.bounds, matrices, n, BLOCK=1024)
+        alignment_gram_sums_kernel[(num_groups, n, n)](
+            partials, tables.bounds, matrices, n, BLOCK=1024
+        )
     return matrices
 
 
@@ -53,7 +55,7 @@ def group_gram(grams: Tensor, groups: list[int], num_groups: int) -> Tensor:
         with torch.cuda.device_of(grams):
             tables = group_tables(groups, num_groups, grams.device)
             entries = triton.next_power_of_2(n * n)
-            group_gram_kernel[(num_groups,)](
+            alignment_group_gram_kernel[(num_groups,)](
                 grams.contiguous(),
                 tables.members,
                 tables.bounds,
@@ -79,7 +81,7 @@ def tensor_coefficients(
             tables = group_tables(groups, len(coefficients), grams.device)
             eight_weights = (*weights, *[0.0] * (8 - n))
             grid = (triton.cdiv(num_tensors, 64),)
-            tensor_coefficients_kernel[grid](
+            alignment_tensor_coefficients_kernel[grid](
                 coefficients.contiguous(),
                 grams.contiguous(),
                 tables.groups,
@@ -98,15 +100,13 @@ def alignment_coefficients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Coefficients [G, 2], cosine and alpha [G], float64, of gram [G, 2, 2]; see the reference."""
     num_groups = len(gram)
-    coefficients, cosine, alpha = (
-        gram.new_empty(num_groups, 2),
-        gram.new_empty(num_groups),
-        gram.new_empty(num_groups),
-    )
+    coefficients = gram.new_empty(num_groups, 2)
+    cosine = gram.new_empty(num_groups)
+    alpha = gram.new_empty(num_groups)
     if num_groups > 0:
         with torch.cuda.device_of(gram):
             grid = (triton.cdiv(num_groups, 64),)
-            _coefficients_kernel[grid](
+            alignment_coefficients_kernel[grid](
                 gram.contiguous(),
                 coefficients,
                 cosine,
@@ -132,9 +132,10 @@ def combine(
     with torch.cuda.device_of(coefficients):
         tables = plan([*by_list, out], groups, len(coefficients), coefficients.device)
         coefficients = coefficients.contiguous()
-        weights = tuple(weights) or (0.0,) * len(by_list)  # none where no tensor needs them
+        # There are none where no tensor needs them.
+        weights = tuple(weights) or (0.0,) * len(by_list)
         for chunks, dtypes, aligned in tables.launches:
-            _combine_kernel[(len(chunks),)](
+            alignment_combine_kernel[(len(chunks),)](
                 chunks,
                 tables.rows,
                 coefficients,
@@ -170,7 +171,7 @@ def weights_of_group(group, coefficients_ptr, weights, N: tl.constexpr):
 
 
 @triton.jit(do_not_specialize_on_alignment=["chunks_ptr", "rows_ptr", "partials_ptr"])
-def _gram_kernel(
+def alignment_gram_kernel(
     chunks_ptr,
     rows_ptr,
     partials_ptr,
@@ -217,7 +218,9 @@ def _gram_kernel(
 
 
 @triton.jit(do_not_specialize_on_alignment=["partials_ptr", "bounds_ptr", "gram_ptr"])
-def _sum_kernel(partials_ptr, bounds_ptr, gram_ptr, N: tl.constexpr, BLOCK: tl.constexpr):
+def alignment_gram_sums_kernel(
+    partials_ptr, bounds_ptr, gram_ptr, N: tl.constexpr, BLOCK: tl.constexpr
+):
     """gram[group, i, j]: sum of the group's slots of partials for the pair i, j."""
     group, i, j = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     low, high = tl.minimum(i, j), tl.maximum(i, j)
@@ -249,7 +252,7 @@ def every_loss_reaches(matrix_ptr, mask, N: tl.constexpr):
 @triton.jit(
     do_not_specialize_on_alignment=["grams_ptr", "members_ptr", "bounds_ptr", "matrices_ptr"]
 )
-def group_gram_kernel(
+def alignment_group_gram_kernel(
     grams_ptr,
     members_ptr,
     bounds_ptr,
@@ -279,7 +282,7 @@ def group_gram_kernel(
     do_not_specialize=["num_tensors"],
     do_not_specialize_on_alignment=["coefficients_ptr", "grams_ptr", "groups_ptr", "rows_ptr"],
 )
-def tensor_coefficients_kernel(
+def alignment_tensor_coefficients_kernel(
     coefficients_ptr,
     grams_ptr,
     groups_ptr,
@@ -314,7 +317,7 @@ def tensor_coefficients_kernel(
     do_not_specialize=["num_groups"],
     do_not_specialize_on_alignment=["gram_ptr", "coefficients_ptr", "cosine_ptr", "alpha_ptr"],
 )
-def _coefficients_kernel(
+def alignment_coefficients_kernel(
     gram_ptr,
     coefficients_ptr,
     cosine_ptr,
@@ -333,9 +336,12 @@ def _coefficients_kernel(
     second = tl.load(gram_ptr + 4 * groups + 3, mask=mask)
     has_zero = (first == 0) | (second == 0)
     cosine = tl.where(has_zero, 0.0, dot / tl.sqrt(first) / tl.sqrt(second))
-    cosine = tl.where(cosine > 1, 1.0, tl.where(cosine < -1, -1.0, cosine))  # a NaN stays
+    # A NaN stays.
+    cosine = tl.where(cosine < -1, -1.0, cosine)
+    cosine = tl.where(cosine > 1, 1.0, cosine)
     alpha = tl.exp2(power * tl.log2((cosine + 1) / 2))
-    alpha = tl.where(power == 0, 1.0, alpha)  # not 0 * log 0
+    # Not 0 * log 0.
+    alpha = tl.where(power == 0, 1.0, alpha)
     removed_first = (1 - alpha) * tl.where(has_zero, 0.0, dot / first)
     removed_second = (1 - alpha) * tl.where(has_zero, 0.0, dot / second)
     tl.store(coefficients_ptr + 2 * groups, first_weight - second_weight * removed_first, mask=mask)
@@ -347,7 +353,7 @@ def _coefficients_kernel(
 
 
 @triton.jit(do_not_specialize_on_alignment=["chunks_ptr", "rows_ptr", "coefficients_ptr"])
-def _combine_kernel(
+def alignment_combine_kernel(
     chunks_ptr,
     rows_ptr,
     coefficients_ptr,

@@ -35,6 +35,18 @@ _TRITON_DTYPES = {
 }
 
 
+class Layout(NamedTuple):
+    """What a plan depends on: it stays as long as tensors stay where they are."""
+
+    # [T, lists] each; 0 and None: missing.
+    addresses: tuple[tuple[int, ...], ...]
+    dtypes: tuple[tuple[torch.dtype | None, ...], ...]
+    numels: tuple[int, ...]
+    groups: tuple[int, ...]
+    num_groups: int
+    device: torch.device
+
+
 class Launch(NamedTuple):
     """Chunks of the tensors that one compiled kernel takes."""
 
@@ -62,7 +74,7 @@ def plan(
 ) -> Plan:
     """Tables for `lists` of tensors on `device`; ``groups[t]`` from -1 to ``num_groups - 1``."""
     rows = list(zip(*lists, strict=True))
-    layout = (
+    layout = Layout(
         tuple(tuple(0 if tensor is None else tensor.data_ptr() for tensor in row) for row in rows),
         tuple(tuple(None if tensor is None else tensor.dtype for tensor in row) for row in rows),
         tuple(next((tensor.numel() for tensor in row if tensor is not None), 0) for row in rows),
@@ -73,7 +85,7 @@ def plan(
     if device.type == "cpu":
         return _build_once(layout, None)
     if torch.cuda.is_current_stream_capturing():
-        return _build(*layout)
+        return _build(layout)
     # The upload is ordered before the kernels of its own stream alone.
     return _build_once(layout, torch.cuda.current_stream(device).cuda_stream)
 
@@ -153,20 +165,16 @@ def _build_group_tables(
 
 
 @functools.lru_cache(maxsize=64)
-def _build_once(layout: tuple, stream: int | None) -> Plan:
-    return _build(*layout)
+def _build_once(layout: Layout, stream: int | None) -> Plan:
+    return _build(layout)
 
 
-def _build(
-    addresses: tuple[tuple[int, ...], ...],
-    dtypes: tuple[tuple[torch.dtype | None, ...], ...],
-    numels: tuple[int, ...],
-    groups: tuple[int, ...],
-    num_groups: int,
-    device: torch.device,
-) -> Plan:
+def _build(layout: Layout) -> Plan:
+    addresses, dtypes, numels, groups, num_groups, device = layout
     counts = [triton.cdiv(numel, CHUNK) for numel in numels]
-    first_slots, bounds, slots = [0] * len(counts), [0] * (num_groups + 1), 0
+    first_slots = [0] * len(counts)
+    bounds = [0] * (num_groups + 1)
+    slots = 0
     for t in sorted(range(len(counts)), key=groups.__getitem__):
         first_slots[t] = slots
         slots += counts[t]

@@ -51,10 +51,11 @@ def adamw_step(
     with torch.cuda.device_of(coefficients):
         tables = plan(lists, groups, len(coefficients), device)
         coefficients = coefficients.contiguous()
-        weights = tuple(weights) or (0.0,) * len(by_list)  # none where no tensor needs them
+        # There are none where no tensor needs them.
+        weights = tuple(weights) or (0.0,) * len(by_list)
         factors = _step_factors(steps, lr, beta1, beta2, weight_decay, device)
         for chunks, dtypes, aligned in tables.launches:
-            _adamw_kernel[(len(chunks),)](
+            adamw_step_kernel[(len(chunks),)](
                 chunks,
                 tables.rows,
                 coefficients,
@@ -87,8 +88,10 @@ def _step_factors(
     Worked out in float64 where the scalars lie.
     """
     if any(scalar.device.type != "cpu" for scalar in (lr, *steps)):
-        steps, lr = [upload(step, device) for step in steps], upload(lr, device)
-    steps, lr = torch.stack(steps).double(), lr.double()
+        steps = [upload(step, device) for step in steps]
+        lr = upload(lr, device)
+    steps = torch.stack(steps).double()
+    lr = lr.double()
     columns = [
         (1 - lr * weight_decay).expand_as(steps),
         lr / (1 - beta1**steps),
@@ -113,7 +116,7 @@ def _lerp(start, end, weight):
         "found_inf_ptr",
     ]
 )
-def _adamw_kernel(
+def adamw_step_kernel(
     chunks_ptr,
     rows_ptr,
     coefficients_ptr,

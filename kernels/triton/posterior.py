@@ -9,20 +9,47 @@ Each reads B K numbers a location once or twice, and writes as much at most: mem
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .scoring import finite
+from .states import finite
+
+
+class Block(NamedTuple):
+    """Locations of one image, whose classes a program takes CLASSES at a time."""
+
+    image: tl.tensor
+    location: tl.tensor  # [1, LOCATIONS]
+    mask: tl.tensor
+    classes: tl.tensor
+    locations: tl.tensor
+
+
+class Scores(NamedTuple):
+    """Logarithms of a distribution over the classes, not normalised: scores [B, K, *loc]."""
+
+    pointer: tl.tensor
+    # Of the block's image, [K]; None where there is no prior.
+    prior: tl.tensor
+    inverse_temperature: tl.tensor
+
+
+class Normalizer(NamedTuple):
+    """log sum_y exp(score) = largest + log_total, [1, LOCATIONS] each."""
+
+    largest: tl.tensor  # 0 where every score is -inf
+    log_total: tl.tensor
 
 
 def posterior(log_likelihood: Tensor, log_prior: Tensor | None, temperature: float) -> Tensor:
     """log p(y|x), float32 [B, K, *loc]; see the reference."""
     result = torch.empty(log_likelihood.shape, dtype=torch.float32, device=log_likelihood.device)
     _launch_bayes(
-        _posterior_kernel, (log_likelihood.contiguous(),), log_prior, temperature, (result,)
+        posterior_kernel, (log_likelihood.contiguous(),), log_prior, temperature, (result,)
     )
     return result
 
@@ -34,7 +61,7 @@ def distillation_loss(
     shape = log_likelihood.shape
     loss = torch.empty(shape[0], *shape[2:], dtype=torch.float32, device=log_likelihood.device)
     tensors = (log_likelihood.contiguous(), student_logits.contiguous())
-    _launch_bayes(_distillation_kernel, tensors, log_prior, temperature, (loss,))
+    _launch_bayes(distillation_loss_kernel, tensors, log_prior, temperature, (loss,))
     return loss
 
 
@@ -53,7 +80,7 @@ def distillation_loss_backward(
         for tensor, needed in zip(tensors[::-1], output_mask, strict=True)
     )
     results = (grad.contiguous(), grad_logits, grad_likelihood)
-    _launch_bayes(_distillation_backward_kernel, tensors, log_prior, temperature, results)
+    _launch_bayes(distillation_loss_backward_kernel, tensors, log_prior, temperature, results)
     return tuple(grad.new_empty(0) if result is None else result for result in results[1:])
 
 
@@ -70,11 +97,10 @@ def _launch_bayes(
     blocks = triton.cdiv(locations, block[1])
     if batch * blocks == 0:
         return
-    prior, prior_stride = (
-        (None, 0)
-        if log_prior is None
-        else (log_prior.contiguous(), classes if len(log_prior) > 1 else 0)
-    )
+    prior, prior_stride = None, 0
+    if log_prior is not None:
+        prior = log_prior.contiguous()
+        prior_stride = classes if len(prior) > 1 else 0
     with torch.cuda.device_of(tensors[0]):
         kernel[(batch * blocks,)](
             *tensors,
@@ -91,21 +117,28 @@ def _launch_bayes(
 
 
 @triton.jit
-def _place(classes, locations, LOCATIONS: tl.constexpr):
-    """The program's image, its locations [1, LOCATIONS], and their mask."""
+def _block(classes, locations, LOCATIONS: tl.constexpr):
+    """The program's block."""
     program = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(locations, LOCATIONS)
     location = (program % blocks) * LOCATIONS + tl.arange(0, LOCATIONS)[None, :]
-    return program // blocks, location, location < locations
+    return Block(program // blocks, location, location < locations, classes, locations)
 
 
 @triton.jit
-def _scores(scores_ptr, prior_ptr, places, class_, mask, inverse_temperature):
-    """Logarithms of unnormalised probabilities in float64, -inf where there are none."""
-    scores = tl.load(scores_ptr + places, mask=mask, other=0.0).to(tl.float64) * inverse_temperature
-    if prior_ptr is not None:
-        scores += tl.load(prior_ptr + class_, mask=mask, other=0.0).to(tl.float64)
-    return tl.where(mask, scores, float("-inf"))
+def _load_scores(scores, block, first, CLASSES: tl.constexpr):
+    """Scores of CLASSES classes from `first` on, their places, and their mask.
+
+    float64; -inf where there is no class.
+    """
+    class_ = first + tl.arange(0, CLASSES)[:, None]
+    places = (block.image * block.classes + class_) * block.locations + block.location
+    mask = block.mask & (class_ < block.classes)
+    values = tl.load(scores.pointer + places, mask=mask, other=0.0).to(tl.float64)
+    values *= scores.inverse_temperature
+    if scores.prior is not None:
+        values += tl.load(scores.prior + class_, mask=mask, other=0.0).to(tl.float64)
+    return tl.where(mask, values, float("-inf")), places, mask
 
 
 @triton.jit
@@ -115,57 +148,27 @@ def _exp(x):
 
 
 @triton.jit
-def _normalizer(
-    scores_ptr,
-    prior_ptr,
-    image,
-    location,
-    mask,
-    classes,
-    locations,
-    inverse_temperature,
-    CLASSES: tl.constexpr,
-    LOCATIONS: tl.constexpr,
-):
-    """Largest score, or 0, and log sum exp(score - largest) over classes, [1, LOCATIONS] each."""
+def _normalize(scores, block, CLASSES: tl.constexpr, LOCATIONS: tl.constexpr):
+    """The normalizer of scores."""
     largest = tl.full([CLASSES, LOCATIONS], float("-inf"), tl.float64)
     total = tl.zeros([CLASSES, LOCATIONS], tl.float64)
     first = 0
-    while first < classes:
-        class_ = first + tl.arange(0, CLASSES)[:, None]
-        places = (image * classes + class_) * locations + location
-        scores = _scores(
-            scores_ptr, prior_ptr, places, class_, mask & (class_ < classes), inverse_temperature
-        )
-        larger = tl.maximum(largest, scores)
-        total = total * _exp(largest - finite(larger)) + _exp(scores - finite(larger))
+    while first < block.classes:
+        values, _, _ = _load_scores(scores, block, first, CLASSES)
+        larger = tl.maximum(largest, values)
+        total = total * _exp(largest - finite(larger)) + _exp(values - finite(larger))
         largest = larger
         first += CLASSES
     overall = finite(tl.max(largest, axis=0)[None, :])
     total = tl.sum(total * _exp(largest - overall), axis=0)[None, :]
-    return overall, tl.log(total)
+    return Normalizer(overall, tl.log(total))
 
 
 @triton.jit
-def _log_probabilities(
-    scores_ptr,
-    prior_ptr,
-    image,
-    location,
-    first,
-    mask,
-    classes,
-    locations,
-    inverse_temperature,
-    normalizer,
-    CLASSES: tl.constexpr,
-):
+def _log_probabilities(scores, normalizer, block, first, CLASSES: tl.constexpr):
     """Log-probabilities of CLASSES classes from `first` on, their places, and their mask."""
-    class_ = first + tl.arange(0, CLASSES)[:, None]
-    places = (image * classes + class_) * locations + location
-    mask = mask & (class_ < classes)
-    scores = _scores(scores_ptr, prior_ptr, places, class_, mask, inverse_temperature)
-    return scores - normalizer[0] - normalizer[1], places, mask
+    values, places, mask = _load_scores(scores, block, first, CLASSES)
+    return values - normalizer.largest - normalizer.log_total, places, mask
 
 
 @triton.jit
@@ -175,14 +178,35 @@ def _divergence_terms(log_p, log_q, mask):
     return p, tl.where(p == 0, 0.0, p * (log_p - log_q))
 
 
+@triton.jit
+def _divergence(
+    p_scores,
+    p_normalizer,
+    q_scores,
+    q_normalizer,
+    block,
+    CLASSES: tl.constexpr,
+    LOCATIONS: tl.constexpr,
+):
+    """KL(p || q) [1, LOCATIONS]."""
+    divergence = tl.zeros([CLASSES, LOCATIONS], tl.float64)
+    first = 0
+    while first < block.classes:
+        log_p, _, mask = _log_probabilities(p_scores, p_normalizer, block, first, CLASSES)
+        log_q, _, _ = _log_probabilities(q_scores, q_normalizer, block, first, CLASSES)
+        divergence += _divergence_terms(log_p, log_q, mask)[1]
+        first += CLASSES
+    return tl.sum(divergence, axis=0)[None, :]
+
+
 @triton.jit(
     do_not_specialize=["prior_stride", "classes", "locations"],
     do_not_specialize_on_alignment=["likelihood_ptr", "prior_ptr", "result_ptr"],
 )
-def _posterior_kernel(
-    likelihood_ptr,
-    prior_ptr,
-    result_ptr,
+def posterior_kernel(
+    likelihood_ptr,  # [B, K, *loc]
+    prior_ptr,  # [1|B, K]
+    result_ptr,  # [B, K, *loc]
     prior_stride: tl.int64,
     classes: tl.int64,
     locations: tl.int64,
@@ -191,100 +215,27 @@ def _posterior_kernel(
     LOCATIONS: tl.constexpr,
 ):
     """log p(y|x) of a block of locations of one image."""
-    image, location, inside = _place(classes, locations, LOCATIONS)
+    block = _block(classes, locations, LOCATIONS)
     if prior_ptr is not None:
-        prior_ptr += image * prior_stride
-    normalizer = _normalizer(
-        likelihood_ptr,
-        prior_ptr,
-        image,
-        location,
-        inside,
-        classes,
-        locations,
-        inverse_temperature,
-        CLASSES,
-        LOCATIONS,
-    )
+        prior_ptr += block.image * prior_stride
+    scores = Scores(likelihood_ptr, prior_ptr, inverse_temperature)
+    normalizer = _normalize(scores, block, CLASSES, LOCATIONS)
     first = 0
     while first < classes:
-        log_p, places, mask = _log_probabilities(
-            likelihood_ptr,
-            prior_ptr,
-            image,
-            location,
-            first,
-            inside,
-            classes,
-            locations,
-            inverse_temperature,
-            normalizer,
-            CLASSES,
-        )
+        log_p, places, mask = _log_probabilities(scores, normalizer, block, first, CLASSES)
         tl.store(result_ptr + places, log_p.to(tl.float32), mask=mask)
         first += CLASSES
-
-
-@triton.jit
-def _divergence(
-    likelihood_ptr,
-    logits_ptr,
-    prior_ptr,
-    image,
-    location,
-    inside,
-    classes,
-    locations,
-    inverse_temperature,
-    teacher,
-    student,
-    CLASSES: tl.constexpr,
-    LOCATIONS: tl.constexpr,
-):
-    """KL(p || q) [1, LOCATIONS], given both normalizers."""
-    divergence = tl.zeros([CLASSES, LOCATIONS], tl.float64)
-    first = 0
-    while first < classes:
-        log_p, _, mask = _log_probabilities(
-            likelihood_ptr,
-            prior_ptr,
-            image,
-            location,
-            first,
-            inside,
-            classes,
-            locations,
-            inverse_temperature,
-            teacher,
-            CLASSES,
-        )
-        log_q, _, _ = _log_probabilities(
-            logits_ptr,
-            None,
-            image,
-            location,
-            first,
-            inside,
-            classes,
-            locations,
-            1.0,
-            student,
-            CLASSES,
-        )
-        divergence += _divergence_terms(log_p, log_q, mask)[1]
-        first += CLASSES
-    return tl.sum(divergence, axis=0)[None, :]
 
 
 @triton.jit(
     do_not_specialize=["prior_stride", "classes", "locations"],
     do_not_specialize_on_alignment=["likelihood_ptr", "logits_ptr", "prior_ptr", "loss_ptr"],
 )
-def _distillation_kernel(
-    likelihood_ptr,
-    logits_ptr,
-    prior_ptr,
-    loss_ptr,
+def distillation_loss_kernel(
+    likelihood_ptr,  # [B, K, *loc]
+    logits_ptr,  # [B, K, *loc]
+    prior_ptr,  # [1|B, K]
+    loss_ptr,  # [B, *loc]
     prior_stride: tl.int64,
     classes: tl.int64,
     locations: tl.int64,
@@ -293,40 +244,18 @@ def _distillation_kernel(
     LOCATIONS: tl.constexpr,
 ):
     """KL(p || q) of a block of locations of one image."""
-    image, location, inside = _place(classes, locations, LOCATIONS)
+    block = _block(classes, locations, LOCATIONS)
     if prior_ptr is not None:
-        prior_ptr += image * prior_stride
-    teacher = _normalizer(
-        likelihood_ptr,
-        prior_ptr,
-        image,
-        location,
-        inside,
-        classes,
-        locations,
-        inverse_temperature,
-        CLASSES,
-        LOCATIONS,
-    )
-    student = _normalizer(
-        logits_ptr, None, image, location, inside, classes, locations, 1.0, CLASSES, LOCATIONS
-    )
+        prior_ptr += block.image * prior_stride
+    teacher = Scores(likelihood_ptr, prior_ptr, inverse_temperature)
+    student = Scores(logits_ptr, None, 1.0)
+    p_normalizer = _normalize(teacher, block, CLASSES, LOCATIONS)
+    q_normalizer = _normalize(student, block, CLASSES, LOCATIONS)
     divergence = _divergence(
-        likelihood_ptr,
-        logits_ptr,
-        prior_ptr,
-        image,
-        location,
-        inside,
-        classes,
-        locations,
-        inverse_temperature,
-        teacher,
-        student,
-        CLASSES,
-        LOCATIONS,
+        teacher, p_normalizer, student, q_normalizer, block, CLASSES, LOCATIONS
     )
-    tl.store(loss_ptr + image * locations + location, divergence.to(tl.float32), mask=inside)
+    places = block.image * locations + block.location
+    tl.store(loss_ptr + places, divergence.to(tl.float32), mask=block.mask)
 
 
 @triton.jit(
@@ -340,13 +269,13 @@ def _distillation_kernel(
         "grad_likelihood_ptr",
     ],
 )
-def _distillation_backward_kernel(
-    likelihood_ptr,
-    logits_ptr,
-    prior_ptr,
-    grad_ptr,
-    grad_logits_ptr,
-    grad_likelihood_ptr,
+def distillation_loss_backward_kernel(
+    likelihood_ptr,  # [B, K, *loc]
+    logits_ptr,  # [B, K, *loc]
+    prior_ptr,  # [1|B, K]
+    grad_ptr,  # [B, *loc]
+    grad_logits_ptr,  # [B, K, *loc]
+    grad_likelihood_ptr,  # [B, K, *loc]
     prior_stride: tl.int64,
     classes: tl.int64,
     locations: tl.int64,
@@ -355,82 +284,31 @@ def _distillation_backward_kernel(
     LOCATIONS: tl.constexpr,
 ):
     """grad (q - p) and grad p (log p - log q - KL) / temperature of a block of locations."""
-    image, location, inside = _place(classes, locations, LOCATIONS)
+    block = _block(classes, locations, LOCATIONS)
     if prior_ptr is not None:
-        prior_ptr += image * prior_stride
-    teacher = _normalizer(
-        likelihood_ptr,
-        prior_ptr,
-        image,
-        location,
-        inside,
-        classes,
-        locations,
-        inverse_temperature,
-        CLASSES,
-        LOCATIONS,
-    )
-    student = _normalizer(
-        logits_ptr, None, image, location, inside, classes, locations, 1.0, CLASSES, LOCATIONS
-    )
+        prior_ptr += block.image * prior_stride
+    teacher = Scores(likelihood_ptr, prior_ptr, inverse_temperature)
+    student = Scores(logits_ptr, None, 1.0)
+    p_normalizer = _normalize(teacher, block, CLASSES, LOCATIONS)
+    q_normalizer = _normalize(student, block, CLASSES, LOCATIONS)
     if grad_likelihood_ptr is not None:
         divergence = _divergence(
-            likelihood_ptr,
-            logits_ptr,
-            prior_ptr,
-            image,
-            location,
-            inside,
-            classes,
-            locations,
-            inverse_temperature,
-            teacher,
-            student,
-            CLASSES,
-            LOCATIONS,
+            teacher, p_normalizer, student, q_normalizer, block, CLASSES, LOCATIONS
         )
-    grad = tl.load(grad_ptr + image * locations + location, mask=inside, other=0.0)
+    grad_places = block.image * locations + block.location
+    grad = tl.load(grad_ptr + grad_places, mask=block.mask, other=0.0)
     first = 0
     while first < classes:
-        log_p, places, mask = _log_probabilities(
-            likelihood_ptr,
-            prior_ptr,
-            image,
-            location,
-            first,
-            inside,
-            classes,
-            locations,
-            inverse_temperature,
-            teacher,
-            CLASSES,
-        )
-        log_q, _, _ = _log_probabilities(
-            logits_ptr,
-            None,
-            image,
-            location,
-            first,
-            inside,
-            classes,
-            locations,
-            1.0,
-            student,
-            CLASSES,
-        )
+        log_p, places, mask = _log_probabilities(teacher, p_normalizer, block, first, CLASSES)
+        log_q, _, _ = _log_probabilities(student, q_normalizer, block, first, CLASSES)
         p, term = _divergence_terms(log_p, log_q, mask)
         if grad_logits_ptr is not None:
-            gradient = grad * (_exp(log_q) - p)
-            tl.store(
-                grad_logits_ptr + places,
-                gradient.to(tl.float32).to(grad_logits_ptr.dtype.element_ty),
-                mask=mask,
-            )
+            gradient = (grad * (_exp(log_q) - p)).to(tl.float32)
+            dtype = grad_logits_ptr.dtype.element_ty
+            tl.store(grad_logits_ptr + places, gradient.to(dtype), mask=mask)
         if grad_likelihood_ptr is not None:
-            gradient = grad * tl.where(p == 0, 0.0, term - p * divergence) * inverse_temperature
-            tl.store(
-                grad_likelihood_ptr + places,
-                gradient.to(tl.float32).to(grad_likelihood_ptr.dtype.element_ty),
-                mask=mask,
-            )
+            slope = tl.where(p == 0, 0.0, term - p * divergence)
+            gradient = (grad * slope * inverse_temperature).to(tl.float32)
+            dtype = grad_likelihood_ptr.dtype.element_ty
+            tl.store(grad_likelihood_ptr + places, gradient.to(dtype), mask=mask)
         first += CLASSES

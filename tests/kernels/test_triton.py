@@ -1,5 +1,5 @@
 """What is Triton's own: tables of addresses, launches, and kernels compiled for GPUs that are not
-here; test_kernels.py runs the operators.
+here; the other files run the operators.
 
 Without a GPU the kernels run in Triton's interpreter, chosen in conftest.py.
 """
@@ -22,7 +22,17 @@ import triton
 
 import genrep_fast as gf
 import genrep_fast.kernels
-from genrep_fast.kernels import alignment, multi_tensor, optimizer, posterior, reverse_step, scoring
+from genrep_fast.dispatch.selection import operators_of
+from genrep_fast.kernels import (
+    alignment,
+    multi_tensor,
+    optimizer,
+    posterior,
+    reverse_step,
+    scoring,
+    scoring_backward,
+    scoring_chunk,
+)
 from genrep_fast.reference import scoring as scoring_reference
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -35,7 +45,7 @@ def test_sums_over_more_slots_than_a_block_holds():
         3000, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64
     ).to(DEVICE)
     matrices = torch.full((3, 3, 3), math.nan, dtype=torch.float64, device=DEVICE)
-    alignment._sum_kernel[(3, 3, 3)](
+    alignment.alignment_gram_sums_kernel[(3, 3, 3)](
         partials, torch.tensor(bounds, device=DEVICE), matrices, 3, BLOCK=1024
     )
     upper = torch.stack(
@@ -129,12 +139,12 @@ def scored_chunk(
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("reduction", ["mixture", "mean"])
 def test_groups_of_steps_are_merged(monkeypatch, reduction, shared):
-    arguments = scored_chunk(5, 2, 37, 3, (7,), shared=shared)
+    arguments = scored_chunk(5, 2, 19, 2, (3,), shared=shared)
     likelihood = scoring.log_likelihood(*arguments, reduction, False)[0]
-    monkeypatch.setattr(scoring, "_GROUP_ELEMENTS", 1)
-    chunk = scoring._chunk(*arguments[:3], arguments[3].unbind(), False)
+    monkeypatch.setattr(scoring_chunk, "_GROUP_ELEMENTS", 1)
+    chunk = scoring_chunk.chunk_of(*arguments, False)
     assert (
-        chunk.kind == ("images" if shared else "rows")
+        chunk.kind == ("shared_centers" if shared else "rows")
         and chunk.split(chunk.tile(backward=False))[2] > 1
     )
     torch.testing.assert_close(
@@ -157,11 +167,11 @@ def test_groups_hold_every_step_once(steps, shared):
         output = torch.empty(1, device=DEVICE).expand(
             1 if shared else batch, classes, steps, elements
         )
-        chunk = scoring._chunk(
+        chunk = scoring_chunk.chunk_of(
             output[0, 0, :1].expand(batch, -1) if steps else output.new_empty(batch, elements),
             output,
             None,
-            (),
+            torch.empty(5, steps, device=DEVICE),
             False,
         )
         for backward in (False, True):
@@ -172,7 +182,7 @@ def test_groups_hold_every_step_once(steps, shared):
 
 def test_wide_loads_are_for_aligned_rows_alone():
     def aligned(x, model_output, x_t, tables, per_location=False):
-        return scoring._chunk(x, model_output, x_t, tables.unbind(), per_location).aligned
+        return scoring_chunk.chunk_of(x, model_output, x_t, tables, per_location).aligned
 
     x, model_output, x_t, tables = scored_chunk(2, 3, 4, 2, (4, 8), x_t_axes=(2, 1, 4))
     assert aligned(x, model_output, x_t, tables) and aligned(
@@ -198,10 +208,13 @@ def test_wide_loads_are_for_aligned_rows_alone():
 
 # Compiled for GPUs that are not here
 
-SCORED = [  # B, K, S, C, spatial and options of `scored_chunk`, for each kind of tile; per_location
+CAPABILITIES = [80, 90]
+
+# B, K, S, C, spatial and options of `scored_chunk`, per_location: each kind of tile, with and
+# without wide loads.
+SCORED = [
     ((2, 3, 50, 4, (16, 16)), {"x_t_axes": (2, 1, 50)}, False),
-    ((2, 3, 50, 4, (16, 16)), {"dtype": BF16}, False),
-    ((2, 3, 50, 3, (13, 17)), {"x_t_axes": (2, 3, 1)}, False),
+    ((2, 3, 50, 3, (13, 17)), {"x_t_axes": (2, 3, 1), "dtype": BF16}, False),
     ((2, 3, 1, 4, (16, 16)), {"dtype": F16}, False),
     ((2, 3, 50, 4, (4, 4)), {"x_t_axes": (2, 1, 50)}, False),
     ((64, 3, 50, 4, (16, 16)), {"shared": True}, False),
@@ -209,15 +222,22 @@ SCORED = [  # B, K, S, C, spatial and options of `scored_chunk`, for each kind o
     ((2, 3, 50, 4, (16, 16)), {"x_t_axes": (2, 1, 50)}, True),
     ((2, 3, 50, 3, (13, 17)), {"dtype": BF16}, True),
 ]
+# Of these the mean, which needs less of everything, on the newest GPU.
+AVERAGED = [SCORED[0], SCORED[5], SCORED[6]]
+# Other sizes of a layout that is among them; 1 and multiples of 16 are what Triton looks for.
+SAME_LAYOUT = [
+    ((1, 2, 17, 4, (16, 64)), {"x_t_axes": (1, 1, 17)}, False),
+    ((3, 16, 64, 4, (16, 32)), {"x_t_axes": (3, 1, 64)}, False),
+    ((80, 1, 31, 4, (16, 32)), {"shared": True}, False),
+    ((1, 2, 31, 16, (32, 32)), {"x_t_axes": (1, 1, 31)}, True),
+]
 # Dtypes of the gradients, and a size: of 256 elements loads are wide, of 255 they are not.
 COMPILED = [
     ((F32, F32), 256),
     ((F32, F32), 255),
-    ((BF16, BF16), 256),
-    ((F16, F16), 255),
-    ((F32, BF16), 256),
+    ((BF16, F16), 256),
     ((F32, None), 256),
-    ((F32, BF16, F16), 256),
+    ((F32, BF16, F16), 255),
     ((F32,) * 8, 256),
     ((BF16,) * 8, 255),
 ]
@@ -242,8 +262,10 @@ class OfflineDriver:
 
 
 def compile_offline(capability, folder):
-    """Call the operators on CPU tensors with launches replaced by compilation; write each kernel's
-    cubin, print kernels and files.
+    """Call the operators on CPU tensors with launches replaced by compilation.
+
+    Write each kernel's cubin. Print its function, its name and its file; and the names of kernels
+    that other sizes compiled once more.
     """
     triton.runtime.driver.set_active(OfflineDriver(capability))
     launch, compiled = triton.runtime.JITFunction.run, {}
@@ -253,6 +275,35 @@ def compile_offline(capability, folder):
         compiled[id(kernel)] = (self.__name__, kernel)
 
     triton.runtime.JITFunction.run = compile_only
+    compile_tensor_lists()
+    for sizes, options, per_location in SCORED:
+        compile_scoring(sizes, options, per_location, "mixture")
+    if capability == CAPABILITIES[-1]:
+        for sizes, options, per_location in AVERAGED:
+            compile_scoring(sizes, options, per_location, "mean")
+    for shape in ((8, 10), (8, 150, 32, 32)):
+        compile_posterior(shape)
+    for dtype, x, scale in ((F32, True, True), (BF16, True, False), (F32, False, True)):
+        x_t = torch.zeros(8, 4, 16, 16, dtype=dtype)
+        optional = (x_t if x else None, x_t[:, :1] if scale else None)
+        reverse_step.reverse_step(x_t, x_t, torch.ones(8, 5), 2, 7, torch.arange(8), *optional)
+    before = list(compiled)
+    for sizes, options, per_location in SAME_LAYOUT:
+        compile_scoring(sizes, options, per_location, "mixture")
+    for shape in ((1, 1), (16, 32), (1, 16, 7), (3, 1, 64, 64)):
+        compile_posterior(shape)
+    entries = []
+    for i, (function, kernel) in enumerate(compiled.values()):
+        file = Path(folder, f"{i}.cubin")
+        assert kernel.metadata.target.arch == capability
+        file.write_bytes(kernel.asm["cubin"])
+        entries.append((function, kernel.metadata.name, str(file)))
+    print(
+        json.dumps({"entries": entries, "again": [name for _, name, _ in entries[len(before) :]]})
+    )
+
+
+def compile_tensor_lists():
     for dtypes, size in COMPILED:
         gradients = [None if dtype is None else torch.ones(size, dtype=dtype) for dtype in dtypes]
         params, *state = ([torch.ones(size, dtype=dtype)] for dtype in (dtypes[0], F32, F32, F32))
@@ -265,63 +316,33 @@ def compile_offline(capability, folder):
         alignment.tensor_coefficients(coefficients, own, [0], [0.5] * len(dtypes))
         alignment.combine(gradients, coefficients, [0], [], params)
         for emas, found_inf in ((state[2], None), ([], torch.zeros(1))):
-            scalars = (
-                [torch.ones(())],
-                torch.tensor(0.1),
-                0.9,
-                0.999,
-                1e-8,
-                0.01,
-                0.999,
-                found_inf,
-            )
+            factors = (0.9, 0.999, 1e-8, 0.01, 0.999)
+            scalars = ([torch.ones(())], torch.tensor(0.1), *factors, found_inf)
             optimizer.adamw_step(
                 params, *state[:2], emas, gradients, coefficients, [0], [], *scalars
             )
-    compile_scoring()
-    entries = []
-    for i, (name, kernel) in enumerate(compiled.values()):
-        file = Path(folder, f"{i}.cubin")
-        assert kernel.metadata.target.arch == capability
-        file.write_bytes(kernel.asm["cubin"])
-        entries.append((name, str(file)))
-    print(json.dumps(entries))
 
 
-def compile_scoring():
-    """Call the scoring operators and the reverse step on CPU tensors, for the launches that
-    `compile_offline` replaces.
-    """
-    for sizes, options, per_location in SCORED:
-        arguments = scored_chunk(*sizes, **options)
-        # The mean needs less of everything: the tiles with x_t stand for all.
-        for reduction in ("mixture", "mean") if "x_t_axes" in options else ("mixture",):
-            likelihood, remainder = scoring.log_likelihood(*arguments, reduction, per_location)
-            state = scoring_reference.empty_state(likelihood.shape, reduction, DEVICE)
-            scoring.score_update(
-                *arguments,
-                None,
-                reduction,
-                per_location,
-                torch.zeros(sizes[1], dtype=torch.int64),
-                state,
-            )
-            mask = [arguments[2] is not None, True, arguments[2] is not None]
-            scoring.log_likelihood_backward(
-                likelihood, likelihood, remainder, *arguments, reduction, per_location, mask
-            )
-    for shape in ((8, 10), (8, 150, 32, 32)):
-        scores, prior = torch.zeros(shape), torch.zeros(1, shape[1], *[1] * (len(shape) - 2))
-        for log_prior in (None, prior):
-            posterior.posterior(scores, log_prior, 2.0)
-            posterior.distillation_loss(scores, scores, log_prior, 2.0)
-            posterior.distillation_loss_backward(
-                scores[:, 0], scores, scores, log_prior, 2.0, [True, log_prior is None]
-            )
-    for dtype, x, scale in itertools.product((F32, BF16), (False, True), (False, True)):
-        x_t = torch.zeros(8, 4, 16, 16, dtype=dtype)
-        optional = (x_t if x else None, x_t[:, :1] if scale else None)
-        reverse_step.reverse_step(x_t, x_t, torch.ones(8, 5), 2, 7, torch.arange(8), *optional)
+def compile_scoring(sizes, options, per_location, reduction):
+    arguments = scored_chunk(*sizes, **options)
+    likelihood, remainder = scoring.log_likelihood(*arguments, reduction, per_location)
+    state = scoring_reference.empty_state(likelihood.shape, reduction, DEVICE)
+    count = torch.zeros(sizes[1], dtype=torch.int64)
+    scoring.score_update(*arguments, None, reduction, per_location, count, state)
+    mask = [arguments[2] is not None, True, arguments[2] is not None]
+    scoring_backward.log_likelihood_backward(
+        likelihood, likelihood, remainder, *arguments, reduction, per_location, mask
+    )
+
+
+def compile_posterior(shape):
+    scores, prior = torch.zeros(shape), torch.zeros(1, shape[1], *[1] * (len(shape) - 2))
+    for log_prior in (None, prior):
+        posterior.posterior(scores, log_prior, 2.0)
+        posterior.distillation_loss(scores, scores, log_prior, 2.0)
+        posterior.distillation_loss_backward(
+            scores[:, 0], scores, scores, log_prior, 2.0, [True, log_prior is None]
+        )
 
 
 def kernels_of_the_package():
@@ -338,12 +359,9 @@ def kernels_of_the_package():
     }
 
 
-CAPABILITIES = [80, 90]
-
-
 @pytest.fixture(scope="module")
 def compilations(tmp_path_factory):
-    """Processes by capability, which compile at the same time."""
+    """What processes printed, by capability, which compile at the same time."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     processes = {}
     for capability in CAPABILITIES:
@@ -356,21 +374,25 @@ def compilations(tmp_path_factory):
             stderr=subprocess.PIPE,
             text=True,
         )
-    yield processes
-    for process in processes.values():
-        process.kill()
-        process.communicate()
+    try:
+        printed = {}
+        for capability, process in processes.items():
+            output, messages = process.communicate()
+            assert process.returncode == 0, messages
+            printed[capability] = json.loads(output)
+        return printed
+    finally:
+        for process in processes.values():
+            process.kill()
+            process.communicate()
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_every_kernel_compiles_without_spills(capability, compilations):
-    process = compilations[capability]
-    output, messages = process.communicate()
-    assert process.returncode == 0, messages
-    entries = json.loads(output)
-    assert {name for name, _ in entries} == kernels_of_the_package()
+    entries = compilations[capability]["entries"]
+    assert {function for function, _, _ in entries} == kernels_of_the_package()
     cuobjdump = Path(inspect.getfile(triton)).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    for name, file in entries:
+    for _, name, file in entries:
         usage = subprocess.run(
             [cuobjdump, "-res-usage", file], capture_output=True, text=True, check=True
         ).stdout
@@ -379,6 +401,20 @@ def test_every_kernel_compiles_without_spills(capability, compilations):
         )
         print(f"sm_{capability} {name}: {registers} registers")
         assert (stack, local) == (0, 0), f"{name} spills: {usage}"
+
+
+def test_other_sizes_compile_nothing_again(compilations):
+    assert compilations[90]["again"] == []
+
+
+def test_kernels_bear_their_operators_names(compilations):
+    """A profiler shows them; those of scoring also tell the kind of tile."""
+    names = {name for _, name, _ in compilations[90]["entries"]}
+    nameless = [name for name in names if not any(o in name for o in operators_of("triton"))]
+    assert nameless == []
+    for operator in ("log_likelihood", "log_likelihood_backward", "score_update"):
+        kinds = ("rows", "shared_centers", "locations")
+        assert names >= {f"{operator}_{kind}_kernel" for kind in kinds}
 
 
 if __name__ == "__main__":

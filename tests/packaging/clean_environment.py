@@ -20,8 +20,16 @@ ROOT = Path(__file__).parents[2]
 OPERATOR_TESTS = (
     "ops/test_alignment.py",
     "ops/test_optimizer.py",
-    "kernels/test_kernels.py",
+    "kernels/tensor_list_cases.py",
+    "kernels/test_alignment_kernels.py",
+    "kernels/test_optimizer_kernels.py",
+    "kernels/kernel_cases.py",
+    "kernels/test_kernel_calls.py",
+    "kernels/test_posterior_kernels.py",
+    "kernels/test_reverse_step_kernels.py",
     "kernels/test_scoring_kernels.py",
+    "kernels/test_shared_centers_kernels.py",
+    "kernels/test_states_kernels.py",
 )
 IMPORT = (
     "import time, torch; start = time.perf_counter(); "

@@ -1,9 +1,4 @@
-"""Every operator on every compiled backend that can run here, against the reference.
-
-Without a GPU these are the C++ kernels, and the Triton kernels in Triton's interpreter (chosen in
-conftest.py); with one, Triton and CUDA C++. Tensors are views of odd sizes into larger buffers,
-whose surroundings must stay as they are.
-"""
+"""Gram matrices, coefficients and combination on every compiled backend, against the reference."""
 
 import math
 
@@ -11,127 +6,39 @@ import pytest
 import torch
 
 from genrep_fast.reference import alignment as alignment_reference
-from genrep_fast.reference import optimizer as optimizer_reference
+from tensor_list_cases import (
+    BF16,
+    DEVICE,
+    DTYPES,
+    F16,
+    F32,
+    GRAM_GROUPS,
+    GROUPS,
+    NUM_GROUPS,
+    SIZES,
+    assert_accurate,
+    assert_equal_bits,
+    assert_gram,
+    assert_surroundings_untouched,
+    copies,
+    double,
+    losses,
+    operators,
+    random_coefficients,
+    tensors,
+)
 
 pytestmark = pytest.mark.usefixtures("backend")
-DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-
-# The second of 256 is unaligned, the last one is of several chunks.
-SIZES = [1, 63, 0, 127, 129, 1009, 256, 256, 2 * 16384 + 5]
-GROUPS = [0, 1, 1, -1, 3, 0, 0, 1, 3]  # group 2 is empty
-NUM_GROUPS = 5
-DTYPES = [
-    (F32, F32),
-    (BF16, BF16),
-    (F16, F16),
-    (F32, BF16),
-    (BF16, F16),
-    (F32, BF16, F16),
-    (F32,) * 8,
-]
-operators = torch.ops.genrep_fast
-
-
-def tensors(dtype, *, seed, scale=1.0, shift=0.0, sizes=SIZES):
-    """Views into larger buffers, the first of each size aligned; the rest of the buffers must stay
-    7.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    views = []
-    for t, size in enumerate(sizes):
-        first = 1 if size in sizes[:t] else 0
-        buffer = torch.full((size + 65,), 7.0, dtype=dtype, device=DEVICE)
-        view = buffer[first : first + size]
-        view.copy_(scale * torch.randn(size, generator=generator, dtype=torch.float64) + shift)
-        views.append(view)
-    return views
-
-
-def losses(dtypes, **options):
-    return [
-        tensor
-        for i, dtype in enumerate(dtypes)
-        for tensor in tensors(dtype, seed=i, shift=0.2 * i, **options)
-    ]
-
-
-def double(values):
-    return [None if value is None else value.double() for value in values]
-
-
-def copies(values):
-    """Copies whose surroundings and alignment are those of the originals."""
-    return [
-        value._base.clone()[value.storage_offset() : value.storage_offset() + len(value)]
-        for value in values
-    ]
-
-
-def assert_surroundings_untouched(values):
-    for value in values:
-        before, after = (
-            value._base[: value.storage_offset()],
-            value._base[value.storage_offset() + len(value) :],
-        )
-        assert (before == 7).all() and (after == 7).all()
-
-
-def norm(values):
-    return math.sqrt(sum(value.double().square().sum().item() for value in values))
-
-
-def difference(results, exact):
-    return norm(
-        [result.double() - value.double() for result, value in zip(results, exact, strict=True)]
-    )
-
-
-def assert_accurate(name, results, plain, exact):
-    """At most twice the error of the plain formula in the same dtype, and an eighth of a rounding,
-    as it may be exact by chance.
-    """
-    error, plain_error = (
-        difference(results, exact) / norm(exact),
-        difference(plain, exact) / norm(exact),
-    )
-    bound = 2 * plain_error + torch.finfo(results[0].dtype).eps / 8
-    print(f"{name}: error {error:.1e}, plain formula {plain_error:.1e}, bound {bound:.1e}")
-    assert error <= bound
-
-
-def assert_equal_bits(results, expected):
-    for result, value in zip(results, expected, strict=True):
-        assert torch.equal(result.view(torch.uint8), value.view(torch.uint8))
-
-
-# Gram matrices
-
-GRAM_GROUPS = [max(group, 0) for group in GROUPS]
-
-
-def assert_gram(result, gradients, n, groups=GRAM_GROUPS, num_groups=NUM_GROUPS):
-    expected = alignment_reference.gram(double(gradients), n, groups, num_groups)
-    scale = expected.diagonal(dim1=1, dim2=2).sqrt()  # [G, n]
-    error = (
-        ((result - expected).abs() / (scale[:, :, None] * scale[:, None, :]))
-        .nan_to_num(nan=0)
-        .max()
-        .item()
-    )
-    print(f"error {error:.1e}")
-    assert result.dtype == torch.float64 and result.shape == expected.shape
-    # Products of float32 are summed in float32 up to 16 at a time ("cpu", "cuda"), or in float64.
-    assert error < 2e-7 and torch.equal(result == 0, expected == 0)
-    assert torch.equal(result, result.mT)
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)
-def test_gram(dtypes):
-    gradients = losses(dtypes)
-    assert_gram(
-        operators.gram(gradients, len(dtypes), GRAM_GROUPS, NUM_GROUPS), gradients, len(dtypes)
-    )
+def test_gram(dtypes, interpreted):
+    n, groups, sizes = len(dtypes), GRAM_GROUPS, SIZES
+    if interpreted and n == 8:
+        groups, sizes = [0, 1, 1], [63, 0, 8192 + 5]
+    gradients = losses(dtypes, sizes=sizes)
+    result = operators.gram(gradients, n, groups, NUM_GROUPS)
+    assert_gram(result, gradients, n, groups)
 
 
 def test_gram_of_tensors_that_differ_in_dtype_and_presence():
@@ -226,9 +133,6 @@ def test_gram_is_zero_where_every_element_is_and_nowhere_else(dtypes, interprete
     assert (squares[:, :-1] > 0).all()
 
 
-# Gram matrices of groups, and coefficients of tensors
-
-
 def own_matrices(num_tensors, n):
     """Gram matrices [T, n, n] of tensors; some losses do not reach some of them, and some have a
     NaN or an infinity.
@@ -269,8 +173,8 @@ GROUPINGS = {  # a name -> groups of 120 tensors or more, number of groups
 @pytest.mark.parametrize("n", [2, 3, 8])
 def test_group_gram(n, name, interpreted):
     groups, num_groups = GROUPINGS[name]
-    # A program a group: of many groups one number of losses stands for all.
-    if interpreted and num_groups > 500 and n != 3:
+    # A program a group: of many groups, or blocks, one number of losses stands for all.
+    if interpreted and (num_groups > 500 or name == "several launches") and n != 3:
         pytest.skip("too slow in the interpreter")
     if interpreted and name == "a tensor":
         groups, num_groups = groups[:130], 130
@@ -385,9 +289,6 @@ def test_zeros_are_combined_as_if_they_were_missing(dtypes, interpreted):
     assert_surroundings_untouched(out)
 
 
-# Coefficients
-
-
 # Of the interpreter, at zeros.
 @pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 @pytest.mark.parametrize("power", [0.0, 0.5, 2.0, 7.3])
@@ -433,15 +334,6 @@ def test_no_groups():
         0,
         0,
     ]
-
-
-# Combination
-
-
-def random_coefficients(n, num_groups=NUM_GROUPS):
-    """Coefficients [num_groups, n], not contiguous."""
-    generator = torch.Generator().manual_seed(9)
-    return torch.randn(n, num_groups, generator=generator, dtype=torch.float64).to(DEVICE).T
 
 
 def assert_combined(gradients, n, out, num_groups=NUM_GROUPS, groups=GROUPS):
@@ -501,193 +393,6 @@ def test_combine_without_weights_and_without_groups():
     assert out.tolist() == [2.5] * 10
 
 
-# Optimizer step
-
-
-def optimizer_arguments(
-    dtypes,
-    param_dtype=F32,
-    state_dtype=F32,
-    *,
-    emas=True,
-    steps=None,
-    lr=0.1,
-    beta1=0.9,
-    ema_decay=0.99,
-    found_inf=None,
-):
-    state = (
-        tensors(param_dtype, seed=10),
-        tensors(state_dtype, seed=11, scale=0.1),
-        [view.square_() for view in tensors(state_dtype, seed=12, scale=0.1)],
-        tensors(state_dtype, seed=13) if emas else [],
-    )
-    if steps is None:
-        steps = [torch.tensor(float(t + 1)) for t in range(len(SIZES))]
-    lr = lr if isinstance(lr, torch.Tensor) else torch.tensor(lr, dtype=torch.float64)
-    rest = (
-        GROUPS,
-        [0.7 - 0.2 * i for i in range(len(dtypes))],
-        steps,
-        lr,
-        beta1,
-        0.999,
-        1e-8,
-        0.05,
-        ema_decay,
-        found_inf,
-    )
-    return *state, losses(dtypes), random_coefficients(len(dtypes)), *rest
-
-
-def with_state(arguments, state):
-    return *state, *arguments[4:]
-
-
-STATE = ("params", "exp_avgs", "exp_avg_sqs", "emas")
-
-
-def assert_stepped(arguments):
-    plain = with_state(arguments, [copies(values) for values in arguments[:4]])
-    exact = with_state(
-        (*arguments[:4], double(arguments[4]), *arguments[5:]),
-        [double(values) for values in arguments[:4]],
-    )
-    optimizer_reference.adamw_step(*plain)
-    optimizer_reference.adamw_step(*exact)
-    operators.adamw_step(*arguments)
-    for i, name in enumerate(STATE):
-        if arguments[i]:
-            assert_surroundings_untouched(arguments[i])
-            assert_accurate(f"{name}, {arguments[i][0].dtype}", arguments[i], plain[i], exact[i])
-
-
-@pytest.mark.parametrize("emas", [True, False])
-@pytest.mark.parametrize(
-    ("dtypes", "param_dtype", "state_dtype"),
-    [
-        ((F32, F32), F32, F32),
-        ((BF16, BF16), BF16, BF16),
-        ((F16, F16), F16, F32),
-        ((F32, BF16), BF16, F32),
-        ((F32, BF16, F16), F32, F32),
-        ((F32,) * 8, F32, F32),
-    ],
-)
-def test_adamw_step(dtypes, param_dtype, state_dtype, emas):
-    arguments = optimizer_arguments(dtypes, param_dtype, state_dtype, emas=emas)
-    assert_stepped(arguments)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {
-            "steps": [
-                torch.tensor(3, dtype=dtype) for dtype in (F32, torch.float64) for _ in range(5)
-            ][: len(SIZES)]
-        },
-        {"steps": [torch.tensor(2.0, device=DEVICE)] * len(SIZES)},
-        {"steps": [torch.tensor(2.0, device=DEVICE)] * 3 + [torch.tensor(2.0)] * (len(SIZES) - 3)},
-        {"lr": torch.tensor(0.1, device=DEVICE)},
-        {
-            "lr": torch.tensor(0.1, device=DEVICE),
-            "steps": [torch.tensor(2.0, device=DEVICE)] * len(SIZES),
-        },
-        {"beta1": 0.0, "ema_decay": 0.0},
-        {"beta1": 0.3, "ema_decay": 1.0},
-        {"found_inf": torch.zeros(1, device=DEVICE)},
-    ],
-)
-def test_adamw_step_takes_scalars_of_any_kind(options):
-    arguments = optimizer_arguments((F32, F32), **options)
-    assert_stepped(arguments)
-    if options.get("ema_decay") == 0.0:
-        assert_equal_bits(arguments[3], arguments[0])
-
-
-@pytest.mark.parametrize("found_inf", [1.0, math.nan])
-def test_nothing_is_written_where_an_infinity_was_found(found_inf):
-    arguments = optimizer_arguments((F32, F32), found_inf=torch.tensor([found_inf], device=DEVICE))
-    before = [copies(values) for values in arguments[:4]]
-    operators.adamw_step(*arguments)
-    for results, values in zip(arguments[:4], before, strict=True):
-        assert_equal_bits(results, values)
-
-
-def test_the_average_follows_the_parameter_as_stored():
-    arguments = optimizer_arguments((BF16, BF16), BF16, F32, ema_decay=0.0)
-    operators.adamw_step(*arguments)
-    assert_equal_bits(arguments[3], [param.float() for param in arguments[0]])
-
-
-# Memory that is not flat
-
-LAYOUTS = {
-    "transposed": lambda values: values.clone().T.contiguous().T,
-    "every other": lambda values: torch.stack([values, torch.full_like(values, 7.0)], dim=-1)[
-        ..., 0
-    ],
-    "contiguous": lambda values: values.clone(),
-}
-
-
-@pytest.mark.parametrize("second", LAYOUTS)
-@pytest.mark.parametrize("first", LAYOUTS)
-def test_any_strides(first, second):
-    p, g, *state = (
-        torch.randn(6, 11, generator=torch.Generator().manual_seed(i)).to(DEVICE) for i in range(6)
-    )
-    state[2] = state[2].square()
-    a, b = LAYOUTS[first](p), LAYOUTS[second](g)
-    coefficients = random_coefficients(2, 1)
-    assert_gram(operators.gram([a, b], 2, [0], 1), [p, g], 2, [0], 1)
-    out, expected = LAYOUTS[second](torch.full_like(p, math.nan)), torch.empty_like(p)
-    alignment_reference.combine([p, g], coefficients, [0], [], [expected])
-    version = out._version
-    operators.combine([a, b], coefficients, [0], [], [out])
-    torch.testing.assert_close(out, expected)
-    assert out._version > version  # autograd notices
-    results = [
-        LAYOUTS[name](values)
-        for name, values in zip((first, second, first, second), state, strict=True)
-    ]
-    rest = (
-        [p, g],
-        coefficients,
-        [0],
-        [],
-        [torch.ones(())],
-        torch.tensor(0.1),
-        0.9,
-        0.99,
-        1e-8,
-        0.1,
-        0.9,
-        None,
-    )
-    optimizer_reference.adamw_step(*([value] for value in state), *rest)
-    operators.adamw_step(*([value] for value in results), [a, b], *rest[1:])
-    torch.testing.assert_close(results, state, rtol=1e-5, atol=1e-6)
-
-
-# Repeated and captured
-
-
-def test_same_bits_every_time():
-    gradients = losses((F32, BF16))
-    first = operators.gram(gradients, 2, GRAM_GROUPS, NUM_GROUPS)
-    arguments = optimizer_arguments((F32, BF16))
-    again = with_state(arguments, [copies(values) for values in arguments[:4]])
-    operators.adamw_step(*arguments)
-    operators.adamw_step(*again)
-    assert_equal_bits([first], [operators.gram(gradients, 2, GRAM_GROUPS, NUM_GROUPS)])
-    moved = [torch.cat([gradient[:1], gradient])[1:] for gradient in gradients]  # another alignment
-    assert_equal_bits([first], [operators.gram(moved, 2, GRAM_GROUPS, NUM_GROUPS)])
-    for results, values in zip(arguments[:4], again[:4], strict=True):
-        assert_equal_bits(results, values)
-
-
 def test_flat_memory_and_a_list_of_whole_chunks_give_the_same_bits():
     flat = [
         torch.randn(4 * 16384, generator=torch.Generator().manual_seed(i)).to(DEVICE)
@@ -696,79 +401,3 @@ def test_flat_memory_and_a_list_of_whole_chunks_give_the_same_bits():
     pieces = [piece for tensor in flat for piece in tensor.split(16384)]
     first, second = operators.gram(flat, 2, [0], 1), operators.gram(pieces, 2, [0] * 4, 1)
     assert_equal_bits([first], [second])
-
-
-@pytest.mark.parametrize("n", [2, 3])
-def test_number_of_threads_does_not_change_a_bit(n, backend):
-    if backend != "cpu":
-        pytest.skip("of the CPU alone")
-    gradients = losses((F32, BF16, F32)[:n], sizes=[70_001, 5, 40_000])
-    results = []
-    previous = torch.get_num_threads()
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        state = [tensors(F32, seed=seed, sizes=[70_001, 5, 40_000]) for seed in (10, 11, 12, 13)]
-        state[2] = [value.square_() for value in state[2]]
-        gram = operators.gram(gradients, n, [0, 1, 0], 2)
-        operators.adamw_step(
-            *state,
-            gradients,
-            random_coefficients(n),
-            [0, 1, -1],
-            [0.5] * n,
-            [torch.ones(())] * 3,
-            torch.tensor(0.1),
-            0.9,
-            0.99,
-            1e-8,
-            0.1,
-            0.9,
-            None,
-        )
-        results.append([gram, *(value for values in state for value in values)])
-    torch.set_num_threads(previous)
-    assert_equal_bits(results[0], results[1])
-    assert_equal_bits(results[0], results[2])
-
-
-@pytest.mark.skipif(DEVICE.type != "cuda", reason="CUDA graphs need a GPU")
-def test_a_captured_step_can_be_replayed():
-    steps = [torch.ones((), device=DEVICE) for _ in SIZES]
-    arguments = list(
-        optimizer_arguments((F32, BF16), steps=steps, lr=torch.tensor(0.1, device=DEVICE))
-    )
-    gradients = arguments[4]
-    gradients[5].zero_()
-    arguments[6] = list(range(len(SIZES)))  # rows of the coefficients
-
-    def step(gram, group_gram, coefficients_of, tensor_coefficients, update):
-        grams = gram(gradients, 2, list(range(len(SIZES))), len(SIZES))
-        coefficients = coefficients_of(group_gram(grams, GROUPS, NUM_GROUPS), [0.7, 0.3], 2.0)[0]
-        arguments[5] = tensor_coefficients(coefficients, grams, GROUPS, [0.7, 0.3])
-        update(*arguments)
-
-    names = ("gram", "group_gram", "alignment_coefficients", "tensor_coefficients")
-    kernels = (*(getattr(operators, name) for name in names), operators.adamw_step)
-    initial = [copies(values) for values in arguments[:4]]
-    previous = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step(*kernels)  # compiles
-    finally:
-        torch.cuda.set_sync_debug_mode(previous)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step(*kernels)
-    state = arguments[:4]
-    for values, originals in zip(state, initial, strict=True):
-        for value, original in zip(values, originals, strict=True):
-            value.copy_(original)
-    for gradient in gradients:
-        gradient.neg_()
-    for count in steps:
-        count.add_(1)
-    graph.replay()
-    arguments[:4] = initial
-    step(*(getattr(alignment_reference, name) for name in names), optimizer_reference.adamw_step)
-    for results, values in zip(state, initial, strict=True):
-        torch.testing.assert_close(results, values, rtol=1e-5, atol=1e-6)
