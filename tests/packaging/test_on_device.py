@@ -36,6 +36,7 @@ def dry_run(tmp_path_factory):
         "COMMIT": "0123abc",
         "TESTS": "dispatch,use+and+insist missing",
         "OMP_NUM_THREADS": "1",
+        "DEADLINE": "3600",
     }
     environment["WHEELS"] = str(output / "none")
     command = [ROOT / "benchmarks/on_device.sh", "--dry-run"]

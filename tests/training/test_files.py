@@ -10,6 +10,8 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from tiny_runs import change_json, failure, resume, snapshot
 
 from genrep_fast import files
@@ -18,24 +20,17 @@ from genrep_fast.files import only_writer, replacing, write_atomically
 # Whole files
 
 
-def test_a_file_limit_ends_in_one_line(copied, finished):
-    """The largest file of the run does not fit; in a process of its own, which the limit is for."""
-    code = (
-        "import sys; from genrep_fast.files import replacing\n"
-        "from safetensors.torch import save_file; import torch, pathlib\n"
-        "with replacing(pathlib.Path(sys.argv[1])) as path:\n"
-        "    save_file({'x': torch.zeros(10**6)}, path)"
-    )
-    limit = (200_000, 200_000)
-    command = [sys.executable, "-c", code, str(copied / "large.safetensors")]
-    result = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
-    )
-    assert f"File too large: '{copied / 'large.safetensors'}'" in result.stderr.splitlines()[-1]
-    assert not [path for path in copied.iterdir() if path.name.startswith((".", "large"))]
+def test_a_file_that_does_not_fit_is_named(tmp_path):
+    """The limit of this process alone, which Python tells by an error and not by a signal."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    path = tmp_path / "large.safetensors"
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+    try:
+        with pytest.raises(OSError, match=f"File too large: '{path}'"), replacing(path) as place:
+            save_file({"x": torch.zeros(10**6)}, place)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
@@ -72,12 +67,13 @@ def test_an_error_of_the_system_names_the_file(tmp_path, monkeypatch):
 
 # One run a folder
 
+# Loads the module alone, as the package would import torch, and holds the folder until its standard
+# input ends.
 HOLDER = """
-import sys, time
-from genrep_fast.files import only_writer
-with only_writer(sys.argv[1]):
+import runpy, sys
+with runpy.run_path(sys.argv[1])["only_writer"](sys.argv[2]):
     print("held", flush=True)
-    time.sleep(60)
+    sys.stdin.read()
 """
 
 
@@ -87,11 +83,9 @@ def hold():
     processes = []
 
     def start(folder):
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True
-            )
-        )
+        command = [sys.executable, "-c", HOLDER, files.__file__, str(folder)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        processes.append(subprocess.Popen(command, **pipes, text=True))
         assert processes[-1].stdout.readline() == "held\n"
         return processes[-1]
 
