@@ -162,6 +162,7 @@ print(genrep_fast.gram([torch.ones(3)], [torch.ones(3)])[0, 0, 1])
     assert inner == "tensor(3., dtype=torch.float64)"
 
 
+@pytest.mark.slow
 def test_repository_root_does_not_shadow_hugging_face_kernels(tmp_path):
     code = (
         "from diffusers.utils import is_kernels_available; "
@@ -176,6 +177,7 @@ def test_repository_root_does_not_shadow_hugging_face_kernels(tmp_path):
     assert run_python(code, ROOT, tmp_path) == f"True {tmp_path / 'kernels/__init__.py'}"
 
 
+@pytest.mark.slow
 def test_repository_root_does_not_pass_for_hugging_face_kernels(tmp_path):
     code = "from diffusers.utils import is_kernels_available; print(is_kernels_available())"
     assert run_python(code, ROOT, tmp_path) == str("kernels" in packages_distributions())
@@ -296,6 +298,7 @@ print("modules", *(set({EXTRA!r}) & set(sys.modules)))
     assert run_python(code, tmp_path, ROOT).splitlines()[-1] == "modules"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("missing", "commands"),
     [

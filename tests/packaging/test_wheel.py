@@ -37,6 +37,7 @@ def load(path):
 clean_environment = load(ROOT / "tests/packaging/clean_environment.py")
 native_build = load(ROOT / "csrc/build.py")
 needs_nvcc = pytest.mark.skipif(native_build.nvcc() is None, reason="nvcc is not there")
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

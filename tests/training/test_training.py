@@ -60,6 +60,7 @@ def assert_same_run(actual, expected):
     assert actual.state.teacher.temperature == expected.state.teacher.temperature
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backbone", "accumulation", "interruptions"),
     [("dit", 1, (1, 3, 5, 7)), ("dit", 2, (7,)), ("unet", 1, (7,))],
@@ -90,6 +91,7 @@ def test_an_interrupted_run_goes_on_to_the_bit(
         assert without_times(rows) == without_times(whole.state.history)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not gf.info()["backends"]["cpu"]["available"], reason="the compiled library is not built"
 )
@@ -112,6 +114,7 @@ def test_kernels_and_reference_train_alike(make_config, backbones, tmp_path, mon
     assert histories[0] != histories[1], "one of them ran twice"
 
 
+@pytest.mark.slow
 def test_a_killed_process_goes_on_to_the_bit(backbones, tmp_path):
     for label in range(NUM_CLASSES):
         folder = tmp_path / "data" / str(label)
