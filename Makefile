@@ -16,13 +16,17 @@ train: $(VENV)/.installed-train # trains on scikit-learn's digits and evaluates
 ablation: $(VENV)/.installed-train # the five rows of the paper's ablation
 	$(BIN)/genrep train --ablation --output runs/ablation
 
-# Tensors of tests are tiny: more threads would only wait for each other.
+# Tensors of tests are tiny: more threads would only wait for each other. A file's tests run in one process, so that what they build and
+# train is made once; tests/conftest.py says which files come first. No test measures by pytest-benchmark, which would warn of the processes.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -p no:benchmark -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 test: $(VENV)/.installed-test # all tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest
+	$(PYTEST)
 
 # What one wants after each edit, in less than a minute; native code and packages are built by `make test` alone.
-check: $(VENV)/.installed-test # the tests of operators, aligner, optimizer and scorer, on the CPU
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -x -m "not slow" tests/ops tests/alignment tests/scoring
+CHECKED := $(addprefix tests/,ops alignment scoring packaging/test_architecture.py)
+CHECKED += tests/training/test_training.py::test_no_diffusion_stage_and_no_perception_stage
+check: $(VENV)/.installed-test # operators on the CPU, aligner, optimizer, scorer, two steps of training
+	$(PYTEST) -q -x -m "not slow" $(CHECKED)
 
 # The CPU kernels with AddressSanitizer and UndefinedBehaviorSanitizer, which must be loaded before Python. Python itself leaks at exit.
 # Their reports are written where pytest would not show them without --capture=sys. They keep freed memory, which is not measured therefore.

@@ -20,6 +20,26 @@ if not HAS_GPU:
 
 import genrep_fast as gf  # noqa: E402
 
+# Files that take longest, which several processes (`make test`) take up first, so that none of them
+# works alone at the end.
+LONGEST = (
+    "test_wheel.py",
+    "test_scoring_kernels.py",
+    "test_on_device.py",
+    "test_triton.py",
+    "test_kernels.py",
+    "test_package.py",
+    "test_training.py",
+    "test_scorer.py",
+    "test_build.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files that take longest first."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
+
 
 @pytest.fixture(params=["triton", "cuda"] if HAS_GPU else ["cpu", "triton"])
 def backend(request, monkeypatch):
@@ -66,9 +86,9 @@ def convert_bfloat16_as_a_gpu(monkeypatch):
 def two_processes(tmp_path):
     """A function that runs a test file as ranks 0 and 1, with the arguments rank and store.
 
-    A rank that takes 150 seconds prints where all its threads are and ends.
+    A rank that takes 300 seconds prints where all its threads are and ends.
     """
-    hang = "import faulthandler; faulthandler.dump_traceback_later(150, exit=True); "
+    hang = "import faulthandler; faulthandler.dump_traceback_later(300, exit=True); "
     program = hang + "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     if sys.platform == "linux":

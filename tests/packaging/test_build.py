@@ -168,6 +168,7 @@ def test_cuda_may_be_declined_or_demanded(monkeypatch):
         native_build.nvcc()
 
 
+@pytest.mark.slow
 def test_compiler_with_options_and_folders_with_strange_names(monkeypatch, tmp_path):
     monkeypatch.setenv("GENREP_FAST_CUDA", "0")
     monkeypatch.setenv("CXX", "g++ -pipe")

@@ -36,6 +36,7 @@ def dry_run(tmp_path_factory):
         "COMMIT": "0123abc",
         "TESTS": "dispatch,use+and+insist missing",
         "OMP_NUM_THREADS": "1",
+        "DEADLINE": "3600",
     }
     environment["WHEELS"] = str(output / "none")
     command = [ROOT / "benchmarks/on_device.sh", "--dry-run"]
@@ -48,6 +49,7 @@ def results_of(dry_run):
     return json.loads((dry_run[1] / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_failing_step_stops_nothing_but_is_reported(dry_run):
     status, results = dry_run[0], results_of(dry_run)
     verdicts = {name: step["verdict"] for name, step in results["steps"].items()}
@@ -62,6 +64,7 @@ def test_a_failing_step_stops_nothing_but_is_reported(dry_run):
     assert status == 1 and results["finished"] and not results["succeeded"]
 
 
+@pytest.mark.slow
 def test_environment_is_recorded(dry_run):
     results = results_of(dry_run)
     assert results["commit"] == "0123abc"
@@ -76,6 +79,7 @@ def test_environment_is_recorded(dry_run):
     assert not backends["cuda"]["available"]
 
 
+@pytest.mark.slow
 def test_tests_are_counted(dry_run):
     tests = results_of(dry_run)["tests"]
     assert tests["dispatch,use+and+insist"] == {
@@ -87,6 +91,7 @@ def test_tests_are_counted(dry_run):
     assert tests["missing"] == {"passed": 0, "failed": 0, "skipped": 0, "failures": []}
 
 
+@pytest.mark.slow
 def test_benchmarks_are_collected(dry_run):
     rows = results_of(dry_run)["rows"]
     assert {row["suite"] for row in rows} == {"scoring", "operators"}
@@ -105,6 +110,7 @@ def test_benchmarks_are_collected(dry_run):
             )
 
 
+@pytest.mark.slow
 def test_everything_fits_into_eight_small_files(dry_run):
     files = list(dry_run[1].iterdir())
     assert {path.name for path in files} == {

@@ -171,6 +171,7 @@ def test_shuffle_pixels_moves_whole_locations_differently_in_each_image():
     assert not torch.equal(shuffled[0], shuffled[1])
 
 
+@pytest.mark.slow
 def test_classifier_is_accurate_on_digits_and_leaves_the_global_random_state():
     splits = load_data("digits")
     state = torch.random.get_rng_state()
@@ -420,6 +421,7 @@ def test_returned_metrics_are_what_the_file_holds(evaluated):
     assert written == evaluated.metrics
 
 
+@pytest.mark.slow
 def test_what_is_not_finite_is_null_and_named(tmp_path, templates, splits, scheduler):
     model = TemplateModel(templates, scheduler, scale=math.nan)
     evaluate_quickly(
@@ -448,6 +450,7 @@ def test_what_is_not_finite_is_null_and_named(tmp_path, templates, splits, sched
     assert "not measured" in report and "head.top1" in report
 
 
+@pytest.mark.slow
 def test_smallest_evaluation_runs(tmp_path, templates, splits, scheduler):
     settings = EvaluationSettings(
         elbo_steps=1, num_inference_steps=2, samples_per_class=1, test_images=1, batch_size=1
