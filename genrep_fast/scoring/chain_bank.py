@@ -125,7 +125,7 @@ class ChainBank:
         timesteps = scheduler.timesteps.cpu()
         transition = reverse_transition(scheduler, timesteps, variance=variance, eta=eta)
         # The mean is computed here, clipped or not, so that the step gets it ready made.
-        as_mean = {
+        as_mean: dict[str, Any] = {
             "parameterization": "mean",
             "eta": eta,
             "sigma_floor": sigma_floor,

@@ -260,7 +260,9 @@ def _check_coefficients(
         if (tables[name] != value).any():
             wanted = f"{value} at every step, the mean being given"
             raise ValueError(f"coefficients.{name} must be {wanted}")
-    std, score_std, scored = tables["std"].double(), transition.score_std, slice(None)
+    std = tables["std"].double()
+    score_std = transition.score_std
+    scored = torch.ones_like(std, dtype=torch.bool)
     rounding = 8 * torch.finfo(tables["std"].dtype).eps
     if log_variance_ratio is None:
         fits = tables["std"] == transition.std.to(tables["std"].dtype)
@@ -274,7 +276,8 @@ def _check_coefficients(
         fits = (transition.std - std).abs() <= rounding * std
         fits |= (transition.std - smaller).abs() <= rounding * smaller
         # The step that adds no noise has a scoring deviation that is kept nowhere else.
-        score_std, scored = std, std > 0
+        score_std = std
+        scored = std > 0
     if not fits.all():
         raise ValueError(
             "coefficients.std must be the kernel's std at every step, "
