@@ -5,6 +5,8 @@ The noise is counter-based; inputs are read once.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -138,7 +140,7 @@ def _check_chain_ids(chain_ids: Tensor, x_t: Tensor) -> None:
     require(((chain_ids >= 0) & (chain_ids < 2**32)).all(), "chain_ids must lie in [0, 2**32)")
 
 
-def _reverse_step_fake(x_t: Tensor, *arguments) -> tuple[Tensor, Tensor]:
+def _reverse_step_fake(x_t: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     *_, x, _ = arguments
     scored = 0 if x is None else x_t.shape[0]
     return x_t.new_empty(x_t.shape), x_t.new_empty(scored, dtype=accumulation_dtype(x_t))

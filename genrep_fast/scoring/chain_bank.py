@@ -18,14 +18,7 @@ from ..dispatch.selection import select_implementation
 from ..ops.scoring import log_likelihood
 from ..reference import scoring as reference
 from .chain_bank_file import BankContents, read_bank, write_bank
-from .chain_settings import (
-    ChainSettings,
-    check_centers,
-    check_drawn,
-    check_settings,
-    require_at_least,
-    run_dtype,
-)
+from .chain_settings import ChainSettings, check_centers, require_at_least, run_dtype
 from .chains import Denoiser, Prediction, ReverseChain, inference_scheduler, initial_noise
 
 # Residuals [b, k, S, D] that the reference, which writes them out, gets at once: 16 MiB in float64,
@@ -125,14 +118,14 @@ class ChainBank:
         settings = ChainSettings(
             chains, burn_in, thin, center, sigma_floor, seed, _clip_range(scheduler)
         )
-        check_settings(settings, num_inference_steps)
+        settings.check(num_inference_steps)
         check_centers(dtype, num_classes, tuple(sample_shape))
-        check_drawn(chains, settings, num_classes)
+        settings.check_drawn(chains, num_classes)
         scheduler = inference_scheduler(scheduler, num_inference_steps)
         timesteps = scheduler.timesteps.cpu()
         transition = reverse_transition(scheduler, timesteps, variance=variance, eta=eta)
         # The mean is computed here, clipped or not, so that the step gets it ready made.
-        as_mean = {
+        as_mean: dict[str, Any] = {
             "parameterization": "mean",
             "eta": eta,
             "sigma_floor": sigma_floor,
@@ -169,7 +162,7 @@ class ChainBank:
                 f"chains must be between 1 and the bank's {self.settings.chains}, got {chains}"
             )
         require_at_least(1, batch_size=batch_size)
-        check_drawn(self._drawn + chains, self.settings, len(self.centers))
+        self.settings.check_drawn(self._drawn + chains, len(self.centers))
         # All of them before the first is written: a network that fails leaves the bank as it is.
         self._replace(list(self._draw(denoiser, chains, batch_size)), chains)
 

@@ -17,14 +17,7 @@ from torch import Tensor
 from ..coefficients.tables import StepCoefficients
 from ..coefficients.transitions import ReverseTransition, normal_tables
 from ..files import replacing
-from .chain_settings import (
-    ChainSettings,
-    check_centers,
-    check_drawn,
-    check_settings,
-    require_at_least,
-    run_dtype,
-)
+from .chain_settings import ChainSettings, check_centers, require_at_least, run_dtype
 from .chains import ReverseChain
 
 _COEFFICIENTS = tuple(field.name for field in dataclasses.fields(StepCoefficients) if field.init)
@@ -127,7 +120,7 @@ def _checked_contents(metadata: dict[str, str], tensors: dict[str, Tensor]) -> B
     centers, timesteps = tensors["centers"], tensors["timesteps"]
     _check_timesteps(timesteps)
     steps = len(timesteps)
-    check_settings(settings, steps)
+    settings.check(steps)
     if centers.ndim < 3:
         raise ValueError(f"centers must be [K, S, *sample_shape], got shape {tuple(centers.shape)}")
     num_classes, num_centers, *sample_shape = centers.shape
@@ -196,7 +189,7 @@ def _check_counts(
         raise ValueError(
             f"drawn must be at least the number of chains, {settings.chains}, got {drawn}"
         )
-    check_drawn(drawn, settings, num_classes)
+    settings.check_drawn(drawn, num_classes)
     expected = num_classes * drawn * steps
     if evaluations != expected:
         wanted = f"{expected}, of {drawn} chains a class that were drawn"
@@ -267,7 +260,9 @@ def _check_coefficients(
         if (tables[name] != value).any():
             wanted = f"{value} at every step, the mean being given"
             raise ValueError(f"coefficients.{name} must be {wanted}")
-    std, score_std, scored = tables["std"].double(), transition.score_std, slice(None)
+    std = tables["std"].double()
+    score_std = transition.score_std
+    scored = torch.ones_like(std, dtype=torch.bool)
     rounding = 8 * torch.finfo(tables["std"].dtype).eps
     if log_variance_ratio is None:
         fits = tables["std"] == transition.std.to(tables["std"].dtype)
@@ -281,7 +276,8 @@ def _check_coefficients(
         fits = (transition.std - std).abs() <= rounding * std
         fits |= (transition.std - smaller).abs() <= rounding * smaller
         # The step that adds no noise has a scoring deviation that is kept nowhere else.
-        score_std, scored = std, std > 0
+        score_std = std
+        scored = std > 0
     if not fits.all():
         raise ValueError(
             "coefficients.std must be the kernel's std at every step, "

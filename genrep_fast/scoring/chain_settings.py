@@ -27,28 +27,36 @@ class ChainSettings:
     seed: int
     clip_range: float | None
 
+    def check(self, steps: int) -> None:
+        """Raise TypeError or ValueError where no chain of `steps` steps can run with them."""
+        require_at_least(1, chains=self.chains, thin=self.thin)
+        require_at_least(0, burn_in=self.burn_in, seed=self.seed)
+        if self.burn_in >= steps:
+            raise ValueError(
+                f"burn_in must be less than num_inference_steps, {steps}, got {self.burn_in}: "
+                "no step would be kept"
+            )
+        if self.seed >= 2**64:
+            raise ValueError(f"seed must be less than 2**64, got {self.seed}")
+        if self.center not in ("mean", "sample"):
+            raise ValueError(f'center must be "mean" or "sample", got {self.center!r}')
+        check_sigma_floor(self.sigma_floor)
+        clip_range = self.clip_range
+        if clip_range is None:
+            return
+        if isinstance(clip_range, bool) or not isinstance(clip_range, (int, float)):
+            raise TypeError(f"clip_range must be a number or None, got {clip_range!r}")
+        if not 0 < clip_range <= torch.finfo(torch.float32).max:
+            raise ValueError(f"clip_range must be finite and positive, got {clip_range!r}")
 
-def check_settings(settings: ChainSettings, steps: int) -> None:
-    """Raise TypeError or ValueError for settings with which no chain of `steps` steps can run."""
-    require_at_least(1, chains=settings.chains, thin=settings.thin)
-    require_at_least(0, burn_in=settings.burn_in, seed=settings.seed)
-    if settings.burn_in >= steps:
-        raise ValueError(
-            f"burn_in must be less than num_inference_steps, {steps}, got {settings.burn_in}: "
-            "no step would be kept"
-        )
-    if settings.seed >= 2**64:
-        raise ValueError(f"seed must be less than 2**64, got {settings.seed}")
-    if settings.center not in ("mean", "sample"):
-        raise ValueError(f'center must be "mean" or "sample", got {settings.center!r}')
-    check_sigma_floor(settings.sigma_floor)
-    clip_range = settings.clip_range
-    if clip_range is None:
-        return
-    if isinstance(clip_range, bool) or not isinstance(clip_range, (int, float)):
-        raise TypeError(f"clip_range must be a number or None, got {clip_range!r}")
-    if not 0 < clip_range <= torch.finfo(torch.float32).max:
-        raise ValueError(f"clip_range must be finite and positive, got {clip_range!r}")
+    def check_drawn(self, drawn: int, num_classes: int) -> None:
+        """Raise ValueError where `drawn` chains of every class need more than the 2³² chain ids."""
+        generations = -(-drawn // self.chains)
+        if generations * num_classes * self.chains > 2**32:
+            raise ValueError(
+                f"the chains drawn so far, {drawn} for each of {num_classes} classes, "
+                "need more than 2**32 chain ids: build a new bank"
+            )
 
 
 def check_centers(dtype: torch.dtype, num_classes: int, sample_shape: tuple[int, ...]) -> None:
@@ -60,16 +68,6 @@ def check_centers(dtype: torch.dtype, num_classes: int, sample_shape: tuple[int,
         raise ValueError("sample_shape must be (C, *spatial), got ()")
     if not all(isinstance(size, int) and size > 0 for size in sample_shape):
         raise ValueError(f"sample_shape must hold positive integers, got {sample_shape}")
-
-
-def check_drawn(drawn: int, settings: ChainSettings, num_classes: int) -> None:
-    """Raise ValueError where `drawn` chains of every class need more than the 2³² chain ids."""
-    generations = -(-drawn // settings.chains)
-    if generations * num_classes * settings.chains > 2**32:
-        raise ValueError(
-            f"the chains drawn so far, {drawn} for each of {num_classes} classes, "
-            "need more than 2**32 chain ids: build a new bank"
-        )
 
 
 def require_at_least(least: int, **values: int) -> None:

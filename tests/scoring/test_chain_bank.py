@@ -311,17 +311,15 @@ def test_one_hot_tied_and_uniform_posteriors(centers, expected, dtype):
 
 
 def test_many_classes():
+    count = 20_000
+    options = {"num_inference_steps": 2, "chains": 1, "burn_in": 0, "thin": 1, "seed": 0}
     bank = ChainBank.build(
-        lambda x, timesteps, labels: x * labels[:, None] / 20_000,
+        lambda x, timesteps, labels: x * labels[:, None] / count,
         ddpm(),
-        20_000,
+        count,
         (2,),
-        num_inference_steps=2,
-        chains=1,
-        burn_in=0,
-        thin=1,
-        seed=0,
-        batch_size=20_000,
+        batch_size=count,
+        **options,
     )
     x = torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(

@@ -498,7 +498,16 @@ def mutated_tensors(tensors, generator):
     return {**tensors, name: flat.reshape(table.shape)}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [
+        "ddpm, linspace, clipped",
+        "learned_range scored small",
+        "learned_range, trailing",
+        "ddim",
+        "flow",
+    ],
+)
 def test_what_loads_after_a_random_change_works(tmp_path, family):
     """Either one line of ValueError, or a bank that scores and refreshes."""
     scheduler, options = FAMILIES[family]
