@@ -75,8 +75,18 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        *((kind, "default") for kind in KINDS),
+        ("groups", "flat"),
+        ("groups", "full"),
+        ("groups", "offloaded"),
+        ("average", "full"),
+        ("one-element tensor", "flat"),
+        ("frozen", "offloaded"),
+    ],
+)
 @pytest.mark.parametrize("steps", [0, 2])
 def test_state_of_a_fresh_optimizer_and_of_one_that_has_stepped(kind, options, steps):
     options = StateDictOptions(**OPTIONS[options])

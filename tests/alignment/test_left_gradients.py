@@ -185,8 +185,9 @@ BEFORE = {
 }
 
 
-@pytest.mark.parametrize("flat", [False, True])
-@pytest.mark.parametrize("before", BEFORE)
+@pytest.mark.parametrize(
+    ("before", "flat"), [*((before, False) for before in BEFORE), ("a batch and a half", True)]
+)
 @pytest.mark.parametrize("drop", DROPS)
 def test_a_dropped_batch_does_not_join_the_next(drop, before, flat):
     net = Net()

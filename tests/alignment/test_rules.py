@@ -4,12 +4,11 @@ matrices.
 
 import importlib
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from jacobians import POWER, WEIGHTS, assert_close, named, random_jacobians
 from scipy.optimize import nnls
 
 import genrep_fast as gf
@@ -22,12 +21,10 @@ from genrep_fast.alignment.rules import (
 )
 
 torchjd = pytest.importorskip("torchjd.aggregation")
-from torchjd.autojac import backward, jac_to_grad  # noqa: E402
 from torchjd.linalg import DualConeProjector  # noqa: E402
 
 from genrep_fast.alignment.torchjd import GenRepWeighting  # noqa: E402
 
-WEIGHTS, POWER = (0.7, 0.3), 2.0
 ANY_N = ("imtl_g", "aligned_mtl", "config")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 CASES = [*((name, 2) for name in RULES), *((name, 5) for name in ANY_N)]
@@ -56,18 +53,6 @@ TORCHJD = {
     "imtl_g": torchjd.IMTLGWeighting,
     "aligned_mtl": torchjd.AlignedMTLWeighting,
 }
-
-
-def random_jacobians(count, n, columns=7, *, seed=0):
-    """[count, n, columns] float64; norms from 1 to 100, and cosines that cover [-1, 1]."""
-    generator = torch.Generator().manual_seed(seed)
-    jacobians = torch.randn(count, n, columns, generator=generator, dtype=torch.float64)
-    shared = torch.randn(count, 1, columns, generator=generator, dtype=torch.float64)
-    signs = torch.randint(0, 2, (count, n, 1), generator=generator) * 2 - 1
-    strength = 4 * torch.rand(count, 1, 1, generator=generator, dtype=torch.float64)
-    return (jacobians + signs * strength * shared) * 100 ** torch.rand(
-        count, n, 1, generator=generator, dtype=torch.float64
-    )
 
 
 # Rows that are small integers: their Gram matrices, and whether those are singular, are exact.
@@ -106,12 +91,6 @@ def gram(jacobians):
     return jacobians @ jacobians.mT
 
 
-def named(name, n=2, dtype=torch.float64):
-    """The rule as a function of Gram matrices alone, for gradients of `dtype`."""
-    rule = resolve_rule(name, WEIGHTS, POWER, n)
-    return lambda gram: rule(gram, dtype)
-
-
 def aggregate(name, jacobians):
     return (named(name, jacobians.shape[1])(gram(jacobians))[:, None] @ jacobians)[:, 0]
 
@@ -121,12 +100,6 @@ def torchjd_aggregate(name, jacobians):
         torchjd.ConFIG() if name == "config" else torchjd.GramianWeightedAggregator(TORCHJD[name]())
     )
     return torch.stack([aggregator(matrix) for matrix in jacobians])
-
-
-def assert_close(result, expected, scale, tolerance):
-    """Vectors [count, columns] that differ by at most `tolerance` times `scale`, [count]."""
-    assert result.isfinite().all()
-    assert ((result - expected).norm(dim=1) <= tolerance * scale).all()
 
 
 def assert_is_torchjds(name, jacobians, tolerance):
@@ -313,8 +286,7 @@ def angle_to_dependence(jacobian, sign):
     return 2 * np.arcsin((units[1] - sign * units[0]).norm().item() / 2)
 
 
-@pytest.mark.parametrize("length", [1, 1e-2])
-@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(("sign", "length"), [(1, 1), (-1, 1e-2)])
 @pytest.mark.parametrize(("dtype", "scale"), SCALED_LOW)
 @pytest.mark.parametrize("name", [name for name in RULES if name != "genrep"])
 def test_angles_from_a_hundred_millionth_to_a_tenth(name, dtype, scale, sign, length):
@@ -350,7 +322,7 @@ def test_angles_from_a_hundred_millionth_to_a_tenth(name, dtype, scale, sign, le
 
 
 @pytest.mark.parametrize("rule", ["imtl_g", "aligned_mtl", "config", "nash_mtl"])
-@pytest.mark.parametrize("factor", [1 / 3, 1.0, -1 / 3, -3.0])
+@pytest.mark.parametrize("factor", [1 / 3, 1.0, -3.0])
 @pytest.mark.parametrize("dtype", LOW)
 def test_an_aligner_gives_parallel_gradients_the_result_of_rank_one(rule, factor, dtype):
     line = torch.tensor([1, factor], dtype=torch.float64)
@@ -397,9 +369,9 @@ def test_the_least_accurate_gradient_decides(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "kind", ["sum", "parallel", "opposite", "sum and parallel", "all parallel"]
+    ("n", "kind"),
+    [(8, "sum"), (3, "parallel"), (3, "opposite"), (8, "sum and parallel"), (3, "all parallel")],
 )
-@pytest.mark.parametrize("n", [3, 8])
 @pytest.mark.parametrize(("dtype", "scale"), SCALED_LOW)
 @pytest.mark.parametrize("name", RANKED)
 def test_dependent_gradients_of_lower_precision_are_dependent(name, dtype, scale, n, kind):
@@ -465,7 +437,7 @@ def test_independent_gradients_do_not_depend_on_the_dtype(name, n, dtype):
 # Properties
 
 
-@pytest.mark.parametrize("scale", [1e-10, 1e3, 1e5, 1e10, 1e15])
+@pytest.mark.parametrize("scale", [1e-10, 1e5, 1e15])
 @pytest.mark.parametrize("name", [name for name in RULES if name != "nash_mtl"])
 def test_weights_do_not_depend_on_a_common_scale(name, scale):
     jacobians = torch.cat(
@@ -524,7 +496,7 @@ def test_no_loss_increases_along_the_aggregate(name):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize(("name", "n"), CASES)
 def test_a_non_finite_matrix_stays_alone(name, n, value, dtype):
     matrices = gram(random_jacobians(3, n))
@@ -762,65 +734,3 @@ def test_rules_of_two_losses_refuse_more(name):
 def test_bad_weights_and_powers(build, weights, power, error, message):
     with pytest.raises(error, match=message):
         build(weights, power)
-
-
-# GenRepWeighting
-
-
-@pytest.mark.parametrize(("weights", "power"), [((0.7, 0.3), 2.0), ((1, 2), 0.5)])
-def test_genrep_weighting_in_torchjds_aggregator(weights, power):
-    for matrix in random_jacobians(20, 2):
-        expected, _ = gf.align_gradients([matrix[0]], [matrix[1]], weights=weights, power=power)
-        result = torchjd.GramianWeightedAggregator(GenRepWeighting(weights, power))(matrix)
-        assert_close(result[None], expected[0][None], matrix.norm(), 1e-14)
-
-
-def test_genrep_weighting_in_torchjds_backward():
-    torch.manual_seed(0)
-    layer = torch.nn.Linear(5, 3)
-    losses = [layer(torch.randn(7, 5)).square().mean(), layer(torch.randn(7, 5)).sum()]
-    gradients = [
-        torch.autograd.grad(loss, list(layer.parameters()), retain_graph=True) for loss in losses
-    ]
-    expected, _ = gf.align_gradients(*gradients)
-    backward(losses)
-    jac_to_grad(layer.parameters(), torchjd.GramianWeightedAggregator(GenRepWeighting()))
-    for parameter, gradient in zip(layer.parameters(), expected, strict=True):
-        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_genrep_weighting_keeps_the_dtype(dtype):
-    gramian = torch.tensor([[2.0, -1.0], [-1.0, 4.0]], dtype=dtype, requires_grad=True)
-    weights = GenRepWeighting()(gramian)
-    assert weights.dtype == dtype and weights.shape == (2,) and not weights.requires_grad
-    expected = named("genrep")(gramian.detach().double()[None])[0]
-    torch.testing.assert_close(weights, expected.to(dtype), rtol=0, atol=0)
-
-
-def test_genrep_weighting_tells_what_it_is():
-    assert repr(GenRepWeighting()) == "GenRepWeighting(weights=(0.7, 0.3), power=2.0)"
-    with pytest.raises(ValueError, match=r"gramian must have shape \(2, 2\), got \(3, 3\)"):
-        GenRepWeighting()(torch.eye(3))
-
-
-@pytest.mark.slow
-def test_torchjd_stays_optional():
-    """Neither the package nor a rule imports TorchJD; GenRepWeighting says what is missing where it
-    is not installed.
-    """
-    script = """
-import sys, torch
-from genrep_fast.alignment.rules import resolve_rule
-rule = resolve_rule(lambda gram: gram[:, 0], (0.7, 0.3), 2.0, 2)
-rule(torch.eye(2)[None].double(), torch.float32)
-assert not any(name.startswith("torchjd") for name in sys.modules)
-sys.modules["torchjd"] = None
-try:
-    import genrep_fast.alignment.torchjd
-except ImportError as error:
-    assert "pip install 'torchjd>=0.18'" in str(error)
-else:
-    raise AssertionError("no ImportError")
-"""
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=600)

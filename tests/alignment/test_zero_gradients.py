@@ -152,8 +152,7 @@ def assert_close(results, expected):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("flat", [False, True])
-@pytest.mark.parametrize("groups", ["all", "tensor"])
+@pytest.mark.parametrize(("groups", "flat"), [("all", False), ("tensor", True)])
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_gives_what_the_plain_model_gives(way, groups, flat):
     net, x = Net(), batch()
