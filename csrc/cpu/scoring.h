@@ -179,7 +179,8 @@ GENREP_FAST_INLINE void add_squares(
 GENREP_FAST_INLINE void step_log_likelihoods(
     const Problem& problem, const Row (&rows)[kRows], double* l) {
   const ScoredChunk& chunk = problem.chunk;
-  const int64_t elements = chunk.elements(), block = problem.in_place ? elements : kBlock;
+  const int64_t elements = chunk.elements();
+  const int64_t block = problem.in_place ? elements : kBlock;
   Scratch scratch[kRows];
   Residual blocks[kRows];
   double sums[kRows]{};

@@ -105,7 +105,8 @@ inline double log_likelihood_of(const State& state, bool mixture) {
 // [B, K] states of every step, from the outputs row by row.
 std::vector<State> row_states(const Problem& problem);
 
-// The same where `shares_centers`, in another order of summation: centres are read once for many images.
+// The same where `shares_centers`, in another order of summation: centres are read once for many
+// images.
 std::vector<State> tile_states(const Problem& problem);
 
 }  // namespace genrep_fast

@@ -1,8 +1,9 @@
 // Posteriors, and the loss of distilling them into a student with its gradients (see
 // genrep_fast/reference/posterior.py).
 //
-//     s = L / temperature + log prior,   log p = s - logsumexp_y s,   log q likewise of the student's logits
-//     KL = sum_y p (log p - log q),   dKL/dlogits = q - p,   dKL/dL = p (log p - log q - KL) / temperature
+//     s = L / temperature + log prior,   log p = s - logsumexp_y s,   log q likewise of the student
+//     KL = sum_y p (log p - log q)
+//     dKL/dlogits = q - p,   dKL/dL = p (log p - log q - KL) / temperature
 //
 // K numbers of an image or location are read once for their logsumexp and, from the caches, once
 // for every result: 4 to 8 bytes each way and an exponential or two, bound by memory. A thread
@@ -85,7 +86,8 @@ struct Team {
   template <typename Work>
   __device__ void for_each_class(Work work) const {
 #pragma unroll 4
-    for (int64_t y = kBlock ? threadIdx.x : 0; y < sizes.classes; y += kBlock ? kThreads : 1) {
+    constexpr int64_t kStride = kBlock ? kThreads : 1;
+    for (int64_t y = kBlock ? threadIdx.x : 0; y < sizes.classes; y += kStride) {
       work(y, (image * sizes.classes + y) * sizes.locations + location);
     }
   }

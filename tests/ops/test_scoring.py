@@ -318,54 +318,41 @@ def test_steps_without_likelihood_pass_no_gradient():
             ValueError,
             "model_output must be on meta.*got cpu",
         ),
-        (
-            {"model_output": random(3, 4, 2)},
-            ValueError,
-            "model_output must have x's 3 axes and 2 more",
-        ),
-        (
-            {"model_output": random(3, 3, 4, 2, 3)},
-            ValueError,
-            "model_output must have x's batch size 2 or 1, got 3",
-        ),
-        (
-            {"model_output": random(2, 3, 5, 2, 3)},
-            ValueError,
-            "model_output must have the coefficients' 4 steps, got 5",
-        ),
-        (
-            {"model_output": random(2, 3, 4, 1, 3)},
-            ValueError,
-            "model_output must have at least x's 2 channels, got 1",
-        ),
-        (
-            {"model_output": random(2, 3, 4, 2, 4)},
-            ValueError,
-            r"model_output must have x's spatial shape \(3,\), got \(4,\)",
-        ),
         ({"x_t": None}, ValueError, "x_t must be given"),
-        (
-            {"x_t": random(2, 2, 4, 2, 3)},
-            ValueError,
-            "x_t must have model_output's 3 classes or 1, got 2",
-        ),
-        (
-            {"x_t": random(2, 3, 2, 2, 3)},
-            ValueError,
-            "x_t must have 1 step or the coefficients' 4, got 2",
-        ),
-        ({"x_t": random(2, 3, 4, 3, 3)}, ValueError, "x_t must have x's 2 channels, got 3"),
         ({"coefficients": 1}, TypeError, "coefficients must be StepCoefficients, got int"),
         ({"reduction": "sum"}, ValueError, "reduction must be .* got 'sum'"),
     ],
 )
 def test_log_likelihood_refuses(changed, error, match):
-    arguments = (
-        dict(zip(("x", "model_output", "x_t", "coefficients"), small_chunk(), strict=True))
-        | changed
-    )
+    names = ("x", "model_output", "x_t", "coefficients")
+    arguments = dict(zip(names, small_chunk(), strict=True)) | changed
     with pytest.raises(error, match=match):
         gf.log_likelihood(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "match"),
+    [
+        ("model_output", (3, 4, 2), "model_output must have x's 3 axes and 2 more"),
+        ("model_output", (3, 3, 4, 2, 3), "model_output must have x's batch size 2 or 1, got 3"),
+        (
+            "model_output",
+            (2, 3, 5, 2, 3),
+            "model_output must have the coefficients' 4 steps, got 5",
+        ),
+        ("model_output", (2, 3, 4, 1, 3), "model_output must have at least x's 2 channels, got 1"),
+        (
+            "model_output",
+            (2, 3, 4, 2, 4),
+            r"model_output must have x's spatial shape \(3,\), got \(4,\)",
+        ),
+        ("x_t", (2, 2, 4, 2, 3), "x_t must have model_output's 3 classes or 1, got 2"),
+        ("x_t", (2, 3, 2, 2, 3), "x_t must have 1 step or the coefficients' 4, got 2"),
+        ("x_t", (2, 3, 4, 3, 3), "x_t must have x's 2 channels, got 3"),
+    ],
+)
+def test_log_likelihood_refuses_shapes(name, shape, match):
+    test_log_likelihood_refuses({name: random(*shape)}, ValueError, match)
 
 
 def test_the_mean_of_no_steps_is_refused():
