@@ -21,10 +21,10 @@ namespace genrep_fast {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kStreamingBytes =
-    int64_t{1} << 20;  // smaller results are better left in the caches for whoever reads them next
-constexpr int64_t kBlock =
-    1024;  // elements that are worked on together; their copies in float32 stay in the first-level cache
+// Smaller results are better left in the caches for whoever reads them next.
+constexpr int64_t kStreamingBytes = int64_t{1} << 20;
+// Elements that are worked on together; their copies in float32 stay in the first-level cache.
+constexpr int64_t kBlock = 1024;
 
 enum class Element : int32_t { kFloat, kBFloat16, kHalf };
 

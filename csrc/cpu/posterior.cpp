@@ -2,7 +2,8 @@
 // genrep_fast/reference/posterior.py).
 //
 //     s = L / temperature + log prior,   log p = log_softmax_y s,   log q = log_softmax_y z
-//     KL = sum_y p (log p - log q),      dKL/dz = q - p,            dKL/dL = p (log p - log q - KL) / temperature
+//     KL = sum_y p (log p - log q)
+//     dKL/dz = q - p,   dKL/dL = p (log p - log q - KL) / temperature
 //
 // Each reads L, and the student's logits z, from memory once, B K numbers a location, and writes
 // its result; the passes for maximum, sum and result find them in the caches. The 16 lanes of a
@@ -12,6 +13,7 @@
 #include <optional>
 #include <tuple>
 
+#include "../arithmetic.h"
 #include "../scoring.h"
 #include "elements.h"
 #include "vector_math.h"
@@ -51,7 +53,7 @@ struct Columns {
   int64_t image, location;  // the first one
 
   GENREP_FAST_INLINE int64_t vectors() const {
-    return kAcross ? (shape.classes + kLanes - 1) / kLanes : shape.classes;
+    return kAcross ? ceil_div(shape.classes, kLanes) : shape.classes;
   }
 
   GENREP_FAST_INLINE int64_t lanes(int64_t j) const {
@@ -192,12 +194,13 @@ GENREP_FAST_CLONES(
 
 void for_each_column(const Shape& shape, const Arguments& arguments) {
   const bool across = shape.locations == 1;
-  const int64_t blocks = across ? 1 : (shape.locations + kLanes - 1) / kLanes;
+  const int64_t blocks = across ? 1 : ceil_div(shape.locations, kLanes);
   const int64_t grain =
       std::max<int64_t>(1, kParallelElements / (shape.classes * std::min(shape.locations, kLanes)));
   torch::stable::parallel_for(0, shape.batch * blocks, grain, [&](int64_t first, int64_t last) {
     for (int64_t task = first; task < last; ++task) {
-      int64_t image = task / blocks, location = task % blocks * kLanes;
+      const int64_t image = task / blocks;
+      const int64_t location = task % blocks * kLanes;
       if (across) {
         (arguments.logits ? image_distillation : image_posterior)(
             arguments, {shape, image, location});

@@ -1,6 +1,8 @@
 // Gradients of the log-likelihood (see genrep_fast/reference/scoring.py).
 //
-//     dL/dr = -v_s r softmax_s(l)  or  -v_s r / S,       and from there to x, o and x_t by the tables a, c and b
+//     dL/dr = -v_s r softmax_s(l)  or  -v_s r / S
+//
+// and from there to x, o and x_t by the tables a, c and b.
 //
 // The gradient of o reads every row once from memory and once more from the caches, because its
 // weight exp(l - logsumexp) needs the whole row, and writes as much: 2 B K S D elements. An input
@@ -9,7 +11,7 @@
 #include <cmath>
 #include <tuple>
 
-#include "score_states.h"
+#include "scoring_locations.h"
 
 namespace genrep_fast {
 namespace {
@@ -29,8 +31,8 @@ struct Target {
 struct __attribute__((visibility("hidden"))) Backward {
   Problem problem;
   const float *grad, *likelihood, *remainder;  // [B, K, *loc]; the last two for "mixture"
-  std::vector<double>
-      recomputed;  // log-likelihoods [B, K] where forward had another order of summation
+  // Log-likelihoods where forward had another order of summation.
+  std::vector<double> recomputed;  // [B, K]
 
   // exp(l - logsumexp_s l), or 1/S, times the gradient and -v: what the residuals of kRows rows are
   // multiplied with.
@@ -61,15 +63,17 @@ struct Owner {
   int64_t contributions() const { return batch * classes * steps; }
 
   Row at(int64_t index) const {
-    return {b + index / steps / classes, k + index / steps % classes, s + index % steps};
+    const int64_t pair = index / steps;
+    return {b + pair / classes, k + pair % classes, s + index % steps};
   }
 };
 
 Owner owner_of(const ScoredChunk& chunk, const Target& target, int64_t row) {
   Owner owner{};
   owner.s = row % target.steps;
-  owner.k = row / target.steps % target.classes;
-  owner.b = row / target.steps / target.classes;
+  const int64_t pair = row / target.steps;
+  owner.k = pair % target.classes;
+  owner.b = pair / target.classes;
   owner.batch = target.batch == 1 ? chunk.batch : 1;
   owner.classes = target.classes == 1 ? chunk.classes : 1;
   owner.steps = target.steps == 1 ? chunk.steps : 1;
@@ -83,8 +87,10 @@ GENREP_FAST_INLINE void write_row(
     const float* values, bool streaming) {
   if (chunk.channels_inner) {  // the gradient is [channels, locations]
     for (int64_t i = 0; i < count; ++i) {
-      int64_t index = begin + i,
-              place = row + index % chunk.inner_size * chunk.outer_size + index / chunk.inner_size;
+      const int64_t index = begin + i;
+      const int64_t location = index / chunk.inner_size;
+      const int64_t channel = index % chunk.inner_size;
+      const int64_t place = row + channel * chunk.outer_size + location;
       if (gradient.element == Element::kFloat) {
         std::memcpy(gradient.at(place), values + i, 4);
       } else {
@@ -293,8 +299,9 @@ void differentiate_locations(const Backward& backward, const Target& target) {
   const int64_t rows = target.rows(), blocks = ceil_div(chunk.locations, kBlock);
   const int64_t row_elements = target.channels * chunk.locations;
   parallel(rows * blocks, row_elements, [&](int64_t task) {
-    int64_t row = task / blocks, begin = task % blocks * kBlock,
-            count = std::min(kBlock, chunk.locations - begin);
+    const int64_t row = task / blocks;
+    const int64_t begin = task % blocks * kBlock;
+    const int64_t count = std::min(kBlock, chunk.locations - begin);
     Owner owner = owner_of(chunk, target, row);
     if (owner.contributions() == 1) {
       write_location_gradient(backward, target, owner.at(0), row * row_elements, begin, count);
@@ -335,8 +342,8 @@ void differentiate_shared(const Backward& backward, const Target& target) {
   parallel(rows * groups, contributions / groups * chunk.elements(), [&](int64_t task) {
     Owner owner = owner_of(chunk, target, task / groups);
     sums[task].resize(chunk.elements());
-    int64_t first = first_step(contributions, groups, task % groups),
-            last = first_step(contributions, groups, task % groups + 1);
+    const int64_t first = first_step(contributions, groups, task % groups);
+    const int64_t last = first_step(contributions, groups, task % groups + 1);
     add_gradients(backward, target, owner, first, last, sums[task].data());
     if (groups == 1) {
       finish(task);
@@ -403,7 +410,7 @@ std::tuple<Tensor, Tensor, Tensor> log_likelihood_backward(
   backward.grad = static_cast<const float*>(grad.const_data_ptr());
   backward.likelihood = static_cast<const float*>(log_likelihood.const_data_ptr());
   backward.remainder = static_cast<const float*>(remainder.const_data_ptr());
-  if (chunk.mixture && is_tiled(chunk)) {
+  if (chunk.mixture && shares_centers(chunk)) {
     for (const State& state : row_states(problem)) {
       backward.recomputed.push_back(log_likelihood_of(state, true));
     }

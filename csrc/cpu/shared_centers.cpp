@@ -5,7 +5,7 @@
 // registers, and D elements are cut into blocks whose centres stay in the first-level cache. It is
 // the direct difference that is squared: |x|^2 - 2 <x, o> + |o|^2 loses digits where an image is
 // near to a centre.
-#include "score_states.h"
+#include "states.h"
 
 namespace genrep_fast {
 namespace {
@@ -94,7 +94,7 @@ GENREP_FAST_INLINE void read_centers(
     for (int64_t i = 0; noisy && i < count; ++i) {
       y[j][i] += noisy_factor * noisy[i];
     }
-    std::fill(y[j] + count, y[j] + (count + kLanes - 1) / kLanes * kLanes, 0.0f);
+    std::fill(y[j] + count, y[j] + round_up(count, kLanes), 0.0f);
   }
 }
 
@@ -124,7 +124,7 @@ GENREP_FAST_INLINE void score_tile_block(
   for (int64_t j = 0; j < std::min(kTileSteps, chunk.steps - first); ++j) {
     data_factors[j] = chunk.data_table[first + j];
   }
-  int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
+  int64_t padded = round_up(count, kLanes);
   for (int64_t i = 0; i < images; i += 4) {
     const float* x[4];
     for (int64_t q = 0; q < 4; ++q) {
@@ -163,8 +163,8 @@ GENREP_FAST_INLINE void score_tile_steps(
     shifts[j] = static_cast<double>(chunk.log_norm[first + j]) * static_cast<double>(elements);
   }
   for (int64_t i = 0; i < images; ++i) {
-    for (int64_t j = 0; j < kTileSteps;
-         ++j) {  // lane 4 q + r of a tile's sums belongs to image q and step r
+    // Lane 4 q + r of a tile's sums belongs to image q and step r.
+    for (int64_t j = 0; j < kTileSteps; ++j) {
       double sum = reinterpret_cast<const double*>(tile.sums[i / 4][j / 4])[i % 4 * 4 + j % 4];
       tile.l[i][column + j] = sum * factors[j] + shifts[j];
     }
@@ -182,10 +182,8 @@ GENREP_FAST_INLINE void score_tile_kernel(
           column, tile);
     }
     for (int64_t i = 0; i < images; ++i) {
-      bool mixture = problem.chunk.mixture;
-      states[i] = merge(
-          states[i], mixture ? mixture_state(tile.l[i], count) : mean_state(tile.l[i], count),
-          mixture);
+      const bool mixture = problem.chunk.mixture;
+      states[i] = merge(states[i], state_of(tile.l[i], count, mixture), mixture);
     }
   }
 }
@@ -207,10 +205,12 @@ std::vector<State> tile_states(const Problem& problem) {
       0, chunk.classes * groups * tiles, 1, [&](int64_t begin, int64_t end) {
         Tile tile;
         for (int64_t task = begin; task < end; ++task) {
-          int64_t first_image = task % tiles * kTileImages, group = task / tiles % groups,
-                  k = task / tiles / groups;
-          int64_t first = first_step(chunk.steps, groups, group),
-                  last = first_step(chunk.steps, groups, group + 1);
+          // Tasks are [K, groups, tiles].
+          const int64_t first_image = task % tiles * kTileImages;
+          const int64_t group = task / tiles % groups;
+          const int64_t k = task / tiles / groups;
+          const int64_t first = first_step(chunk.steps, groups, group);
+          const int64_t last = first_step(chunk.steps, groups, group + 1);
           State* target = &states[(k * groups + group) * chunk.batch + first_image];
           score_tile(
               problem, first_image, std::min(kTileImages, chunk.batch - first_image), k, first,

@@ -13,6 +13,8 @@
 
 #include <cstdint>
 
+#include "../arithmetic.h"
+
 namespace genrep_fast {
 
 using torch::headeronly::ScalarType;
@@ -138,8 +140,6 @@ __device__ Value reduced_over_block(Value* values, int size, Combine combine) {
 }
 
 // ---- launches ----
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline unsigned grid_of(int64_t blocks) {
   STD_TORCH_CHECK(blocks < int64_t{1} << 31, "too many elements for one call: ", blocks, " blocks");

@@ -20,7 +20,8 @@ std::string kernel_attributes() {
   std::vector<Kernel> kernels;
   for (const auto& operators :
        {alignment_gram_kernels(), alignment_kernels(), optimizer_kernels(), scoring_kernels(),
-        posterior_kernels(), reverse_step_kernels()}) {
+        scoring_locations_kernels(), scoring_backward_kernels(), shared_centers_kernels(),
+        states_kernels(), posterior_kernels(), reverse_step_kernels()}) {
     kernels.insert(kernels.end(), operators.begin(), operators.end());
   }
   std::string json;

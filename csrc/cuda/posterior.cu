@@ -1,8 +1,9 @@
 // Posteriors, and the loss of distilling them into a student with its gradients (see
 // genrep_fast/reference/posterior.py).
 //
-//     s = L / temperature + log prior,   log p = s - logsumexp_y s,   log q likewise of the student's logits
-//     KL = sum_y p (log p - log q),   dKL/dlogits = q - p,   dKL/dL = p (log p - log q - KL) / temperature
+//     s = L / temperature + log prior,   log p = s - logsumexp_y s,   log q likewise of the student
+//     KL = sum_y p (log p - log q)
+//     dKL/dlogits = q - p,   dKL/dL = p (log p - log q - KL) / temperature
 //
 // K numbers of an image or location are read once for their logsumexp and, from the caches, once
 // for every result: 4 to 8 bytes each way and an exponential or two, bound by memory. A thread
@@ -85,7 +86,8 @@ struct Team {
   template <typename Work>
   __device__ void for_each_class(Work work) const {
 #pragma unroll 4
-    for (int64_t y = kBlock ? threadIdx.x : 0; y < sizes.classes; y += kBlock ? kThreads : 1) {
+    constexpr int64_t kStride = kBlock ? kThreads : 1;
+    for (int64_t y = kBlock ? threadIdx.x : 0; y < sizes.classes; y += kStride) {
       work(y, (image * sizes.classes + y) * sizes.locations + location);
     }
   }
@@ -158,7 +160,7 @@ struct Pair {
 };
 
 template <bool kBlock>
-__global__ __launch_bounds__(kThreads, 4) void distillation_kernel(
+__global__ __launch_bounds__(kThreads, 4) void distillation_loss_kernel(
     const Sizes sizes, Pair pair, float* loss) {
   const Team<kBlock> team(sizes);
   if (!team.exists()) {
@@ -173,7 +175,7 @@ __global__ __launch_bounds__(kThreads, 4) void distillation_kernel(
 
 // A gradient whose memory is null is not wanted.
 template <bool kBlock>
-__global__ __launch_bounds__(kThreads, 2) void distillation_gradient_kernel(
+__global__ __launch_bounds__(kThreads, 2) void distillation_loss_backward_kernel(
     const Sizes sizes, Pair pair, const float* grad, void* grad_student, void* grad_teacher) {
   const Team<kBlock> team(sizes);
   if (!team.exists()) {
@@ -291,7 +293,7 @@ Tensor distillation_loss(
   Tensor loss =
       torch::stable::new_empty(teacher, sizes_without_classes(teacher), ScalarType::Float);
   with_team(sizes, [&](auto is_block, unsigned blocks) {
-    distillation_kernel<is_block><<<blocks, kThreads, 0, scope.stream()>>>(
+    distillation_loss_kernel<is_block><<<blocks, kThreads, 0, scope.stream()>>>(
         sizes, pair, static_cast<float*>(loss.data_ptr()));
   });
   return loss;
@@ -321,7 +323,7 @@ std::tuple<Tensor, Tensor> distillation_loss_backward(
   Tensor grad_student = gradient_of(output_mask[0], student),
          grad_teacher = gradient_of(output_mask[1], teacher);
   with_team(sizes, [&](auto is_block, unsigned blocks) {
-    distillation_gradient_kernel<is_block><<<blocks, kThreads, 0, scope.stream()>>>(
+    distillation_loss_backward_kernel<is_block><<<blocks, kThreads, 0, scope.stream()>>>(
         sizes, pair, static_cast<const float*>(upstream.data_ptr()),
         output_mask[0] ? grad_student.data_ptr() : nullptr,
         output_mask[1] ? grad_teacher.data_ptr() : nullptr);
@@ -335,12 +337,14 @@ std::vector<Kernel> posterior_kernels() {
   return {
       {"posterior_kernel<block>", reinterpret_cast<const void*>(&posterior_kernel<true>)},
       {"posterior_kernel<thread>", reinterpret_cast<const void*>(&posterior_kernel<false>)},
-      {"distillation_kernel<block>", reinterpret_cast<const void*>(&distillation_kernel<true>)},
-      {"distillation_kernel<thread>", reinterpret_cast<const void*>(&distillation_kernel<false>)},
-      {"distillation_gradient_kernel<block>",
-       reinterpret_cast<const void*>(&distillation_gradient_kernel<true>)},
-      {"distillation_gradient_kernel<thread>",
-       reinterpret_cast<const void*>(&distillation_gradient_kernel<false>)},
+      {"distillation_loss_kernel<block>",
+       reinterpret_cast<const void*>(&distillation_loss_kernel<true>)},
+      {"distillation_loss_kernel<thread>",
+       reinterpret_cast<const void*>(&distillation_loss_kernel<false>)},
+      {"distillation_loss_backward_kernel<block>",
+       reinterpret_cast<const void*>(&distillation_loss_backward_kernel<true>)},
+      {"distillation_loss_backward_kernel<thread>",
+       reinterpret_cast<const void*>(&distillation_loss_backward_kernel<false>)},
   };
 }
 

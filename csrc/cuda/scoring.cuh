@@ -1,5 +1,5 @@
-// A chunk of scored steps on the device: residuals and squares of its rows, and the states that
-// rows of one image and class merge into.
+// A chunk of scored steps on the device: residuals and squares of its rows, and what every launch of
+// a scoring kernel needs.
 //
 // Backward recomputes what forward has summed up and must get the same bits, so both call
 // row_squares and location_squares, in which every operation whose rounding the compiler could
@@ -7,6 +7,8 @@
 #pragma once
 
 #include <cmath>
+#include <string>
+#include <vector>
 
 #include "../scoring.h"
 #include "elements.cuh"
@@ -61,9 +63,8 @@ struct Place {
 template <Dtype kOutput, Dtype kOther>
 struct WholeAccess {
   static constexpr bool kWhole = true;
-  static constexpr int kBlocks = kOutput == kFloat32 || kOther == kFloat32
-                                     ? 3
-                                     : 4;  // of a multiprocessor, for enough loads in flight
+  // Of a multiprocessor, for enough loads in flight.
+  static constexpr int kBlocks = kOutput == kFloat32 || kOther == kFloat32 ? 3 : 4;
   static __device__ Dtype output_dtype(const DeviceChunk&) { return kOutput; }
   static __device__ Dtype other_dtype(const Operand&) { return kOther; }
   static __device__ Place place(const DeviceChunk&, int quad) { return {0, kQuad * quad}; }
@@ -167,6 +168,19 @@ __device__ double row_squares(
   return total;
 }
 
+// The channels from `first` on at four locations from `location` on; those past the last are zeros.
+template <typename Access>
+__device__ void load_channels(
+    const DeviceChunk& chunk, const Row& row, int first, int location,
+    Residuals<Access> (&batch)[kBatch]) {
+#pragma unroll
+  for (int c = 0; c < kBatch; ++c) {
+    batch[c] = first + c < chunk.channels
+                   ? Residuals<Access>::load(chunk, row, {first + c, location})
+                   : Residuals<Access>{};
+  }
+}
+
 // sum r^2 over the channels at each of four locations from `location` on.
 template <typename Access>
 __device__ void location_squares(
@@ -177,12 +191,7 @@ __device__ void location_squares(
 #pragma unroll 1
   for (int first = 0; first < chunk.channels; first += kBatch) {
     Residuals<Access> batch[kBatch];
-#pragma unroll
-    for (int c = 0; c < kBatch; ++c) {
-      batch[c] = first + c < chunk.channels
-                     ? Residuals<Access>::load(chunk, row, {first + c, location})
-                     : Residuals<Access>{};
-    }
+    load_channels<Access>(chunk, row, first, location, batch);
 #pragma unroll
     for (int k = 0; k < kQuad; ++k) {
       float sum = 0;
@@ -224,52 +233,67 @@ __device__ inline double step_likelihood(
       -0.5 * chunk.inv_var[s], squares, static_cast<double>(elements) * chunk.log_norm[s]);
 }
 
-// ---- states ----
+// ---- launches ----
 
-// "mixture": running maximum, sum of w and of w^2, w = exp(l - maximum); "mean": mean, number of
-// steps, sum of squared deviations.
-struct State {
-  double center, weight, squares;
-};
+Operand operand_of(const View& view, int64_t inner_size);
 
-__device__ inline State empty_state(bool mixture) { return {mixture ? -INFINITY : 0.0, 0, 0}; }
+// With `logical`, channels outside and locations inside, whatever the memory format.
+DeviceChunk device_chunk(const ScoredChunk& chunk, bool logical);
 
-// One more step; NaN stays.
-__device__ inline void add_step(State& state, double likelihood, bool mixture) {
-  if (!mixture) {
-    const double count = state.weight + 1, deviation = likelihood - state.center;
-    state.center = (state.weight * state.center + likelihood) / count;
-    state.squares += deviation * deviation * (state.weight / count);
-    state.weight = count;
-  } else if (likelihood != -INFINITY) {
-    const double difference = likelihood - state.center;
-    const bool grows = difference > 0 || likelihood != likelihood;
-    const double scale = exp(-fabs(difference));
-    state.weight = grows ? fma(state.weight, scale, 1.0) : state.weight + scale;
-    state.squares =
-        grows ? fma(state.squares, scale * scale, 1.0) : fma(scale, scale, state.squares);
-    state.center = grows ? likelihood : state.center;
-  }
+ScoredChunk checked_chunk(
+    const Tensor& x, const Tensor& model_output, const std::optional<Tensor>& x_t,
+    const Tensor& tables, const std::string& reduction, bool per_location);
+
+// Whether images share the outputs, and x_t.
+bool shares_centers(const DeviceChunk& chunk, bool per_location);
+
+// Threads that work on a row.
+int team_of(int elements);
+
+// Threads that share the `terms` of one of `items`: more than one where items are few.
+int slices_of(int64_t items, int64_t terms);
+
+// [B, K, *loc]
+std::vector<int64_t> result_sizes(const ScoredChunk& chunk, const Tensor& x, bool per_location);
+
+void check_tensor(
+    const Tensor& tensor, ScalarType type, const std::vector<int64_t>& sizes, const Tensor& x,
+    const char* name);
+
+inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
+  return torch::stable::new_empty(like, sizes, type);
 }
 
-__device__ inline State merged(const State& a, const State& b, bool mixture) {
-  if (b.weight == 0) {
-    return a;
+// Calls function(access, name) for each access that the kernels are compiled for.
+template <typename Function>
+void for_each_access(Function function) {
+  function(WholeAccess<kFloat32, kFloat32>{}, "float32");
+  function(WholeAccess<kBFloat16, kBFloat16>{}, "bfloat16");
+  function(WholeAccess<kBFloat16, kFloat32>{}, "bfloat16, float32");
+  function(WholeAccess<kFloat16, kFloat16>{}, "float16");
+  function(AnyAccess{}, "any");
+}
+
+// Calls function(access) with the access that fits the chunk.
+template <typename Function>
+void with_access(
+    const DeviceChunk& chunk, bool per_location, bool gradient_is_whole, Function function) {
+  const Operand &x = chunk.x, &output = chunk.output, &noisy = chunk.noisy;
+  const bool noisy_fits = noisy.data == nullptr || (noisy.dtype == x.dtype && noisy.quads);
+  const bool whole = x.quads && output.quads && noisy_fits && gradient_is_whole;
+  if (!whole || !(per_location || chunk.outer_size == 1)) {
+    function(AnyAccess{});
+  } else if (output.dtype == kFloat32 && x.dtype == kFloat32) {
+    function(WholeAccess<kFloat32, kFloat32>{});
+  } else if (output.dtype == kBFloat16 && x.dtype == kBFloat16) {
+    function(WholeAccess<kBFloat16, kBFloat16>{});
+  } else if (output.dtype == kBFloat16 && x.dtype == kFloat32) {
+    function(WholeAccess<kBFloat16, kFloat32>{});
+  } else if (output.dtype == kFloat16 && x.dtype == kFloat16) {
+    function(WholeAccess<kFloat16, kFloat16>{});
+  } else {
+    function(AnyAccess{});
   }
-  if (a.weight == 0) {
-    return b;
-  }
-  if (mixture) {
-    const double maximum = a.center != a.center || a.center > b.center ? a.center : b.center;
-    const double scale = exp(a.center - maximum), other = exp(b.center - maximum);
-    return {
-        maximum, scale * a.weight + other * b.weight,
-        scale * scale * a.squares + other * other * b.squares};
-  }
-  const double count = a.weight + b.weight, deviation = b.center - a.center;
-  const double squares =
-      a.squares + b.squares + deviation * deviation * (a.weight * b.weight / count);
-  return {(a.weight * a.center + b.weight * b.center) / count, count, squares};
 }
 
 }  // namespace genrep_fast

@@ -138,30 +138,16 @@ def _check_noisy(x_t: Tensor, classes: int, steps: int, channels: int) -> None:
 
 
 def _log_likelihood_fake(
-    x: Tensor,
-    model_output: Tensor,
-    x_t: Tensor | None,
-    tables: Tensor,
-    reduction: str,
-    per_location: bool,
+    x: Tensor, model_output: Tensor, x_t: Tensor | None, tables: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor]:
+    reduction, per_location = options
     shape = result_shape(x, model_output, x_t, per_location)
     result = x.new_empty(shape, dtype=reference.accumulation_dtype(x))
     return result, torch.empty_like(result) if reduction == "mixture" else result.new_empty(0)
 
 
-def _log_likelihood_backward_fake(
-    grad: Tensor,
-    log_likelihood: Tensor,
-    remainder: Tensor,
-    x: Tensor,
-    model_output: Tensor,
-    x_t: Tensor | None,
-    tables: Tensor,
-    reduction: str,
-    per_location: bool,
-    output_mask: list[bool],
-) -> tuple[Tensor, ...]:
+def _log_likelihood_backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    x, model_output, x_t, *_, output_mask = arguments[3:]
     gradients = []
     for tensor, needed in zip((x, model_output, x_t), output_mask, strict=True):
         if needed:

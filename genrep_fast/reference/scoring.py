@@ -5,6 +5,20 @@ likelihood is kept for each location, and nothing where it is kept for each imag
 [1|B, 1|K, S, C', *spatial] with C' >= C, `x_t` the same with exactly C channels (and 1 allowed for
 S). `tables` is [5, S]: a row each of data (a), noisy (b), output (c), inv_var (v) and log_norm (n).
 Everything is computed in float32, or in float64 where `x` is float64.
+
+The streaming state of an image and class (and location) has three numbers, float64, which bear the
+same names in every backend:
+
+======= ============================================ ==========================
+        "mixture"                                    "mean"
+======= ============================================ ==========================
+center  the largest l                                the mean of l
+weight  sum of w, w = exp(l - center)                the number of steps (w = 1)
+squares sum of w^2                                   sum of (l - center)^2
+======= ============================================ ==========================
+
+`state` [3, B, K, *loc] holds center, weight and squares for "mixture"; [2, B, K, *loc] holds center
+and squares for "mean", whose weight is `count` [K], the number of steps of each class.
 """
 
 from __future__ import annotations
@@ -98,10 +112,7 @@ def log_likelihood_backward(
 
 
 def empty_state(shape: tuple[int, ...], reduction: str, device: torch.device) -> Tensor:
-    """State of `shape` = [B, K, *loc] before any step, float64.
-
-    "mixture": running maximum, sum w, sum w^2 with w = exp(l - maximum). "mean": mean, M2.
-    """
+    """State of `shape` = [B, K, *loc] before any step, float64 [3 or 2, B, K, *loc]."""
     rows = 3 if reduction == "mixture" else 2
     state = torch.zeros(rows, *shape, dtype=torch.float64, device=device)
     if reduction == "mixture":
@@ -125,12 +136,12 @@ def score_update(
     steps = _step_log_likelihood(r, tables, per_location)
     steps = steps.double()  # [B, K of the chunk, S, *loc]
     if reduction == "mixture":
-        maximum = steps.amax(2)
-        weight = torch.exp(steps - _finite(maximum).unsqueeze(2))
-        chunk = torch.stack((maximum, weight.sum(2), weight.square().sum(2)))
+        center = steps.amax(2)
+        w = torch.exp(steps - _finite(center).unsqueeze(2))
+        chunk = torch.stack((center, w.sum(2), w.square().sum(2)))
     else:
-        mean = steps.mean(2)
-        chunk = torch.stack((mean, (steps - mean.unsqueeze(2)).square().sum(2)))
+        center = steps.mean(2)
+        chunk = torch.stack((center, (steps - center.unsqueeze(2)).square().sum(2)))
 
     if classes is None:
         classes = torch.arange(count.shape[0], device=count.device)
@@ -146,25 +157,32 @@ def merge_states(
 ) -> Tensor:
     """State of the steps of both; counts [K], states as `empty_state`'s. Associative."""
     if reduction == "mixture":
-        maximum = torch.maximum(state[0], other_state[0])
-        scale = torch.exp(state[0] - _finite(maximum))
-        other_scale = torch.exp(other_state[0] - _finite(maximum))
-        weight = scale * state[1] + other_scale * other_state[1]
-        squares = scale.square() * state[2] + other_scale.square() * other_state[2]
-        return torch.stack((maximum, weight, squares))
-    n, m = _per_class(count, state), _per_class(other_count, state)
-    total = (n + m).clamp(min=1)
-    mean = (n * state[0] + m * other_state[0]) / total
-    between = (other_state[0] - state[0]).square() * n * m / total
-    return torch.stack((mean, state[1] + other_state[1] + between))
+        center, weight, squares = state
+        other_center, other_weight, other_squares = other_state
+        largest = torch.maximum(center, other_center)
+        scale = torch.exp(center - _finite(largest))
+        other_scale = torch.exp(other_center - _finite(largest))
+        merged_weight = scale * weight + other_scale * other_weight
+        merged_squares = scale.square() * squares + other_scale.square() * other_squares
+        return torch.stack((largest, merged_weight, merged_squares))
+    center, squares = state
+    other_center, other_squares = other_state
+    weight = _per_class(count, state)
+    other_weight = _per_class(other_count, state)
+    total = (weight + other_weight).clamp(min=1)
+    mean = (weight * center + other_weight * other_center) / total
+    between = (other_center - center).square() * weight * other_weight / total
+    return torch.stack((mean, squares + other_squares + between))
 
 
 def state_log_likelihood(count: Tensor, state: Tensor, reduction: str) -> Tensor:
     """L of the steps seen; -inf for a class without any. -> [B, K, *loc] float64"""
     n = _per_class(count, state)
     if reduction == "mixture":
-        return state[0] + state[1].log() - n.clamp(min=1).log()
-    return torch.where(n == 0, -math.inf, state[0])
+        center, weight, _ = state
+        return center + weight.log() - n.clamp(min=1).log()
+    center, _ = state
+    return torch.where(n == 0, -math.inf, center)
 
 
 def state_effective_components(count: Tensor, state: Tensor, reduction: str) -> Tensor:
@@ -174,19 +192,22 @@ def state_effective_components(count: Tensor, state: Tensor, reduction: str) -> 
     """
     if reduction == "mean":
         return _per_class(count, state).expand_as(state[0]).clone()
-    return torch.where(state[2] == 0, 0, state[1].square() / state[2])
+    _, weight, squares = state
+    return torch.where(squares == 0, 0, weight.square() / squares)
 
 
 def state_standard_error(count: Tensor, state: Tensor, reduction: str) -> Tensor:
     """Standard error of L; NaN for S < 2. -> [B, K, *loc] float64
 
-    sqrt(M2 / (S (S - 1))) ("mean"), sqrt(max(0, sum w^2 / (sum w)^2 - 1 / S)) ("mixture").
+    sqrt(squares / (S (S - 1))) ("mean"), sqrt(max(0, squares / weight^2 - 1 / S)) ("mixture").
     """
     n = _per_class(count, state)
     if reduction == "mean":
-        variance = state[1] / (n * (n - 1))
+        _, squares = state
+        variance = squares / (n * (n - 1))
     else:
-        variance = (state[2] / state[1].square() - 1 / n).clamp(min=0)
+        _, weight, squares = state
+        variance = (squares / weight.square() - 1 / n).clamp(min=0)
     return torch.where(n < 2, math.nan, variance.sqrt())
 
 
@@ -211,9 +232,9 @@ def _per_step(table: Tensor, dtype: torch.dtype, ndim: int) -> Tensor:
     return table.to(dtype).reshape(-1, *[1] * (ndim - 1))
 
 
-def _finite(maximum: Tensor) -> Tensor:
+def _finite(center: Tensor) -> Tensor:
     """Replace -inf by 0: exp(-inf - -inf) would be NaN, exp(-inf - 0) is the 0 that is meant."""
-    return maximum.masked_fill(maximum == -math.inf, 0)
+    return center.masked_fill(center == -math.inf, 0)
 
 
 def _per_class(count: Tensor, state: Tensor) -> Tensor:

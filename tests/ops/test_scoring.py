@@ -19,7 +19,7 @@ SIZES = [
     (3, 2, 63, 1, 1, (13,)),
     (2, 1, 2, 127, 2, ()),
     (1, 20011, 3, 1, 0, ()),
-    (1, 1, 2, 3, 0, (1009, 331)),
+    (1, 1, 2, 3, 0, (101, 37)),
 ]
 
 
@@ -134,11 +134,12 @@ def test_one_class_of_outputs_serves_every_class_of_targets():
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
+def strided(tensor):
+    return tensor.movedim(-1, 0).contiguous().movedim(0, -1).detach().requires_grad_()
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_strided_inputs_give_the_contiguous_result(reduction):
-    def strided(tensor):
-        return tensor.movedim(-1, 0).contiguous().movedim(0, -1).detach().requires_grad_()
-
     x, model_output, x_t = inputs(2, 3, 4, 2, 0, (3, 5))
     coefficients = chain_coefficients(4)
     arguments = (
@@ -163,10 +164,14 @@ def test_strided_inputs_give_the_contiguous_result(reduction):
     torch.library.opcheck(
         OPS.log_likelihood_backward.default, (*grads, *detached, [True, True, True])
     )
-    torch.library.opcheck(OPS.posterior.default, (strided(expected), None, 1.0))
-    logits, scores = strided(-expected), strided(expected)
+
+
+def test_strided_likelihoods_pass_opcheck():
+    likelihood = random(2, 3, 3, 5)
+    logits, scores = strided(-likelihood), strided(likelihood)
+    torch.library.opcheck(OPS.posterior.default, (scores, None, 1.0))
     torch.library.opcheck(OPS.distillation_loss.default, (logits, scores, None, 1.0))
-    grad = strided(expected[:, 0]).detach()
+    grad = strided(likelihood[:, 0]).detach()
     torch.library.opcheck(
         OPS.distillation_loss_backward.default,
         (grad, logits.detach(), scores.detach(), None, 1.0, [True, True]),
@@ -197,7 +202,7 @@ def test_log_likelihood_dtypes(dtype):
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("channels", [1, 63, 129, 1009])
+@pytest.mark.parametrize("channels", [1, 129, 1009])
 def test_low_precision_error_is_at_most_twice_the_naive_one(channels, dtype, reduction):
     low = inputs(3, 4, 7, channels, dtype=dtype)
     exact = distribution_log_likelihood(*(tensor.double() for tensor in low), 7, reduction, False)
@@ -313,54 +318,41 @@ def test_steps_without_likelihood_pass_no_gradient():
             ValueError,
             "model_output must be on meta.*got cpu",
         ),
-        (
-            {"model_output": random(3, 4, 2)},
-            ValueError,
-            "model_output must have x's 3 axes and 2 more",
-        ),
-        (
-            {"model_output": random(3, 3, 4, 2, 3)},
-            ValueError,
-            "model_output must have x's batch size 2 or 1, got 3",
-        ),
-        (
-            {"model_output": random(2, 3, 5, 2, 3)},
-            ValueError,
-            "model_output must have the coefficients' 4 steps, got 5",
-        ),
-        (
-            {"model_output": random(2, 3, 4, 1, 3)},
-            ValueError,
-            "model_output must have at least x's 2 channels, got 1",
-        ),
-        (
-            {"model_output": random(2, 3, 4, 2, 4)},
-            ValueError,
-            r"model_output must have x's spatial shape \(3,\), got \(4,\)",
-        ),
         ({"x_t": None}, ValueError, "x_t must be given"),
-        (
-            {"x_t": random(2, 2, 4, 2, 3)},
-            ValueError,
-            "x_t must have model_output's 3 classes or 1, got 2",
-        ),
-        (
-            {"x_t": random(2, 3, 2, 2, 3)},
-            ValueError,
-            "x_t must have 1 step or the coefficients' 4, got 2",
-        ),
-        ({"x_t": random(2, 3, 4, 3, 3)}, ValueError, "x_t must have x's 2 channels, got 3"),
         ({"coefficients": 1}, TypeError, "coefficients must be StepCoefficients, got int"),
         ({"reduction": "sum"}, ValueError, "reduction must be .* got 'sum'"),
     ],
 )
 def test_log_likelihood_refuses(changed, error, match):
-    arguments = (
-        dict(zip(("x", "model_output", "x_t", "coefficients"), small_chunk(), strict=True))
-        | changed
-    )
+    names = ("x", "model_output", "x_t", "coefficients")
+    arguments = dict(zip(names, small_chunk(), strict=True)) | changed
     with pytest.raises(error, match=match):
         gf.log_likelihood(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "match"),
+    [
+        ("model_output", (3, 4, 2), "model_output must have x's 3 axes and 2 more"),
+        ("model_output", (3, 3, 4, 2, 3), "model_output must have x's batch size 2 or 1, got 3"),
+        (
+            "model_output",
+            (2, 3, 5, 2, 3),
+            "model_output must have the coefficients' 4 steps, got 5",
+        ),
+        ("model_output", (2, 3, 4, 1, 3), "model_output must have at least x's 2 channels, got 1"),
+        (
+            "model_output",
+            (2, 3, 4, 2, 4),
+            r"model_output must have x's spatial shape \(3,\), got \(4,\)",
+        ),
+        ("x_t", (2, 2, 4, 2, 3), "x_t must have model_output's 3 classes or 1, got 2"),
+        ("x_t", (2, 3, 2, 2, 3), "x_t must have 1 step or the coefficients' 4, got 2"),
+        ("x_t", (2, 3, 4, 3, 3), "x_t must have x's 2 channels, got 3"),
+    ],
+)
+def test_log_likelihood_refuses_shapes(name, shape, match):
+    test_log_likelihood_refuses({name: random(*shape)}, ValueError, match)
 
 
 def test_the_mean_of_no_steps_is_refused():
@@ -415,8 +407,14 @@ def test_opcheck(name):
     torch.library.opcheck(operator.default, arguments)
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("backend", "reduction"),
+    [
+        ("aot_eager", "mixture"),
+        ("aot_eager", "mean"),
+        pytest.param("inductor", "mixture", marks=pytest.mark.slow),
+    ],
+)
 def test_the_whole_way_compiles_without_a_graph_break(backend, reduction):
     x, model_output, x_t, coefficients = small_chunk(torch.float32)
     per_location = reduction == "mean"

@@ -144,7 +144,7 @@ def test_machine_code_for_every_architecture(wheel, tmp_path):
 SPILLS = {
     ("alignment_gram_sums_kernelILi8E", "100"),
     ("alignment_gram_sums_kernelILi8E", "120"),
-    ("sum_kernelILb1E", "120"),
+    ("log_likelihood_backward_sums_kernelILb1E", "120"),
 }
 
 

@@ -262,11 +262,11 @@ def test_the_spread_of_a_long_float32_chunk():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_a_hundred_thousand_updates_lose_nothing(reduction):
+def test_twenty_thousand_updates_lose_nothing(reduction):
     """Against the float64 sum of the same float32 steps; class 1's terms are 1e4 nats from 0, where
     float32 sums lose them.
     """
-    updates = 100_000
+    updates = 20_000
     generator = torch.Generator().manual_seed(0)
     output = torch.randn(updates, 1, 2, 1, 1, generator=generator) + torch.tensor(
         [0.0, 141.0]

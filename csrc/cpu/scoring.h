@@ -1,18 +1,16 @@
 // Residuals of scored steps, and what they add up to: the log-likelihood of a step.
 #pragma once
 
+#include "../arithmetic.h"
 #include "rows.h"
 #include "vector_math.h"
 
 namespace genrep_fast {
 
 constexpr int64_t kParallelElements = 32768;  // a thread's least share
-constexpr int64_t kTasks = 32;    // that the steps of few images and classes are cut into
-constexpr int64_t kChannels = 4;  // whose squares at a location are added up together
-constexpr int64_t kRows =
-    4;  // that are read together: memory delivers a fourth more to four streams than to one
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t kTasks = 32;  // that the steps of few images and classes are cut into
+// Rows that are read together: memory delivers a fourth more to four streams than to one.
+constexpr int64_t kRows = 4;
 
 struct __attribute__((visibility("hidden"))) Problem {
   ScoredChunk chunk;
@@ -181,7 +179,8 @@ GENREP_FAST_INLINE void add_squares(
 GENREP_FAST_INLINE void step_log_likelihoods(
     const Problem& problem, const Row (&rows)[kRows], double* l) {
   const ScoredChunk& chunk = problem.chunk;
-  const int64_t elements = chunk.elements(), block = problem.in_place ? elements : kBlock;
+  const int64_t elements = chunk.elements();
+  const int64_t block = problem.in_place ? elements : kBlock;
   Scratch scratch[kRows];
   Residual blocks[kRows];
   double sums[kRows]{};
@@ -201,49 +200,6 @@ GENREP_FAST_INLINE void step_log_likelihoods(
   }
 }
 
-// Adds the squared residuals of `channels` <= kChannels channels to `sums`.
-template <Element kElement, bool kNoisy>
-GENREP_FAST_INLINE void add_channels(
-    const Residual* blocks, int64_t channels, int64_t count, float* sums) {
-  for (int64_t i = 0; i < count; i += kLanes) {
-    Floats sum = load<Floats>(sums + i);
-    for (int64_t c = 0; c < channels; ++c) {
-      Floats r = count - i < kLanes ? blocks[c].rest<kElement, kNoisy>(i, count - i)
-                                    : blocks[c].at<kElement, kNoisy>(i);
-      sum += r * r;
-    }
-    store(sums + i, sum);
-  }
-}
-
-// l of one step at `count` <= kBlock locations; 16 more may be written.
-GENREP_FAST_INLINE void location_log_likelihoods(
-    const Problem& problem, const Row& row, int64_t begin, int64_t count, float* l) {
-  const ScoredChunk& chunk = problem.chunk;
-  Scratch scratch[kChannels];
-  Residual blocks[kChannels];
-  std::fill_n(l, ceil_div(count, kLanes) * kLanes, 0.0f);
-  for (int64_t first = 0; first < chunk.channels; first += kChannels) {
-    int64_t channels = std::min(kChannels, chunk.channels - first);
-    for (int64_t c = 0; c < channels; ++c) {
-      blocks[c] = residual(problem, row, (first + c) * chunk.locations + begin, count, scratch[c]);
-    }
-    with_layout(blocks[0], [&](auto element, auto has_noisy) GENREP_FAST_LAMBDA {
-      constexpr bool kNoisy = decltype(has_noisy)::value;
-      if (channels == kChannels) {  // unrolled by the compiler
-        add_channels<decltype(element)::value, kNoisy>(blocks, kChannels, count, l);
-      } else {
-        add_channels<decltype(element)::value, kNoisy>(blocks, channels, count, l);
-      }
-    });
-  }
-  Floats factor = broadcast(-0.5f * chunk.inv_var[row.s]);
-  Floats shift = broadcast(chunk.log_norm[row.s] * static_cast<float>(chunk.channels));
-  for (int64_t i = 0; i < count; i += kLanes) {
-    store(l + i, load<Floats>(l + i) * factor + shift);
-  }
-}
-
 // Calls work(i) for every i below `tasks`, each of which takes about `elements` elements.
 template <typename Work>
 void parallel(int64_t tasks, int64_t elements, const Work& work) {
@@ -255,8 +211,8 @@ void parallel(int64_t tasks, int64_t elements, const Work& work) {
   });
 }
 
-// Centres are shared by the images.
-inline bool is_tiled(const ScoredChunk& chunk) {
+// Whether images share the outputs, and x_t.
+inline bool shares_centers(const ScoredChunk& chunk) {
   return !chunk.per_location && chunk.batch > 1 && chunk.output.batch == 0 &&
          (!chunk.noisy.data || chunk.noisy.batch == 0);
 }

@@ -1,0 +1,427 @@
+// Gradients of the log-likelihoods (see genrep_fast/reference/scoring.py).
+//
+//     dl/do = -v_s c_s r,   dL/dl = exp(l - logsumexp l)  or  1/S
+//
+// The gradient of o alone reads o and writes as much: a row is read a second time, from the caches,
+// because its weight needs the whole row. Gradients that are summed over images, classes or steps
+// (that of x; those of o and x_t where they are shared) need the factor of every row first, 4 bytes
+// each, and read the chunk once more.
+#include "scoring_backward.cuh"
+
+#include <array>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "introspection.h"
+
+namespace genrep_fast {
+namespace {
+
+// A step without weight passes no gradient, even where its residual is infinite.
+__device__ float gradient(float factor, float r) { return factor == 0 ? 0.f : factor * r; }
+
+// Gradient [B, K, S, outer, inner] of o, contiguous but for the channels that o has beyond x's.
+struct OutputGradient {
+  Operand operand;
+  int inner_size;  // may be less than that of a chunk whose rows are flat
+
+  template <typename Access>
+  __device__ void store(
+      const DeviceChunk& chunk, int64_t row, Place place, const float (&values)[kQuad]) const {
+    const Dtype dtype = Access::output_dtype(chunk);
+    if constexpr (Access::kWhole) {
+      store_aligned(
+          operand.data, dtype, row + place.outer * operand.outer + place.inner,
+          pack(values, dtype));
+      return;
+    }
+    const int element = place.outer * chunk.inner_size + place.inner;
+#pragma unroll
+    for (int k = 0; k < kQuad; ++k) {
+      if (place.inner + k < chunk.inner_size) {
+        const int outer = (element + k) / inner_size;
+        const int inner = element + k - outer * inner_size;
+        store_element(
+            operand.data, dtype, row + outer * operand.outer + inner * operand.inner, values[k]);
+      }
+    }
+  }
+};
+
+// A team a row: its factor, and the gradient of o where `output` has memory.
+template <typename Access>
+__global__ __launch_bounds__(kThreads, Access::kBlocks) void log_likelihood_backward_rows_kernel(
+    const __grid_constant__ DeviceChunk chunk, const __grid_constant__ Upstream upstream,
+    const __grid_constant__ OutputGradient output, float* factors, int team) {
+  // Teams are [B, K, S].
+  const int64_t index = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / team;
+  const int64_t pair = index / chunk.steps;
+  const int64_t s = index - pair * chunk.steps;
+  const bool exists = pair < chunk.batch * chunk.classes;
+  const int64_t b = exists ? pair / chunk.classes : 0;
+  const int64_t k = exists ? pair % chunk.classes : 0;
+  const int lane = threadIdx.x % team;
+  const int quads = exists ? chunk.row_quads() : 0;
+  const Row row = row_at(chunk, b, k, s);
+  double step = 0;
+  if (chunk.mixture) {
+    const double squares = team_sum(row_squares<Access>(chunk, row, quads, lane, team), team);
+    step = step_likelihood(chunk, s, squares, chunk.elements);
+  }
+  if (!exists) {
+    return;
+  }
+  const float factor = upstream.factor(chunk, pair, s, step);
+  if (factors != nullptr && lane == 0) {
+    factors[index] = factor;
+  }
+  if (output.operand.data == nullptr) {
+    return;
+  }
+  const int64_t target = output.operand.row(b, k, s);
+#pragma unroll 1
+  for (int first = lane; first < quads; first += kBatch * team) {
+    Residuals<Access> batch[kBatch];
+    load_batch<Access>(chunk, row, quads, first, team, batch);
+#pragma unroll
+    for (int q = 0; q < kBatch; ++q) {
+      if (first + q * team < quads) {
+        float values[kQuad];
+#pragma unroll
+        for (int j = 0; j < kQuad; ++j) {
+          values[j] = row.output_factor * gradient(factor, batch[q].at(chunk, row, j));
+        }
+        output.store<Access>(chunk, target, Access::place(chunk, first + q * team), values);
+      }
+    }
+  }
+}
+
+// Factors of four locations of a row from `location` on.
+template <typename Access>
+__device__ void location_factors(
+    const DeviceChunk& chunk, const Upstream& upstream, const Row& row, int64_t b, int64_t k,
+    int64_t s, int location, float (&factors)[kQuad]) {
+  double squares[kQuad] = {};
+  if (chunk.mixture) {
+    location_squares<Access>(chunk, row, location, squares);
+  }
+#pragma unroll
+  for (int j = 0; j < kQuad; ++j) {
+    const int64_t index =
+        (b * chunk.classes + k) * chunk.locations + min(location + j, chunk.locations - 1);
+    factors[j] =
+        upstream.factor(chunk, index, s, step_likelihood(chunk, s, squares[j], chunk.channels));
+  }
+}
+
+// A thread four locations of a row.
+template <typename Access>
+__global__ __launch_bounds__(kThreads) void log_likelihood_backward_locations_kernel(
+    const __grid_constant__ DeviceChunk chunk, const __grid_constant__ Upstream upstream,
+    const __grid_constant__ OutputGradient output) {
+  // Items are [B, K, S, quads].
+  const int64_t item = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t index = item / chunk.inner_quads;
+  const int64_t pair = index / chunk.steps;
+  const int64_t s = index - pair * chunk.steps;
+  if (pair >= chunk.batch * chunk.classes) {
+    return;
+  }
+  const int64_t b = pair / chunk.classes;
+  const int64_t k = pair % chunk.classes;
+  const int location = kQuad * static_cast<int>(item - index * chunk.inner_quads);
+  const Row row = row_at(chunk, b, k, s);
+  float factors[kQuad];
+  location_factors<Access>(chunk, upstream, row, b, k, s, location, factors);
+  const int64_t target = output.operand.row(b, k, s);
+#pragma unroll 1
+  for (int first = 0; first < chunk.channels; first += kBatch) {
+    Residuals<Access> batch[kBatch];
+    load_channels<Access>(chunk, row, first, location, batch);
+#pragma unroll
+    for (int c = 0; c < kBatch; ++c) {
+      if (first + c < chunk.channels) {
+        float values[kQuad];
+#pragma unroll
+        for (int j = 0; j < kQuad; ++j) {
+          values[j] = row.output_factor * gradient(factors[j], batch[c].at(chunk, row, j));
+        }
+        output.store<Access>(chunk, target, {first + c, location}, values);
+      }
+    }
+  }
+}
+
+// Gradient [1 or B, 1 or K, 1 or S, channels, locations] of x, o or x_t, summed over the axes of
+// size 1.
+struct SummedGradient {
+  void* data;
+  Dtype dtype;
+  const float* table;  // dr/dx, dr/do or dr/dx_t, [S]
+  int64_t batch, classes, steps, stride;
+
+  __device__ __host__ int64_t rows() const { return batch * classes * steps; }
+  __device__ __host__ int64_t terms(const DeviceChunk& chunk) const {
+    const int64_t images = batch == 1 ? chunk.batch : 1;
+    const int64_t shared_classes = classes == 1 ? chunk.classes : 1;
+    const int64_t shared_steps = steps == 1 ? chunk.steps : 1;
+    return images * shared_classes * shared_steps;
+  }
+};
+
+// A thread four elements of the gradient, or some of their terms. `factors` [B, K, S], or null
+// where locations have their own.
+template <bool kPerLocation>
+__global__ __launch_bounds__(kThreads, 1) void log_likelihood_backward_sums_kernel(
+    const __grid_constant__ DeviceChunk chunk, const __grid_constant__ Upstream upstream,
+    const __grid_constant__ SummedGradient sum, const float* factors, int slices) {
+  // The block is [slices, width].
+  const int width = kThreads / slices;
+  const int lane = threadIdx.x % width;
+  const int slice = threadIdx.x / width;
+  // Items are [rows of the gradient, quads].
+  const int64_t item = static_cast<int64_t>(blockIdx.x) * width + lane;
+  const int64_t target = item / chunk.row_quads();
+  const bool exists = target < sum.rows();
+  const Place place = AnyAccess::place(chunk, static_cast<int>(item - target * chunk.row_quads()));
+  // Rows of the gradient are [images, classes, steps].
+  const int64_t own_step = target % sum.steps;
+  const int64_t own_pair = target / sum.steps;
+  const int64_t own_class = own_pair % sum.classes;
+  const int64_t own_image = own_pair / sum.classes;
+  const int64_t steps = sum.steps == 1 ? chunk.steps : 1;
+  const int64_t classes = sum.classes == 1 ? chunk.classes : 1;
+  double totals[kQuad] = {};
+#pragma unroll 1
+  for (int64_t term = slice; term < (exists ? sum.terms(chunk) : 0); term += slices) {
+    // Terms are [images, classes, steps] that share the row.
+    const int64_t pair = term / steps;
+    const int64_t s = own_step + term % steps;
+    const int64_t k = own_class + pair % classes;
+    const int64_t b = own_image + pair / classes;
+    const Row row = row_at(chunk, b, k, s);
+    const Residuals<AnyAccess> residuals = Residuals<AnyAccess>::load(chunk, row, place);
+    float own_factors[kQuad];
+    if constexpr (kPerLocation) {
+      location_factors<AnyAccess>(chunk, upstream, row, b, k, s, place.inner, own_factors);
+    } else {
+      own_factors[0] = own_factors[1] = own_factors[2] = own_factors[3] =
+          factors[(b * chunk.classes + k) * chunk.steps + s];
+    }
+#pragma unroll
+    for (int j = 0; j < kQuad; ++j) {
+      totals[j] += sum.table[s] * gradient(own_factors[j], residuals.at(chunk, row, j));
+    }
+  }
+  __shared__ double shared[kThreads];
+#pragma unroll
+  for (int j = 0; j < kQuad; ++j) {
+    __syncthreads();
+    shared[threadIdx.x] = totals[j];
+    __syncthreads();
+    if (slice == 0 && exists && place.inner + j < chunk.inner_size) {
+      double total = 0;
+#pragma unroll 1
+      for (int other = lane; other < kThreads; other += width) {
+        total += shared[other];
+      }
+      const int64_t offset = target * sum.stride +
+                             static_cast<int64_t>(place.outer) * chunk.inner_size + place.inner + j;
+      store_element(sum.data, sum.dtype, offset, static_cast<float>(total));
+    }
+  }
+}
+
+// ---- launches ----
+
+// A gradient and the axes that it has.
+struct Target {
+  Tensor gradient;
+  const float* table;
+  int64_t batch, classes, steps, channels;
+};
+
+// Zeros in the channels of o beyond x's.
+void clear_further_channels(const Target& target, const ScoredChunk& chunk, cudaStream_t stream) {
+  const size_t bytes = target.gradient.element_size() * chunk.locations;
+  const size_t rows = target.batch * target.classes * target.steps;
+  const size_t own = bytes * chunk.channels;
+  const size_t all = bytes * target.channels;
+  if (all > own && rows > 0) {
+    STD_CUDA_CHECK(cudaMemset2DAsync(
+        static_cast<char*>(target.gradient.data_ptr()) + own, all, 0, all - own, rows, stream));
+  }
+}
+
+void launch_sum(
+    const ScoredChunk& chunk, const Upstream& upstream, const float* factors, const Target& target,
+    cudaStream_t stream) {
+  const DeviceChunk device = device_chunk(chunk, true);
+  const Dtype dtype = dtype_of(target.gradient);
+  const SummedGradient sum{target.gradient.data_ptr(),
+                           dtype,
+                           target.table,
+                           target.batch,
+                           target.classes,
+                           target.steps,
+                           target.channels * chunk.locations};
+  const int64_t items = sum.rows() * device.outer_size * device.inner_quads;
+  if (items > 0) {
+    const int slices = slices_of(items, sum.terms(device));
+    auto kernel = chunk.per_location ? log_likelihood_backward_sums_kernel<true>
+                                     : log_likelihood_backward_sums_kernel<false>;
+    kernel<<<grid_of(ceil_div(items, kThreads / slices)), kThreads, 0, stream>>>(
+        device, upstream, sum, factors, slices);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+}
+
+// The gradient of o as the chunk's order of elements sees it; an empty operand where it is summed,
+// or not wanted.
+OutputGradient output_gradient(
+    const ScoredChunk& chunk, const DeviceChunk& device, const Target* target) {
+  if (target == nullptr) {
+    return {};
+  }
+  const int64_t row = target->channels * chunk.locations;
+  View view{
+      target->gradient.data_ptr(),
+      target->gradient.scalar_type(),
+      target->classes * target->steps * row,
+      target->steps * row,
+      row,
+      chunk.locations,
+      1};
+  int64_t inner_size = chunk.inner_size;
+  if (chunk.channels_inner) {
+    std::swap(view.outer, view.inner);
+  } else if (device.outer_size == 1) {
+    inner_size = device.inner_size;
+    view.outer = 0;
+  }
+  return {operand_of(view, inner_size), static_cast<int>(inner_size)};
+}
+
+// Factors of all rows where `factors` is not null, and the gradient of o.
+void launch_row_gradients(
+    const ScoredChunk& chunk, const Upstream& upstream, const Target* target, float* factors,
+    cudaStream_t stream) {
+  const DeviceChunk device = device_chunk(chunk, false);
+  const OutputGradient output = output_gradient(chunk, device, target);
+  const bool whole = target == nullptr || output.operand.quads;
+  const int64_t rows = chunk.batch * chunk.classes * chunk.steps;
+  if (rows == 0) {
+    return;
+  }
+  if (chunk.per_location) {
+    const int64_t items = rows * device.inner_quads;
+    with_access(device, true, whole, [&](auto access) {
+      if (items > 0) {
+        log_likelihood_backward_locations_kernel<decltype(access)>
+            <<<grid_of(ceil_div(items, kThreads)), kThreads, 0, stream>>>(device, upstream, output);
+        STD_CUDA_KERNEL_LAUNCH_CHECK();
+      }
+    });
+  } else if (shares_centers(device, false)) {
+    launch_shared_factors(device, upstream, factors, stream);
+  } else {
+    const int team = team_of(device.elements);
+    with_access(device, false, whole, [&](auto access) {
+      const unsigned blocks = grid_of(ceil_div(rows * team, kThreads));
+      log_likelihood_backward_rows_kernel<decltype(access)>
+          <<<blocks, kThreads, 0, stream>>>(device, upstream, output, factors, team);
+      STD_CUDA_KERNEL_LAUNCH_CHECK();
+    });
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> log_likelihood_backward(
+    const Tensor& grad, const Tensor& log_likelihood, const Tensor& remainder, const Tensor& x,
+    const Tensor& model_output, const std::optional<Tensor>& x_t, const Tensor& tables,
+    const std::string& reduction, bool per_location, const std::vector<bool>& output_mask) {
+  DeviceScope scope(x);
+  const ScoredChunk chunk = checked_chunk(x, model_output, x_t, tables, reduction, per_location);
+  STD_TORCH_CHECK(
+      output_mask.size() == 3 && (x_t || !output_mask[2]),
+      "output_mask must have 3 entries, False for an x_t that is None");
+  const std::vector<int64_t> sizes = result_sizes(chunk, x, per_location);
+  const std::vector<int64_t> pair_sizes = chunk.mixture ? sizes : std::vector<int64_t>{0};
+  const Tensor upstream_grad = torch::stable::contiguous(grad);
+  const Tensor rounded = torch::stable::contiguous(log_likelihood);
+  const Tensor rest = torch::stable::contiguous(remainder);
+  check_tensor(upstream_grad, ScalarType::Float, sizes, x, "grad");
+  check_tensor(rounded, ScalarType::Float, sizes, x, "log_likelihood");
+  check_tensor(rest, ScalarType::Float, pair_sizes, x, "remainder");
+  const Upstream upstream{
+      static_cast<const float*>(upstream_grad.data_ptr()),
+      static_cast<const float*>(rounded.data_ptr()), static_cast<const float*>(rest.data_ptr())};
+
+  const bool shared = shares_centers(device_chunk(chunk, false), chunk.per_location);
+  const bool direct =
+      !shared && model_output.size(0) == chunk.batch && model_output.size(1) == chunk.classes;
+  auto target_of = [&](int index, const Tensor& like, const float* table) {
+    const std::vector<int64_t> like_sizes(like.sizes().begin(), like.sizes().end());
+    Tensor gradient = output_mask[index] ? new_tensor(like, like_sizes, like.scalar_type())
+                                         : new_tensor(x, {0}, x.scalar_type());
+    const bool is_x = like.dim() == x.dim();
+    return Target{
+        gradient,
+        table,
+        like.size(0),
+        is_x ? 1 : like.size(1),
+        is_x ? 1 : like.size(2),
+        like.size(is_x ? 1 : 3)};
+  };
+  const std::array<Target, 3> targets{
+      target_of(0, x, chunk.data_table), target_of(1, model_output, chunk.output_table),
+      target_of(2, x_t ? *x_t : x, chunk.noisy_table)};
+  const std::array<bool, 3> summed{output_mask[0], output_mask[1] && !direct, output_mask[2]};
+
+  const bool has_factors = !chunk.per_location && (summed[0] || summed[1] || summed[2]);
+  Tensor factors = new_tensor(
+      x, {has_factors ? chunk.batch * chunk.classes * chunk.steps : 0}, ScalarType::Float);
+  float* factor_data = has_factors ? static_cast<float*>(factors.data_ptr()) : nullptr;
+  const bool writes_output = output_mask[1] && direct;
+  if (writes_output || has_factors) {
+    launch_row_gradients(
+        chunk, upstream, writes_output ? &targets[1] : nullptr, factor_data, scope.stream());
+  }
+  for (int i = 0; i < 3; ++i) {
+    if (summed[i]) {
+      launch_sum(chunk, upstream, factor_data, targets[i], scope.stream());
+    }
+  }
+  if (output_mask[1]) {
+    clear_further_channels(targets[1], chunk, scope.stream());
+  }
+  return {targets[0].gradient, targets[1].gradient, targets[2].gradient};
+}
+
+}  // namespace
+
+std::vector<Kernel> scoring_backward_kernels() {
+  std::vector<Kernel> kernels{
+      {"log_likelihood_backward_sums_kernel<images>",
+       reinterpret_cast<const void*>(&log_likelihood_backward_sums_kernel<false>)},
+      {"log_likelihood_backward_sums_kernel<locations>",
+       reinterpret_cast<const void*>(&log_likelihood_backward_sums_kernel<true>)},
+  };
+  for_each_access([&](auto access, const char* name) {
+    using Access = decltype(access);
+    kernels.push_back(
+        {std::string("log_likelihood_backward_rows_kernel<") + name + ">",
+         reinterpret_cast<const void*>(&log_likelihood_backward_rows_kernel<Access>)});
+    kernels.push_back(
+        {std::string("log_likelihood_backward_locations_kernel<") + name + ">",
+         reinterpret_cast<const void*>(&log_likelihood_backward_locations_kernel<Access>)});
+  });
+  return kernels;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(genrep_fast_cuda, CUDA, m) {
+  m.impl("log_likelihood_backward", TORCH_BOX(&log_likelihood_backward));
+}
+
+}  // namespace genrep_fast
