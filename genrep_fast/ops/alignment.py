@@ -276,7 +276,8 @@ def check_gradients(
                 indices[t] = -1
                 continue
             if not alike:
-                shape = None if samples[t] is None else samples[t].shape
+                sample = samples[t]
+                shape = None if sample is None else sample.shape
                 check_tensor(gradient, f"{name}[{t}]", shape, device)
             samples[t] = gradient
             device = device or gradient.device
@@ -364,9 +365,9 @@ def _check_out(
     contiguous = _are_alike(out, layout.samples, layout.device)
     contiguous = contiguous and all([one.is_contiguous() for one in out if one is not None])
     if not contiguous:
-        for t in layout.reached:
-            if out[t] is not None:
-                check_writable(out[t], f"out[{t}]", layout.samples[t].shape, layout.device)
+        for t, (tensor, sample) in enumerate(zip(out, layout.samples, strict=True)):
+            if tensor is not None and sample is not None:
+                check_writable(tensor, f"out[{t}]", sample.shape, layout.device)
     # What no loss reaches is not written.
     pairs = zip(out, layout.samples, strict=True)
     written = [None if sample is None else tensor for tensor, sample in pairs]

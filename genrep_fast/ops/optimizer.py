@@ -94,11 +94,13 @@ def adamw_step(
         written["emas"] = emas
     for name, listed in (*written.items(), ("steps", steps)):
         check_length(listed, name, len(layout.samples))
-    reached = layout.reached
-    for t in reached:
+    for t, sample in enumerate(layout.samples):
+        if sample is None:
+            continue
         for name, tensors in written.items():
-            check_writable(tensors[t], f"{name}[{t}]", layout.samples[t].shape, layout.device)
+            check_writable(tensors[t], f"{name}[{t}]", sample.shape, layout.device)
         check_scalar(steps[t], f"steps[{t}]", layout.device)
+    reached = layout.reached
     lists: dict[str, Gradients] = dict(zip(names, gradients, strict=True))
     read: dict[str, Tensor | Gradients] = dict(_only({**lists, "steps": steps}, reached))
     for name, value in (("coefficients", coefficients), ("lr", lr), ("found_inf", found_inf)):

@@ -80,6 +80,7 @@ def log_likelihood_backward(
     c and b. What `log_likelihood` returned is for kernels: see there.
     """
     r = _residual(x, model_output, x_t, tables)
+    weight: Tensor | float
     if reduction == "mean":
         weight = 1 / r.shape[2]
     else:
@@ -94,7 +95,7 @@ def log_likelihood_backward(
     grad_r = torch.where(scale == 0, 0, scale * r)  # [B, K, S, C, *spatial]
 
     def gradient_of(needed: bool, table: Tensor, like: Tensor | None) -> Tensor:
-        if not needed:
+        if not needed or like is None:
             return x.new_empty(0)
         shape = (*like.shape[:3], *r.shape[3:])
         gradient = (grad_r * _per_step(table, r.dtype, x.ndim)).sum_to_size(shape)

@@ -6,6 +6,7 @@ No chunk is kept: the memory does not grow with the number of steps.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -62,7 +63,7 @@ class PosteriorScorer:
         # Checked lists of classes, as tensors on the device.
         self._class_lists: dict[tuple, Tensor] = {}
         # The last tensor of classes, its version, itself on the device.
-        self._class_tensor: tuple[Tensor, int, Tensor] | None = None
+        self._class_tensor: tuple[Tensor, int | None, Tensor] | None = None
 
     @torch.no_grad()
     def update(
@@ -90,8 +91,8 @@ class PosteriorScorer:
             self._check_chunk(x, model_output, x_t, coefficients)
         noisy = None if x_t is None else _with_batch_axis(x_t, x)
         chunk = (x, _with_batch_axis(model_output, x), noisy)
-        classes = self._check_classes(classes, result_shape(*chunk, False)[1], x.device)
-        self._allocate(self._result_shape(x), x.device)
+        index = self._check_classes(classes, result_shape(*chunk, False)[1], x.device)
+        count, state = self._allocate(self._result_shape(x), x.device)
         self._checked = signature
         dtype = accumulation_dtype(x)
         if dtype == torch.float64:
@@ -100,16 +101,16 @@ class PosteriorScorer:
             score_update(
                 *chunk,
                 coefficients.scoring_tables(dtype),
-                classes,
+                index,
                 self.reduction,
                 self.per_location,
-                self._count,
-                self._state,
+                count,
+                state,
             )
 
     def reset(self) -> None:
         """Forget the steps seen, in place: the next batch has the same shape and device."""
-        if self._state is not None:
+        if self._count is not None and self._state is not None:
             self._dtype = torch.float32
             self._count.zero_()
             empty = empty_state(self._state.shape[1:], self.reduction, self._state.device)
@@ -130,12 +131,12 @@ class PosteriorScorer:
                 raise ValueError(f"other must have {name} {own!r}, got {given!r}")
         if other._state is None:
             return
+        added_count, added = other._seen()
         if self._state is not None:
-            self._check_state(other._state.shape[1:], other._state.device, "other")
-        self._allocate(other._state.shape[1:], other._state.device)
-        merged = merge_states(self._count, self._state, other._count, other._state, self.reduction)
-        self._state.copy_(merged)
-        self._count += other._count
+            self._check_fits(self._state, added.shape[1:], added.device, "other")
+        count, state = self._allocate(added.shape[1:], added.device)
+        state.copy_(merge_states(count, state, added_count, added, self.reduction))
+        count += added_count
         self._dtype = torch.promote_types(self._dtype, other._dtype)
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
@@ -151,10 +152,11 @@ class PosteriorScorer:
         self._agree_on_shape(group)
         if self._state is None:
             return
+        count, state = self._seen()
         if self.reduction == "mixture":
-            self._reduce_mixture(group)
+            self._reduce_mixture(count, state, group)
         else:
-            self._reduce_mean(group)
+            self._reduce_mean(count, state, group)
 
     def log_likelihood(self) -> Tensor:
         """Log-likelihood in nats of the steps seen, each class over its own.
@@ -187,23 +189,27 @@ class PosteriorScorer:
         return state_standard_error(*self._seen(), self.reduction).to(self._dtype)
 
     def _seen(self) -> tuple[Tensor, Tensor]:
-        if self._state is None:
+        if self._count is None or self._state is None:
             raise RuntimeError("PosteriorScorer has seen no images yet: call update first")
         return self._count, self._state
 
-    def _allocate(self, shape: Sequence[int], device: torch.device) -> None:
-        if self._state is None:
+    def _allocate(self, shape: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Count and state, which are allocated where there are none yet."""
+        if self._count is None or self._state is None:
             self._count = torch.zeros(self.num_classes, dtype=torch.int64, device=device)
             self._state = empty_state(tuple(shape), self.reduction, device)
+        return self._count, self._state
 
-    def _check_state(self, shape: Sequence[int], device: torch.device, name: str) -> None:
-        expected = self._state.shape[1:]
+    @staticmethod
+    def _check_fits(state: Tensor, shape: Sequence[int], device: torch.device, name: str) -> None:
+        """Check that images of `shape` [B, K, *loc] on `device` are those that `state` is of."""
+        expected = state.shape[1:]
         if tuple(shape) != tuple(expected):
             wanted = f"the images seen so far, [B, K, ...] = {tuple(expected)}"
             raise ValueError(f"{name} must fit {wanted}, got {tuple(shape)}")
-        if device != self._state.device:
+        if device != state.device:
             raise ValueError(
-                f"{name} must be on {self._state.device} like the images seen so far, got {device}"
+                f"{name} must be on {state.device} like the images seen so far, got {device}"
             )
 
     def _check_chunk(
@@ -211,7 +217,7 @@ class PosteriorScorer:
     ) -> None:
         chunk_arguments(x, model_output, coefficients, x_t)
         if self._state is not None:
-            self._check_state(self._result_shape(x), x.device, "x")
+            self._check_fits(self._state, self._result_shape(x), x.device, "x")
 
     def _result_shape(self, x: Tensor) -> tuple[int, ...]:
         locations = x.shape[2:] if self.per_location else ()
@@ -253,9 +259,9 @@ class PosteriorScorer:
     def _classes_of_tensor(self, classes: Tensor, device: torch.device) -> Tensor:
         # The version changes with the tensor's values.
         version = None if classes.is_inference() else classes._version
-        if version is not None and self._class_tensor is not None:
+        if self._class_tensor is not None:
             last, last_version, on_device = self._class_tensor
-            if last is classes and last_version == version:
+            if last is classes and last_version == version and version is not None:
                 return on_device
         if classes.dtype != torch.int64:
             raise TypeError(f"classes must be int64, got {classes.dtype}")
@@ -280,7 +286,7 @@ class PosteriorScorer:
         """
         own = None if self._state is None else (tuple(self._state.shape), self._state.device.type)
         description = (self.num_classes, self.reduction, self.per_location, self._dtype, own)
-        described = [None] * dist.get_world_size(group)
+        described: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(described, description, group)
         states = {state for *_, state in described if state is not None}
         if len({settings[:3] for settings in described}) > 1 or len(states) > 1:
@@ -291,25 +297,26 @@ class PosteriorScorer:
         if any(settings[3] == torch.float64 for settings in described):
             self._dtype = torch.float64
 
-    def _reduce_mixture(self, group: dist.ProcessGroup | None) -> None:
-        neutral = empty_state(self._state.shape[1:], self.reduction, self._state.device)
-        neutral[0] = self._state[0]
+    def _reduce_mixture(
+        self, count: Tensor, state: Tensor, group: dist.ProcessGroup | None
+    ) -> None:
+        neutral = empty_state(state.shape[1:], self.reduction, state.device)
+        neutral[0] = state[0]
         dist.all_reduce(neutral[0], dist.ReduceOp.MAX, group)
         # Merging no weight at the common maximum rescales to it; after that the sums only add up.
-        rescaled = merge_states(self._count, self._state, self._count, neutral, self.reduction)
-        self._state.copy_(rescaled)
-        dist.all_reduce(self._state[1:], group=group)
-        dist.all_reduce(self._count, group=group)
+        state.copy_(merge_states(count, state, count, neutral, self.reduction))
+        dist.all_reduce(state[1:], group=group)
+        dist.all_reduce(count, group=group)
 
-    def _reduce_mean(self, group: dist.ProcessGroup | None) -> None:
-        mean, squares = self._state
-        count = self._count.double().reshape(-1, *[1] * (mean.ndim - 2))
-        dist.all_reduce(self._count, group=group)
-        total = self._count.double().reshape(count.shape).clamp(min=1)
-        common = count * mean
+    def _reduce_mean(self, count: Tensor, state: Tensor, group: dist.ProcessGroup | None) -> None:
+        mean, squares = state
+        own = count.double().reshape(-1, *[1] * (mean.ndim - 2))
+        dist.all_reduce(count, group=group)
+        total = count.double().reshape(own.shape).clamp(min=1)
+        common = own * mean
         dist.all_reduce(common, group=group)
         common /= total
-        squares += count * (mean - common).square()
+        squares += own * (mean - common).square()
         dist.all_reduce(squares, group=group)
         mean.copy_(common)
 
