@@ -122,7 +122,9 @@ class StepCoefficients:
 
         A view where they have that dtype already.
         """
-        return self._scoring_tables.to(dtype)
+        tables = self._scoring_tables
+        # `to` takes a microsecond even where nothing changes.
+        return tables if tables.dtype == dtype else tables.to(dtype)
 
     def require_scorable(self, step: int | None = None) -> None:
         """Raise ValueError where a row has too small a standard deviation.
