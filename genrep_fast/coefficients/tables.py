@@ -130,7 +130,9 @@ class StepCoefficients:
 
         A view where they have that dtype already.
         """
-        return self._scoring_tables.to(dtype)
+        tables = self._scoring_tables
+        # `to` takes a microsecond even where nothing changes.
+        return tables if tables.dtype == dtype else tables.to(dtype)
 
     def step_tables(self) -> Tensor:
         """The rows of `tables` that move a chain, [3, S]: mean_noisy, mean_output and std.
