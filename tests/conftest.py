@@ -20,6 +20,9 @@ if not HAS_GPU:
 
 import genrep_fast as gf  # noqa: E402
 
+# What tests/kernels share asserts as a test does.
+pytest.register_assert_rewrite("kernel_cases", "tensor_list_cases")
+
 
 @pytest.fixture(params=["triton", "cuda"] if HAS_GPU else ["cpu", "triton"])
 def backend(request, monkeypatch):
