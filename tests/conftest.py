@@ -20,6 +20,9 @@ if not HAS_GPU:
 
 import genrep_fast as gf  # noqa: E402
 
+# What tests/kernels share asserts as a test does.
+pytest.register_assert_rewrite("kernel_cases", "tensor_list_cases")
+
 # Files that take longest, which several processes (`make test`) take up first, so that none of them
 # works alone at the end.
 LONGEST = (

@@ -168,7 +168,8 @@ def factors_of(tables_ptr, table_stride, steps):
     """The tables' numbers of a tile's steps."""
     values = ()
     for i in tl.static_range(5):
-        pointers = tables_ptr + i * table_stride + steps.index
+        # Places in 32 bits: a pointer a row would cost thirty registers.
+        pointers = tables_ptr + (i * table_stride + steps.index)
         values = values + (tl.load(pointers, mask=steps.mask, other=0.0),)
     return Factors(
         values[0][None, :, None],

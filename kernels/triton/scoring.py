@@ -147,7 +147,7 @@ def score_kernel(
     output_outer: tl.int64, output_inner: tl.int64,
     x_t_ptr, noisy_batch: tl.int64, noisy_class: tl.int64, noisy_step: tl.int64,
     noisy_outer: tl.int64, noisy_inner: tl.int64,
-    tables_ptr, table_stride: tl.int64,
+    tables_ptr, table_stride: tl.int32,
     classes: tl.int64, steps: tl.int32, elements: tl.int32, inner_size: tl.int32,
     pairs: tl.int64, group_size: tl.int32, columns: tl.int64, plane: tl.int64, num_rows: tl.int64,
     partials_ptr, results,
@@ -209,7 +209,7 @@ def merge_kernel(
     state = empty_state(BLOCK, MIXTURE)
     group = 0
     while group < groups:
-        partial = load_partial(partials_ptr, group, row, mask, num_rows, MIXTURE)
+        partial = load_partial(partials_ptr, group, row, mask, num_rows)
         state = merge_states(state, partial, MIXTURE)
         group += 1
     pairs = Pairs(row // classes, row % classes, 0, mask)

@@ -194,7 +194,7 @@ def rows_kernel(
     output_outer: tl.int64, output_inner: tl.int64,
     x_t_ptr, noisy_batch: tl.int64, noisy_class: tl.int64, noisy_step: tl.int64,
     noisy_outer: tl.int64, noisy_inner: tl.int64,
-    tables_ptr, table_stride: tl.int64,
+    tables_ptr, table_stride: tl.int32,
     classes: tl.int64, steps: tl.int32, elements: tl.int32, inner_size: tl.int32,
     pairs: tl.int64, group_size: tl.int32,
     grad_ptr, likelihood_ptr, remainder_ptr, scales_ptr,
@@ -283,7 +283,7 @@ def sums_kernel(
     output_outer: tl.int64, output_inner: tl.int64,
     x_t_ptr, noisy_batch: tl.int64, noisy_class: tl.int64, noisy_step: tl.int64,
     noisy_outer: tl.int64, noisy_inner: tl.int64,
-    tables_ptr, table_stride: tl.int64,
+    tables_ptr, table_stride: tl.int32,
     classes: tl.int64, steps: tl.int32, elements: tl.int32, inner_size: tl.int32,
     batch: tl.int64, row_elements: tl.int32,
     grad_ptr, likelihood_ptr, remainder_ptr, scales_ptr,
@@ -360,7 +360,7 @@ def _factors_of_terms(tables_ptr, table_stride, step, mask):
     """The tables' numbers of terms [BLOCK, TERMS]."""
     values = ()
     for i in tl.static_range(5):
-        values = values + (tl.load(tables_ptr + i * table_stride + step, mask=mask, other=0.0),)
+        values = values + (tl.load(tables_ptr + (i * table_stride + step), mask=mask, other=0.0),)
     return Factors(values[0], values[1], values[2], values[3], values[4])
 
 

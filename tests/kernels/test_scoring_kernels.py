@@ -130,7 +130,9 @@ def test_any_strides(first, second, size, interpreted):
         own_x, own_x_t = (
             LAYOUTS[layout](tensor) for layout, tensor in zip(layouts, (x, x_t), strict=True)
         )
-        for per_location in (False, True):
+        # In the interpreter every layout meets one of them.
+        own = list(LAYOUTS).index(first) % 2 == 0
+        for per_location in (own,) if interpreted else (False, True):
             assert_scored((own_x, model_output, own_x_t, columns), "mixture", per_location)
 
 
@@ -138,7 +140,7 @@ def test_any_strides(first, second, size, interpreted):
 @pytest.mark.parametrize("first", LAYOUTS)
 def test_sizes_for_wide_loads_in_any_layout(first, extra, dtypes, compiled):
     """Where the sizes allow loads of 16 bytes, strides and places in memory may not."""
-    for channels, second in itertools.product((4, 8), ("contiguous", "channels last")):
+    for channels, second in ((4, "contiguous"), (8, "channels last")):
         x, model_output, x_t, columns = chunk(3, 2, 2, channels, extra, (4, 8), dtypes=dtypes)
         model_output = LAYOUTS[first](model_output)
         for layouts in ((first, second), (second, first)):
@@ -171,7 +173,7 @@ def test_expanded_outputs(axes, size, interpreted):
         expanded = [LAYOUTS[layout](tensor) for tensor in (model_output, x_t)]
         for axis in axes:
             expanded = [tensor.narrow(axis, 0, 1).expand_as(tensor) for tensor in expanded]
-        for per_location in (False, True):
+        for per_location in (axes[-1] == 1,) if interpreted else (False, True):
             assert_scored((x[:1].expand_as(x), *expanded, columns), "mixture", per_location)
 
 
