@@ -265,14 +265,6 @@ def test_part_of_what_is_needed_is_not_nothing():
 # Accelerate and Lightning
 
 
-@pytest.fixture
-def accelerate():
-    accelerate = pytest.importorskip("accelerate")
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    yield accelerate
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-
-
 def test_accelerate_saves_and_loads(tmp_path, accelerate):
     accelerator = accelerate.Accelerator(cpu=True)
     source = Run("average")

@@ -500,14 +500,6 @@ def test_clipping_through_grad_is_refused():
         fused.step([0])
 
 
-@pytest.fixture
-def accelerate():
-    accelerate = pytest.importorskip("accelerate")
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    yield accelerate
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-
-
 def test_accelerate_with_a_scaler(accelerate):
     # It would make a scaler itself with fp16, but for that it wants a GPU.
     accelerate.Accelerator(cpu=True)

@@ -7,17 +7,16 @@ import pickle
 import pytest
 import torch
 import torch._dynamo.testing
-from small_models import (
-    NAMES,
-    Model,
-    aligned,
-    assert_gradients,
-    batch,
-    collect_all,
-)
+from small_models import NAMES, Model, aligned, assert_gradients, batch, collect_all
 from torch import nn
 
 import genrep_fast as gf
+
+
+def assert_works(aligner, model):
+    expected, _ = aligned(model)
+    aligner.backward(*model(batch()))
+    assert_gradients(model, expected)
 
 
 def test_a_pass_that_raises_is_dropped():
@@ -48,9 +47,7 @@ def test_a_later_micro_batch_that_raises_ends_the_step():
         with pytest.raises(RuntimeError, match=r"start the step over with zero_grad\(\)"):
             call()
     aligner.zero_grad()
-    expected, _ = aligned(model)
-    aligner.backward(*model(batch()))
-    assert_gradients(model, expected)
+    assert_works(aligner, model)
 
 
 def test_a_joint_backward_that_raises_leaves_nothing():
@@ -59,9 +56,7 @@ def test_a_joint_backward_that_raises_leaves_nothing():
     loss, _ = model(batch())
     with pytest.raises(RuntimeError, match="does not require grad"):
         aligner.backward(loss, torch.zeros(()))
-    expected, _ = aligned(model)
-    aligner.backward(*model(batch()))
-    assert_gradients(model, expected)
+    assert_works(aligner, model)
 
 
 def test_a_joint_backward_that_raises_after_micro_batches_ends_the_step():

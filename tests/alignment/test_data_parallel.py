@@ -8,13 +8,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.distributed as dist
-from small_models import (
-    NAMES,
-    Model,
-    assert_gradients,
-    batch,
-    trained,
-)
+from small_models import NAMES, Model, assert_gradients, batch, trained
 from torch.nn.parallel import DistributedDataParallel
 
 import genrep_fast as gf
