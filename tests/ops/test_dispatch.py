@@ -86,7 +86,7 @@ def alignment_calls(registry):
 
 def test_float64_gram_matrices_of_float32_gradients_reach_every_backend(alignment_calls):
     with gf.use_backend("cpu"):
-        gf.align_gradients([torch.ones(3)], [torch.ones(3)])
+        gf.align_gradients([torch.ones(3), torch.ones(2)], [torch.ones(3), torch.ones(2)])
     assert alignment_calls == list(ALIGNMENT)
 
 
