@@ -100,16 +100,6 @@ inline View view_of(
   return view;
 }
 
-// Table [S] of the reverse step.
-inline const float* table_of(const Tensor& table, int64_t steps, const Tensor& x) {
-  const bool fits = table.scalar_type() == ScalarType::Float && table.dim() == 1 &&
-                    table.size(0) == steps && table.is_contiguous();
-  STD_TORCH_CHECK(
-      fits && table.device() == x.device(), "tables must be contiguous float32 tensors of shape [",
-      steps, "] on x's device");
-  return static_cast<const float*>(table.const_data_ptr());
-}
-
 // Points the chunk at the rows of tables [5, S].
 inline void set_tables(ScoredChunk& chunk, const Tensor& tables, const Tensor& x) {
   const bool fits = tables.scalar_type() == ScalarType::Float && tables.dim() == 2 &&

@@ -63,6 +63,15 @@ def check_in_range(value: Any, name: str, end: int, shown: str | None = None) ->
         raise ValueError(f"{name} must lie in [0, {shown or end}), got {value}")
 
 
+def check_max_norm(max_norm: float | None) -> float | None:
+    """Check that `max_norm` is None or a positive number."""
+    if max_norm is not None:
+        check_number(max_norm, "max_norm")
+        if not max_norm > 0:
+            raise ValueError(f"max_norm must be positive or None, got {max_norm}")
+    return max_norm
+
+
 def check_power(power: float) -> float:
     """Check that `power` is a finite number, >= 0; return it as a float."""
     check_not_negative(power, "power")

@@ -18,10 +18,10 @@ namespace genrep_fast {
 using OptionalTensors = std::vector<std::optional<Tensor>>;
 
 constexpr int64_t kMaxLosses = 8;
-constexpr int64_t kChunk =
-    16384;  // elements; the order of every sum follows from it, and never from the number of threads
-constexpr int64_t kPrefetch =
-    2048;  // elements that are asked for ahead of their use: memory then delivers 5 to 10 % more
+// Elements. The order of every sum follows from it, and never from the number of threads.
+constexpr int64_t kChunk = 16384;
+// Elements that are asked for ahead of their use: memory then delivers 5 to 10 % more.
+constexpr int64_t kPrefetch = 2048;
 
 struct Chunk {
   int64_t tensor;

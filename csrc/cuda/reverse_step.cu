@@ -274,7 +274,7 @@ void check_sample(
   STD_TORCH_CHECK(fits, name, " must have x_t's shape and device");
 }
 
-// Points at the step's column of the tables [8, S], whose rows are in the order of StepCoefficients.
+// Points at the step's column of the tables [8, S]. Rows are in the order of StepCoefficients.
 void point_at_tables(const Tensor& tables, int64_t step, const Tensor& x_t, Step& arguments) {
   const bool fits = tables.scalar_type() == ScalarType::Float && tables.dim() == 2 &&
                     tables.size(0) == 8 && tables.is_contiguous();

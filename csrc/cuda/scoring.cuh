@@ -1,5 +1,5 @@
-// A chunk of scored steps on the device: residuals and squares of its rows, and what every launch of
-// a scoring kernel needs.
+// A chunk of scored steps on the device: residuals and squares of its rows, and what every launch
+// of a scoring kernel needs.
 //
 // Backward recomputes what forward has summed up and must get the same bits, so both call
 // row_squares and location_squares, in which every operation whose rounding the compiler could

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple, NoReturn, SupportsIndex
 import torch
 from torch import Tensor
 
-from ..checks import check_ema_decay
+from ..checks import check_ema_decay, check_max_norm
 from ..ops.optimizer import adamw_step_operator
 from .adamw_state import check_group_options, checked_copy, counters_of_adamw
-from .aligner import GradientAligner, check_max_norm
+from .aligner import GradientAligner
 from .averages import Averages
 from .collected import Collected
 

@@ -22,7 +22,7 @@ from typing import Any, NoReturn, SupportsIndex
 import torch
 from torch import Tensor
 
-from ..checks import check_number, check_weights
+from ..checks import check_max_norm, check_weights
 from ..ops.alignment import combine_operator
 from .collected import Collected, CollectedGradients
 from .groups import ParameterGroups, check_names, check_not_sharded, label, named_parameters
@@ -485,15 +485,6 @@ class GradientAligner:
         self._coefficients.clear()
         self._marker_checked = False
         self._left.take_back()
-
-
-def check_max_norm(max_norm: float | None) -> float | None:
-    """Check that `max_norm` is None or a positive number."""
-    if max_norm is not None:
-        check_number(max_norm, "max_norm")
-        if not max_norm > 0:
-            raise ValueError(f"max_norm must be positive or None, got {max_norm}")
-    return max_norm
 
 
 def _default_weights(is_genrep: bool, n: int) -> tuple[float, ...]:

@@ -19,7 +19,7 @@ from ..checks import (
 from ..dispatch.operators import define_operator
 from ..memory_overlap import check_no_overlap
 from ..reference import optimizer as reference
-from .alignment import Gradients, check_coefficients, check_gradients
+from .alignment import GradientLayout, Gradients, check_coefficients, check_gradients
 
 adamw_step_operator = define_operator(
     "adamw_step(Tensor(a!)[] params, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
@@ -92,14 +92,7 @@ def adamw_step(
     written = {"params": params, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     if emas is not None:
         written["emas"] = emas
-    for name, listed in (*written.items(), ("steps", steps)):
-        check_length(listed, name, len(layout.samples))
-    for t, sample in enumerate(layout.samples):
-        if sample is None:
-            continue
-        for name, tensors in written.items():
-            check_writable(tensors[t], f"{name}[{t}]", sample.shape, layout.device)
-        check_scalar(steps[t], f"steps[{t}]", layout.device)
+    _check_state(written, steps, layout)
     reached = layout.reached
     lists: dict[str, Gradients] = dict(zip(names, gradients, strict=True))
     read: dict[str, Tensor | Gradients] = dict(_only({**lists, "steps": steps}, reached))
@@ -140,6 +133,20 @@ def _only(
     for name, tensors in lists.items():
         result[name] = [tensor if t in kept else None for t, tensor in enumerate(tensors)]
     return result
+
+
+def _check_state(
+    written: Mapping[str, Sequence[Tensor]], steps: Sequence[Tensor], layout: GradientLayout
+) -> None:
+    """Check what a step updates, and its numbers, of the tensors that some loss reaches."""
+    for name, tensors in (*written.items(), ("steps", steps)):
+        check_length(tensors, name, len(layout.samples))
+    for t, sample in enumerate(layout.samples):
+        if sample is None:
+            continue
+        for name, tensors in written.items():
+            check_writable(tensors[t], f"{name}[{t}]", sample.shape, layout.device)
+        check_scalar(steps[t], f"steps[{t}]", layout.device)
 
 
 def _check_found_inf(found_inf: Tensor | None, device: torch.device) -> None:

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import check_at_least
 from ..coefficients.tables import StepCoefficients
 from ..coefficients.transitions import ReverseTransition, normal_tables, reverse_transition
 from ..dispatch.selection import select_implementation
 from ..ops.scoring import log_likelihood
 from ..reference import scoring as reference
 from .chain_bank_file import BankContents, read_bank, write_bank
-from .chain_settings import ChainSettings, check_centers, require_at_least, run_dtype
+from .chain_settings import ChainSettings, check_centers, run_dtype
 from .chains import Denoiser, Prediction, ReverseChain, inference_scheduler, initial_noise
 
 # Residuals [b, k, S, D] that the reference, which writes them out, gets at once: 16 MiB in float64,
@@ -114,7 +115,7 @@ class ChainBank:
                 called.
         """
         dtype = torch.float32 if dtype is None else dtype
-        require_at_least(1, num_inference_steps=num_inference_steps, batch_size=batch_size)
+        check_at_least(1, num_inference_steps=num_inference_steps, batch_size=batch_size)
         settings = ChainSettings(
             chains, burn_in, thin, center, sigma_floor, seed, _clip_range(scheduler)
         )
@@ -161,7 +162,7 @@ class ChainBank:
             raise ValueError(
                 f"chains must be between 1 and the bank's {self.settings.chains}, got {chains}"
             )
-        require_at_least(1, batch_size=batch_size)
+        check_at_least(1, batch_size=batch_size)
         self.settings.check_drawn(self._drawn + chains, len(self.centers))
         # All of them before the first is written: a network that fails leaves the bank as it is.
         self._replace(list(self._draw(denoiser, chains, batch_size)), chains)

@@ -14,10 +14,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..checks import check_at_least
 from ..coefficients.tables import StepCoefficients
 from ..coefficients.transitions import ReverseTransition, normal_tables
 from ..files import replacing
-from .chain_settings import ChainSettings, check_centers, require_at_least, run_dtype
+from .chain_settings import ChainSettings, check_centers, run_dtype
 from .chains import ReverseChain
 
 _COEFFICIENTS = tuple(field.name for field in dataclasses.fields(StepCoefficients) if field.init)
@@ -184,7 +185,7 @@ def _check_counts(
     drawn: int, evaluations: int, settings: ChainSettings, num_classes: int, steps: int
 ) -> None:
     """Raise TypeError or ValueError for numbers that no bank with these settings has counted."""
-    require_at_least(0, drawn=drawn, evaluations=evaluations)
+    check_at_least(0, drawn=drawn, evaluations=evaluations)
     if drawn < settings.chains:
         raise ValueError(
             f"drawn must be at least the number of chains, {settings.chains}, got {drawn}"

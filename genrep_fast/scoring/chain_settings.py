@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import numbers
 
 import torch
 
+from ..checks import DTYPES, check_at_least, check_choice
 from ..coefficients.transitions import check_sigma_floor
-
-_CENTER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +27,8 @@ class ChainSettings:
 
     def check(self, steps: int) -> None:
         """Raise TypeError or ValueError where no chain of `steps` steps can run with them."""
-        require_at_least(1, chains=self.chains, thin=self.thin)
-        require_at_least(0, burn_in=self.burn_in, seed=self.seed)
+        check_at_least(1, chains=self.chains, thin=self.thin)
+        check_at_least(0, burn_in=self.burn_in, seed=self.seed)
         if self.burn_in >= steps:
             raise ValueError(
                 f"burn_in must be less than num_inference_steps, {steps}, got {self.burn_in}: "
@@ -38,8 +36,7 @@ class ChainSettings:
             )
         if self.seed >= 2**64:
             raise ValueError(f"seed must be less than 2**64, got {self.seed}")
-        if self.center not in ("mean", "sample"):
-            raise ValueError(f'center must be "mean" or "sample", got {self.center!r}')
+        check_choice(self.center, "center", ("mean", "sample"))
         check_sigma_floor(self.sigma_floor)
         clip_range = self.clip_range
         if clip_range is None:
@@ -61,21 +58,13 @@ class ChainSettings:
 
 def check_centers(dtype: torch.dtype, num_classes: int, sample_shape: tuple[int, ...]) -> None:
     """Raise TypeError or ValueError for centres that no bank has."""
-    if dtype not in _CENTER_DTYPES:
+    if dtype not in DTYPES:
         raise TypeError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")
-    require_at_least(1, num_classes=num_classes)
+    check_at_least(1, num_classes=num_classes)
     if not sample_shape:
         raise ValueError("sample_shape must be (C, *spatial), got ()")
     if not all(isinstance(size, int) and size > 0 for size in sample_shape):
         raise ValueError(f"sample_shape must hold positive integers, got {sample_shape}")
-
-
-def require_at_least(least: int, **values: int) -> None:
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-            raise TypeError(f"{name} must be an integer, got {value!r}")
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def run_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -75,6 +75,50 @@ def test_the_wings_have_empty_doors():
         assert (PACKAGE / wing / "__init__.py").read_text() == ""
 
 
+def sources(*tops):
+    for top in tops:
+        for path in sorted((ROOT / top).rglob("*")):
+            is_linked = any(parent.is_symlink() for parent in path.parents)
+            if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh") and not is_linked:
+                yield path
+
+
+def test_no_file_and_no_function_is_too_long():
+    longest = {"genrep_fast": 500, "kernels": 500, "csrc": 500, "benchmarks": 500, "tests": 800}
+    too_long = []
+    for top, limit in longest.items():
+        for path in sources(top):
+            lines = len(path.read_text().splitlines())
+            if lines > limit:
+                too_long.append(f"{path.relative_to(ROOT)} has {lines} lines")
+    for path in sources("genrep_fast", "benchmarks"):
+        if path.suffix != ".py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and code_lines(node) > 60:
+                too_long.append(f"{path.relative_to(ROOT)}: {node.name}")
+    assert too_long == []
+
+
+def code_lines(function):
+    """Lines of a function without its docstring."""
+    lines = function.end_lineno - function.lineno + 1
+    if ast.get_docstring(function) is None:
+        return lines
+    docstring = function.body[0]
+    return lines - (docstring.end_lineno - docstring.lineno + 1)
+
+
+def test_lines_have_100_columns():
+    """But for what cannot be broken, one line in a thousand at most."""
+    lines = [
+        line
+        for path in sources("genrep_fast", "kernels", "csrc", "benchmarks", "tests")
+        for line in path.read_text().splitlines()
+    ]
+    assert sum(len(line) > 100 for line in lines) <= len(lines) / 1000
+
+
 def test_the_architecture_page_names_every_folder_and_nothing_else():
     text = (ROOT / "docs/architecture.md").read_text()
     named = set(
