@@ -74,7 +74,7 @@ wheel-matrix: wheel # tests the wheel beside the oldest and the newest torch
 
 # Runs stay: they took longer than anything that is deleted here.
 clean: # everything that was built, but no runs
-	rm -rf $(VENV) build dist *.egg-info genrep_fast/*.so genrep_fast/build.json
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache compile_commands.json genrep_fast/*.so genrep_fast/build.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stem is an extra of pyproject.toml. Editable: sources are read where they lie, so that only a change of these files asks for another

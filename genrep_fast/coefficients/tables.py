@@ -68,7 +68,7 @@ class StepCoefficients:
     mean_noisy: Tensor | None = None
     mean_output: Tensor | None = None
     std: Tensor | None = None
-    tables: Tensor = dataclasses.field(init=False)
+    tables: Tensor = dataclasses.field(init=False, repr=False)
     _scoring_tables: Tensor = dataclasses.field(init=False, repr=False)
     unscorable: tuple[int, ...] = dataclasses.field(init=False)
     needs_noisy: bool = dataclasses.field(init=False)
@@ -91,8 +91,9 @@ class StepCoefficients:
             raise ValueError(f"log_norm must be finite, got {self.log_norm.tolist()}")
         if self.std is not None and not (self.std >= 0).all():
             raise ValueError(f"std must not be negative, got {self.std.tolist()}")
-        names = (*_TABLES, *given)
-        self._set_tables(torch.stack([getattr(self, name) for name in names]))
+        with torch.no_grad():
+            tables = torch.stack([getattr(self, name) for name in (*_TABLES, *given)])
+        self._set_tables(tables)
         # Kept in Python, so that no call has to ask the device.
         object.__setattr__(self, "unscorable", tuple((~finite).nonzero().flatten().tolist()))
         object.__setattr__(self, "needs_noisy", bool((self.noisy != 0).any()))
@@ -117,6 +118,21 @@ class StepCoefficients:
         moved = copy.copy(self)
         moved._set_tables(tables)
         return moved
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The rows are views of `tables`, of which pickle would write the whole for each.
+        names = ("tables", "unscorable", "needs_noisy")
+        return {name: getattr(self, name) for name in names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name in ("unscorable", "needs_noisy"):
+            object.__setattr__(self, name, state[name])
+        tables = state.get("tables")
+        if tables is None:
+            # As 0.1 pickled them.
+            rows = [state[name] for name in (*_TABLES, *_MEAN_TABLES)]
+            tables = torch.stack([row for row in rows if row is not None])
+        self._set_tables(tables)
 
     def _set_tables(self, tables: Tensor) -> None:
         object.__setattr__(self, "tables", tables)

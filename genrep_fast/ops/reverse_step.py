@@ -74,8 +74,12 @@ def reverse_step(
         _check_std_scale(std_scale, x_t)
         std_scale = std_scale.expand(x_t.shape)
     # The schema's integers are signed: the upper half of the seeds is their two's complement.
-    signed_seed = seed - 2**64 if seed >= 2**63 else seed
+    signed_seed = int(seed)
+    if signed_seed >= 2**63:
+        signed_seed -= 2**64
     tables = coefficients.tables
+    if tables.dtype != accumulation_dtype(x_t):
+        tables = tables.to(accumulation_dtype(x_t))
     with torch.no_grad():
         x_prev, score = _reverse_step(
             x_t, model_output, tables, step, signed_seed, chain_ids, x, std_scale

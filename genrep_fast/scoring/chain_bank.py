@@ -120,6 +120,8 @@ class ChainBank:
             chains, burn_in, thin, center, sigma_floor, seed, _clip_range(scheduler)
         )
         settings.check(num_inference_steps)
+        settings = settings.of_python()
+        chains = settings.chains
         check_centers(dtype, num_classes, tuple(sample_shape))
         settings.check_drawn(chains, num_classes)
         scheduler = inference_scheduler(scheduler, num_inference_steps)
@@ -275,7 +277,7 @@ class ChainBank:
         by_chain = self.centers.unflatten(1, (self.settings.chains, -1))
         for labels, slots, centers in drawn:
             by_chain[labels, slots] = centers
-        self._drawn += chains
+        self._drawn += int(chains)
         self.evaluations += len(self.centers) * chains * len(self._chain)
 
     def _run(self, denoiser: Denoiser, labels: Tensor, chain_ids: Tensor) -> Tensor:

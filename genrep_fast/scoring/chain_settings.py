@@ -46,6 +46,17 @@ class ChainSettings:
         if not 0 < clip_range <= torch.finfo(torch.float32).max:
             raise ValueError(f"clip_range must be finite and positive, got {clip_range!r}")
 
+    def of_python(self) -> ChainSettings:
+        """The same in Python's own numbers, which JSON holds where it holds none of NumPy's."""
+        return dataclasses.replace(
+            self,
+            chains=int(self.chains),
+            burn_in=int(self.burn_in),
+            thin=int(self.thin),
+            sigma_floor=float(self.sigma_floor),
+            seed=int(self.seed),
+        )
+
     def check_drawn(self, drawn: int, num_classes: int) -> None:
         """Raise ValueError where `drawn` chains of every class need more than the 2³² chain ids."""
         generations = -(-drawn // self.chains)

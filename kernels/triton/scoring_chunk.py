@@ -179,7 +179,7 @@ def chunk_of(
         x=x,
         model_output=output,
         x_t=noisy,
-        tables=tables,
+        tables=tables.contiguous(),
         strides=tuple(strides_of(tensor, channels_inner) for tensor in (x, output, noisy)),
         batch=batch,
         classes=torch.broadcast_shapes(*(tensor.shape[1:2] for tensor in with_classes))[0],

@@ -35,6 +35,18 @@ pytestmark = [
 ]
 
 
+def test_triton_reads_tables_of_any_strides():
+    pytest.importorskip("triton")
+    x, model_output, x_t, columns = chunk(2, 3, 2, 2, 0, (5,))
+    results = []
+    for strided in (columns, columns.t().contiguous().t()):
+        with gf.use_backend("triton"):
+            results.append(
+                operators.log_likelihood(x, model_output, x_t, strided, "mixture", False)
+            )
+    assert_equal_bits(*results)
+
+
 SIZES = [  # B, K, S, C, extra channels, spatial
     (1, 1, 1, 1, 0, ()),
     (2, 3, 2, 2, 1, (3, 4)),

@@ -4,6 +4,7 @@ against torch.distributions.
 
 import math
 
+import numpy
 import pytest
 import torch
 from diffusers import DDPMScheduler
@@ -42,6 +43,15 @@ def case(shape=(3, 2, 5, 7), dtype=torch.float32, extra=0):
         draw(*shape, seed=2, dtype=dtype),
         ids,
     )
+
+
+def test_seeds_of_numpy_and_float64_tables_change_nothing():
+    x_t, output, x, ids = case()
+    for seed in (7, 2**63 + 1):
+        expected = reverse_step(x_t, output, coefficients(), 3, seed=seed, chain_ids=ids, x=x)
+        own = coefficients(torch.float64), 3
+        given = reverse_step(x_t, output, *own, seed=numpy.uint64(seed), chain_ids=ids, x=x)
+        torch.testing.assert_close(given, expected, rtol=0, atol=0)
 
 
 # Noise

@@ -7,6 +7,7 @@ import random
 import re
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
@@ -45,6 +46,18 @@ def images(batch, dtype=torch.float64):
 
 
 # What loads
+
+
+def test_integers_of_numpy_are_saved(tmp_path):
+    given = {"chains": numpy.int64(CHAINS), "seed": numpy.uint64(2**63 + 5), "thin": numpy.int32(2)}
+    bank = build(sigma_floor=numpy.float32(0.25), **given)
+    bank.refresh(denoiser, chains=numpy.int64(1))
+    bank.save(tmp_path / "bank.safetensors")
+    loaded = ChainBank.load(tmp_path / "bank.safetensors")
+    assert loaded.settings == bank.settings and torch.equal(loaded.centers, bank.centers)
+    expected = build(sigma_floor=0.25, seed=2**63 + 5)
+    expected.refresh(denoiser)
+    assert torch.equal(loaded.centers, expected.centers)
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,10 @@
 of reading a scheduler.
 """
 
+import copy
 import dataclasses
 import math
+import pickle
 
 import pytest
 import torch
@@ -591,6 +593,33 @@ def test_scoring_tables_stand_in_the_order_of_the_operators(dtype):
     for table, expected in zip(coefficients.scoring_tables(dtype), given, strict=True):
         assert table.dtype == dtype and torch.equal(table.float(), expected)
         assert (table.data_ptr() == expected.data_ptr()) == (dtype == torch.float32)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))]
+)
+@pytest.mark.parametrize("chain", [False, True])
+def test_copies_are_whole_and_hold_the_tables_once(copied, chain):
+    made = ddpm()
+    made.set_timesteps(10)
+    coefficients = StepCoefficients(**tables(log_norm=torch.zeros(3, requires_grad=True)))
+    if chain:
+        coefficients = StepCoefficients.chain(made, made.timesteps)
+    other = copied(coefficients).to(dtype=torch.float64).to(dtype=torch.float32)
+    assert torch.equal(other.tables, coefficients.tables) and (other.std is None) != chain
+    assert other.unscorable == coefficients.unscorable
+    assert other.needs_noisy == coefficients.needs_noisy
+    size = coefficients.tables.numel() * coefficients.tables.element_size()
+    assert len(pickle.dumps(coefficients)) < size + 1500
+
+
+def test_pickles_of_tables_one_by_one_load():
+    coefficients = StepCoefficients(**tables())
+    state = {name: getattr(coefficients, name) for name in (*tables(), "unscorable", "needs_noisy")}
+    state |= {"mean_noisy": None, "mean_output": None, "std": None}
+    loaded = StepCoefficients.__new__(StepCoefficients)
+    loaded.__setstate__(state)
+    assert torch.equal(loaded.to(dtype=torch.float64).tables, coefficients.tables.double())
 
 
 def test_normal_tables_normalise_the_density():
