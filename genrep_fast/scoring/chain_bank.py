@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_at_least
+from ..checks import check_at_least, check_integer
 from ..coefficients.tables import StepCoefficients
 from ..coefficients.transitions import ReverseTransition, normal_tables, reverse_transition
 from ..dispatch.selection import select_implementation
@@ -160,6 +160,8 @@ class ChainBank:
             TypeError, ValueError: for a number out of range, a bank whose 2³² chain ids are used
                 up, or a denoiser whose output does not fit; the bank is unchanged then.
         """
+        check_integer(chains, "chains")
+        chains = int(chains)
         if not 1 <= chains <= self.settings.chains:
             raise ValueError(
                 f"chains must be between 1 and the bank's {self.settings.chains}, got {chains}"
@@ -277,7 +279,7 @@ class ChainBank:
         by_chain = self.centers.unflatten(1, (self.settings.chains, -1))
         for labels, slots, centers in drawn:
             by_chain[labels, slots] = centers
-        self._drawn += int(chains)
+        self._drawn += chains
         self.evaluations += len(self.centers) * chains * len(self._chain)
 
     def _run(self, denoiser: Denoiser, labels: Tensor, chain_ids: Tensor) -> Tensor:
