@@ -32,7 +32,7 @@ if [[ $DRY ]]; then
 elif capability=$(nvidia-smi --id=0 --query-gpu=compute_cap --format=csv,noheader); then
     export CUDA_VISIBLE_DEVICES=0 GENREP_FAST_CUDA=1 TORCH_CUDA_ARCH_LIST="$capability+PTX"
     kernels="scoring_kernels,triton scoring_kernels,cuda shared_centers_kernels states_kernels posterior_kernels reverse_step_kernels kernel_calls alignment_kernels optimizer_kernels triton"
-    TESTS=${TESTS:-$kernels alignment optimizer aligner zero_gradients left_gradients aligned_adamw rules}
+    TESTS=${TESTS:-$kernels alignment optimizer aligner aligner_gradients zero_gradients left_gradients aligned_adamw rules}
     # Triton compiles a kernel for every dtype and layout, which keeps many processors busy.
     "$PYTHON" -c "import xdist" 2>/dev/null && WORKERS=$(($(nproc) * 3 / 4))
 else

@@ -14,6 +14,7 @@
 #include <immintrin.h>
 #endif
 
+#include "../arithmetic.h"
 #include "rows.h"
 #include "vector_math.h"
 
@@ -199,7 +200,7 @@ GENREP_FAST_INLINE const float* read_padded(
     values = scratch;
   }
   if (count % kLanes != 0) {
-    std::fill(scratch + count, scratch + (count + kLanes - 1) / kLanes * kLanes, 0.0f);
+    std::fill(scratch + count, scratch + round_up(count, kLanes), 0.0f);
   }
   return values;
 }
@@ -235,7 +236,7 @@ GENREP_FAST_INLINE Sums move_block(const Step& step, int64_t b, int64_t begin, i
                            ? read_padded(step, step.std_scale, b, begin, count, scratch[3])
                            : nullptr;
   if (scale && count % kLanes != 0) {
-    std::fill(scratch[3] + count, scratch[3] + (count + kLanes - 1) / kLanes * kLanes, 1.0f);
+    std::fill(scratch[3] + count, scratch[3] + round_up(count, kLanes), 1.0f);
   }
   PhiloxWords words;
   Draw draw = step.draw;
@@ -344,7 +345,7 @@ std::tuple<Tensor, Tensor> reverse_step(
   step.streaming =
       x_prev.scalar_type() == ScalarType::Float && is_streamed(x_prev, 4 * x_prev.numel());
 
-  const int64_t chunks = (step.elements + kChunk - 1) / kChunk;
+  const int64_t chunks = ceil_div(step.elements, kChunk);
   std::vector<double> partials(batch * chunks);
   torch::stable::parallel_for(0, batch * chunks, 1, [&](int64_t first, int64_t last) {
     for (int64_t task = first; task < last; ++task) {

@@ -104,7 +104,7 @@ std::tuple<Tensor, Tensor, Tensor> alignment_coefficients(
          alpha = new_float64(gram, {groups});
   if (groups > 0) {
     constexpr int kBlock = 64;
-    const unsigned blocks = static_cast<unsigned>((groups + kBlock - 1) / kBlock);
+    const unsigned blocks = static_cast<unsigned>(ceil_div(groups, kBlock));
     alignment_coefficients_kernel<<<blocks, kBlock, 0, scope.stream()>>>(
         static_cast<const double*>(matrices.data_ptr()), groups, weights[0], weights[1], power,
         static_cast<double*>(coefficients.data_ptr()), static_cast<double*>(cosine.data_ptr()),
@@ -135,7 +135,7 @@ Tensor tensor_coefficients(
     const int count = static_cast<int>(std::min<int64_t>(TensorGroups::kCapacity, left));
     std::copy_n(groups.begin() + first, count, table.groups);
     constexpr int kBlock = 64;
-    const unsigned blocks = static_cast<unsigned>((count + kBlock - 1) / kBlock);
+    const unsigned blocks = static_cast<unsigned>(ceil_div(count, kBlock));
     alignment_tensor_coefficients_kernel<<<blocks, kBlock, 0, scope.stream()>>>(
         table, static_cast<const double*>(group_rows.data_ptr()),
         static_cast<const double*>(own.data_ptr()) + first * n * n,

@@ -299,8 +299,7 @@ Tensor gram(
     STD_TORCH_CHECK(
         0 <= groups[t] && groups[t] < num_groups, "groups must be in [0, ", num_groups, "), got ",
         groups[t]);
-    first_slot[groups[t] + 1] +=
-        (numel_of(gradients, num_tensors, t) + kGramChunk - 1) / kGramChunk;
+    first_slot[groups[t] + 1] += ceil_div(numel_of(gradients, num_tensors, t), kGramChunk);
   }
   std::partial_sum(first_slot.begin(), first_slot.end(), first_slot.begin());
 

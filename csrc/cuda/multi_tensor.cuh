@@ -127,7 +127,7 @@ void for_each_table(const std::vector<Entry>& entries, int64_t chunk, Launch lau
     for (int k = 0; k < table.size; ++k) {
       table.entries[k] = entries[first + k];
       table.first_chunk[k + 1] =
-          table.first_chunk[k] + static_cast<int32_t>((table.entries[k].numel + chunk - 1) / chunk);
+          table.first_chunk[k] + static_cast<int32_t>(ceil_div(table.entries[k].numel, chunk));
     }
     launch(table);
   }

@@ -312,7 +312,7 @@ class GradientAligner:
         """
         check_max_norm(max_norm)
         self._passes.check_outside("align" if self._optimizer() is None else "step")
-        # It looked for non-finite values.
+        # A GradScaler writes to what was left when it looks for values that are not finite.
         self._check_left(written_by_scaler=grad_scale is not None)
         self._passes.check_complete()
         if self._optimizer() is not None:

@@ -155,12 +155,16 @@ class StepCoefficients:
 
         Raises ValueError where there are none.
         """
-        if len(self.tables) == len(_TABLES):
+        self.require_step()
+        return self.tables[len(_TABLES) :]
+
+    def require_step(self) -> None:
+        """Raise ValueError where there are no tables that move a chain."""
+        if self.std is None:
             raise ValueError(
                 f"coefficients have no step of their own ({', '.join(_MEAN_TABLES)}): "
                 "build them with StepCoefficients.chain"
             )
-        return self.tables[len(_TABLES) :]
 
     def require_scorable(self, step: int | None = None) -> None:
         """Raise ValueError where a row has too small a standard deviation.

@@ -121,11 +121,7 @@ def _check_sample(name: str, tensor: Tensor, x_t: Tensor) -> None:
 def _check_coefficients(coefficients: StepCoefficients, step: int, x_t: Tensor) -> None:
     if not isinstance(coefficients, StepCoefficients):
         raise TypeError(f"coefficients must be StepCoefficients, got {type(coefficients).__name__}")
-    if coefficients.std is None:
-        raise ValueError(
-            "coefficients have no step of their own (mean_noisy, mean_output, std): "
-            "build them with StepCoefficients.chain"
-        )
+    coefficients.require_step()
     check_device(x_t.device, coefficients=coefficients.data)
     check_in_range(step, "step", len(coefficients))
 

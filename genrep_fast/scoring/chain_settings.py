@@ -79,4 +79,5 @@ def check_centers(dtype: torch.dtype, num_classes: int, sample_shape: tuple[int,
 
 
 def run_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the chains of a bank run in whose centres are kept in `dtype`: float32, or float64."""
     return torch.promote_types(dtype, torch.float32)

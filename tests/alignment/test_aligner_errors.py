@@ -182,6 +182,8 @@ def test_flat_refuses_a_parameter_in_the_middle_of_a_step():
 
 
 def test_a_parameter_may_begin_to_require_a_gradient_within_a_block():
+    # A plain sum would be another one.
+    conflicting = torch.tensor([-2.0, 1.0])
     parameter = nn.Parameter(torch.ones(2), requires_grad=False)
     aligner = gf.GradientAligner([parameter])
     with aligner.collect("perception"):
@@ -190,9 +192,9 @@ def test_a_parameter_may_begin_to_require_a_gradient_within_a_block():
     parameter.requires_grad_(False)
     with aligner.collect("generation"):
         parameter.requires_grad_(True)
-        (2 * parameter).sum().backward()
+        (conflicting * parameter).sum().backward()
     aligner.align()
-    expected, _ = gf.align_gradients([torch.ones(2)], [2 * torch.ones(2)])
+    expected, _ = gf.align_gradients([torch.ones(2)], [conflicting])
     torch.testing.assert_close(parameter.grad, expected[0])
 
 

@@ -98,6 +98,21 @@ def test_groups_are_aligned_apart_and_the_rest_is_summed():
         torch.testing.assert_close(aligned[t], expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("groups", [[0, 1, 2], [2, 0, 1], [1, None, 0], [0, 2, 3]])
+def test_a_tensor_that_is_a_group_of_its_own_is_aligned_as_if_alone(groups):
+    p, g = gradient_pair([(7,), (2, 3), (5,)])
+    # One loss does not reach it.
+    g[2] = torch.zeros_like(p[2])
+    aligned, stats = gf.align_gradients(p, g, weights=WEIGHTS, groups=groups)
+    for t, group in enumerate(groups):
+        if group is None:
+            torch.testing.assert_close(aligned[t], WEIGHTS[0] * p[t] + WEIGHTS[1] * g[t])
+            continue
+        alone, of_alone = gf.align_gradients(p[t : t + 1], g[t : t + 1], weights=WEIGHTS)
+        torch.testing.assert_close(aligned[t], alone[0], rtol=0, atol=0)
+        torch.testing.assert_close(stats.coefficients[group], of_alone.coefficients[0])
+
+
 def test_each_part_orthogonal_to_the_other_gradient_is_kept():
     p, g = (flatten(tensors) for tensors in gradient_pair())
     for kept, other, weights in ((p, g, (1, 0)), (g, p, (0, 1))):
