@@ -35,7 +35,7 @@ from genrep_fast.data import as_tensors, load_data
 from genrep_fast.models import GenRep
 from genrep_fast.training.config import TrainingConfig
 from genrep_fast.training.losses import GenerationLoss, perception_loss
-from genrep_fast.training.trainer import build_scheduler
+from genrep_fast.training.networks import build_scheduler
 
 CLASSES, TEACHER_EVALUATIONS = 10, 16
 CONFIG = TrainingConfig()

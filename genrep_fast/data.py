@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
@@ -31,7 +31,13 @@ _GREY_MODES = ("1", "L", "LA", "I;16", "I;16B")
 
 
 class LabelledImages(Protocol):
-    """A map-style dataset: an item is an image, float32 [C, H, W] in [-1, 1], and its label."""
+    """A map-style dataset: an item is an image, float32 [C, H, W] in [-1, 1], and its label.
+
+    All labels, int64 [N], are known without reading an image.
+    """
+
+    @property
+    def labels(self) -> Tensor: ...
 
     def __len__(self) -> int: ...
 
@@ -133,6 +139,26 @@ def as_tensors(dataset: LabelledImages) -> tuple[Tensor, Tensor]:
         raise ValueError("dataset must hold at least one image, got none")
     images, labels = zip(*(dataset[index] for index in range(len(dataset))), strict=True)
     return torch.stack(images), torch.tensor(labels)
+
+
+def batches(
+    dataset: LabelledImages,
+    batch_size: int,
+    indices: Sequence[int] | Tensor | None = None,
+    *,
+    num_workers: int = 0,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of a dataset, in order: images [B, C, H, W] float32 and labels [B] int64.
+
+    Args:
+        dataset: is read one batch after the other.
+        batch_size: B, of all batches but the last.
+        indices: of the items, in their order; None for all.
+        num_workers: processes that read ahead; 0 reads in this one.
+    """
+    order = range(len(dataset)) if indices is None else [int(index) for index in indices]
+    loader = DataLoader(cast(Dataset, dataset), batch_size, sampler=order, num_workers=num_workers)
+    yield from loader
 
 
 def few_labels(labels: Tensor, per_class: int, seed: int) -> Tensor:

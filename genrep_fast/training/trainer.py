@@ -7,21 +7,20 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler, UNet2DModel
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader
 
 from ..alignment.aligned_adamw import AlignedAdamW
 from ..alignment.aligner import AlignerStats, GradientAligner
-from ..data import DataSplits, LabelledImages, as_tensors, few_labels
+from ..data import DataSplits, as_tensors
 from ..files import only_writer, remove_unfinished, replacing, write_atomically
 from ..models import GenRep, GenRepPipeline
-from ..models.backbones import require_saved
 from ..models.weights import check_weights
 from ..reporting.terminal import StageProgress
+from .batches import Batch, seeded_loader
 from .checkpoints import (
     Checkpoint,
     newest_checkpoint,
@@ -32,6 +31,7 @@ from .checkpoints import (
 )
 from .config import STAGES, TrainingConfig
 from .losses import GenerationLoss, perception_loss
+from .networks import build_model, build_scheduler
 from .state import TrainingState, check_numbers, copy_
 from .teacher import Teacher
 
@@ -40,9 +40,6 @@ _WARMUP_STEPS = 50
 _FINAL_LEARNING_RATE = 0.01
 # What a checkpoint keeps of PyTorch's LambdaLR; the rest follows from the options.
 _OF_THE_SCHEDULE = ("last_epoch", "_step_count", "_last_lr")
-
-# Images [B, C, H, W], labels int64 [B], and which of them the perception loss may use, bool [B].
-_Batch: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class Trainer:
@@ -152,7 +149,7 @@ class Trainer:
             pipeline.save_pretrained(unfinished)
         return pipeline
 
-    def _run_stage(self, stage: int, end: int, batches: Iterator[_Batch]) -> None:
+    def _run_stage(self, stage: int, end: int, batches: Iterator[Batch]) -> None:
         state = self.state
         length = self.config.stage_steps[stage]
         with StageProgress(STAGES[stage], state.step, end, length) as progress:
@@ -175,7 +172,7 @@ class Trainer:
                 if last or state.step % self.config.checkpoint_every == 0:
                     self._checkpoint()
 
-    def _step(self, stage: int, batches: Iterator[_Batch]) -> dict[str, torch.Tensor]:
+    def _step(self, stage: int, batches: Iterator[Batch]) -> dict[str, torch.Tensor]:
         """One optimizer step: its micro-batches, then alignment, clipping, update and averages."""
         self.optimizer.optimizer.ema_decay = self._ema_decay(stage)
         while True:
@@ -205,7 +202,7 @@ class Trainer:
             metrics["gradient_norm"] = stats.total_norm
         return metrics
 
-    def _backward(self, stage: int, batch: _Batch) -> dict[str, torch.Tensor]:
+    def _backward(self, stage: int, batch: Batch) -> dict[str, torch.Tensor]:
         """Collect the gradients of both losses.
 
         A loss that the stage does not have reaches no parameter.
@@ -371,16 +368,9 @@ class Trainer:
             scaler.load_state_dict(saved_scaler)
 
     def _loader(self) -> DataLoader:
-        _, labels = as_tensors(self.splits.train)
-        labelled = torch.ones(len(labels), dtype=torch.bool)
-        if self.config.labelled_per_class is not None:
-            labelled = few_labels(labels, self.config.labelled_per_class, self.config.seed)
-        total = sum(self.config.stage_steps) * self.config.gradient_accumulation_steps
-        sampler = _SeededBatches(
-            len(labels), self.config.batch_size, self.config.seed, self.state.micro_batch, total
+        return self.accelerator.prepare(
+            seeded_loader(self.config, self.splits.train, start=self.state.micro_batch)
         )
-        dataset = _PartlyLabelled(self.splits.train, labelled)
-        return self.accelerator.prepare(DataLoader(dataset, batch_sampler=sampler))
 
     def _learning_rate_factor(self, step: int) -> float:
         start = 0
@@ -405,93 +395,3 @@ class _Semantic(NamedTuple):
     features: torch.Tensor | None = None
     own: bool = False
     modulate: bool = False
-
-
-class _PartlyLabelled(Dataset[tuple[torch.Tensor, int, bool]]):
-    """Items (image, label, whether the perception loss may use the label)."""
-
-    def __init__(self, dataset: LabelledImages, labelled: torch.Tensor) -> None:
-        self.dataset = dataset
-        self.labelled: list[bool] = labelled.tolist()
-
-    def __len__(self) -> int:
-        return len(self.labelled)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int, bool]:
-        image, label = self.dataset[index]
-        return image, label, self.labelled[index]
-
-
-class _SeededBatches(Sampler[list[int]]):
-    """Micro-batches `start` … `total` − 1 of a run.
-
-    Each epoch is a permutation that follows from the seed and the epoch alone.
-    """
-
-    def __init__(self, length: int, batch_size: int, seed: int, start: int, total: int) -> None:
-        self.length = length
-        self.batch_size = min(batch_size, length)
-        self.seed = seed
-        self.start = start
-        self.total = total
-
-    def __len__(self) -> int:
-        return self.total - self.start
-
-    def __iter__(self) -> Iterator[list[int]]:
-        per_epoch = self.length // self.batch_size
-        for index in range(self.start, self.total):
-            epoch, place = divmod(index, per_epoch)
-            if place == 0 or index == self.start:
-                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-                order = torch.randperm(self.length, generator=generator).tolist()
-            yield order[place * self.batch_size : (place + 1) * self.batch_size]
-
-
-def build_scheduler(config: TrainingConfig) -> DDPMScheduler:
-    """The noise schedule that a pretrained backbone came with, else the linear one of DDPM.
-
-    DDPM is that of Ho et al. 2020.
-    """
-    if config.scheduler is not None:
-        require_saved("scheduler", config.scheduler, DDPMScheduler.config_name)
-        return DDPMScheduler.from_pretrained(config.scheduler, clip_sample=False)
-    return DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear", clip_sample=False)
-
-
-def build_model(config: TrainingConfig, splits: DataSplits) -> GenRep:
-    """GenRep over the configured backbone, or over a small UNet of the images' size.
-
-    Raises:
-        ValueError: where the images do not fit.
-    """
-    if config.backbone is None and config.vae is not None:
-        raise ValueError("vae: a latent model needs a backbone, got none")
-    backbone = _small_unet(*splits.image_shape) if config.backbone is None else config.backbone
-    model = GenRep.from_backbone(
-        backbone, splits.num_classes, vae=config.vae, class_names=splits.class_names
-    )
-    image, _ = splits.train[0]
-    latent = model.encode(image[None]).shape[1:]
-    if tuple(latent) != model.sample_shape:
-        raise ValueError(
-            f"data: images {list(image.shape)} give inputs {list(latent)}, "
-            f"the backbone wants {list(model.sample_shape)}; see image_size"
-        )
-    return model
-
-
-def _small_unet(channels: int, height: int, width: int) -> UNet2DModel:
-    if height % 2 or width % 2:
-        raise ValueError(f"image_size must be even, got {height} × {width}")
-    return UNet2DModel(
-        sample_size=height if height == width else (height, width),
-        in_channels=channels,
-        out_channels=channels,
-        layers_per_block=1,
-        block_out_channels=(32, 64),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=8,
-        attention_head_dim=16,
-    )
