@@ -1,11 +1,15 @@
-"""`evaluate`: everything that is measured of a trained model, in one pass over the test split."""
+"""`evaluate`: everything that is measured of a trained model.
+
+Images are read a batch at a time, as often as they are needed: a data set may be larger than
+memory.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data import DataSplits, as_tensors
+from ..data import DataSplits, LabelledImages, batches
 from ..models import GenRep, GenRepPipeline
 from ..ops.posterior import fit_temperature, log_evidence, posterior
 from ..reporting.figures import (
+    IMAGES_PER_CLASS,
+    MAX_CLASSES,
     Illustration,
     draw_alignment,
     draw_evidence,
@@ -41,6 +47,9 @@ from .metrics import (
 # One training subset as large as the samples is a noisy floor; the mean over a few is steady and
 # costs nothing beside the samples.
 FLOOR_SUBSETS = 10
+# So many test images, or as many as samples where those are more, give the median of the distances
+# to the nearest training image.
+NEAREST_TEST_IMAGES = 500
 
 Progress = Callable[[str, float], None]
 
@@ -58,6 +67,7 @@ class EvaluationSettings:
         random_images: at most as many images of uniform noise, and as many pixel-shuffled test
             images, for the evidence.
         batch_size: images that pass through a network at once.
+        num_workers: processes that read images ahead; 0 reads them in this one.
         seed: of the noise, the samples, the classifier and the random choices.
     """
 
@@ -67,12 +77,15 @@ class EvaluationSettings:
     test_images: int | None = None
     random_images: int = 200
     batch_size: int = 256
+    num_workers: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if value is not None and name != "seed" and value < 1:
+            if value is not None and name not in ("num_workers", "seed") and value < 1:
                 raise ValueError(f"{name} must be positive, got {value}")
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers must not be negative, got {self.num_workers}")
 
 
 def evaluate(
@@ -133,6 +146,32 @@ def evaluate(
     return metrics
 
 
+class _Images:
+    """Some images of a data set: `indices` in their order, read a batch at a time."""
+
+    def __init__(self, dataset: LabelledImages, indices: Tensor, num_workers: int) -> None:
+        self.dataset = dataset
+        self.indices = indices
+        self.num_workers = num_workers
+        self.labels = dataset.labels[indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def batches(self, batch_size: int) -> Iterator[Tensor]:
+        """Images [B, C, H, W], `batch_size` of them but in the last batch."""
+        read = batches(self.dataset, batch_size, self.indices, num_workers=self.num_workers)
+        return (images for images, _ in read)
+
+    def at(self, places: Tensor) -> _Images:
+        """Those at `places` [N] among these, in that order."""
+        return _Images(self.dataset, self.indices[places], self.num_workers)
+
+    def stacked(self) -> Tensor:
+        """All of them at once, [N, C, H, W]."""
+        return torch.stack([self.dataset[int(index)][0] for index in self.indices])
+
+
 class _Evaluation:
     """The state that the measurements of one evaluation share."""
 
@@ -150,9 +189,9 @@ class _Evaluation:
         self.settings = settings
         self.progress = progress
         self.generator = torch.Generator().manual_seed(settings.seed)
-        self.train = as_tensors(splits.train)
-        self.calibration = self._at_most(as_tensors(splits.calibration), settings.test_images)
-        self.test = self._at_most(as_tensors(splits.test), settings.test_images)
+        self.train = self._images(splits.train)
+        self.calibration = self._at_most(self._images(splits.calibration), settings.test_images)
+        self.test = self._at_most(self._images(splits.test), settings.test_images)
         self.estimator = ElboEstimator(
             model.denoise,
             scheduler,
@@ -160,8 +199,8 @@ class _Evaluation:
             num_steps=settings.elbo_steps,
             seed=settings.seed,
         )
-        self.others = min(settings.random_images, len(self.test[0]))
-        scored_images = len(self.calibration[0]) + len(self.test[0]) + 2 * self.others
+        self.others = min(settings.random_images, len(self.test))
+        scored_images = len(self.calibration) + len(self.test) + 2 * self.others
         scoring = scored_images * splits.num_classes * settings.elbo_steps
         samples = settings.samples_per_class * splits.num_classes
         self.work = scoring + samples * settings.num_inference_steps
@@ -177,20 +216,24 @@ class _Evaluation:
             posterior_metrics, log_posteriors, test_evidence = self._posterior()
         with self._timed("classifier"):
             classifier = fit_classifier(
-                self.train, self.splits.num_classes, seed=self.settings.seed
+                self.splits.train,
+                self.splits.num_classes,
+                seed=self.settings.seed,
+                num_workers=self.settings.num_workers,
             )
         with self._timed("generation"):
-            generation_metrics, generation_figures = self._generation(classifier)
+            test_features, test_predicted = self._judged(classifier, self.test)
+            generation_metrics, generation_figures = self._generation(classifier, test_features)
         with self._timed("out_of_distribution"):
             ood_metrics, ood_figure = self._out_of_distribution(test_evidence)
         self._advance("figures", 0)
-        labels = self.test[1]
+        labels = self.test.labels
         metrics = {
             "sizes": self._sizes(),
             "head": classification_metrics(head, labels),
             "posterior": posterior_metrics,
             "generation": generation_metrics,
-            "classifier": self._classifier_metrics(classifier),
+            "classifier": self._classifier_metrics(classifier, test_predicted),
             "out_of_distribution": ood_metrics,
             "training": {f"stage_{row['stage']}": row for row in history},
             "seconds": self.seconds,
@@ -206,25 +249,25 @@ class _Evaluation:
 
     @torch.no_grad()
     def _head_log_probabilities(self) -> Tensor:
-        batches = self.test[0].split(self.settings.batch_size)
-        logits = [self.model.perceive(self._encode(batch)).float().cpu() for batch in batches]
+        images = self.test.batches(self.settings.batch_size)
+        logits = [self.model.perceive(self._encode(batch)).float().cpu() for batch in images]
         return torch.cat(logits).log_softmax(1)
 
     def _posterior(self) -> tuple[dict[str, Any], dict[str, Tensor], Tensor]:
-        calibration = self._log_likelihood(self.calibration[0], "calibrating the posterior")
+        calibration = self._scores(self.calibration, "calibrating the posterior")
         evaluations = self.estimator.evaluations
-        test = self._log_likelihood(self.test[0], "posterior of the test images")
+        test = self._scores(self.test, "posterior of the test images")
         evaluations = self.estimator.evaluations - evaluations
         temperature = math.nan
         if calibration.isfinite().all():
-            temperature = fit_temperature(calibration, self.calibration[1])
+            temperature = fit_temperature(calibration, self.calibration.labels)
         uncalibrated = posterior(test)
         calibrated = torch.full_like(test, math.nan)
         if math.isfinite(temperature):
             calibrated = posterior(test, temperature=temperature)
-        before = classification_metrics(uncalibrated, self.test[1])
+        before = classification_metrics(uncalibrated, self.test.labels)
         metrics = {
-            **classification_metrics(calibrated, self.test[1]),
+            **classification_metrics(calibrated, self.test.labels),
             "temperature": temperature,
             "uncalibrated_nll": before["nll"],
             "uncalibrated_ece": before["ece"],
@@ -234,20 +277,17 @@ class _Evaluation:
         log_posteriors = {"posterior": calibrated, "posterior, uncalibrated": uncalibrated}
         return metrics, log_posteriors, log_evidence(test)
 
-    def _generation(self, classifier: ImageClassifier) -> tuple[dict[str, Any], list[Illustration]]:
+    def _generation(
+        self, classifier: ImageClassifier, test_features: Tensor
+    ) -> tuple[dict[str, Any], list[Illustration]]:
         samples, labels = self._samples()
-        train_images, _ = self.train
-        test_images, test_labels = self.test
-        batch_size = self.settings.batch_size
         class_names = self.splits.class_names
-        features, predicted = classifier.judge(samples, batch_size)
-        train_features, _ = classifier.judge(train_images, batch_size)
-        test_features, _ = classifier.judge(test_images, batch_size)
+        features, predicted = classifier.judge(samples.split(self.settings.batch_size))
+        train_features, _ = self._judged(classifier, self.train)
         distance = frechet_distance(features, test_features)
         subsets = [self._subset(train_features, len(samples)) for _ in range(FLOOR_SUBSETS)]
         floor = sum(frechet_distance(subset, test_features) for subset in subsets) / FLOOR_SUBSETS
-        nearest = nearest_distances(samples, train_images, batch_size)
-        nearest_test = nearest_distances(test_images, train_images, batch_size)
+        nearest, nearest_test = self._nearest_distances(samples)
         median = nearest.median().item()
         test_median = nearest_test.median().item()
         rate = math.nan
@@ -266,16 +306,25 @@ class _Evaluation:
             "nearest_training_distance_of_test": test_median,
             "nearest_training_ratio": _ratio(median, test_median),
         }
-        grid = draw_samples(samples, labels, predicted, test_images, test_labels, class_names)
+        shown = self.test.at(_shown(self.test.labels))
+        grid = draw_samples(samples, labels, predicted, shown.stacked(), shown.labels, class_names)
         return metrics, [grid, draw_nearest_distances(nearest, nearest_test)]
 
+    def _nearest_distances(self, samples: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of samples, and of test images, to their nearest training image."""
+        test = self._at_most(self.test, max(len(samples), NEAREST_TEST_IMAGES)).stacked()
+        train = self.train.batches(self.settings.batch_size)
+        queries = torch.cat([samples, test])
+        nearest = nearest_distances(queries, train, self.settings.batch_size)
+        return nearest[: len(samples)], nearest[len(samples) :]
+
     def _out_of_distribution(self, test_evidence: Tensor) -> tuple[dict[str, Any], Illustration]:
-        images = self._subset(self.test[0], self.others)
+        images = self.test.at(self._drawn(len(self.test), self.others)).stacked()
         uniform = torch.rand(images.shape, generator=self.generator) * 2 - 1
         shuffled = shuffle_pixels(images, self.generator)
-        scores = self._log_likelihood(uniform, "evidence of random images")
+        scores = self._log_likelihood(self._scored_batches(uniform), "evidence of random images")
         uniform_evidence = log_evidence(scores)
-        scores = self._log_likelihood(shuffled, "evidence of shuffled images")
+        scores = self._log_likelihood(self._scored_batches(shuffled), "evidence of shuffled images")
         shuffled_evidence = log_evidence(scores)
         metrics = {
             "uniform_auroc": auroc(test_evidence, uniform_evidence),
@@ -283,37 +332,54 @@ class _Evaluation:
         }
         return metrics, draw_evidence(test_evidence, shuffled_evidence, uniform_evidence)
 
-    def _classifier_metrics(self, classifier: ImageClassifier) -> dict[str, Any]:
-        metrics = {}
-        for name, (images, labels) in (("test", self.test), ("calibration", self.calibration)):
-            _, predicted = classifier.judge(images, self.settings.batch_size)
-            metrics[f"{name}_top1"] = accuracy(predicted, labels)
-        return {**metrics, "features": NUM_FEATURES}
+    def _classifier_metrics(
+        self, classifier: ImageClassifier, test_predicted: Tensor
+    ) -> dict[str, Any]:
+        _, predicted = self._judged(classifier, self.calibration)
+        return {
+            "test_top1": accuracy(test_predicted, self.test.labels),
+            "calibration_top1": accuracy(predicted, self.calibration.labels),
+            "features": NUM_FEATURES,
+        }
+
+    def _judged(self, classifier: ImageClassifier, images: _Images) -> tuple[Tensor, Tensor]:
+        return classifier.judge(images.batches(self.settings.batch_size))
 
     def _sizes(self) -> dict[str, Any]:
         samples = self.settings.samples_per_class * self.splits.num_classes
         return {
             "data": self.splits.name,
-            "train_images": len(self.train[0]),
-            "calibration_images": len(self.calibration[0]),
-            "test_images": len(self.test[0]),
+            "train_images": len(self.train),
+            "calibration_images": len(self.calibration),
+            "test_images": len(self.test),
             "classes": self.splits.num_classes,
             "image_shape": list(self.splits.image_shape),
             "elbo_steps": self.settings.elbo_steps,
             "num_inference_steps": self.settings.num_inference_steps,
             "samples": samples,
             "samples_per_class": self.settings.samples_per_class,
-            "frechet_floor_images": min(samples, len(self.train[0])),
+            "frechet_floor_images": min(samples, len(self.train)),
             "frechet_floor_subsets": FLOOR_SUBSETS,
             "random_images": self.others,
             "batch_size": self.settings.batch_size,
             "seed": self.settings.seed,
         }
 
-    def _log_likelihood(self, images: Tensor, what: str) -> Tensor:
-        """[N, K] on the CPU; every image meets the network once a class and step."""
+    def _scores(self, images: _Images, what: str) -> Tensor:
+        return self._log_likelihood(images.batches(self._images_scored_at_once), what)
+
+    @property
+    def _images_scored_at_once(self) -> int:
+        """Every image meets the network once a class."""
+        return max(1, self.settings.batch_size // self.splits.num_classes)
+
+    def _scored_batches(self, images: Tensor) -> Iterable[Tensor]:
+        return images.split(self._images_scored_at_once)
+
+    def _log_likelihood(self, images: Iterable[Tensor], what: str) -> Tensor:
+        """[N, K] on the CPU of batches of images."""
         likelihoods = []
-        for batch in images.split(max(1, self.settings.batch_size // self.splits.num_classes)):
+        for batch in images:
             before = self.estimator.evaluations
             likelihoods.append(self.estimator.log_likelihood(self._encode(batch)).cpu())
             self._advance(what, self.estimator.evaluations - before)
@@ -342,15 +408,20 @@ class _Evaluation:
     def _encode(self, images: Tensor) -> Tensor:
         return self.model.encode(images.to(self.model.device, self.model.dtype))
 
-    def _at_most(self, split: tuple[Tensor, Tensor], number: int | None) -> tuple[Tensor, Tensor]:
-        images, labels = split
+    def _images(self, dataset: LabelledImages) -> _Images:
+        return _Images(dataset, torch.arange(len(dataset)), self.settings.num_workers)
+
+    def _at_most(self, images: _Images, number: int | None) -> _Images:
         if number is None or number >= len(images):
-            return split
-        chosen = torch.randperm(len(images), generator=self.generator)[:number]
-        return images[chosen], labels[chosen]
+            return images
+        return images.at(self._drawn(len(images), number))
 
     def _subset(self, rows: Tensor, number: int) -> Tensor:
-        return rows[torch.randperm(len(rows), generator=self.generator)[:number]]
+        return rows[self._drawn(len(rows), number)]
+
+    def _drawn(self, length: int, number: int) -> Tensor:
+        """At most `number` of `length` places, at random."""
+        return torch.randperm(length, generator=self.generator)[:number]
 
     def _advance(self, what: str, evaluations: int) -> None:
         self.work_done += evaluations
@@ -362,6 +433,12 @@ class _Evaluation:
         start = time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - start
+
+
+def _shown(labels: Tensor) -> Tensor:
+    """Places of the images that `draw_samples` shows, of all with these labels [N]."""
+    first = [(labels == label).nonzero()[:IMAGES_PER_CLASS, 0] for label in range(MAX_CLASSES)]
+    return torch.cat(first)
 
 
 def _ratio(value: float, reference: float) -> float:

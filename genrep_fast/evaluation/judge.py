@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..data import LabelledImages, batches
 
 NUM_FEATURES = 32
 MAX_IMAGE_SIZE = 32
@@ -44,31 +48,36 @@ class ImageClassifier(nn.Module):
         return self.head(self.body(images))
 
     @torch.no_grad()
-    def judge(self, images: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
-        """Features [N, NUM_FEATURES] and predicted labels [N] of images [N, C, H, W]; eval mode."""
+    def judge(self, images: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+        """Features [N, NUM_FEATURES] and predicted labels [N] of batches [B, C, H, W].
+
+        Leaves the classifier in eval mode.
+        """
         self.eval()
-        features = torch.cat([self.body(batch) for batch in images.split(batch_size)])
+        features = torch.cat([self.body(batch) for batch in images])
         return features, self.head(features).argmax(1)
 
 
-def fit_classifier(train: tuple[Tensor, Tensor], num_classes: int, *, seed: int) -> ImageClassifier:
+def fit_classifier(
+    train: LabelledImages, num_classes: int, *, seed: int, num_workers: int = 0
+) -> ImageClassifier:
     """Fit an `ImageClassifier` to real training images alone.
 
     Args:
-        train: images [N, C, H, W] in [-1, 1] and labels [N].
+        train: images [C, H, W] in [-1, 1] with their labels.
         num_classes: K.
         seed: of the initialisation and of the batches; the global random state is left as it was.
+        num_workers: processes that read ahead; 0 reads in this one.
     """
-    images, labels = train
-    channels, height, width = images.shape[1:]
+    channels, height, width = train[0][0].shape
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         classifier = ImageClassifier((channels, height, width), num_classes)
         optimizer = torch.optim.AdamW(classifier.parameters(), lr=LEARNING_RATE)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=STEPS)
-        for _ in range(STEPS):
-            batch = torch.randint(len(images), (BATCH_SIZE,))
-            loss = F.cross_entropy(classifier(images[batch]), labels[batch])
+        drawn = torch.randint(len(train), (STEPS, BATCH_SIZE)).flatten()
+        for images, labels in batches(train, BATCH_SIZE, drawn, num_workers=num_workers):
+            loss = F.cross_entropy(classifier(images), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -7,6 +7,7 @@ exception.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -99,14 +100,23 @@ class _GivenFeatures(nn.Identity):
         self.num_features = num_features
 
 
-def nearest_distances(images: Tensor, reference: Tensor, batch_size: int) -> Tensor:
-    """Distances [N] of images [N, C, H, W] to the nearest reference images [M, C, H, W].
+def nearest_distances(images: Tensor, reference: Iterable[Tensor], batch_size: int) -> Tensor:
+    """Distances [N] of images [N, C, H, W] to the nearest of the reference images.
 
     They are Euclidean, in pixel space.
+
+    Args:
+        images: `batch_size` of them are compared at once.
+        reference: batches [B, C, H, W], each read once.
     """
-    reference = reference.flatten(1)
-    batches = images.flatten(1).split(batch_size)
-    return torch.cat([torch.cdist(batch, reference).amin(1) for batch in batches])
+    flat = images.flatten(1).split(batch_size)
+    nearest = torch.full((len(images),), math.inf)
+    for batch in reference:
+        others = batch.flatten(1)
+        distances = torch.cat([torch.cdist(part, others).amin(1) for part in flat])
+        # NaN stays.
+        nearest = torch.minimum(nearest, distances)
+    return nearest
 
 
 def auroc(inside: Tensor, outside: Tensor) -> float:

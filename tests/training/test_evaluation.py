@@ -2,9 +2,11 @@
 whose right answers are known.
 """
 
+import dataclasses
 import json
 import math
 import re
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -144,7 +146,7 @@ def test_nearest_distances_equal_scipy():
     )
     expected = scipy.spatial.distance.cdist(images.flatten(1), reference.flatten(1)).min(1)
     np.testing.assert_allclose(
-        nearest_distances(images, reference, batch_size=4), expected, rtol=1e-5
+        nearest_distances(images, reference.split(7), batch_size=4), expected, rtol=1e-5
     )
 
 
@@ -175,10 +177,10 @@ def test_shuffle_pixels_moves_whole_locations_differently_in_each_image():
 def test_classifier_is_accurate_on_digits_and_leaves_the_global_random_state():
     splits = load_data("digits")
     state = torch.random.get_rng_state()
-    judge = fit_classifier(as_tensors(splits.train), 10, seed=0)
+    judge = fit_classifier(splits.train, 10, seed=0)
     assert torch.equal(state, torch.random.get_rng_state())
     images, labels = as_tensors(splits.test)
-    features, predicted = judge.judge(images, batch_size=99)
+    features, predicted = judge.judge(images.split(99))
     assert features.shape == (500, NUM_FEATURES)
     assert (predicted == labels).float().mean() >= 0.98  # 99.0 to 99.8% over seeds
     assert torch.equal(predicted, judge(images).argmax(1))
@@ -325,6 +327,39 @@ def test_samples_are_compared_with_training_images(evaluated, templates, splits)
         == generation["frechet_distance"] / generation["frechet_distance_of_training_subset"]
         > 0
     )
+
+
+class CountedImages:
+    """A data set that knows how many of its images were in memory at once, at most."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+        self.labels = dataset.labels
+        self.alive = weakref.WeakSet()
+        self.most = 0
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        image, label = self.dataset[index]
+        image = image.clone()
+        self.alive.add(image)
+        self.most = max(self.most, len(self.alive))
+        return image, label
+
+
+def test_training_images_are_read_a_batch_at_a_time(tmp_path, templates, splits, scheduler):
+    counted = CountedImages(splits.train)
+    counting = dataclasses.replace(splits, train=counted)
+    settings = dataclasses.replace(SETTINGS, batch_size=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(classifier, "BATCH_SIZE", 4)
+        metrics = evaluate_quickly(
+            TemplateModel(templates, scheduler), scheduler, counting, tmp_path, settings=settings
+        )
+    assert metrics["sizes"]["train_images"] == len(counted) == 90
+    assert 4 <= counted.most <= 8
 
 
 def test_metrics_state_their_sizes_evaluations_and_times(evaluated):
