@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import stat
 import warnings
@@ -21,10 +22,11 @@ if TYPE_CHECKING:
 # Pillow's names. No format that runs another program (EPS does), and none without a signature.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
+# Where nobody asked for Pillow's log, its errors would be printed beside ours.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
+
 # Bytes that are hashed at once.
 _BLOCK = 2**20
-# Pillow reads the whole of these when it opens them, and notices a file that was cut off.
-_READ_WHOLE = ("AVIF", "WEBP")
 _END_OF_JPEG = b"\xff\xd9"
 
 
@@ -131,16 +133,25 @@ def file_to_tensor(path: str | os.PathLike[str], size: tuple[int, int], mode: st
 @contextlib.contextmanager
 def _reading(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """The regular file `path`, open to be read; what goes wrong in the block is told of `path`."""
-    with _naming(path), warnings.catch_warnings():
-        from PIL import Image
-
-        # Half of what is too large: no reason to say anything.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    with _naming(path), _warned_of_what_was_read():
         # Before it is opened: a pipe would wait for a writer, a device may do anything.
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError("it is not a regular file")
         with open(path, "rb") as file:
             yield file
+
+
+@contextlib.contextmanager
+def _warned_of_what_was_read() -> Iterator[None]:
+    """Drop Pillow's warnings of a file that the block cannot read: its error is enough."""
+    from PIL import Image
+
+    with warnings.catch_warnings(record=True) as caught:
+        # Half of what is too large: no reason to say anything.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield
+    for warning in caught:
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 @contextlib.contextmanager
@@ -176,7 +187,8 @@ def _check_range(image: PILImage) -> None:
 
 def _check_end(image: PILImage, file: BinaryIO) -> None:
     """Raise whatever Pillow does where the file was cut off."""
-    if image.format in _READ_WHOLE:
+    if image.format == "WEBP":
+        # Was noticed when it was opened.
         return
     if image.format == "PNG":
         # Compares the checksums of all chunks to the last, without decoding them.

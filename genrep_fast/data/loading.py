@@ -26,7 +26,7 @@ from .folders import (
     require_images,
 )
 from .images import ScannedImage, has_one_channel, scan_image
-from .record import DataRecord, check_class_names
+from .record import DataRecord
 from .splitting import (
     CALIBRATION_FRACTION,
     PARTS,
@@ -70,13 +70,13 @@ def load_data(
             (about 70 per cent training, 10 calibration, 20 test), or "random", the rule of
             versions before 0.2 (70/10/20 per cent of every class), by which one more image moves
             others.
-        record: of a run that had these data: they must have its classes, and the images that it
-            borrowed keep their part.
+        record: of a run that had these data: the images that it borrowed keep their part, and no
+            other is borrowed.
         progress: called as ``progress(files read, of how many)`` while a folder is read.
 
     Raises:
-        ValueError: for an unknown name, an empty folder or class, other classes than the record's,
-            a class without an image for one of the splits, and an unreadable image, which is named.
+        ValueError: for an unknown name, an empty folder or class, a class without an image for one
+            of the splits, and an unreadable image, which is named.
         FileNotFoundError: where the folder does not exist.
         ImportError: where torchvision is asked for and not installed.
     """
@@ -98,8 +98,6 @@ def load_data(
         raise ValueError(
             f"data must be 'digits', 'folder:PATH' or 'torchvision:NAME', got {name!r}"
         )
-    if record is not None:
-        check_class_names(splits.class_names, record.class_names, "data")
     return dataclasses.replace(splits, name=name)
 
 
@@ -181,8 +179,6 @@ def _load_folder(
     """A folder whose images are split by their content, or into the folders of its splits."""
     skipped = Skipped(str(root))
     sources = find_sources(root, skipped)
-    if record is not None:
-        check_class_names(list(sources[0].classes), record.class_names, "data")
     found = [
         (source, label, path)
         for source in sources

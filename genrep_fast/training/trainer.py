@@ -53,8 +53,9 @@ class Trainer:
         accelerator: one is made from the config where not given.
 
     Raises:
-        ValueError: for data, backbone and VAE that do not fit together, and for a folder that holds
-            a run while `config.resume` is False.
+        ValueError: for data, backbone and VAE that do not fit together, for a folder that holds a
+            run while `config.resume` is False, and for other classes or parts than those of the run
+            that is resumed.
         RuntimeError: for more than one process.
     """
 
@@ -78,6 +79,9 @@ class Trainer:
                 f"output: {self.output} holds a run already; "
                 "pass --resume to go on with it, or choose another folder"
             )
+        record = DataRecord.read(self.output) if config.resume else None
+        if record is not None:
+            self._check_splits(record)
         torch.manual_seed(config.seed)
         self.scheduler = build_scheduler(config)
         model = build_model(config, splits).to(self.accelerator.device)
@@ -131,9 +135,6 @@ class Trainer:
         """Go to the newest checkpoint, where there is one."""
         checkpoint = newest_checkpoint(self.output)
         if checkpoint is not None:
-            record = DataRecord.read(self.output)
-            if record is not None:
-                self._check_splits(record)
             self._restore(checkpoint)
             self._write_history()
         for folder in (self.output, self.output / "checkpoints"):
