@@ -247,8 +247,7 @@ class Told(Dataset[Any]):
         try:
             return self.dataset[index]
         except (ValueError, OSError) as error:
-            # The causes have frames, which cannot be sent to another process.
-            return Failure(type(error)(*error.args))
+            return Failure(error)
 
 
 def collate(items: list[Any]) -> Any:

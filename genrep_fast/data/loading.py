@@ -184,7 +184,6 @@ def _load_folder(
         for source in sources
         for label, path in _labelled_files(source, root, skipped)
     ]
-    skipped.warn()
     scanned = _scan([path for _, _, path in found], progress)
     members = _Members(root)
     borrowed: dict[str, tuple[str, ...]] = {} if record is None else dict(record.borrowed)
@@ -200,6 +199,8 @@ def _load_folder(
             members.parts[part_of[file.scanned.digest]].append(file)
         for digest, part in sorted(lent.items()):
             borrowed[part] = (*borrowed.get(part, ()), digest.hex())
+    # Not before: what cannot be loaded leaves its error alone.
+    skipped.warn()
     _warn_of_leaks(root, members.parts)
     return members.splits(sources[0].classes, image_size, borrowed)
 

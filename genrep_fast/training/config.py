@@ -6,12 +6,14 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, TypeAlias, cast, get_args, get_origin, get_type_hints
 
 from ..data.record import DataRecord
 from ..files import read_json, write_atomically
 
 STAGES = ("diffusion", "perception", "joint")
+
+Split: TypeAlias = Literal["content", "random"]
 
 # Where files lie, and what follows a run: no number of the training depends on these.
 _INDECISIVE = (
@@ -27,7 +29,7 @@ _INDECISIVE = (
 # What a run that is resumed may do in another way.
 _FREE = ("dataloader_num_workers",)
 # The split of runs of versions before 0.2, whose options say nothing of one.
-FIRST_SPLIT = "random"
+FIRST_SPLIT: Split = "random"
 
 _POSITIVE = (
     "batch_size",
@@ -117,7 +119,7 @@ class TrainingConfig:
     resume: bool = False
     seed: int = 0
     image_size: int | None = None
-    split: Literal["content", "random"] = "content"
+    split: Split = "content"
     dataloader_num_workers: int = 0
     random_flip: bool = False
     random_crop: bool = False
@@ -242,7 +244,7 @@ class SavedData(NamedTuple):
     """
 
     name: str = "digits"
-    split: str = "content"
+    split: Split = "content"
     record: DataRecord | None = None
 
 
@@ -262,7 +264,7 @@ def saved_data(checkpoint: Path) -> SavedData | None:
     if not isinstance(saved, dict) or not isinstance(saved.get("data"), str):
         raise ValueError(f"{path} is damaged: it does not say what the data were")
     split = saved.get("split", FIRST_SPLIT)
-    if not _fits(split, get_type_hints(TrainingConfig)["split"]):
+    if not _fits(split, Split):
         raise ValueError(f"{path} is damaged: split cannot be {split!r}")
     return SavedData(saved["data"], split, DataRecord.read(run))
 

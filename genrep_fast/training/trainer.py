@@ -388,8 +388,8 @@ class Trainer:
     def _calibration(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Latents and labels of the calibration split, in batches."""
         device = self.accelerator.device
-        workers = self.config.dataloader_num_workers
-        for images, labels in batches(self.splits.calibration, BATCH, num_workers=workers):
+        # Without workers: a progress bar has a thread by now.
+        for images, labels in batches(self.splits.calibration, BATCH):
             yield self.model.encode(images.to(device)), labels.to(device)
 
     def _loader(self) -> Generator[Batch, None, None]:

@@ -223,3 +223,5 @@ def test_what_is_no_run_has_no_data(tmp_path, started):
     for place in (folder_of(started), folder_of(started) / "model"):
         assert saved_data(place) == SavedData(started.data, "content", record)
     assert cli.saved_data is saved_data
+
+
