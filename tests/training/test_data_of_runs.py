@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from tiny_runs import change_json, failure, train
 
 from genrep_fast import cli
 from genrep_fast.data import DataRecord, DataSplits, load_data
-from genrep_fast.training import Trainer, TrainingConfig, checkpoints
+from genrep_fast.reporting import terminal
+from genrep_fast.training import Trainer, TrainingConfig, ablation, checkpoints
 from genrep_fast.training import run as training_run
 from genrep_fast.training.config import SavedData, saved_data
 
@@ -225,3 +227,39 @@ def test_what_is_no_run_has_no_data(tmp_path, started):
     assert cli.saved_data is saved_data
 
 
+# Runs that share a stage, and what a terminal shows
+
+
+@pytest.mark.parametrize("split", ["content", "random"])
+def test_rows_of_an_ablation_have_the_parts_of_the_stage_that_they_share(
+    tmp_path, monkeypatch, split
+):
+    rows = []
+    config = TrainingConfig(output=str(tmp_path), data="folder:images")
+    stage = dataclasses.replace(config, output=str(tmp_path / "stage"), split=split)
+    stage.save()
+    record = DataRecord(CLASSES, {"test": ("0" * 64,)})
+    record.save(tmp_path / "stage")
+
+    def keep(row):
+        rows.append((row.split, DataRecord.read(folder_of(row))))
+        return dict.fromkeys(ablation.COLUMNS, 1.0)
+
+    monkeypatch.setattr(ablation, "_shared_backbone", lambda _: tmp_path / "stage" / "backbone")
+    monkeypatch.setattr(ablation, "_metrics", keep)
+    ablation.run_ablation(config, 1)
+    assert rows == [(split, record)] * len(ablation.ROWS)
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_terminal_shows_how_far_the_reading_is(images, monkeypatch, is_terminal):
+    save_images(images, CLASSES, 40, first=3)
+    console = Console(force_terminal=is_terminal, width=80, record=True)
+    monkeypatch.setattr(terminal, "console", console)
+    with terminal.reading_progress() as progress:
+        load_data(f"folder:{images}", progress=progress)
+        progress(12_000, 20_000)
+        progress(12_032, 20_000)
+    shown = console.export_text()
+    assert ("of 20,000 files" in shown) == is_terminal
+    assert is_terminal or shown == ""
