@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from .dispatch.report import info as backend_info
 from .extras import advice
-from .training.config import STAGES, TrainingConfig, saved_data
+from .training.config import STAGES, SavedData, TrainingConfig, saved_data
 
 if TYPE_CHECKING:
     from .models import GenRepPipeline
@@ -142,14 +142,20 @@ def evaluate(
     from .evaluation import EvaluationSettings
     from .evaluation import evaluate as run_evaluation
     from .files import only_writer
-    from .reporting.terminal import console, evaluation_progress
+    from .reporting.terminal import console, evaluation_progress, reading_progress
     from .training.run import result_table
     from .training.state import read_history
 
     pipeline = _load_pipeline(checkpoint)
-    config = Path(checkpoint) / "config.json"
-    trained_on = saved_data(config) if config.is_file() else "digits"
-    splits = load_data(data or trained_on, image_size=pipeline.model.image_shape[1])
+    trained_on = saved_data(Path(checkpoint)) or SavedData()
+    with reading_progress() as reading:
+        splits = load_data(
+            data or trained_on.name,
+            image_size=pipeline.model.image_shape[1],
+            split=trained_on.split,
+            record=trained_on.record,
+            progress=reading,
+        )
     settings = EvaluationSettings(
         elbo_steps=elbo_steps, samples_per_class=samples_per_class, seed=seed
     )

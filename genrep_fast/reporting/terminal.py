@@ -147,3 +147,25 @@ def evaluation_progress() -> Iterator[Callable[[str, float], None]]:
             said = what
 
         yield update
+
+
+@contextlib.contextmanager
+def reading_progress() -> Iterator[Callable[[int, int], None]]:
+    """A progress line for `load_data`, on a terminal alone, once there is something to read.
+
+    Yields:
+        The function that `load_data` calls with the number of files that were read, and of all.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
+        task = progress.add_task("", total=None, visible=False)
+
+        def update(done: int, total: int) -> None:
+            # As often as one can see it.
+            if done % 64 == 0 or done == total:
+                read = f"reading {done:,} of {total:,} files"
+                progress.update(task, description=read, completed=done, total=total, visible=True)
+
+        yield update

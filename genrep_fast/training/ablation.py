@@ -15,7 +15,7 @@ from ..evaluation import EvaluationSettings
 from ..files import only_writer, read_json, replacing, write_atomically
 from ..models import GenRep
 from ..reporting.terminal import console
-from .config import TrainingConfig
+from .config import SavedData, TrainingConfig, saved_data
 from .run import train_and_evaluate
 
 LABELLED_PER_CLASS = 10
@@ -71,6 +71,9 @@ def _run_ablation(config: TrainingConfig, seeds: int) -> str:
     for seed in range(config.seed, config.seed + seeds):
         base = dataclasses.replace(config, seed=seed, resume=True, labelled_per_class=labelled)
         backbone = _shared_backbone(base)
+        # What the backbone was trained on is tested in no row.
+        shared = saved_data(backbone.parent) or SavedData()
+        base = dataclasses.replace(base, split=shared.split)
         _, perception_steps, joint_steps = base.stage_steps
         for row, switches in ROWS.items():
             folder = Path(config.output) / f"seed-{seed}" / row.replace(" ", "-")
@@ -84,6 +87,9 @@ def _run_ablation(config: TrainingConfig, seeds: int) -> str:
                 steps=None,
                 **switches,
             )
+            if shared.record is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+                shared.record.save(folder)
             console.print(f"seed {seed}: {row}")
             results[row].append(_metrics(varied))
     table = _table(results)

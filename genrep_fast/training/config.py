@@ -6,14 +6,30 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, TypeAlias, cast, get_args, get_origin, get_type_hints
 
+from ..data.record import DataRecord
 from ..files import read_json, write_atomically
 
 STAGES = ("diffusion", "perception", "joint")
 
+Split: TypeAlias = Literal["content", "random"]
+
 # Where files lie, and what follows a run: no number of the training depends on these.
-_INDECISIVE = ("output", "resume", "evaluate", "data", "backbone", "vae", "scheduler")
+_INDECISIVE = (
+    "output",
+    "resume",
+    "evaluate",
+    "data",
+    "backbone",
+    "vae",
+    "scheduler",
+    "dataloader_num_workers",
+)
+# What a run that is resumed may do in another way.
+_FREE = ("dataloader_num_workers",)
+# The split of runs of versions before 0.2, whose options say nothing of one.
+FIRST_SPLIT: Split = "random"
 
 _POSITIVE = (
     "batch_size",
@@ -32,6 +48,7 @@ _NOT_NEGATIVE = (
     "max_grad_norm",
     "weight_decay",
     "teacher_refresh",
+    "dataloader_num_workers",
 )
 
 
@@ -40,12 +57,19 @@ class TrainingConfig:
     """Options of `genrep train`.
 
     Args:
-        data: digits (scikit-learn's, 8 × 8), folder:PATH (one folder of images a class), or
-            torchvision:NAME.
+        data: digits (scikit-learn's, 8 × 8), folder:PATH (one folder of images a class, or such
+            folders train, val and test), or torchvision:NAME.
         output: folder of the run; checkpoints, metrics, report and the trained pipeline go there.
         resume: go on from the newest checkpoint in the output folder; start there if it holds none.
         seed: of weights, batches, noise and timesteps. The splits do not depend on it.
         image_size: side in pixels to which images are resized; the data set's own where not given.
+        split: of folder:PATH into training, calibration and test images: content, by the hash of
+            each image's file, or random, as versions before 0.2 had it.
+        dataloader_num_workers: processes that read and decode images ahead; 0 for none. The
+            training is the same with any number.
+        random_flip: mirror training images left to right, every other time.
+        random_crop: resize training images an eighth larger, and cut out a random part.
+        class_balanced: draw training images of all classes equally often, however many there are.
         backbone: folder of a UNet2DModel or DiTTransformer2DModel written by diffusers'
             save_pretrained; a small UNet where not given. A pretrained backbone needs no diffusion
             stage: see diffusion_steps.
@@ -95,6 +119,11 @@ class TrainingConfig:
     resume: bool = False
     seed: int = 0
     image_size: int | None = None
+    split: Split = "content"
+    dataloader_num_workers: int = 0
+    random_flip: bool = False
+    random_crop: bool = False
+    class_balanced: bool = False
     backbone: str | None = None
     vae: str | None = None
     scheduler: str | None = None
@@ -181,6 +210,7 @@ class TrainingConfig:
         if not path.exists():
             return self
         saved = _read_options(path) | {"resume": self.resume, "output": self.output}
+        saved |= {name: getattr(self, name) for name in _FREE if self._is_given(name)}
         for field in dataclasses.fields(self):
             given = getattr(self, field.name)
             stored = saved.get(field.name, field.default)
@@ -195,22 +225,48 @@ class TrainingConfig:
         except ValueError as error:
             raise ValueError(f"{path} is damaged: {error}") from error
 
+    def _is_given(self, name: str) -> bool:
+        return getattr(self, name) != TrainingConfig.__dataclass_fields__[name].default
+
     def decisive(self) -> dict[str, Any]:
         """The options that decide the numbers of a run, as JSON holds them."""
         options = json.loads(json.dumps(dataclasses.asdict(self)))
         return {name: value for name, value in options.items() if name not in _INDECISIVE}
 
 
-def saved_data(path: Path) -> str:
-    """The option `data` of a run's config.json, whatever version wrote it.
+class SavedData(NamedTuple):
+    """The data of a run.
+
+    Attributes:
+        name: the option `data`.
+        split: the option of that name.
+        record: the run's class names and borrowed images; None for runs of versions before 0.2.
+    """
+
+    name: str = "digits"
+    split: Split = "content"
+    record: DataRecord | None = None
+
+
+def saved_data(checkpoint: Path) -> SavedData | None:
+    """The data of the run whose folder, or whose pipeline, `checkpoint` is; None where it is none.
 
     Raises:
-        ValueError: with `path` in it, where it is damaged.
+        ValueError: with its path in it, where config.json or data.json is damaged.
     """
+    run = checkpoint.absolute()
+    if run.name == "model" and (run / "model_index.json").is_file():
+        run = run.parent
+    path = run / "config.json"
+    if not path.is_file():
+        return None
     saved = read_json(path)
     if not isinstance(saved, dict) or not isinstance(saved.get("data"), str):
         raise ValueError(f"{path} is damaged: it does not say what the data were")
-    return saved["data"]
+    split = saved.get("split", FIRST_SPLIT)
+    if not _fits(split, Split):
+        raise ValueError(f"{path} is damaged: split cannot be {split!r}")
+    return SavedData(saved["data"], split, DataRecord.read(run))
 
 
 def _read_options(path: Path) -> dict[str, Any]:
@@ -230,7 +286,7 @@ def _read_options(path: Path) -> dict[str, Any]:
             raise ValueError(f"{of_another}: there is no option {name!r}")
         if not _fits(value, kinds[name]):
             raise ValueError(f"{path} is damaged: {name} cannot be {value!r}")
-    return saved
+    return {"split": FIRST_SPLIT} | saved
 
 
 def _fits(value: Any, kind: Any) -> bool:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from ..data import load_data
+from ..data import DataRecord, load_data
 from ..evaluation import EvaluationSettings, evaluate
 from ..files import only_writer
-from ..reporting.terminal import console, evaluation_progress, wall_clock
+from ..reporting.terminal import console, evaluation_progress, reading_progress, wall_clock
 from .config import STAGES, TrainingConfig
 from .state import TrainingState
 from .teacher import planned_evaluations
@@ -62,7 +62,16 @@ def train_and_evaluate(
 def _train_and_evaluate(
     config: TrainingConfig, settings: EvaluationSettings | None
 ) -> dict[str, Any] | None:
-    splits = load_data(config.data, image_size=config.image_size)
+    # What was trained on stays so when the run goes on.
+    record = DataRecord.read(Path(config.output)) if config.resume else None
+    with reading_progress() as progress:
+        splits = load_data(
+            config.data,
+            image_size=config.image_size,
+            split=config.split,
+            record=record,
+            progress=progress,
+        )
     trainer = Trainer(config, splits)
     settings = settings or evaluation_settings(config)
     console.print(_budget_table(trainer, settings))

@@ -13,7 +13,7 @@ from ..files import read_json_lines
 from ..models import GenRep
 from ..models.weights import check_weights
 from .checkpoints import Checkpoint
-from .config import STAGES, TrainingConfig
+from .config import FIRST_SPLIT, STAGES, TrainingConfig
 from .teacher import Teacher, check_bank
 
 # What is read off gradients may overflow where a GradScaler skips the step; the losses may not.
@@ -99,7 +99,10 @@ class TrainingState:
         """Raise ValueError where `checkpoint` is not one of a run with these options."""
         state = checkpoint.state
         options = self.config.decisive()
-        for name, saved in state["options"].items():
+        written = dict(state["options"])
+        if self.config.data.startswith("folder:"):
+            written.setdefault("split", FIRST_SPLIT)
+        for name, saved in written.items():
             if name in options and options[name] != saved:
                 raise ValueError(f"{name} is {options[name]} now, and was {saved}")
         place = tuple(state[name] for name in ("step", "micro_batch", "stage"))

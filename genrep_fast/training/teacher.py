@@ -5,6 +5,7 @@ It knows the temperature of its posterior, and its cost.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, TypeAlias
 
 import torch
@@ -25,7 +26,8 @@ _BURN_IN = 0.2
 _THIN = 4
 # Each refresh renews one chain in four.
 _REFRESH = 4
-_BATCH = 256
+# Images that are scored at once in the calibration.
+BATCH = 256
 
 _Estimator: TypeAlias = ElboEstimator | ImageChainEstimator | ChainBank
 
@@ -92,16 +94,15 @@ class Teacher:
         """The bank of a teacher that has one; `state_dict` holds the rest."""
         return self.estimator if isinstance(self.estimator, ChainBank) else None
 
-    def prepare(self, images: torch.Tensor, labels: torch.Tensor) -> None:
+    def prepare(self, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Calibrate the temperature.
 
         Args:
-            images: [N, C, H, W], that serve nothing else.
-            labels: [N].
+            batches: latents [B, C, H, W] of images that serve nothing else, and labels [B].
         """
         with self.apart:
-            batches = images.split(_BATCH)
-            scores = torch.cat([self.estimator.log_likelihood(batch) for batch in batches])
+            scored = [(self.estimator.log_likelihood(x), labels) for x, labels in batches]
+            scores, labels = (torch.cat(parts) for parts in zip(*scored, strict=True))
             self.temperature = fit_temperature(scores, labels)
             self.accuracy = (scores.argmax(1) == labels).float().mean().item()
 

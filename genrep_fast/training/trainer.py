@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
-from torch.utils.data import DataLoader
 
 from ..alignment.aligned_adamw import AlignedAdamW
 from ..alignment.aligner import AlignerStats, GradientAligner
-from ..data import DataSplits, as_tensors
+from ..data import DataRecord, DataSplits, batches, check_class_names
+from ..data.datasets import checked
 from ..files import only_writer, remove_unfinished, replacing, write_atomically
 from ..models import GenRep, GenRepPipeline
 from ..models.weights import check_weights
@@ -33,7 +35,7 @@ from .config import STAGES, TrainingConfig
 from .losses import GenerationLoss, perception_loss
 from .networks import build_model, build_scheduler
 from .state import TrainingState, check_numbers, copy_
-from .teacher import Teacher
+from .teacher import BATCH, Teacher
 
 _WARMUP_STEPS = 50
 # As a fraction of the highest.
@@ -51,8 +53,9 @@ class Trainer:
         accelerator: one is made from the config where not given.
 
     Raises:
-        ValueError: for data, backbone and VAE that do not fit together, and for a folder that holds
-            a run while `config.resume` is False.
+        ValueError: for data, backbone and VAE that do not fit together, for a folder that holds a
+            run while `config.resume` is False, and for other classes or parts than those of the run
+            that is resumed.
         RuntimeError: for more than one process.
     """
 
@@ -76,6 +79,9 @@ class Trainer:
                 f"output: {self.output} holds a run already; "
                 "pass --resume to go on with it, or choose another folder"
             )
+        record = DataRecord.read(self.output) if config.resume else None
+        if record is not None:
+            self._check_splits(record)
         torch.manual_seed(config.seed)
         self.scheduler = build_scheduler(config)
         model = build_model(config, splits).to(self.accelerator.device)
@@ -134,13 +140,27 @@ class Trainer:
         for folder in (self.output, self.output / "checkpoints"):
             remove_unfinished(folder)
         self.config.save()
+        DataRecord(self.splits.class_names, self.splits.borrowed).save(self.output)
+
+    def _check_splits(self, record: DataRecord) -> None:
+        """Raise ValueError where the splits are not those that the run had so far."""
+        check_class_names(self.splits.class_names, record.class_names, "data")
+        if dict(self.splits.borrowed) != dict(record.borrowed):
+            raise ValueError(
+                f"splits must have the parts that {self.output} keeps in data.json; "
+                "load them with record=DataRecord.read(output)"
+            )
 
     def _run(self) -> GenRepPipeline:
         ends = [sum(self.config.stage_steps[: i + 1]) for i in range(len(STAGES))]
-        batches = iter(self._loader())
-        for stage, end in enumerate(ends):
-            if self.state.step < end:
-                self._run_stage(stage, end, batches)
+        if self.state.step < ends[-1]:
+            with contextlib.closing(self._loader()) as micro_batches:
+                # The first one starts the workers, while no progress bar has a thread: a process
+                # that is forked keeps the locks of threads that it does not have.
+                started = itertools.chain([next(micro_batches)], micro_batches)
+                for stage, end in enumerate(ends):
+                    if self.state.step < end:
+                        self._run_stage(stage, end, started)
         self._leave_stage()
         # Without Accelerate's autocast, as the pipeline will be when it is loaded again.
         self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
@@ -149,7 +169,7 @@ class Trainer:
             pipeline.save_pretrained(unfinished)
         return pipeline
 
-    def _run_stage(self, stage: int, end: int, batches: Iterator[Batch]) -> None:
+    def _run_stage(self, stage: int, end: int, micro_batches: Iterator[Batch]) -> None:
         state = self.state
         length = self.config.stage_steps[stage]
         with StageProgress(STAGES[stage], state.step, end, length) as progress:
@@ -160,7 +180,7 @@ class Trainer:
             self.wrapped.train()
             while state.step < end:
                 started = time.perf_counter()
-                metrics = self._step(stage, batches)
+                metrics = self._step(stage, micro_batches)
                 state.step += 1
                 refreshing = self._refresh_teacher()
                 last = state.step == end
@@ -172,11 +192,11 @@ class Trainer:
                 if last or state.step % self.config.checkpoint_every == 0:
                     self._checkpoint()
 
-    def _step(self, stage: int, batches: Iterator[Batch]) -> dict[str, torch.Tensor]:
+    def _step(self, stage: int, micro_batches: Iterator[Batch]) -> dict[str, torch.Tensor]:
         """One optimizer step: its micro-batches, then alignment, clipping, update and averages."""
         self.optimizer.optimizer.ema_decay = self._ema_decay(stage)
         while True:
-            batch = next(batches)
+            batch = next(micro_batches)
             # Every random number of a micro-batch follows from its index alone, so that a resumed
             # run draws the same ones.
             torch.manual_seed(self.config.seed * 1_000_003 + self.state.micro_batch)
@@ -283,9 +303,7 @@ class Trainer:
         copy_(self.averages, self.parameters)
         if stage > 0 and state.teacher is None and self.config.teacher != "none":
             state.teacher = Teacher(self.config, self.model.frozen_copy(), self.scheduler)
-            images, labels = as_tensors(self.splits.calibration)
-            device = self.accelerator.device
-            state.teacher.prepare(self.model.encode(images.to(device)), labels.to(device))
+            state.teacher.prepare(self._calibration())
         if stage == 2:
             state.momentum = self.model.frozen_copy()
         state.stage = stage
@@ -367,10 +385,17 @@ class Trainer:
         if scaler is not None:
             scaler.load_state_dict(saved_scaler)
 
-    def _loader(self) -> DataLoader:
-        return self.accelerator.prepare(
-            seeded_loader(self.config, self.splits.train, start=self.state.micro_batch)
-        )
+    def _calibration(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Latents and labels of the calibration split, in batches."""
+        device = self.accelerator.device
+        # Without workers: a progress bar has a thread by now.
+        for images, labels in batches(self.splits.calibration, BATCH):
+            yield self.model.encode(images.to(device)), labels.to(device)
+
+    def _loader(self) -> Generator[Batch, None, None]:
+        """The micro-batches from where the run is; their workers end when this is closed."""
+        loader = seeded_loader(self.config, self.splits.train, start=self.state.micro_batch)
+        return checked(self.accelerator.prepare(loader))
 
     def _learning_rate_factor(self, step: int) -> float:
         start = 0

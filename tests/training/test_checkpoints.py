@@ -599,7 +599,8 @@ def test_what_a_killed_process_left_is_removed(copied, newest, finished):
     (copied / ".model.123.tmp").mkdir()
     (copied / ".lock").write_text("123 elsewhere\n")
     resume(copied, finished[0])
-    assert sorted(os.listdir(copied)) == ["checkpoints", "config.json", "history.jsonl", "model"]
+    left = ["checkpoints", "config.json", "data.json", "history.jsonl", "model"]
+    assert sorted(os.listdir(copied)) == left
     assert sorted(os.listdir(copied / "checkpoints")) == [BEFORE, NEWEST]
 
 

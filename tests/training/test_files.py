@@ -237,6 +237,7 @@ def test_a_run_leaves_no_lock(finished):
     assert sorted(os.listdir(config.output)) == [
         "checkpoints",
         "config.json",
+        "data.json",
         "history.jsonl",
         "model",
     ]

@@ -72,23 +72,32 @@ def test_image_size_resizes_the_digits():
 
 def test_folder_takes_every_image_once_and_every_class_into_every_split(tmp_path):
     save_images(tmp_path, {"cat": 40, "dog": 3, ".hidden": 2})
-    (tmp_path / "cat" / "notes.txt").write_text("not an image")
     splits = load_data(f"folder:{tmp_path}", image_size=4)
     assert splits.class_names == ("cat", "dog") and splits.image_shape == (1, 4, 4)
-    assert [len(getattr(splits, name)) for name in SPLITS] == [28 + 1, 4 + 1, 8 + 1]
+    assert sum(len(getattr(splits, name)) for name in SPLITS) == 43
     levels = sorted(((all_images(splits)[:, 0, 0, 0] + 1) * 127.5).round().int().tolist())
     assert levels == sorted([10 + i for i in range(40)] + [10 + i for i in range(3)])
     for name in SPLITS:
         assert set(as_tensors(getattr(splits, name))[1].tolist()) == {0, 1}
 
 
-def test_folder_split_follows_its_seed(tmp_path):
-    save_images(tmp_path, {"a": 30, "b": 30})
+def test_a_random_split_of_a_folder_follows_its_seed(tmp_path):
+    save_images(tmp_path, {"a": 40, "b": 3})
     first, same, other = (
-        as_tensors(load_data(f"folder:{tmp_path}", image_size=1, seed=seed).test)[0]
+        load_data(f"folder:{tmp_path}", image_size=1, seed=seed, split="random")
         for seed in (0, 0, 1)
     )
-    assert torch.equal(first, same) and not torch.equal(first, other)
+    assert [len(getattr(first, name)) for name in SPLITS] == [28 + 1, 4 + 1, 8 + 1]
+    assert torch.equal(first.test.images, same.test.images)
+    assert not torch.equal(first.test.images, other.test.images)
+
+
+def test_a_split_by_content_follows_no_seed(tmp_path):
+    save_images(tmp_path, {"a": 30, "b": 30})
+    first, other = (load_data(f"folder:{tmp_path}", image_size=1, seed=seed) for seed in (0, 1))
+    assert torch.equal(first.test.images, other.test.images)
+    with pytest.raises(ValueError, match="split must be 'content' or 'random', got 'order'"):
+        load_data(f"folder:{tmp_path}", split="order")
 
 
 def test_folder_is_rgb_as_soon_as_one_image_is(tmp_path):
@@ -137,7 +146,7 @@ def write_float_image(path):
 def test_unreadable_image_is_named_when_the_folder_is_loaded(tmp_path, spoil):
     save_images(tmp_path, {"a": 3, "b": 3})
     spoil(tmp_path / "b" / "broken.png")
-    with pytest.raises(ValueError, match=r"cannot read image .*b/broken\."):
+    with pytest.raises(ValueError, match=r"b/broken\..* cannot be read as an image"):
         load_data(f"folder:{tmp_path}")
 
 
@@ -226,6 +235,24 @@ def test_torchvision_keeps_its_own_test_split(torchvision, name, calls, class_na
     training = torch.cat([as_tensors(part)[0] for part in (splits.train, splits.calibration)])
     levels = ((training[:, 0, 0, 0] + 1) * 127.5).round().int()
     assert sorted(levels.tolist()) == list(range(30))
+
+
+def test_torchvision_decodes_what_is_read_and_knows_its_labels(torchvision, monkeypatch):
+    monkeypatch.setattr(
+        WithTrain,
+        "targets",
+        property(lambda self: [i % 3 for i in range(len(self))]),
+        raising=False,
+    )
+    read = []
+    original = list.__getitem__
+    monkeypatch.setattr(
+        StubPairs, "__getitem__", lambda self, i: read.append(i) or original(self, i), raising=False
+    )
+    splits = load_data("torchvision:WithTrain", image_size=5)
+    assert set(read) == {0}
+    image, label = splits.train[4]
+    assert read[-1] == round((image[0, 0, 0].item() + 1) * 127.5) and label == read[-1] % 3
 
 
 @pytest.mark.parametrize(
