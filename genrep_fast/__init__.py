@@ -13,6 +13,7 @@ from importlib import import_module
 from ._version import __version__ as __version__
 from .alignment.aligned_adamw import AlignedAdamW
 from .alignment.aligner import AlignerStats, GradientAligner
+from .coefficients.forward_process import ForwardProcess, forward_process
 from .coefficients.tables import StepCoefficients
 from .dispatch.report import info
 from .dispatch.selection import BackendUnavailableError, use_backend
@@ -40,6 +41,7 @@ __all__ = [
     "AlignmentStats",
     "BackendUnavailableError",
     "ChainBank",
+    "ForwardProcess",
     "GenRep",
     "GenRepPipeline",
     "GenRepWeighting",
@@ -50,6 +52,7 @@ __all__ = [
     "combine",
     "distillation_loss",
     "fit_temperature",
+    "forward_process",
     "gram",
     "info",
     "log_evidence",

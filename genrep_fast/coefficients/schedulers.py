@@ -53,7 +53,7 @@ def noise_levels(
         # already.
         levels = dict(zip(scheduler.timesteps.tolist(), scheduler.sigmas.tolist(), strict=False))
     else:
-        levels = dict(enumerate(_alphas_cumprod(scheduler).tolist()))
+        levels = dict(enumerate(alphas_cumprod(scheduler).tolist()))
         if not all(isinstance(timestep, int) for timestep in timesteps):
             raise TypeError(
                 f"{name} must be integers for {type(scheduler).__name__}, got {timesteps}"
@@ -73,11 +73,11 @@ def final_level(scheduler: Any) -> float:
     if family == "flow":
         return 0.0
     if family == "ddim" and not scheduler.config.set_alpha_to_one:
-        return _alphas_cumprod(scheduler)[0].item()
+        return alphas_cumprod(scheduler)[0].item()
     return 1.0
 
 
-def _alphas_cumprod(scheduler: Any) -> Tensor:
+def alphas_cumprod(scheduler: Any) -> Tensor:
     """ᾱ [T] in float64; where it is held in half precision, rebuilt from the betas."""
     held = scheduler.alphas_cumprod.detach().cpu()
     if held.dtype in (torch.float32, torch.float64):

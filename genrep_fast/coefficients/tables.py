@@ -16,13 +16,8 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice
-from .schedulers import (
-    alpha_sigma,
-    as_list,
-    noise_levels,
-    refuse_clipping,
-    require_parameterization,
-)
+from .forward_process import ForwardProcess, forward_process
+from .schedulers import refuse_clipping
 from .transitions import (
     SMALLEST_STD,
     ReverseTransition,
@@ -255,43 +250,60 @@ class StepCoefficients:
         (`log_likelihood`, `PosteriorScorer`), which is not the default.
 
         Args:
-            scheduler, timesteps, dtype: as in `chain`; ``clip_sample`` does not matter here.
-            parameterization: what the denoiser predicts, hence what the target is; None reads the
-                scheduler's prediction type.
+            scheduler: any of diffusers' schedulers that has noise levels (`forward_process`); it is
+                only read, and ``clip_sample`` does not matter.
+            timesteps, dtype: as in `chain`.
+            parameterization: what the denoiser predicts, hence what the target is, by the
+                scheduler's name for it; None reads the scheduler's prediction type.
             input: "target" where the training target (noise, velocity, flow) takes the place of
-                x_s; "noisy" where x_s itself is given.
+                x_s; "noisy" where x_s itself is given, what the denoiser takes: some schedulers'
+                ``add_noise`` needs their ``scale_model_input`` to give it.
             space: "native" measures the error of what the denoiser predicts, "epsilon" that of the
                 noise it implies.
             weight: "uniform" (w ≡ 1), or [S] weights w_s ≥ 0.
 
         Raises:
-            TypeError, ValueError: as in `chain`.
+            TypeError, ValueError: as `forward_process`.
 
         Li et al., ICCV 2023 (Diffusion Classifier).
         """
         check_choice(input, "input", ("target", "noisy"))
         check_choice(space, "space", ("native", "epsilon"))
-        parameterization = require_parameterization(scheduler, parameterization)
-        level = noise_levels(scheduler, "timesteps", as_list("timesteps", timesteps))
-        alpha, sigma = alpha_sigma(scheduler, level)
-        inv_var = 2 * _require_weights(weight, len(alpha))
-        factor = torch.ones_like(alpha)
-        if space == "epsilon":
-            factor = _epsilon_factor(parameterization, alpha, sigma)
-        if input == "target":
-            data, noisy, output = _error_of_target(parameterization, alpha)
-            inv_var = inv_var * factor**2
-        else:
-            residual = _error_of_noisy(parameterization, alpha, sigma)
-            data, noisy, output = (factor * table for table in residual)
-        tables = {
-            "data": data,
-            "noisy": noisy,
-            "output": output,
-            "inv_var": inv_var,
-            "log_norm": torch.zeros_like(alpha),
-        }
+        process = forward_process(scheduler, timesteps, parameterization=parameterization)
+        tables = elbo_tables(process, input=input, space=space, weight=weight)
         return cls(**_rounded(tables, timesteps, dtype))
+
+
+def elbo_tables(
+    process: ForwardProcess,
+    *,
+    input: str = "target",
+    space: str = "native",
+    weight: str | Tensor | Sequence[float] = "uniform",
+) -> dict[str, Tensor]:
+    """The five tables of `StepCoefficients.elbo`, each [S] float64, of a forward process."""
+    parameterization, sign = process.parameterization, process.target_sign
+    # Of data of unit variance.
+    alpha, sigma = process.alpha / process.data_scale, process.sigma
+    inv_var = 2 * _require_weights(weight, len(alpha))
+    factor = torch.ones_like(alpha)
+    if space == "epsilon":
+        factor = _epsilon_factor(parameterization, alpha, sigma)
+    if input == "target":
+        data, noisy, output = _error_of_target(parameterization, alpha)
+        inv_var = inv_var * factor**2
+    else:
+        data, noisy, output = _error_of_noisy(parameterization, alpha, sigma)
+        data = factor * (sign * process.data_scale * data)
+        noisy = factor * (sign * noisy)
+        output = factor * output
+    return {
+        "data": data,
+        "noisy": noisy,
+        "output": output,
+        "inv_var": inv_var,
+        "log_norm": torch.zeros_like(alpha),
+    }
 
 
 def _check_center(center: str, parameterization: str | None) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from ..coefficients.tables import StepCoefficients
+from ..coefficients.forward_process import forward_process, stratified_process
+from ..coefficients.tables import StepCoefficients, elbo_tables
 from ..reference.reverse_step import chain_noise
 from .chains import Denoiser, Prediction, ReverseChain, inference_scheduler, initial_noise
 from .scorer import PosteriorScorer
@@ -23,15 +24,17 @@ class ElboEstimator:
     score does not depend on its batch.
 
     Args:
-        denoiser: ``denoiser(x_t, timesteps, labels) -> model output``: [N, C, ...], int64 [N],
-            int64 [N] -> [N, C', ...].
-        scheduler: diffusers scheduler with `alphas_cumprod`.
+        denoiser: ``denoiser(x_t, timesteps, labels) -> model output``: [N, C, ...], [N], int64 [N]
+            -> [N, C', ...]. x_t is scaled as the scheduler's ``scale_model_input`` does; timesteps
+            are int64, or float32 where the scheduler's are continuous.
+        scheduler: any of diffusers' schedulers that has noise levels; what ``set_timesteps`` left
+            in it does not matter.
         num_classes: K.
         num_steps: S, the midpoints of as many equal parts of the training timesteps.
         seed: of the noise.
 
     Raises:
-        TypeError: for a scheduler without `alphas_cumprod`.
+        TypeError: for a scheduler without noise levels.
         ValueError: for num_steps out of range.
     """
 
@@ -44,17 +47,15 @@ class ElboEstimator:
         num_steps: int = 16,
         seed: int = 0,
     ) -> None:
-        _require_noise_levels(scheduler)
-        total = scheduler.config.num_train_timesteps
-        if not 1 <= num_steps <= total:
-            raise ValueError(f"num_steps must be between 1 and {total}, got {num_steps}")
+        self.process = stratified_process(scheduler, num_steps)
         self.denoiser = denoiser
         self.scheduler = scheduler
         self.num_classes = num_classes
         self.seed = seed
-        self.timesteps = ((torch.arange(num_steps) + 0.5) * (total / num_steps)).long()
+        self.timesteps = self.process.timesteps
         self.coefficients = [
-            StepCoefficients.elbo(scheduler, timestep[None]) for timestep in self.timesteps
+            StepCoefficients(**elbo_tables(self.process[row])).to(dtype=torch.float32)
+            for row in range(num_steps)
         ]
         self.evaluations = 0
 
@@ -69,13 +70,21 @@ class ElboEstimator:
         chain_id = torch.zeros(1, dtype=torch.int64, device=x.device)
         for row, timestep in enumerate(self.timesteps):
             noise = chain_noise(self.seed, chain_id, row, x.shape[1:]).to(x.dtype).expand_as(x)
-            steps = timestep.to(x.device).expand(len(x))
-            x_t = self.scheduler.add_noise(x, noise, steps)[:, None]  # [B, 1, C, ...]
-            output = denoise_classes(self.denoiser, x_t, timestep, self.num_classes)
+            x_t, target = self._noisy_input_and_target(row, x, noise)
+            output = denoise_classes(self.denoiser, x_t[:, None], timestep, self.num_classes)
             self.evaluations += output.shape[0] * output.shape[1]
-            target = training_target(self.scheduler, x, noise, steps)[:, None, None]
-            scorer.update(x, output[:, :, None], self.coefficients[row], target)
+            scorer.update(x, output[:, :, None], self.coefficients[row], target[:, None, None])
         return scorer.log_likelihood()
+
+    def _noisy_input_and_target(
+        self, row: int, x: torch.Tensor, noise: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not _adds_noise_by_timestep(self.scheduler):
+            process = self.process[row]
+            return process.noisy_input(x, noise), process.target(x, noise)
+        steps = self.timesteps[row].to(x.device).expand(len(x))
+        x_t = self.scheduler.add_noise(x, noise, steps)
+        return x_t, training_target(self.scheduler, x, noise, steps)
 
 
 class ImageChainEstimator:
@@ -177,11 +186,16 @@ def denoise_classes(
 def training_target(
     scheduler: Any, x: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
 ) -> torch.Tensor:
-    """What a denoiser of `scheduler.config.prediction_type` learns to predict, of the shape of x.
+    """What a denoiser of the scheduler's prediction type learns to predict, of the shape of x.
+
+    Reads the timesteps [B] from their device, unless the scheduler is DDPM's or DDIM's.
 
     Raises:
-        ValueError: for a prediction type other than epsilon, v_prediction and sample.
+        TypeError: for a scheduler without noise levels.
+        ValueError: for a prediction type that the scheduler does not know.
     """
+    if not _adds_noise_by_timestep(scheduler):
+        return forward_process(scheduler, timesteps).target(x, noise)
     prediction_type = scheduler.config.prediction_type
     if prediction_type == "epsilon":
         return noise
@@ -192,6 +206,15 @@ def training_target(
     raise ValueError(
         f"prediction_type must be 'epsilon', 'v_prediction' or 'sample', got {prediction_type!r}"
     )
+
+
+def _adds_noise_by_timestep(scheduler: Any) -> bool:
+    """Whether the scheduler's noise depends on the timestep alone, and waits for no device.
+
+    That of others depends on what set_timesteps and step left in them.
+    """
+    names = {ancestor.__name__ for ancestor in type(scheduler).__mro__}
+    return not names.isdisjoint(("DDPMScheduler", "DDIMScheduler"))
 
 
 def _require_noise_levels(scheduler: Any) -> None:

@@ -6,7 +6,12 @@ import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    ScoreSdeVeScheduler,
+)
 from torch.distributions import Normal
 
 from genrep_fast import ChainBank
@@ -35,12 +40,16 @@ def no_clipping(cls, **options):
     return cls(clip_sample=False, **options)
 
 
-@pytest.mark.parametrize("estimator", [ElboEstimator, ImageChainEstimator])
-def test_a_scheduler_without_noise_levels_is_refused(estimator):
+def test_a_scheduler_without_noise_levels_is_refused():
+    with pytest.raises(TypeError, match="ScoreSdeVeScheduler predicts the score"):
+        ElboEstimator(toy_denoiser, ScoreSdeVeScheduler(), NUM_CLASSES)
+
+
+def test_an_image_chain_needs_the_levels_of_ddpm():
     with pytest.raises(
         TypeError, match="scheduler must have alphas_cumprod.* got FlowMatchEulerDiscreteScheduler"
     ):
-        estimator(toy_denoiser, FlowMatchEulerDiscreteScheduler(), NUM_CLASSES)
+        ImageChainEstimator(toy_denoiser, FlowMatchEulerDiscreteScheduler(), NUM_CLASSES)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
