@@ -19,6 +19,9 @@ _FAMILIES = {
     "FlowMatchEulerDiscreteScheduler": "flow",
 }
 
+# What diffusers calls them where it has another name.
+_ALIASES = {"flow_prediction": "flow"}
+
 _PARAMETERIZATIONS = {
     "ddpm": ("epsilon", "v_prediction", "sample"),
     "ddim": ("epsilon", "v_prediction", "sample"),
@@ -152,11 +155,18 @@ def as_list(name: str, values: Tensor | Sequence[float]) -> list[float]:
 
 
 def require_parameterization(scheduler: Any, parameterization: str | None) -> str:
-    """What the denoiser predicts: `parameterization`, else the scheduler's type."""
-    supported = _PARAMETERIZATIONS[scheduler_family(scheduler)]
+    """What the denoiser predicts: `parameterization`, else the scheduler's type.
+
+    Diffusers' "flow_prediction" is "flow".
+    """
+    family = scheduler_family(scheduler)
+    supported = _PARAMETERIZATIONS[family]
     given = parameterization
     if given is None:
-        given = scheduler.config.get("prediction_type", "flow")
+        # Flow schedulers have no prediction type.
+        given = scheduler.config.get("prediction_type", "flow" if family == "flow" else None)
+    if isinstance(given, str):
+        given = _ALIASES.get(given, given)
     if given not in supported:
         raise ValueError(
             f"parameterization of {type(scheduler).__name__} must be one of "

@@ -199,8 +199,9 @@ class StepCoefficients:
                 else on the CPU.
             previous_timesteps: [S] where each step leads; negative is the scheduler's final noise
                 level. None: the successors in ``scheduler.timesteps``.
-            parameterization: what the denoiser's output is; None reads the scheduler's prediction
-                type. "mean": it already is the mean.
+            parameterization: what the denoiser's output is, by diffusers' names too
+                ("flow_prediction" is "flow"); None reads the scheduler's prediction type. "mean":
+                it already is the mean.
             variance: "fixed_small" or "fixed_large" (DDPM alone); None reads the scheduler's
                 variance type. Needed where that is learned.
             eta: DDIM's noise, 0 to 1.

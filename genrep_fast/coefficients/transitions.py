@@ -23,6 +23,8 @@ from .schedulers import (
 # A smaller standard deviation cannot be scored: 1/σ² leaves float32's useful range and one
 # component outweighs all others.
 SMALLEST_STD = 1e-6
+# e⁸⁰ and e⁻⁸⁰ are numbers of float32.
+_LARGEST_LOG_SCALE = 80.0
 
 
 class ReverseTransition(NamedTuple):
@@ -203,7 +205,19 @@ def learned_std_scale(model_output: Tensor, channels: int, log_variance_ratio: T
         log_variance_ratio: 0-dimensional, of the step (`learned_log_variance_ratio`).
 
     Returns:
-        [N, channels, *spatial].
+        [N, channels, *spatial], float32 (float64 for float64): e⁻¹⁸, which the last steps have,
+        is 0 in half precision.
+
+    Raises:
+        ValueError: for a model output without a learned variance.
     """
-    fraction = (model_output[:, channels : 2 * channels] + 1) / 2
-    return (0.5 * (1 - fraction) * log_variance_ratio).exp()
+    if model_output.shape[1] < 2 * channels:
+        raise ValueError(
+            f"model_output must have {2 * channels} channels where the scheduler has "
+            f"variance_type='learned_range', got {model_output.shape[1]}"
+        )
+    learned = model_output[:, channels : 2 * channels]
+    fraction = (learned.to(torch.promote_types(learned.dtype, torch.float32)) + 1) / 2
+    log_scale = 0.5 * (1 - fraction) * log_variance_ratio
+    # An untrained network says anything; what it says of a step without noise must not be infinite.
+    return log_scale.clamp(-_LARGEST_LOG_SCALE, _LARGEST_LOG_SCALE).exp()

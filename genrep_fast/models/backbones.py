@@ -5,7 +5,8 @@ How to add a null class, which blocks there are, and what their outputs look lik
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -15,6 +16,7 @@ from diffusers import DiTTransformer2DModel, UNet2DModel
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
+from ..coefficients.schedulers import scheduler_family
 from ..files import read_json
 from .weights import load_complete
 
@@ -68,7 +70,17 @@ def backbone_class(class_name: str | None) -> type[Backbone]:
 
 
 def build_backbone(config: dict[str, Any]) -> Backbone:
-    """Build a randomly initialised backbone from ``{"_class_name": ..., **config}``."""
+    """Build a randomly initialised backbone from ``{"_class_name": ..., **config}``.
+
+    Raises:
+        ValueError: for another class than those of `BACKBONES`, and for a Fourier time embedding:
+            perception looks at t = 0, which training and every chain meet, too.
+    """
+    if config.get("time_embedding_type") == "fourier":
+        raise ValueError(
+            "backbone: time_embedding_type must be 'positional' or 'learned', got 'fourier', which "
+            "takes the logarithm of t and divides by it: t = 0 gives NaN"
+        )
     backbone = backbone_class(config["_class_name"]).from_config(
         {k: v for k, v in config.items() if not k.startswith("_")}
     )
@@ -130,12 +142,76 @@ def class_embeddings(backbone: Backbone) -> list[nn.Parameter]:
     return [parameter for name, parameter in backbone.named_parameters() if name.endswith(names)]
 
 
+class _Output:
+    """What one thread keeps of one block: its output, while `active`."""
+
+    active = False
+    value: torch.Tensor | None = None
+
+
+class _Outputs(threading.local):
+    def __init__(self) -> None:
+        self.of_thread = _Output()
+
+
+class _KeepOutput:
+    """Forward hook of a block, which stays there.
+
+    torch.compile sees hooks when it compiles and never again, so none may come and go between two
+    calls. Threads share modules, and replicas share their hooks: each thread keeps its own output.
+    """
+
+    def __init__(self) -> None:
+        self.outputs = _Outputs()
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        kept = self.outputs.of_thread
+        if kept.active:
+            kept.value = output[0] if isinstance(output, (tuple, list)) else output
+
+    def __reduce__(self) -> tuple[type[_KeepOutput], tuple[()]]:
+        # What threads keep is not copied, nor pickled.
+        return _KeepOutput, ()
+
+
+def keep_outputs(backbone: nn.Module, blocks: Iterable[str]) -> list[_Output]:
+    """Where this thread finds the outputs of `blocks`; each gets its hook, once.
+
+    Args:
+        blocks: module paths inside the backbone.
+    """
+    return [_hook(get_block(backbone, name)).outputs.of_thread for name in blocks]
+
+
+def _hook(block: nn.Module) -> _KeepOutput:
+    for hook in block._forward_hooks.values():
+        if isinstance(hook, _KeepOutput):
+            return hook
+    hook = _KeepOutput()
+    block.register_forward_hook(hook)
+    return hook
+
+
+def get_block(backbone: nn.Module, name: str) -> nn.Module:
+    """The block at a path, inside of what torch.compile made of it and of the backbone."""
+    module = uncompiled(backbone)
+    for part in name.split("."):
+        module = uncompiled(getattr(module, part))
+    return module
+
+
+def uncompiled(module: Any) -> Any:
+    """The module that torch.compile wrapped, or itself."""
+    return getattr(module, "_orig_mod", module)
+
+
 def run_backbone(
     backbone: Backbone,
     x: torch.Tensor,
     timesteps: torch.Tensor,
     labels: torch.Tensor,
     blocks: list[str],
+    kept: Iterable[str] = (),
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Run `backbone` and capture the outputs of `blocks`.
 
@@ -144,25 +220,34 @@ def run_backbone(
         timesteps: [B].
         labels: [B] int64.
         blocks: module paths inside the backbone.
+        kept: all blocks that any call asks for; a compiled backbone then has one graph for all.
 
     Returns:
         The raw output [B, C', H, W] and, in the order of `blocks`, feature maps [B, F, h, w].
+
+    Raises:
+        RuntimeError: for a backbone that was compiled, and ran, before it was given to GenRep.
     """
-    captured: dict[str, torch.Tensor] = {}
-
-    def capture(name: str) -> Callable[[nn.Module, Any, torch.Tensor], None]:
-        return lambda module, inputs, output: captured.__setitem__(name, output)
-
-    handles = [backbone.get_submodule(name).register_forward_hook(capture(name)) for name in blocks]
+    names = list(dict.fromkeys((*blocks, *kept)))
+    outputs = dict(zip(names, keep_outputs(backbone, names), strict=True))
+    for output in outputs.values():
+        output.active = True
     try:
-        output = backbone(x, timesteps, class_labels=labels, return_dict=False)[0]
+        sample = backbone(x, timesteps, class_labels=labels, return_dict=False)[0]
+        values = [outputs[name].value for name in blocks]
     finally:
-        for handle in handles:
-            handle.remove()
-    return output, [_as_map(captured[name]) for name in blocks]
+        for output in outputs.values():
+            output.active = False
+            output.value = None
+    return sample, [_as_map(value) for value in values]
 
 
-def _as_map(features: torch.Tensor) -> torch.Tensor:
+def _as_map(features: torch.Tensor | None) -> torch.Tensor:
+    if features is None:
+        raise RuntimeError(
+            "the backbone does not show the outputs of its blocks: it was compiled before GenRep "
+            "had it; compile it afterwards"
+        )
     if features.ndim == 4:
         return features
     # Tokens [B, h·w, F] of a square image.
@@ -192,8 +277,36 @@ def output_channels(backbone: Backbone) -> int:
     return backbone.config.out_channels
 
 
+def require_fitting(backbone: Backbone, scheduler: Any) -> None:
+    """Check that reverse chains of `scheduler` can run `backbone`.
+
+    Raises:
+        TypeError: for another class than DDPM, DDIM and FlowMatchEulerDiscrete.
+        ValueError: for a learned variance that the backbone does not predict, and for timesteps
+            that its learned time embedding does not have.
+    """
+    family = scheduler_family(scheduler)
+    channels, outputs = backbone.config.in_channels, output_channels(uncompiled(backbone))
+    if scheduler.config.get("variance_type") == "learned_range" and outputs < 2 * channels:
+        raise ValueError(
+            f"scheduler has variance_type='learned_range', for which the backbone must have "
+            f"{2 * channels} output channels, got {outputs}: set variance_type='fixed_small'"
+        )
+    if backbone.config.get("time_embedding_type") != "learned":
+        return
+    embedded = backbone.config.num_train_timesteps
+    steps = scheduler.config.num_train_timesteps
+    if family == "flow" or steps > embedded:
+        found = "fractional ones" if family == "flow" else f"{steps}"
+        raise ValueError(
+            f"scheduler: the backbone's learned time embedding has {embedded} timesteps, "
+            f"got {found} of {type(scheduler).__name__}"
+        )
+
+
 def attention_blocks(backbone: Backbone) -> list[nn.Module]:
     """The modules whose gradients are aligned: attention layers of a UNet, blocks of a DiT."""
+    backbone = uncompiled(backbone)
     if isinstance(backbone, DiTTransformer2DModel):
         return list(backbone.transformer_blocks)
     return [module for module in backbone.modules() if isinstance(module, Attention)]

@@ -15,6 +15,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.utils import BaseOutput
 from torch import nn
 
+from .autoencoder import build_autoencoder, check_autoencoder, decode, encode, load_autoencoder
 from .backbones import (
     Backbone,
     attention_blocks,
@@ -22,15 +23,17 @@ from .backbones import (
     block_names,
     build_backbone,
     class_embeddings,
+    keep_outputs,
     load_backbone,
     output_channels,
-    require_saved,
     run_backbone,
     with_null_class,
 )
 from .weights import load_complete, meta_tensors, named
 
 _TIME_EMBEDDING = 64
+# What torch.compile puts into the names of a part's tensors.
+_COMPILED = "_orig_mod."
 
 
 @dataclass
@@ -87,7 +90,8 @@ class GenRep(ModelMixin, ConfigMixin):
         self.backbone = build_backbone(backbone_config)
         self.vae = None
         if vae_config is not None:
-            self.vae = AutoencoderKL.from_config(vae_config).requires_grad_(False)
+            self.vae = build_autoencoder(vae_config)
+            _require_latent_channels(self.vae, self.backbone)
         names = block_names(self.backbone)
         perception_blocks = list(perception_blocks or names)
         semantic_block = semantic_block or names[len(names) // 2]
@@ -98,6 +102,9 @@ class GenRep(ModelMixin, ConfigMixin):
                     f"perception_blocks and semantic_block must be {wanted}, got {name!r}"
                 )
         self.register_to_config(perception_blocks=perception_blocks, semantic_block=semantic_block)
+        keep_outputs(self.backbone, self._kept_blocks)
+        self.register_state_dict_post_hook(_with_plain_names)
+        self.register_load_state_dict_pre_hook(_with_own_names)
 
         in_channels = self.backbone.config.in_channels
         out_channels = output_channels(self.backbone)
@@ -130,18 +137,23 @@ class GenRep(ModelMixin, ConfigMixin):
             backbone: the model (its weights are copied), or a directory that diffusers'
                 `save_pretrained` wrote.
             num_classes: number of classes; a null class is appended where the backbone has none.
-            vae: AutoencoderKL of a latent model, or its directory.
+            vae: AutoencoderKL of a latent model, or its directory; other classes of VAEs are
+                refused.
             kwargs: perception_blocks, semantic_block, pool_size, class_names.
 
         Raises:
+            TypeError: for a VAE of another class.
             ValueError: for an unknown backbone class, another number of classes, an unknown block,
-                and for weights that are not those of the configured network: keys missing or
-                unexpected, other shapes.
+                a VAE directory of another class, a VAE of other latents than the backbone's, a
+                Fourier time embedding (NaN at t = 0), and for weights that are not those of the
+                configured network: keys missing or unexpected, other shapes.
             FileNotFoundError: where a directory holds no model.
             OSError: where a directory's weights cannot be read.
         """
         network = load_backbone(backbone) if isinstance(backbone, (str, Path)) else backbone
-        autoencoder = _load_vae(vae) if isinstance(vae, (str, Path)) else vae
+        autoencoder = load_autoencoder(vae) if isinstance(vae, (str, Path)) else vae
+        if autoencoder is not None:
+            check_autoencoder(autoencoder)
         for name, module in (("backbone", network), ("vae", autoencoder)):
             empty = set() if module is None else meta_tensors(module)
             if empty:
@@ -189,10 +201,31 @@ class GenRep(ModelMixin, ConfigMixin):
         return self.config.num_classes
 
     @property
+    def class_names(self) -> list[str]:
+        """The name of each of the K classes: those that were saved, or "0" … "K − 1" without any.
+
+        Raises:
+            ValueError: where the saved names are not one a class.
+        """
+        num_classes = self.config.num_classes
+        names = self.config.class_names
+        if names is None:
+            return [str(index) for index in range(num_classes)]
+        if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"class_names must be a list of strings, got {names!r}")
+        if len(names) != num_classes:
+            raise ValueError(
+                f"class_names must be one name a class, got {len(names)} for {num_classes} classes"
+            )
+        return list(names)
+
+    @property
     def sample_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one latent."""
         config = self.backbone.config
         size = config.sample_size
+        if size is None:
+            raise ValueError("backbone: sample_size must be the side of its inputs, got None")
         height, width = (size, size) if isinstance(size, int) else size
         return config.in_channels, height, width
 
@@ -229,7 +262,12 @@ class GenRep(ModelMixin, ConfigMixin):
         """
         timesteps = self._timesteps(x_t, timestep)
         output, (features,) = run_backbone(
-            self.backbone, x_t, timesteps, class_labels, [self.config.semantic_block]
+            self.backbone,
+            x_t,
+            timesteps,
+            class_labels,
+            [self.config.semantic_block],
+            self._kept_blocks,
         )
         if not modulate:
             no_shift = output.new_zeros(len(output))
@@ -272,17 +310,27 @@ class GenRep(ModelMixin, ConfigMixin):
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Latents of images [B, C, H, W] in [-1, 1].
 
-        The mode of the VAE's posterior, scaled; the images themselves without a VAE.
+        The images themselves without a VAE. With one, the mode of its posterior as the backbone
+        sees it: (z − shift_factor)·scaling_factor, or (z − latents_mean)·scaling_factor /
+        latents_std, in the model's dtype. A VAE with force_upcast runs in float32 where it would
+        run in float16.
+
+        Raises:
+            FloatingPointError: on the CPU, where the VAE gives latents that are not finite.
         """
         if self.vae is None:
             return images
-        return self.vae.encode(images).latent_dist.mode() * self.vae.config.scaling_factor
+        return encode(self.vae, images).to(self.dtype)
 
     @torch.no_grad()
     def decode(self, x: torch.Tensor) -> torch.Tensor:
-        """Images in [-1, 1] of latents; the inverse of `encode`."""
+        """Images in [-1, 1] of latents; the inverse of `encode`.
+
+        Raises:
+            FloatingPointError: on the CPU, where the VAE gives images that are not finite.
+        """
         if self.vae is not None:
-            x = self.vae.decode(x / self.vae.config.scaling_factor).sample
+            x = decode(self.vae, x).to(self.dtype)
         return x.clamp(-1, 1)
 
     @torch.no_grad()
@@ -309,7 +357,13 @@ class GenRep(ModelMixin, ConfigMixin):
 
     def _clean_features(self, x: torch.Tensor, blocks: list[str]) -> list[torch.Tensor]:
         labels = torch.full((len(x),), self.null_class, device=x.device)
-        return run_backbone(self.backbone, x, self._timesteps(x, 0), labels, blocks)[1]
+        timesteps = self._timesteps(x, 0)
+        return run_backbone(self.backbone, x, timesteps, labels, blocks, self._kept_blocks)[1]
+
+    @property
+    def _kept_blocks(self) -> tuple[str, ...]:
+        """Blocks whose outputs some call asks for."""
+        return (*self.config.perception_blocks, self.config.semantic_block)
 
     def _pooled(self, features: list[torch.Tensor]) -> torch.Tensor:
         size = self.config.pool_size
@@ -320,9 +374,33 @@ class GenRep(ModelMixin, ConfigMixin):
         return torch.as_tensor(timestep, device=x.device).expand(len(x))
 
 
-def _load_vae(path: str | Path) -> AutoencoderKL:
-    require_saved("vae", path, "config.json")
-    return load_complete(AutoencoderKL.from_pretrained, path)
+def _with_plain_names(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Name tensors of a state dict as if no part of the model were compiled."""
+    for own, plain in _compiled_names(model, prefix):
+        if own in state:
+            state[plain] = state.pop(own)
+
+
+def _with_own_names(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Undo `_with_plain_names` in what a model with compiled parts loads."""
+    for own, plain in _compiled_names(model, prefix):
+        if plain in state:
+            state[own] = state.pop(plain)
+
+
+def _compiled_names(model: nn.Module, prefix: str) -> list[tuple[str, str]]:
+    """Names of tensors in parts that torch.compile wrapped, with and without its mark."""
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    own = [name for name, _ in tensors if _COMPILED in name]
+    return [(prefix + name, prefix + name.replace(_COMPILED, "")) for name in own]
+
+
+def _require_latent_channels(vae: AutoencoderKL, backbone: Backbone) -> None:
+    latent, own = vae.config.latent_channels, backbone.config.in_channels
+    if latent != own:
+        raise ValueError(
+            f"vae: latent_channels must be the backbone's in_channels = {own}, got {latent}"
+        )
 
 
 def _normalise(features: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..coefficients.schedulers import scheduler_family
 from ..coefficients.tables import StepCoefficients
 from ..models import GenRep, GenRepOutput
 from ..scoring.estimators import training_target
@@ -60,6 +61,10 @@ class GenerationLoss(nn.Module):
         scheduler: DDPMScheduler of the chain that is trained.
         alignment_weight: λ_r.
         variance_weight: λ_v.
+
+    Raises:
+        TypeError: for a scheduler of another class, a flow's for example.
+        ValueError: for one that clips, see `StepCoefficients.chain`.
     """
 
     std: torch.Tensor
@@ -70,6 +75,9 @@ class GenerationLoss(nn.Module):
 
     def __init__(self, scheduler: Any, *, alignment_weight: float, variance_weight: float) -> None:
         super().__init__()
+        if scheduler_family(scheduler) != "ddpm":
+            found = type(scheduler).__name__
+            raise TypeError(f"scheduler must be a DDPMScheduler, got {found}")
         self.scheduler = scheduler
         self.alignment_weight = alignment_weight
         self.variance_weight = variance_weight

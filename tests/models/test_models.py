@@ -9,11 +9,16 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDPMScheduler
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 from safetensors.torch import load_file, save_file
 
 from genrep_fast.models import GenRep
-from genrep_fast.models.backbones import class_embeddings
+from genrep_fast.models.backbones import class_embeddings, require_fitting
 from genrep_fast.training.losses import GenerationLoss, perception_loss
 
 KINDS = ("unet", "dit")
@@ -565,3 +570,52 @@ def test_alignment_loss_compares_directions_at_the_semantic_block(tiny_model):
         parts["representation_alignment"].double(), expected, rtol=0, atol=1e-5
     )
     torch.testing.assert_close(total, parts["diffusion"] + parts["representation_alignment"])
+
+
+def test_class_names_are_one_a_class_or_an_error(tiny_backbone):
+    def named(names):
+        return GenRep.from_backbone(tiny_backbone("dit"), NUM_CLASSES, class_names=names)
+
+    assert named(["ape", "bee", "cat"]).class_names == ["ape", "bee", "cat"]
+    assert named(None).class_names == ["0", "1", "2"]
+    with pytest.raises(ValueError, match="class_names must be .*, got 2 for 3 classes"):
+        named(["ape", "bee"]).class_names  # noqa: B018
+    with pytest.raises(ValueError, match="class_names must be a list of strings, got 'abc'"):
+        named("abc").class_names  # noqa: B018
+
+
+def test_a_time_embedding_without_t_0_is_refused(tiny_backbone):
+    backbone = tiny_backbone("unet", time_embedding_type="fourier")
+    with pytest.raises(ValueError, match="time_embedding_type must be .* got 'fourier'"):
+        GenRep.from_backbone(backbone, NUM_CLASSES)
+
+
+def test_a_learned_time_embedding_has_the_schedulers_timesteps(tiny_backbone):
+    options = {"time_embedding_type": "learned", "num_train_timesteps": 100}
+    model = GenRep.from_backbone(tiny_backbone("unet", **options), NUM_CLASSES)
+    assert model.perceive(clean_images()).isfinite().all()
+    require_fitting(model.backbone, DDPMScheduler(num_train_timesteps=100))
+    with pytest.raises(ValueError, match="has 100 timesteps, got 1000 of DDPMScheduler"):
+        require_fitting(model.backbone, DDPMScheduler())
+    with pytest.raises(ValueError, match="has 100 timesteps, got fractional ones of FlowMatch"):
+        require_fitting(model.backbone, FlowMatchEulerDiscreteScheduler())
+
+
+def test_a_learned_variance_needs_its_channels(tiny_model):
+    scheduler = DDPMScheduler(variance_type="learned_range")
+    require_fitting(tiny_model("dit", out_channels=2).backbone, scheduler)
+    with pytest.raises(ValueError, match="must have 2 output channels, got 1"):
+        require_fitting(tiny_model("dit").backbone, scheduler)
+
+
+def test_a_backbone_without_a_size_is_named(tiny_backbone):
+    model = GenRep.from_backbone(tiny_backbone("unet", sample_size=None), NUM_CLASSES)
+    assert model.perceive(clean_images()).shape == (5, NUM_CLASSES)
+    with pytest.raises(ValueError, match="sample_size must be the side of its inputs, got None"):
+        model.image_shape  # noqa: B018
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, FlowMatchEulerDiscreteScheduler])
+def test_the_generation_loss_is_that_of_ddpm(scheduler):
+    with pytest.raises(TypeError, match=f"must be a DDPMScheduler, got {scheduler.__name__}"):
+        GenerationLoss(scheduler(), alignment_weight=0.1, variance_weight=0.0)

@@ -17,7 +17,7 @@ from diffusers import (
 )
 
 from genrep_fast import StepCoefficients
-from genrep_fast.coefficients.transitions import normal_tables
+from genrep_fast.coefficients.transitions import learned_std_scale, normal_tables
 
 SHAPE = (2, 3, 5, 7)
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -628,3 +628,35 @@ def test_normal_tables_normalise_the_density():
     density = torch.distributions.Normal(0.0, std[[0, 3]]).log_prob(torch.tensor(0.7))
     torch.testing.assert_close((-0.5 * inv_var * 0.7**2 + log_norm)[[0, 3]], density)
     assert inv_var[1:3].isinf().all()
+
+
+@pytest.mark.parametrize("table", ["chain", "elbo"])
+def test_diffusers_own_name_of_the_flow_is_taken(table):
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(4)
+    build = getattr(StepCoefficients, table)
+    named = build(scheduler, scheduler.timesteps[1:3], parameterization="flow_prediction")
+    expected = build(scheduler, scheduler.timesteps[1:3], parameterization="flow")
+    assert torch.equal(named.tables, expected.tables)
+    scheduler.register_to_config(prediction_type="flow_prediction")
+    assert torch.equal(build(scheduler, scheduler.timesteps[1:3]).tables, expected.tables)
+
+
+@pytest.mark.parametrize("given", ["flow_prediction", "flow", ["epsilon"], "noise"])
+def test_a_prediction_that_ddpm_does_not_have_is_refused(given):
+    with pytest.raises(ValueError, match="parameterization of DDPMScheduler must be one of eps"):
+        StepCoefficients.elbo(DDPMScheduler(clip_sample=False), [5], parameterization=given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_learned_std_is_positive_and_finite_in_any_dtype(dtype):
+    ratio = torch.tensor(-37.0, dtype=torch.float64)
+    output = torch.tensor([0.0, -1.0, 0.5, 1.0, -50.0, 50.0])[None].expand(2, -1).to(dtype)
+    scale = learned_std_scale(output[None], 1, ratio)
+    assert scale.dtype == torch.promote_types(dtype, torch.float32)
+    assert (scale > 0).all() and scale.isfinite().all()
+    fraction = (output[1, :4].double() + 1) / 2
+    expected = (0.5 * (1 - fraction) * ratio).exp()
+    torch.testing.assert_close(scale[0, 0, :4].double(), expected, rtol=1e-5, atol=0)
+    with pytest.raises(ValueError, match="must have 4 channels .* got 2"):
+        learned_std_scale(output[None], 2, ratio)
