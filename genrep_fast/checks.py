@@ -18,13 +18,18 @@ from .memory_overlap import overlaps_itself
 
 # What the operators take.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+# Modules of tensor classes that no operator of this package knows.
+_UNKNOWN_TENSORS = ("torch.masked", "torch.distributed.tensor", "torch.distributed._tensor")
 
 # Numbers
 
 
 def check_number(value: Any, name: str) -> None:
-    """Check that `value` is a real number."""
-    if not isinstance(value, numbers.Real):
+    """Check that `value` is a real number, of Python or NumPy, which a bool is not."""
+    if not _is_real(value):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
 
@@ -63,6 +68,12 @@ def check_in_range(value: Any, name: str, end: int, shown: str | None = None) ->
         raise ValueError(f"{name} must lie in [0, {shown or end}), got {value}")
 
 
+def check_flag(value: Any, name: str) -> None:
+    """Check that `value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
 def check_max_norm(max_norm: float | None) -> float | None:
     """Check that `max_norm` is None or a positive number."""
     if max_norm is not None:
@@ -80,8 +91,7 @@ def check_power(power: float) -> float:
 
 def check_weights(weights: Sequence[float], n: int) -> list[float]:
     """Check that `weights` are `n` finite numbers; return them as floats."""
-    is_sequence = isinstance(weights, Sequence)
-    if not is_sequence or not all(isinstance(weight, (int, float)) for weight in weights):
+    if not isinstance(weights, Sequence) or not all(map(_is_real, weights)):
         raise TypeError(f"weights must be a sequence of numbers, got {weights!r}")
     if len(weights) != n or not all(abs(weight) < math.inf for weight in weights):
         note = "" if n == 2 else "; give one for each loss, the default is for two"
@@ -94,7 +104,7 @@ def check_weights(weights: Sequence[float], n: int) -> list[float]:
 
 def check_choice(value: Any, name: str, choices: Sequence[str]) -> None:
     """Check that `value` is one of at least two words."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         *others, last = [f'"{choice}"' for choice in choices]
         raise ValueError(f"{name} must be {', '.join(others)} or {last}, got {value!r}")
 
@@ -110,10 +120,27 @@ def check_length(tensors: Sequence, name: str, length: int) -> None:
         raise ValueError(f"{name} must have {length} entries, got {len(tensors)}")
 
 
-def check_floating(tensor: Tensor, name: str) -> None:
-    """Check that `tensor` is a tensor of one of `DTYPES`."""
+def check_dense(tensor: Tensor, name: str) -> None:
+    """Check that `tensor` is a tensor that has strides: not sparse, nested, masked or sharded."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    kind = type(tensor)
+    if kind not in _PLAIN_TENSORS:
+        if torch.nn.parameter.is_lazy(tensor):
+            raise ValueError(f"{name} must have a shape, got {kind.__name__}: run its module once")
+        if kind.__module__.startswith(_UNKNOWN_TENSORS):
+            raise TypeError(f"{name} must be a plain tensor, got {kind.__name__}")
+    if tensor.layout is not torch.strided:
+        raise ValueError(
+            f"{name} must be dense, got layout {tensor.layout}; make it so with .to_dense()"
+        )
+    if tensor.is_nested:
+        raise ValueError(f"{name} must be dense, got a nested tensor: pad it")
+
+
+def check_floating(tensor: Tensor, name: str) -> None:
+    """Check that `tensor` is a dense tensor of one of `DTYPES`."""
+    check_dense(tensor, name)
     if tensor.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
 
@@ -141,13 +168,6 @@ def check_tensor(
     tensor: Tensor, name: str, shape: torch.Size | None, device: torch.device | None
 ) -> None:
     """Check that `tensor` is dense, of one of `DTYPES`, of this shape and device (None: any)."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if tensor.layout != torch.strided:
-        raise ValueError(
-            f"{name} must be dense, got layout {tensor.layout}; "
-            "densify sparse gradients with .to_dense()"
-        )
     check_floating(tensor, name)
     if shape is not None and tensor.shape != shape:
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
@@ -180,11 +200,21 @@ def check_writable(tensor: Tensor, name: str, shape: torch.Size, device: torch.d
 def require(condition: Tensor, message: str, got: Tensor | None = None) -> None:
     """Raise ValueError where `condition` (a boolean scalar) on the CPU is False.
 
-    Elsewhere, and when compiled, assert without waiting.
+    Elsewhere, and when compiled, assert without waiting. Under `torch.func.vmap` the condition must
+    hold for all examples.
     """
     if torch.compiler.is_compiling() or condition.device.type != "cpu":
         torch._assert_async(condition, message)
-    elif not condition:
+        return
+    if torch._C._are_functorch_transforms_active():
+        got = None
+        while torch._C._functorch.is_functorch_wrapped_tensor(condition):
+            condition = torch._C._functorch.get_unwrapped(condition)
+        with torch._C._DisableFuncTorch():
+            holds = bool(condition.all())
+    else:
+        holds = bool(condition)
+    if not holds:
         raise ValueError(message if got is None else f"{message}, got {got.tolist()}")
 
 
@@ -198,6 +228,7 @@ def check_learning_rate(lr: float | Tensor, device: torch.device) -> None:
     nobody waits for it.
     """
     if isinstance(lr, Tensor):
+        check_dense(lr, "lr")
         if lr.numel() != 1:
             raise ValueError(f"lr must have one element, got shape {tuple(lr.shape)}")
         check_scalar(lr.reshape(()), "lr", device)
@@ -224,7 +255,11 @@ def _is_number(value: object) -> bool:
     """
     if isinstance(value, Tensor):
         return value.numel() == 1 and value.device.type == "cpu"
-    return isinstance(value, numbers.Real)
+    return _is_real(value)
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def check_ema_decay(ema_decay: float) -> float:

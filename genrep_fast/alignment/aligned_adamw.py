@@ -91,6 +91,11 @@ class AlignedAdamW(torch.optim.Optimizer):
     ):
         if not isinstance(aligner, GradientAligner):
             raise TypeError(f"aligner must be a GradientAligner, got {type(aligner).__name__}")
+        if not isinstance(params, Iterable):
+            raise TypeError(
+                "params must be parameters, named parameters or groups of them, "
+                f"got {type(params).__name__}"
+            )
         self.aligner, self.max_norm = aligner, check_max_norm(max_norm)
         self.ema_decay = _check_decay(ema_decay)
         self._index = {id(parameter): index for index, parameter in enumerate(aligner.parameters)}
@@ -152,7 +157,9 @@ class AlignedAdamW(torch.optim.Optimizer):
         # The last of the hooks: what it checks is what is loaded.
         handle = self.register_load_state_dict_pre_hook(check)
         try:
-            super().load_state_dict(state_dict)
+            # Tensors of inference mode could not be written to outside of it.
+            with torch.inference_mode(False):
+                super().load_state_dict(state_dict)
         finally:
             handle.remove()
 
@@ -291,7 +298,10 @@ class AlignedAdamW(torch.optim.Optimizer):
 
     def _state(self, parameter: Tensor) -> dict[str, Tensor]:
         state = self.state[parameter]
-        if not state:
+        if state:
+            return state
+        # Tensors of inference mode could not be written to outside of it.
+        with torch.inference_mode(False), torch.no_grad():
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)

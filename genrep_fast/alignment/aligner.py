@@ -22,7 +22,7 @@ from typing import Any, NoReturn, SupportsIndex
 import torch
 from torch import Tensor
 
-from ..checks import check_max_norm, check_weights
+from ..checks import check_flag, check_max_norm, check_weights
 from ..ops.alignment import combine_operator
 from .collected import Collected, CollectedGradients
 from .groups import ParameterGroups, check_names, check_not_sharded, label, named_parameters
@@ -96,6 +96,7 @@ class GradientAligner:
         flat: bool = False,
     ):
         self.names = check_names(names)
+        check_flag(flat, "flat")
         is_genrep = isinstance(rule, str) and rule == "genrep"
         self.weights = _default_weights(is_genrep, len(self.names)) if weights is None else weights
         self.module = unwrapped(params) if isinstance(params, torch.nn.Module) else None
@@ -253,8 +254,8 @@ class GradientAligner:
 
         Raises:
             RuntimeError: where a loss has not been collected, no loss reached a parameter, what was
-                collected was dropped or written to since, or a loss reached parameters of the
-                module that the aligner does not know.
+                collected was dropped or written to since, the model was converted or moved since,
+                or a loss reached parameters of the module that the aligner does not know.
             TypeError, ValueError: for a `max_norm` that is not a number, or not positive.
         """
         collected = self.hand_over(max_norm)

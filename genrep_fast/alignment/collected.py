@@ -91,10 +91,23 @@ class CollectedGradients:
         return found
 
     def result(self, loss: int, index: int) -> Tensor:
-        """Where a parameter's aligned gradient is written, `loss` being the first to reach it."""
+        """Where a parameter's aligned gradient is written, `loss` being the first to reach it.
+
+        Raises RuntimeError where the parameter could not take it, as it was converted since.
+        """
         if self._buckets is None:
-            return cast(Tensor, self.gradients[loss][index])
-        return self._buckets.views[0][index]
+            result = cast(Tensor, self.gradients[loss][index])
+        else:
+            result = self._buckets.views[0][index]
+        parameter = self._parameters[index]
+        dtype = getattr(parameter, "grad_dtype", parameter.dtype)
+        if result.dtype != (dtype or result.dtype) or result.device != parameter.device:
+            raise RuntimeError(
+                f"the collected gradient of {label(self._names, index)} is {result.dtype} on "
+                f"{result.device}, but it takes {dtype} on {parameter.device} now: the model was "
+                "converted or moved after the collection, so start the step over with zero_grad()"
+            )
+        return result
 
     def take(self, loss: int) -> None:
         """Take every ``.grad`` over as, or into, the gradient of `loss`."""

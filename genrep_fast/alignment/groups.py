@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..checks import DTYPES
+from ..checks import check_floating
 from ..ops.alignment import MAX_LOSSES
 from .wrappers import is_flat_shard, is_sharded, plain_name, plain_names
 
@@ -149,10 +149,11 @@ class ParameterGroups:
         for index, parameter in enumerate(self._parameters):
             if self.of[index] is not None or not parameter.requires_grad:
                 continue
-            if parameter.dtype not in DTYPES:
-                raise TypeError(
-                    f"{label(self._names, index)} must be float32, bfloat16, float16 or float64, "
-                    f"got {parameter.dtype}"
+            check_floating(parameter, label(self._names, index))
+            if parameter.is_inference():
+                raise ValueError(
+                    f"{label(self._names, index)} was made under torch.inference_mode and cannot "
+                    "be trained: make the model outside of it"
                 )
             key = self._key(index)
             if not isinstance(key, Hashable):

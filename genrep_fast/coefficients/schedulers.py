@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import DTYPES, INTEGERS, check_dense
+
 _FAMILIES = {
     "DDPMScheduler": "ddpm",
     "DDIMScheduler": "ddim",
@@ -145,8 +147,16 @@ def step_pairs(
 
 def as_list(name: str, values: Tensor | Sequence[float]) -> list[float]:
     """Check that `values` are numbers in one dimension; return them as a list."""
-    values = torch.as_tensor(values)
-    if values.ndim != 1 or values.dtype == torch.bool or values.is_complex():
+    try:
+        values = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must be numbers in one dimension, got {values!r}") from error
+    check_dense(values, name)
+    if values.requires_grad:
+        raise ValueError(f"{name} must not require a gradient, which tables lack: detach it")
+    if values.is_meta:
+        raise ValueError(f"{name} must have values, got a tensor on the device meta")
+    if values.ndim != 1 or values.dtype not in (*DTYPES, *INTEGERS):
         raise TypeError(
             f"{name} must be a one-dimensional sequence of numbers, "
             f"got {values.dtype} of shape {tuple(values.shape)}"

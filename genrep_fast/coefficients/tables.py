@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_choice
+from ..checks import DTYPES, INTEGERS, check_choice, check_dense, check_number
 from .forward_process import ForwardProcess, forward_process
 from .schedulers import refuse_clipping
 from .transitions import (
@@ -51,8 +51,9 @@ class StepCoefficients:
 
     Raises:
         TypeError: for anything but floating-point tensors of one dtype.
-        ValueError: for tables that differ in length or device, or hold values outside their range;
-            the message names the table.
+        ValueError: for tables that differ in length or device, are sparse or require a gradient,
+            which they would not get, or hold values outside their range; the message names the
+            table.
     """
 
     data: Tensor
@@ -130,6 +131,10 @@ class StepCoefficients:
         self._set_tables(tables)
 
     def _set_tables(self, tables: Tensor) -> None:
+        if tables.is_inference():
+            # Those of inference mode could not be saved for a backward pass.
+            with torch.inference_mode(False):
+                tables = tables.clone()
         object.__setattr__(self, "tables", tables)
         # Kept, because every call of a scoring operator asks for it.
         object.__setattr__(self, "_scoring_tables", tables[: len(_TABLES)])
@@ -221,6 +226,7 @@ class StepCoefficients:
         """
         _check_center(center, parameterization)
         check_sigma_floor(sigma_floor)
+        check_number(eta, "eta")
         if parameterization != "mean":
             refuse_clipping(scheduler)
         step = reverse_transition(
@@ -377,7 +383,19 @@ def _require_weights(weight: str | Tensor | Sequence[float], length: int) -> Ten
         if weight != "uniform":
             raise ValueError(f'weight must be "uniform" or a weight for each step, got {weight!r}')
         return torch.ones(length, dtype=torch.float64)
-    weight = torch.as_tensor(weight, dtype=torch.float64, device="cpu")
+    if isinstance(weight, Tensor):
+        if weight.dtype not in (*DTYPES, *INTEGERS):
+            raise TypeError(f"weight must be numbers, got {weight.dtype}")
+        if weight.is_meta:
+            raise ValueError("weight must have values, got a tensor on the device meta")
+    try:
+        weight = torch.as_tensor(weight, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        wanted = '"uniform" or a weight for each step'
+        raise TypeError(f"weight must be {wanted}, got {type(weight).__name__}") from error
+    check_dense(weight, "weight")
+    if weight.requires_grad:
+        raise ValueError("weight must not require a gradient, which tables lack: detach it")
     if weight.shape != (length,) or not ((weight >= 0) & weight.isfinite()).all():
         raise ValueError(
             f"weight must hold {length} finite numbers that are not negative, got {weight.tolist()}"
@@ -386,11 +404,15 @@ def _require_weights(weight: str | Tensor | Sequence[float], length: int) -> Ten
 
 
 def _rounded(tables: dict[str, Tensor], timesteps: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+    if dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"dtype must be float32 or float64, got {dtype!r}")
     device = timesteps.device if isinstance(timesteps, Tensor) else "cpu"
     return {name: table.to(device, dtype) for name, table in tables.items()}
 
 
 def _check_table(name: str, table: Any, like: Tensor) -> None:
+    if isinstance(table, Tensor):
+        check_dense(table, name)
     got = table.dtype if isinstance(table, Tensor) else type(table).__name__
     if got not in (torch.float32, torch.float64):
         raise TypeError(f"{name} must be a float32 or float64 tensor, got {got}")
@@ -403,3 +425,9 @@ def _check_table(name: str, table: Any, like: Tensor) -> None:
         )
     if table.device != like.device:
         raise ValueError(f"{name} must lie where data does, on {like.device}, got {table.device}")
+    if table.requires_grad:
+        raise ValueError(
+            f"{name} must not require a gradient, which tables do not carry: detach it"
+        )
+    if table.is_meta:
+        raise ValueError(f"{name} must have values, got a tensor on the device meta")

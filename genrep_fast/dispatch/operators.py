@@ -13,8 +13,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
-from .selection import fastest_measured, register_implementation, select_implementation
+from .selection import (
+    fastest_measured,
+    register_implementation,
+    require_reference,
+    select_implementation,
+)
 
 _OLDEST_TORCH = "2.11"
 
@@ -45,6 +51,7 @@ def define_operator(
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
     dtype_from: tuple[int, ...] = (0,),
+    vmap: bool = True,
 ) -> Callable[..., Any]:
     """Define ``genrep_fast::<schema>`` once: schema, fake, autograd, first implementation.
 
@@ -61,11 +68,14 @@ def define_operator(
         setup_context: ``setup_context(ctx, inputs, output)``, required with `backward`.
         dtype_from: positions of the tensor arguments whose dtype decides: where one of their
             tensors is float64, the reference runs.
+        vmap: whether `torch.func.vmap` can map `reference`, which writes to no tensor then that may
+            be one for all examples.
 
     Returns:
         The operator: a function of the overload's positional arguments that calls
         ``torch.ops.genrep_fast.<name>.default``, or goes around the dispatcher where neither
-        autograd nor tracing needs it.
+        autograd nor tracing needs it. Inside a transform of `torch.func` and in forward-mode
+        differentiation it is `reference`, whose operations PyTorch transforms one by one.
     """
     name = schema.partition("(")[0]
     schemas[name] = schema
@@ -84,6 +94,16 @@ def define_operator(
     def call(*args: Any) -> Any:
         # The dispatcher, and autograd's part in Python, take longer than a small operator: only
         # tracing and gradients need them.
+        if in_function_transform():
+            if not vmap and _in_vmap():
+                raise RuntimeError(
+                    f"{name} cannot run inside torch.func.vmap: call it outside, "
+                    "for one example after the other"
+                )
+            # A traced program has no backend of its own: what it holds is compiled.
+            if not torch.compiler.is_compiling():
+                require_reference(name)
+            return reference(*args)
         if _is_traced(args):
             return overload(*args)
         if backward is not None and torch.is_grad_enabled() and any(map(_requires_grad, args)):
@@ -103,7 +123,8 @@ def _on_selected_backend(name: str, dtype_from: tuple[int, ...]) -> Callable[...
         float64 = any(_holds_float64(arguments[position]) for position in dtype_from)
         fastest = fastest_measured(name, device, arguments) if device_type == "cuda" else None
         implementation = select_implementation(name, device_type, float64, fastest)
-        if not torch.is_autocast_enabled(device_type):
+        # Of tensors without values PyTorch knows no autocast.
+        if device_type == "meta" or not torch.is_autocast_enabled(device_type):
             return implementation(*args, **kwargs)
         # Autocast would run the inner matrix products of an operator in bfloat16, whatever its
         # inputs.
@@ -113,10 +134,18 @@ def _on_selected_backend(name: str, dtype_from: tuple[int, ...]) -> Callable[...
     return on_backend
 
 
+def in_function_transform() -> bool:
+    """Whether a transform of `torch.func`, or forward-mode differentiation, is under way."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _in_vmap() -> bool:
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in stack)
+
+
 def _is_traced(arguments: tuple[Any, ...]) -> bool:
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-        return True
-    if torch._C._are_functorch_transforms_active():
         return True
     return type(_first_tensor(arguments)) not in _PLAIN_TENSORS
 

@@ -81,6 +81,16 @@ def insisted_backend() -> str | None:
     return _insisted.get()
 
 
+def require_reference(name: str) -> None:
+    """Raise BackendUnavailableError where another backend than the reference is insisted on."""
+    insisted = _insisted.get() or os.environ.get("GENREP_FAST_BACKEND")
+    if insisted not in (None, "", "reference"):
+        raise BackendUnavailableError(
+            f"backend {insisted!r} was asked for, but {name} runs on the reference alone inside a "
+            "transform of torch.func and in forward-mode differentiation"
+        )
+
+
 def select_implementation(
     name: str, device_type: str, float64: bool, fastest: str | None = None
 ) -> Callable[..., Any]:

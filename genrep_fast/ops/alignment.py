@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -25,6 +26,8 @@ from ..reference import alignment as reference
 # Of one loss: a tensor for each parameter, None where the loss does not reach it.
 Gradients = Sequence[Tensor | None]
 
+_PLAIN_TENSORS = {Tensor, torch.nn.Parameter}
+
 MAX_LOSSES = 8
 # A wrong index ends in a message, not in gigabytes of Gram matrices.
 MAX_GROUPS = 1 << 20
@@ -40,6 +43,7 @@ gram_operator = define_operator(
     fake=lambda gradients, n, groups, num_groups: _first(gradients).new_empty(
         num_groups, n, n, dtype=torch.float64
     ),
+    vmap=False,
 )
 
 alignment_coefficients_operator = define_operator(
@@ -62,6 +66,7 @@ group_gram_operator = define_operator(
     reference=reference.group_gram,
     fake=lambda grams, groups, num_groups: grams.new_empty(num_groups, *grams.shape[1:]),
     dtype_from=(),
+    vmap=False,
 )
 
 tensor_coefficients_operator = define_operator(
@@ -78,6 +83,7 @@ combine_operator = define_operator(
     reference=reference.combine,
     fake=lambda gradients, coefficients, groups, weights, out: None,
     dtype_from=(0, 4),
+    vmap=False,
 )
 
 
@@ -180,7 +186,7 @@ def gram(*gradients: Gradients, groups: Sequence[int | None] | None = None) -> T
         TypeError: for an argument of a wrong type, or a gradient of a wrong dtype.
         ValueError: for a wrong number of gradients, length, shape, device, layout or group index.
     """
-    layout = check_gradients(gradients, _numbered(gradients), groups)
+    layout = check_gradients(gradients, numbered(gradients), groups)
     grouped = layout.grouped
     own_groups = [layout.groups[t] for t in grouped]
     return _gram_matrices(gradients, grouped, own_groups, layout.num_groups, layout.device)
@@ -220,9 +226,9 @@ def combine(
             for `weights` that are missing, and for an output that overlaps itself, another argument
             or another output; nothing is written then.
     """
-    layout = check_gradients(gradients, _numbered(gradients), groups)
+    layout = check_gradients(gradients, numbered(gradients), groups)
     table, weights = check_coefficients(coefficients, weights, len(gradients), layout)
-    named = dict(zip(_numbered(gradients), gradients, strict=True))
+    named = dict(zip(numbered(gradients), gradients, strict=True))
     _check_out(out, layout, named, coefficients)
     rows = [layout.groups[t] for t in layout.reached]
     return _weighted_sums(gradients, table, rows, layout, weights, out)
@@ -260,6 +266,8 @@ def check_gradients(
 
     What raises: see `align_gradients`.
     """
+    if gradients and not isinstance(gradients[0], Sequence):
+        check_length(gradients[0], names[0], 0)
     if not 2 <= len(gradients) <= MAX_LOSSES:
         raise ValueError(f"gradients of 2 to {MAX_LOSSES} losses are needed, got {len(gradients)}")
     for name, tensors in zip(names, gradients, strict=True):
@@ -292,9 +300,11 @@ def _are_alike(
     Their shapes are those of `samples`, their device is `device` or one of their own.
     """
     present = [tensor for tensor in tensors if tensor is not None]
-    if not all([isinstance(tensor, Tensor) for tensor in present]):
+    if not {type(tensor) for tensor in present} <= _PLAIN_TENSORS:
         return False
     if not {tensor.layout for tensor in present} <= {torch.strided}:
+        return False
+    if any([tensor.is_nested for tensor in present]):
         return False
     if not {tensor.dtype for tensor in present} <= set(DTYPES):
         return False
@@ -339,13 +349,13 @@ def _check_groups(groups: Sequence[int | None] | None, num_tensors: int) -> tupl
     for t, index in enumerate(groups):
         if index is None:
             continue
-        if not isinstance(index, int) or isinstance(index, bool):
+        if isinstance(index, bool) or not isinstance(index, (int, numbers.Integral)):
             raise TypeError(f"groups[{t}] must be an int or None, got {type(index).__name__}")
         if index < 0:
             raise ValueError(f"groups[{t}] must not be negative, got {index}")
         if index >= MAX_GROUPS:
             raise ValueError(f"groups[{t}] must be below {MAX_GROUPS}, got {index}")
-    indices = [-1 if index is None else index for index in groups]
+    indices = [-1 if index is None else int(index) for index in groups]
     return indices, max(indices, default=-1) + 1
 
 
@@ -377,7 +387,10 @@ def _check_out(
     check_no_overlap({"out": written}, read, in_place=gradients)
 
 
-def _numbered(gradients: Sequence[Gradients]) -> list[str]:
+def numbered(gradients: Sequence[Gradients]) -> list[str]:
+    """Names of the gradients of losses, for messages."""
+    if not isinstance(gradients, Sequence):
+        raise TypeError(f"gradients must be a list or a tuple, got {type(gradients).__name__}")
     return [f"gradients[{i}]" for i in range(len(gradients))]
 
 

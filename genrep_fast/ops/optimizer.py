@@ -19,7 +19,7 @@ from ..checks import (
 from ..dispatch.operators import define_operator
 from ..memory_overlap import check_no_overlap
 from ..reference import optimizer as reference
-from .alignment import GradientLayout, Gradients, check_coefficients, check_gradients
+from .alignment import GradientLayout, Gradients, check_coefficients, check_gradients, numbered
 
 adamw_step_operator = define_operator(
     "adamw_step(Tensor(a!)[] params, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
@@ -29,6 +29,7 @@ adamw_step_operator = define_operator(
     reference=reference.adamw_step,
     fake=lambda *arguments: None,
     dtype_from=(0, 1, 2, 3, 4),
+    vmap=False,
 )
 
 
@@ -82,7 +83,7 @@ def adamw_step(
             for a tensor that is updated and overlaps itself or any other tensor of the arguments;
             nothing is changed then.
     """
-    names = [f"gradients[{i}]" for i in range(len(gradients))]
+    names = numbered(gradients)
     layout = check_gradients(gradients, names, groups)
     coefficients, weights = check_coefficients(coefficients, weights, len(gradients), layout)
     check_learning_rate(lr, layout.device)

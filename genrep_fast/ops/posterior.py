@@ -8,12 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_device, check_floating, check_positive
-from ..dispatch.operators import define_operator
+from ..checks import (
+    INTEGERS,
+    check_choice,
+    check_dense,
+    check_device,
+    check_floating,
+    check_positive,
+)
+from ..dispatch.operators import define_operator, in_function_transform
 from ..reference import posterior as reference
 from ..reference.scoring import accumulation_dtype
-
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def posterior(
@@ -135,7 +140,13 @@ def fit_temperature(
     Raises:
         TypeError, ValueError: for wrong dtypes, shapes or devices, no labels, a label out of range,
             NaN, or a label whose class has likelihood or prior 0.
+        RuntimeError: inside a transform of `torch.func`.
     """
+    if in_function_transform():
+        raise RuntimeError(
+            "fit_temperature returns a Python float, which no transform of torch.func sees: "
+            "call it outside"
+        )
     log_prior = _check_scores(log_likelihood, log_prior)
     # [N, K] each, relative to the label's class.
     scores, prior = _calibration_rows(log_likelihood, labels, log_prior)
@@ -194,11 +205,9 @@ def _calibration_rows(
 ) -> tuple[Tensor, Tensor]:
     """L and log p(y) relative to the label's class, float64 [N, K] each, N = B times locations."""
     shape = log_likelihood.shape
-    if not isinstance(labels, Tensor) or labels.dtype not in _INTEGERS:
-        raise TypeError(
-            "labels must be a tensor of integers, "
-            f"got {getattr(labels, 'dtype', type(labels).__name__)}"
-        )
+    check_dense(labels, "labels")
+    if labels.dtype not in INTEGERS:
+        raise TypeError(f"labels must be a tensor of integers, got {labels.dtype}")
     if labels.shape != (shape[0], *shape[2:]):
         raise ValueError(
             f"labels must be {(shape[0], *shape[2:])} for a log_likelihood of {tuple(shape)}, "
@@ -207,6 +216,8 @@ def _calibration_rows(
     if labels.numel() == 0:
         raise ValueError("labels must hold at least one label, got none")
     check_device(log_likelihood.device, labels=labels)
+    if log_likelihood.is_meta:
+        raise ValueError("log_likelihood must have values, got a tensor on the device meta")
     if labels.min() < 0 or labels.max() >= shape[1]:
         raise ValueError(
             f"labels must lie in 0...{shape[1] - 1}, "

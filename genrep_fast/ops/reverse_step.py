@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_device, check_float64_like, check_in_range, require
+from ..checks import check_dense, check_device, check_float64_like, check_in_range, require
 from ..coefficients.tables import StepCoefficients
 from ..dispatch.operators import define_operator
 from ..reference import reverse_step as reference
@@ -82,7 +82,7 @@ def reverse_step(
         tables = tables.to(accumulation_dtype(x_t))
     with torch.no_grad():
         x_prev, score = _reverse_step(
-            x_t, model_output, tables, step, signed_seed, chain_ids, x, std_scale
+            x_t, model_output, tables, int(step), signed_seed, chain_ids, x, std_scale
         )
     return x_prev, None if x is None else score
 
@@ -127,11 +127,9 @@ def _check_coefficients(coefficients: StepCoefficients, step: int, x_t: Tensor) 
 
 
 def _check_chain_ids(chain_ids: Tensor, x_t: Tensor) -> None:
-    if not isinstance(chain_ids, Tensor) or chain_ids.dtype != torch.int64:
-        raise TypeError(
-            "chain_ids must be an int64 tensor, "
-            f"got {getattr(chain_ids, 'dtype', type(chain_ids).__name__)}"
-        )
+    check_dense(chain_ids, "chain_ids")
+    if chain_ids.dtype != torch.int64:
+        raise TypeError(f"chain_ids must be an int64 tensor, got {chain_ids.dtype}")
     if chain_ids.shape != x_t.shape[:1]:
         raise ValueError(
             f"chain_ids must be [{x_t.shape[0]}], one a chain, got {tuple(chain_ids.shape)}"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_device, check_float64_like, check_floating
+from ..checks import check_choice, check_device, check_flag, check_float64_like, check_floating
 from ..coefficients.tables import StepCoefficients
 from ..dispatch.operators import define_operator
 from ..dispatch.selection import insisted_backend, use_backend
@@ -56,10 +56,25 @@ def log_likelihood(
             be scored, or the "mean" of no steps.
     """
     check_choice(reduction, "reduction", REDUCTIONS)
+    check_flag(per_location, "per_location")
     arguments = chunk_arguments(x, model_output, coefficients, x_t)
     if reduction == "mean" and len(coefficients) == 0:
         raise ValueError('reduction "mean" needs at least one step, got coefficients of 0 steps')
     return _log_likelihood(*arguments, reduction, per_location)[0]
+
+
+def step_log_likelihoods(
+    x: Tensor, model_output: Tensor, x_t: Tensor | None, tables: Tensor, per_location: bool
+) -> Tensor:
+    """l of every step of `chunk_arguments`, [B, K, S, *loc]; a step at a time."""
+    steps = []
+    for s in range(tables.shape[1]):
+        noisy = x_t
+        if x_t is not None and x_t.shape[2] > 1:
+            noisy = x_t[:, :, s : s + 1]
+        step = (model_output[:, :, s : s + 1], noisy, tables[:, s : s + 1])
+        steps.append(_log_likelihood(x, *step, "mean", per_location)[0])
+    return torch.stack(steps, 2)
 
 
 def chunk_arguments(
@@ -195,4 +210,5 @@ score_update = define_operator(
     "Tensor(a!) count, Tensor(b!) state) -> ()",
     reference=reference.score_update,
     fake=lambda *arguments: None,
+    vmap=False,
 )

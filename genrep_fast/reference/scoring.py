@@ -135,7 +135,13 @@ def score_update(
     """Add a chunk of S >= 1 steps of `classes` (None: all) to `count` [K] and `state`, in place."""
     r = _residual(x, model_output, x_t, tables)
     steps = _step_log_likelihood(r, tables, per_location)
-    steps = steps.double()  # [B, K of the chunk, S, *loc]
+    if classes is None:
+        classes = torch.arange(count.shape[0], device=count.device)
+    add_steps(steps.double(), classes, reduction, count, state)
+
+
+def add_steps(steps: Tensor, classes: Tensor, reduction: str, count: Tensor, state: Tensor) -> None:
+    """Add l [B, K of the chunk, S, *loc] of `classes` to `count` and `state`, in place."""
     if reduction == "mixture":
         center = steps.amax(2)
         w = torch.exp(steps - _finite(center).unsqueeze(2))
@@ -143,9 +149,6 @@ def score_update(
     else:
         center = steps.mean(2)
         chunk = torch.stack((center, (steps - center.unsqueeze(2)).square().sum(2)))
-
-    if classes is None:
-        classes = torch.arange(count.shape[0], device=count.device)
     old_count = count.index_select(0, classes)
     chunk_count = torch.full_like(old_count, steps.shape[2])
     merged = merge_states(old_count, state.index_select(2, classes), chunk_count, chunk, reduction)
@@ -210,6 +213,90 @@ def state_standard_error(count: Tensor, state: Tensor, reduction: str) -> Tensor
         _, weight, squares = state
         variance = (squares / weight.square() - 1 / n).clamp(min=0)
     return torch.where(n < 2, math.nan, variance.sqrt())
+
+
+def empty_pairs(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Moments of pairs of classes before any step, float64 [B, *loc, K, K]; `shape`: [B, K, *loc].
+
+    Of classes k and l, "mean" keeps the sum over steps of (d - mean of d)^2 with d = l_k - l_l, and
+    "mixture" the sum of w_k w_l.
+    """
+    batch, classes, *locations = shape
+    sizes = (batch, *locations, classes, classes)
+    return torch.zeros(sizes, dtype=torch.float64, device=device)
+
+
+def add_to_pairs(
+    pairs: Tensor, steps: Tensor, count: Tensor, center: Tensor, new_center: Tensor, reduction: str
+) -> Tensor:
+    """Moments of pairs of classes with the steps [B, K, S, *loc] added.
+
+    `count` [K] and `center` [B, K, *loc] of the classes' states were those before.
+    """
+    if reduction == "mixture":
+        w = torch.exp(steps - _finite(new_center).unsqueeze(2)).movedim((1, 2), (-2, -1))
+        return recentre_pairs(pairs, count, center, new_center, reduction) + w @ w.mT
+    moved = _moved_steps(count, center, new_center).unsqueeze(2)
+    columns = torch.cat((steps - new_center.unsqueeze(2), moved), 2)
+    return pairs + _squared_differences(columns)
+
+
+def recentre_pairs(
+    pairs: Tensor, count: Tensor, center: Tensor, new_center: Tensor, reduction: str
+) -> Tensor:
+    """Moments of pairs whose classes' centers [B, K, *loc] become those of more steps.
+
+    "mean" adds what the `count` [K] steps of both are off the new means. Moments of the same
+    centers add up.
+    """
+    if reduction == "mixture":
+        scale = torch.exp(center - _finite(new_center)).movedim(1, -1)  # [B, *loc, K]
+        return pairs * scale.unsqueeze(-1) * scale.unsqueeze(-2)
+    moved = _moved_steps(count, center, new_center)
+    return pairs + _squared_differences(moved.unsqueeze(2))
+
+
+def state_paired_standard_error(
+    count: Tensor,
+    state: Tensor,
+    pairs: Tensor,
+    joint: Tensor,
+    leader: Tensor,
+    reduction: str,
+) -> Tensor:
+    """Standard error of L_k - L_leader; leader [B, *loc]. -> [B, K, *loc] float64
+
+    With S steps, sqrt(sum (d - mean d)^2 / (S (S - 1))) ("mean") or by the delta method
+    sqrt(sum_s (p_k - p_leader)^2), p = softmax_s(l) ("mixture"). NaN for S < 2, and where the two
+    classes have not had all their steps in common (`joint` [K, K] of `count` [K]).
+    """
+    own_row = leader[..., None, None].expand(*leader.shape, 1, pairs.shape[-1])
+    row = pairs.gather(-2, own_row).squeeze(-2)  # [B, *loc, K]
+    n = count.double()
+    if reduction == "mean":
+        variance = row / (n * (n - 1))
+    else:
+        weight = state[1].movedim(1, -1)
+        of_leader = weight.gather(-1, leader.unsqueeze(-1))
+        own = pairs.diagonal(dim1=-2, dim2=-1)
+        leading = own.gather(-1, leader.unsqueeze(-1))
+        variance = own / weight.square() + leading / of_leader.square()
+        variance = (variance - 2 * row / (weight * of_leader)).clamp(min=0)
+    together = (joint[leader] == count) & (count == count[leader].unsqueeze(-1))
+    return torch.where(together & (n >= 2), variance.sqrt(), math.nan).movedim(-1, 1)
+
+
+def _moved_steps(count: Tensor, center: Tensor, new_center: Tensor) -> Tensor:
+    """How far `count` steps are off a new mean, all together; 0 without steps. -> [B, K, *loc]"""
+    n = count.double().reshape(-1, *[1] * (center.ndim - 2))
+    return torch.where(n == 0, 0, n.sqrt() * (center - new_center))
+
+
+def _squared_differences(columns: Tensor) -> Tensor:
+    """sum_s (c_ks - c_ls)^2 of [B, K, S, *loc]. -> [B, *loc, K, K]"""
+    columns = columns.movedim((1, 2), (-2, -1))
+    mode = "donot_use_mm_for_euclid_dist"
+    return torch.cdist(columns, columns, compute_mode=mode).square()
 
 
 def _residual(x: Tensor, model_output: Tensor, x_t: Tensor | None, tables: Tensor) -> Tensor:

@@ -12,15 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_at_least, check_integer
+from ..checks import check_at_least, check_floating, check_integer
 from ..coefficients.tables import StepCoefficients
 from ..coefficients.transitions import ReverseTransition, normal_tables, reverse_transition
+from ..dispatch.operators import in_function_transform
 from ..dispatch.selection import select_implementation
 from ..ops.scoring import log_likelihood
 from ..reference import scoring as reference
 from .chain_bank_file import BankContents, read_bank, write_bank
-from .chain_settings import ChainSettings, check_centers, run_dtype
-from .chains import Denoiser, Prediction, ReverseChain, inference_scheduler, initial_noise
+from .chain_settings import ChainSettings, check_bank_device, check_centers, run_dtype
+from .chains import (
+    Denoiser,
+    Prediction,
+    ReverseChain,
+    check_denoiser,
+    inference_scheduler,
+    initial_noise,
+    network_output,
+)
 
 # Residuals [b, k, S, D] that the reference, which writes them out, gets at once: 16 MiB in float64,
 # and a handful of temporaries like it.
@@ -36,6 +45,8 @@ class ChainBank:
         evaluations: samples that went through the network so far, once a step.
     """
 
+    # What it keeps is for training as well, wherever it is made.
+    @torch.inference_mode(False)
     def __init__(
         self,
         centers: Tensor,
@@ -91,8 +102,9 @@ class ChainBank:
         Args:
             denoiser: ``denoiser(x_t, timesteps, labels) -> model output``: [N, C, *spatial]
                 (float64 for a float64 bank, else float32), [N] of the dtype of
-                ``scheduler.timesteps``, int64 [N] -> [N, C', *spatial] with C' ≥ C. Called without
-                gradients; put a module in eval mode.
+                ``scheduler.timesteps``, int64 [N] -> [N, C', *spatial] with C' ≥ C, an output of
+                diffusers' models with that as its ``sample``, or a tuple that begins with it.
+                Called without gradients; put a module in eval mode.
             scheduler: diffusers' DDPMScheduler, DDIMScheduler or FlowMatchEulerDiscreteScheduler; a
                 copy of it is set to `num_inference_steps`. One with ``clip_sample=True`` runs
                 clipped; one with ``variance_type="learned_range"`` runs with the variances that the
@@ -114,6 +126,7 @@ class ChainBank:
                 step that cannot be scored, and as `StepCoefficients.chain`; before the network is
                 called.
         """
+        check_denoiser(denoiser)
         dtype = torch.float32 if dtype is None else dtype
         check_at_least(1, num_inference_steps=num_inference_steps, batch_size=batch_size)
         settings = ChainSettings(
@@ -122,7 +135,8 @@ class ChainBank:
         settings.check(num_inference_steps)
         settings = settings.of_python()
         chains = settings.chains
-        check_centers(dtype, num_classes, tuple(sample_shape))
+        check_centers(dtype, num_classes, sample_shape)
+        check_bank_device(device)
         settings.check_drawn(chains, num_classes)
         scheduler = inference_scheduler(scheduler, num_inference_steps)
         timesteps = scheduler.timesteps.cpu()
@@ -140,7 +154,8 @@ class ChainBank:
             scored.require_scorable(row)
         chain = ReverseChain.from_scheduler(scheduler, timesteps, variance=variance, **as_mean)
         sizes = (num_classes, chains * len(kept), *sample_shape)
-        centers = torch.empty(sizes, dtype=dtype, device=device)
+        with torch.inference_mode(False):
+            centers = torch.empty(sizes, dtype=dtype, device=device)
         bank = cls(centers, chain, transition, settings)
         bank._replace(bank._draw(denoiser, chains, batch_size), chains)
         return bank
@@ -167,6 +182,7 @@ class ChainBank:
                 f"chains must be between 1 and the bank's {self.settings.chains}, got {chains}"
             )
         check_at_least(1, batch_size=batch_size)
+        check_denoiser(denoiser)
         self.settings.check_drawn(self._drawn + chains, len(self.centers))
         # All of them before the first is written: a network that fails leaves the bank as it is.
         self._replace(list(self._draw(denoiser, chains, batch_size)), chains)
@@ -187,9 +203,7 @@ class ChainBank:
         Raises:
             TypeError, ValueError: for a wrong dtype, shape or device.
         """
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            found = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"x must be a floating-point tensor, got {found}")
+        check_floating(x, "x")
         if x.ndim == 0 or x.shape[1:] != self.centers.shape[2:]:
             sizes = ", ".join(map(str, self.centers.shape[2:]))
             raise ValueError(f"x must be [B, {sizes}], got {tuple(x.shape)}")
@@ -288,12 +302,9 @@ class ChainBank:
         kept = []
 
         def predict(row: int, timestep: Tensor, x_t: Tensor) -> Prediction:
-            output = denoiser(x_t, timestep.to(x_t.device).expand(len(x_t)), labels).to(x_t.dtype)
-            of_sample = output[:, : shape[0]]
-            if of_sample.shape != x_t.shape:
-                wanted = f"{tuple(x_t.shape)} up to further channels"
-                raise ValueError(f"denoiser must return {wanted}, got {tuple(output.shape)}")
-            sample, mean = self._sample_and_mean(row, x_t, of_sample)
+            timesteps = timestep.to(x_t.device).expand(len(x_t))
+            output = network_output(denoiser, x_t, timesteps, labels).to(x_t.dtype)
+            sample, mean = self._sample_and_mean(row, x_t, output[:, : shape[0]])
             if row in self._kept:
                 center = mean if settings.center == "mean" else sample
                 kept.append(center.to(self.centers.dtype))
@@ -320,12 +331,16 @@ def _runs_on_the_reference(x: Tensor) -> bool:
     """
     if x.dtype == torch.float64 or torch.compiler.is_compiling():
         return x.dtype == torch.float64
+    if in_function_transform():
+        return True
     selected = select_implementation("log_likelihood", x.device.type, float64=False)
     return selected is reference.log_likelihood
 
 
 def _clip_range(scheduler: Any) -> float | None:
     """Range to which the scheduler clips x̂0, None where it does not clip."""
+    if not hasattr(scheduler, "config"):
+        raise TypeError(f"scheduler must be one of diffusers, got {type(scheduler).__name__}")
     if scheduler.config.get("thresholding", False):
         raise ValueError(
             "scheduler has thresholding=True, which a bank cannot run: set thresholding=False"

@@ -18,7 +18,7 @@ from ..checks import check_at_least
 from ..coefficients.tables import StepCoefficients
 from ..coefficients.transitions import ReverseTransition, normal_tables
 from ..files import replacing
-from .chain_settings import ChainSettings, check_centers, run_dtype
+from .chain_settings import ChainSettings, check_bank_device, check_centers, run_dtype
 from .chains import ReverseChain
 
 _COEFFICIENTS = tuple(field.name for field in dataclasses.fields(StepCoefficients) if field.init)
@@ -41,6 +41,7 @@ class BankContents(NamedTuple):
 
 def write_bank(path: str | os.PathLike, bank: BankContents) -> None:
     """Write one safetensors file; one that was there is replaced as a whole or not at all."""
+    _check_path(path)
     # Where running and scoring have the same deviation it is one tensor, which safetensors
     # refuses to write twice.
     transition = {name: table.clone() for name, table in bank.transition._asdict().items()}
@@ -64,9 +65,11 @@ def read_bank(path: str | os.PathLike, device: torch.device | str) -> BankConten
     Raises:
         FileNotFoundError, ValueError: as `ChainBank.load`.
     """
-    _check_device(device)
+    _check_path(path)
+    check_bank_device(device)
     try:
-        with safe_open(path, "pt") as file:
+        # Tensors of inference mode could not be refreshed, nor scored with a gradient, outside.
+        with torch.inference_mode(False), safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
@@ -78,20 +81,13 @@ def read_bank(path: str | os.PathLike, device: torch.device | str) -> BankConten
         contents = _checked_contents(metadata, tensors)
     except (TypeError, ValueError, RecursionError) as error:
         _refuse(path, error)
-    return contents._replace(centers=contents.centers.to(device))
+    with torch.inference_mode(False):
+        return contents._replace(centers=contents.centers.to(device))
 
 
-def _check_device(device: torch.device | str) -> None:
-    """Raise ValueError for a device that is not there, or that holds no values."""
-    try:
-        torch.empty(0, device=device)
-    # torch has errors of several types for this, AssertionError among them.
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        message = f"device must be one that this torch can use, got {device!r}: {reason}"
-        raise ValueError(message) from error
-    if torch.device(device).type == "meta":
-        raise ValueError(f"device must hold values, got {device!r}")
+def _check_path(path: str | os.PathLike) -> None:
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path must be a string or a path, got {type(path).__name__}")
 
 
 def _refuse(path: str | os.PathLike, error: Exception) -> NoReturn:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
+from collections.abc import Sequence
 
 import torch
 
@@ -67,15 +69,33 @@ class ChainSettings:
             )
 
 
-def check_centers(dtype: torch.dtype, num_classes: int, sample_shape: tuple[int, ...]) -> None:
+def check_centers(dtype: torch.dtype, num_classes: int, sample_shape: Sequence[int]) -> None:
     """Raise TypeError or ValueError for centres that no bank has."""
     if dtype not in DTYPES:
         raise TypeError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")
     check_at_least(1, num_classes=num_classes)
+    if not isinstance(sample_shape, Sequence) or isinstance(sample_shape, str):
+        wanted = "a sequence of integers, (C, *spatial)"
+        raise TypeError(f"sample_shape must be {wanted}, got {type(sample_shape).__name__}")
     if not sample_shape:
         raise ValueError("sample_shape must be (C, *spatial), got ()")
-    if not all(isinstance(size, int) and size > 0 for size in sample_shape):
-        raise ValueError(f"sample_shape must hold positive integers, got {sample_shape}")
+    for size in sample_shape:
+        is_integer = isinstance(size, numbers.Integral) and not isinstance(size, bool)
+        if not is_integer or size <= 0:
+            raise ValueError(f"sample_shape must hold positive integers, got {sample_shape}")
+
+
+def check_bank_device(device: torch.device | str) -> None:
+    """Raise ValueError for a device that is not there, or that holds no values."""
+    try:
+        torch.empty(0, device=device)
+    # torch has errors of several types for this, AssertionError among them.
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        message = f"device must be one that this torch can use, got {device!r}: {reason}"
+        raise ValueError(message) from error
+    if torch.device(device).type == "meta":
+        raise ValueError(f"device must hold values, got {device!r}")
 
 
 def run_dtype(dtype: torch.dtype) -> torch.dtype:

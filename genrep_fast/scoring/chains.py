@@ -13,14 +13,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import check_floating
 from ..coefficients.tables import StepCoefficients
 from ..coefficients.transitions import learned_log_variance_ratio, learned_std_scale
 from ..ops.reverse_step import reverse_step
 from ..reference.reverse_step import INITIAL_ROW, chain_noise
 
 # ``denoiser(x_t, timesteps, labels) -> model output``: [N, C, *spatial], [N], int64 [N] ->
-# [N, C', *spatial] with C' ≥ C.
-Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
+# [N, C', *spatial] with C' ≥ C, or what diffusers' models return: see `network_output`.
+Denoiser = Callable[[Tensor, Tensor, Tensor], Any]
 
 
 class Prediction(NamedTuple):
@@ -125,6 +126,41 @@ class ReverseChain:
         if prediction.std_scale is None:
             return learned
         return prediction.std_scale * learned
+
+
+def check_denoiser(denoiser: Denoiser) -> None:
+    """Check that `denoiser` can be called."""
+    if not callable(denoiser):
+        raise TypeError(f"denoiser must be callable, got {type(denoiser).__name__}")
+
+
+def network_output(denoiser: Denoiser, x_t: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+    """What a denoiser predicts [N, C', *spatial] of x_t [N, C, *spatial].
+
+    Of an output of diffusers' models it is the ``sample``, of a tuple, as they return with
+    ``return_dict=False``, the first entry.
+
+    Raises:
+        TypeError: where the denoiser returns anything else.
+        ValueError: for another shape.
+    """
+    returned = denoiser(x_t, timesteps, labels)
+    output = returned
+    if isinstance(returned, (tuple, list)) and returned:
+        output = returned[0]
+    elif not isinstance(returned, Tensor):
+        output = getattr(returned, "sample", None)
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            "denoiser must return a tensor, an output with a tensor sample, or a tuple that begins "
+            f"with a tensor, got {type(returned).__name__}"
+        )
+    check_floating(output, "denoiser's output")
+    channels = x_t.shape[1]
+    if output.ndim != x_t.ndim or output[:, :channels].shape != x_t.shape:
+        wanted = f"{tuple(x_t.shape)} up to further channels"
+        raise ValueError(f"denoiser must return {wanted}, got {tuple(output.shape)}")
+    return output
 
 
 def initial_noise(seed: int, chain_ids: Tensor, shape: Sequence[int]) -> Tensor:

@@ -13,7 +13,15 @@ import torch
 from ..coefficients.forward_process import forward_process, stratified_process
 from ..coefficients.tables import StepCoefficients, elbo_tables
 from ..reference.reverse_step import chain_noise
-from .chains import Denoiser, Prediction, ReverseChain, inference_scheduler, initial_noise
+from .chains import (
+    Denoiser,
+    Prediction,
+    ReverseChain,
+    check_denoiser,
+    inference_scheduler,
+    initial_noise,
+    network_output,
+)
 from .scorer import PosteriorScorer
 
 
@@ -25,8 +33,9 @@ class ElboEstimator:
 
     Args:
         denoiser: ``denoiser(x_t, timesteps, labels) -> model output``: [N, C, ...], [N], int64 [N]
-            -> [N, C', ...]. x_t is scaled as the scheduler's ``scale_model_input`` does; timesteps
-            are int64, or float32 where the scheduler's are continuous.
+            -> [N, C', ...], or an output of diffusers' models, as in `ChainBank.build`. x_t is
+            scaled as the scheduler's ``scale_model_input`` does; timesteps are int64, or float32
+            where the scheduler's are continuous.
         scheduler: any of diffusers' schedulers that has noise levels; what ``set_timesteps`` left
             in it does not matter.
         num_classes: K.
@@ -34,7 +43,7 @@ class ElboEstimator:
         seed: of the noise.
 
     Raises:
-        TypeError: for a scheduler without noise levels.
+        TypeError: for a scheduler without noise levels, or a denoiser that cannot be called.
         ValueError: for num_steps out of range.
     """
 
@@ -47,6 +56,7 @@ class ElboEstimator:
         num_steps: int = 16,
         seed: int = 0,
     ) -> None:
+        check_denoiser(denoiser)
         self.process = stratified_process(scheduler, num_steps)
         self.denoiser = denoiser
         self.scheduler = scheduler
@@ -122,6 +132,7 @@ class ImageChainEstimator:
         variance: str | None = None,
         seed: int = 0,
     ) -> None:
+        check_denoiser(denoiser)
         _require_noise_levels(scheduler)
         self.scheduler = inference_scheduler(scheduler, num_inference_steps)
         highest = start * scheduler.config.num_train_timesteps
@@ -180,7 +191,8 @@ def denoise_classes(
     x_t = x_t.expand(-1, num_classes, *x_t.shape[2:])
     labels = torch.arange(num_classes, device=x_t.device).expand(len(x_t), -1).flatten()
     timesteps = timestep.to(x_t.device).expand(len(labels))
-    return denoiser(x_t.flatten(0, 1), timesteps, labels).unflatten(0, x_t.shape[:2])
+    output = network_output(denoiser, x_t.flatten(0, 1), timesteps, labels)
+    return output.unflatten(0, x_t.shape[:2])
 
 
 def training_target(

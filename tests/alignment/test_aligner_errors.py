@@ -36,6 +36,17 @@ def test_a_pass_that_raises_is_dropped():
     assert_gradients(model, expected)
 
 
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_model_converted_after_the_collection_is_named(flat):
+    model = Model(torch.float32)
+    aligner = gf.GradientAligner(model, flat=flat)
+    collect_all(aligner, model)
+    model.double()
+    message = r"the collected gradient of \S+ is torch.float32 .* takes torch.float64 .* converted"
+    with pytest.raises(RuntimeError, match=message):
+        aligner.align()
+
+
 def test_a_later_micro_batch_that_raises_ends_the_step():
     model = Model()
     aligner = gf.GradientAligner(model)

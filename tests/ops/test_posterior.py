@@ -216,7 +216,7 @@ ROWS = random(2, 3)
             TypeError,
             "labels must be a tensor of integers, got torch.float32",
         ),
-        (ROWS, [0, 1], None, TypeError, "labels must be a tensor of integers, got list"),
+        (ROWS, [0, 1], None, TypeError, "labels must be a tensor, got list"),
         (
             ROWS[:0],
             torch.tensor([], dtype=torch.int64),

@@ -292,7 +292,7 @@ def test_no_gradient_flows():
         ({"seed": -1}, ValueError, "seed must lie"),
         ({"seed": 2**64}, ValueError, "seed must lie"),
         ({"seed": 0.5}, TypeError, "seed must be an integer"),
-        ({"chain_ids": [0, 1, 2]}, TypeError, "chain_ids must be an int64"),
+        ({"chain_ids": [0, 1, 2]}, TypeError, "chain_ids must be a tensor, got list"),
         (
             {"chain_ids": torch.tensor([0, 1, 2], dtype=torch.int32)},
             TypeError,

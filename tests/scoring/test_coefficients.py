@@ -16,7 +16,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
 )
 
-from genrep_fast import StepCoefficients
+from genrep_fast import StepCoefficients, log_likelihood
 from genrep_fast.coefficients.transitions import learned_std_scale, normal_tables
 
 SHAPE = (2, 3, 5, 7)
@@ -602,7 +602,7 @@ def test_scoring_tables_stand_in_the_order_of_the_operators(dtype):
 def test_copies_are_whole_and_hold_the_tables_once(copied, chain):
     made = ddpm()
     made.set_timesteps(10)
-    coefficients = StepCoefficients(**tables(log_norm=torch.zeros(3, requires_grad=True)))
+    coefficients = StepCoefficients(**tables())
     if chain:
         coefficients = StepCoefficients.chain(made, made.timesteps)
     other = copied(coefficients).to(dtype=torch.float64).to(dtype=torch.float32)
@@ -611,6 +611,30 @@ def test_copies_are_whole_and_hold_the_tables_once(copied, chain):
     assert other.needs_noisy == coefficients.needs_noisy
     size = coefficients.tables.numel() * coefficients.tables.element_size()
     assert len(pickle.dumps(coefficients)) < size + 1500
+
+
+@pytest.mark.parametrize("name", ["data", "log_norm"])
+def test_tables_that_require_a_gradient_are_refused(name):
+    """They would lose it without a word."""
+    learned = tables()[name].clone().requires_grad_()
+    with pytest.raises(ValueError, match=f"{name} must not require a gradient.*detach it"):
+        StepCoefficients(**tables(**{name: learned}))
+    StepCoefficients(**tables(**{name: learned.detach()}))
+    with pytest.raises(ValueError, match="timesteps must not require a gradient.*detach it"):
+        StepCoefficients.elbo(ddpm(), torch.ones(1, requires_grad=True))
+    with pytest.raises(ValueError, match="weight must not require a gradient.*detach it"):
+        StepCoefficients.elbo(ddpm(), [1], weight=torch.ones(1, requires_grad=True))
+
+
+def test_tables_of_inference_mode_serve_training():
+    with torch.inference_mode():
+        made = StepCoefficients(**tables())
+        kept = [made, made.to(dtype=torch.float64).to(dtype=torch.float32)]
+        kept.append(pickle.loads(pickle.dumps(made)))
+    for coefficients in kept:
+        x = torch.ones(1, 2, requires_grad=True)
+        log_likelihood(x, torch.zeros(1, 3, 2), coefficients, torch.zeros(1, 3, 2)).sum().backward()
+        assert x.grad.isfinite().all()
 
 
 def test_pickles_of_tables_one_by_one_load():

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import genrep_fast as gf
+from genrep_fast.scoring import class_lists
 from genrep_fast.scoring import scorer as posterior_scorer
 
 REDUCTIONS = ("mixture", "mean")
@@ -460,12 +461,12 @@ def test_a_tensor_of_classes_is_checked_again_when_it_has_changed():
 
 
 def test_lists_of_classes_do_not_pile_up(monkeypatch):
-    monkeypatch.setattr(posterior_scorer, "_KEPT_CLASS_LISTS", 3)
+    monkeypatch.setattr(class_lists, "_KEPT_CLASS_LISTS", 3)
     scorer = feed(
         gf.PosteriorScorer(CLASSES),
         [(list(labels), [0]) for labels in itertools.permutations(range(CLASSES), 2)],
     )
-    assert len(scorer._class_lists) <= 3
+    assert len(scorer._classes._kept) <= 3
     torch.testing.assert_close(scorer._count, torch.full((CLASSES,), 2 * (CLASSES - 1)))
 
 
