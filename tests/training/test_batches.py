@@ -75,6 +75,9 @@ def test_images_are_flipped_every_other_time(seed):
     found = torch.cat([batch[0] for batch in all_batches(dataset, random_flip=True, **options)])
     flipped = (found == ramp.flip(-1)).flatten(1).all(1)
     assert (flipped | (found == ramp).flatten(1).all(1)).all()
+    # Each image and each batch has its own throw.
+    throws = flipped.view(20, 50)
+    assert len(throws.unique(dim=0)) == 20 and len(throws.unique(dim=1)[0]) > 40
     # A thousand throws: five standard deviations.
     assert 0.42 < flipped.float().mean() < 0.58
     assert dataset[0][0].equal(ramp[0])
