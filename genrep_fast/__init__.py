@@ -10,6 +10,7 @@ from __future__ import annotations
 import typing
 from importlib import import_module
 
+from . import _moved
 from ._version import __version__ as __version__
 from .alignment.aligned_adamw import AlignedAdamW
 from .alignment.aligner import AlignerStats, GradientAligner
@@ -64,6 +65,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
+    if name in _moved.MOVED:
+        return import_module(f"genrep_fast.{name}")
     if name in _LAZY:
         try:
             module = import_module(f"genrep_fast.{_LAZY[name]}")

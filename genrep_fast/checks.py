@@ -74,6 +74,11 @@ def check_flag(value: Any, name: str) -> None:
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
+def check_seed(seed: Any) -> None:
+    """Check that `seed` is an integer in [0, 2⁶⁴), as generators and operators take."""
+    check_in_range(seed, "seed", 2**64, "2**64")
+
+
 def check_max_norm(max_norm: float | None) -> float | None:
     """Check that `max_norm` is None or a positive number."""
     if max_norm is not None:

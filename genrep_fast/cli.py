@@ -3,54 +3,92 @@
 from __future__ import annotations
 
 import argparse
-import os
+import shlex
 import sys
 from collections.abc import Callable
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from .checks import check_at_least, check_not_negative, check_seed
 from .dispatch.report import info as backend_info
+from .endings import (
+    INTERRUPTED,
+    end,
+    flush_output,
+    ignore_interrupts,
+    print_all_text,
+    termination_as_interrupt,
+)
 from .extras import advice
+from .files import only_writer
+from .memory import require_memory
+from .names import printable, shortened
 from .training.config import STAGES, SavedData, TrainingConfig, saved_data
 
 if TYPE_CHECKING:
-    from .models import GenRepPipeline
+    from .models import GenRep
+
+# Images that pass through a network at once.
+_BATCH_SIZE = 64
+# Of a class's name: any folder's fits.
+_LONGEST_NAME = 255
+# Tensors of all samples that an evaluation holds at a time, at least.
+_COPIES_OF_SAMPLES = 3
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run `genrep`; bad input ends with one line on standard error and exit status 2."""
+    """Run `genrep`; bad input ends with one line on standard error and exit status 2.
+
+    So does a full disk or too little memory. Ctrl-C and SIGTERM end with one line and exit status
+    130. Anything else that fails is a fault of the program, which its traceback tells.
+    """
+    is_process = arguments is None
     arguments = sys.argv[1:] if arguments is None else arguments
+    print_all_text()
     name = "genrep"
     try:
-        # `info` tells what is missing, so it has to run where that is.
-        parse = _parse_info if arguments[:1] == ["info"] else _parse
-        command, options = parse(arguments)
-        name = f"genrep {command}"
-        COMMANDS[command](**options)
-        sys.stdout.flush()
+        with termination_as_interrupt():
+            # `info` tells what is missing, so it has to run where that is.
+            parse = _parse_info if arguments[:1] == ["info"] else _parse
+            command, options = parse(arguments)
+            name = f"genrep {command}"
+            COMMANDS[command](**options)
+        _finish(name)
+    except KeyboardInterrupt as error:
+        if is_process:
+            ignore_interrupts()
+        end(name, str(error) or "interrupted", INTERRUPTED)
     except BrokenPipeError:
-        # Whoever read the output has seen enough, as `genrep info | head` has. Python flushes
-        # standard output once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Whoever read the output has seen enough, as `genrep info | head` has.
+        flush_output()
         sys.exit(1)
+    except SystemExit:
+        # Of --help, for example.
+        _finish(name)
+        raise
     except ModuleNotFoundError as error:
-        _end(name, advice(_asked_for(arguments), error) or error)
+        end(name, advice(_asked_for(arguments), error) or error)
     except (
         ValueError,
         TypeError,
         OSError,
         ImportError,
         ArithmeticError,
+        MemoryError,
         RuntimeError,
         argparse.ArgumentError,
     ) as error:
-        _end(name, error)
+        end(name, error)
 
 
-def _end(name: str, reason: object) -> NoReturn:
-    print(f"{name}: {' '.join(str(reason).split())}", file=sys.stderr)
-    sys.exit(2)
+def _finish(name: str) -> None:
+    """Have all output written before Python ends, which would tell a failure by a traceback."""
+    error = flush_output()
+    if isinstance(error, BrokenPipeError):
+        sys.exit(1)
+    if error is not None:
+        end(name, error)
 
 
 def _asked_for(arguments: list[str]) -> str:
@@ -110,14 +148,31 @@ def train(ablation: bool = False, seeds: int = 3, **options: Any) -> None:
         seeds: of the ablation.
     """
     config = TrainingConfig(**options)
+    try:
+        if ablation:
+            from .training.ablation import run_ablation
+
+            run_ablation(config, seeds)
+        else:
+            from .training.run import train_and_evaluate
+
+            train_and_evaluate(config)
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(_kept(config, ablation)) from error
+
+
+def _kept(config: TrainingConfig, ablation: bool) -> str:
+    """What an interrupted run leaves, and how it goes on."""
+    from .training.checkpoints import newest_checkpoint
+
+    output = shlex.quote(config.output)
     if ablation:
-        from .training.ablation import run_ablation
-
-        run_ablation(config, seeds)
-    else:
-        from .training.run import train_and_evaluate
-
-        train_and_evaluate(config)
+        return f"interrupted; what is complete is kept in {output}, the same command goes on"
+    newest = newest_checkpoint(Path(config.output))
+    if newest is None:
+        return f"interrupted before the first step; nothing is kept in {output}"
+    kept = f"interrupted; the run is kept in {output} up to {newest.name}"
+    return f"{kept}, go on with: genrep train --resume --output {output}"
 
 
 def evaluate(
@@ -138,16 +193,24 @@ def evaluate(
         samples_per_class: generated images a class.
         seed: of the noise.
     """
+    from . import pictures
     from .data import load_data
     from .evaluation import EvaluationSettings
     from .evaluation import evaluate as run_evaluation
-    from .files import only_writer
     from .reporting.terminal import console, evaluation_progress, reading_progress
     from .training.run import result_table
     from .training.state import read_history
 
-    pipeline = _load_pipeline(checkpoint)
+    check_seed(seed)
+    settings = EvaluationSettings(
+        elbo_steps=elbo_steps, samples_per_class=samples_per_class, seed=seed
+    )
+    pipeline = pictures.load_pipeline(checkpoint)
+    pictures.check_steps(pipeline, elbo_steps=elbo_steps)
+    _check_samples_fit(pipeline.model, samples_per_class)
     trained_on = saved_data(Path(checkpoint)) or SavedData()
+    log = Path(checkpoint) / "history.jsonl"
+    history = read_history(log) if log.is_file() else None
     with reading_progress() as reading:
         splits = load_data(
             data or trained_on.name,
@@ -156,11 +219,6 @@ def evaluate(
             record=trained_on.record,
             progress=reading,
         )
-    settings = EvaluationSettings(
-        elbo_steps=elbo_steps, samples_per_class=samples_per_class, seed=seed
-    )
-    log = Path(checkpoint) / "history.jsonl"
-    history = read_history(log) if log.is_file() else None
     folder = Path(output or Path(checkpoint) / "evaluation")
     with only_writer(folder), evaluation_progress() as progress:
         metrics = run_evaluation(
@@ -174,7 +232,15 @@ def evaluate(
             progress=progress,
         )
     console.print(result_table(metrics))
-    console.print(f"wrote {folder}: metrics.json, report.html, figures/")
+    console.print(f"wrote {printable(folder)}: metrics.json, report.html, figures/")
+
+
+def _check_samples_fit(model: GenRep, samples_per_class: int) -> None:
+    channels, height, width = model.image_shape
+    count = samples_per_class * model.config.num_classes
+    # In float32.
+    needed = _COPIES_OF_SAMPLES * 4 * count * channels * height * width
+    require_memory("samples_per_class", needed, f"{count} samples")
 
 
 def classify(checkpoint: str, images: list[str]) -> None:
@@ -183,31 +249,34 @@ def classify(checkpoint: str, images: list[str]) -> None:
     Args:
         checkpoint: folder of the pipeline, or of the run that holds it.
     """
-    from PIL import Image, UnidentifiedImageError
+    import torch
 
-    pipeline = _load_pipeline(checkpoint)
-    opened = []
-    for path in images:
-        try:
-            opened.append(Image.open(path))
-            opened[-1].load()
-        except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"images: {path} cannot be read as an image ({error})") from error
-    probabilities = pipeline(opened).probabilities
-    names = pipeline.model.config.class_names
-    if not names:
-        names = [str(label) for label in range(probabilities.shape[1])]
-    for path, row in zip(images, probabilities, strict=True):
-        print(f"{path}\t{names[row.argmax()]}\t{row.max():.4f}")
+    from . import pictures
+
+    pipeline = pictures.load_pipeline(checkpoint)
+    names = pipeline.model.class_names
+    pictures.check_network_fits(pipeline.model, "images", min(len(images), _BATCH_SIZE))
+    rows = []
+    for start in range(0, len(images), _BATCH_SIZE):
+        batch = [
+            pictures.prepared(path, pipeline.model) for path in images[start : start + _BATCH_SIZE]
+        ]
+        rows += list(pipeline(torch.stack(batch)).probabilities)
+    for path, row in zip(images, rows, strict=True):
+        name = shortened(names[row.argmax()], _LONGEST_NAME)
+        print(f"{printable(path)}\t{name}\t{row.max():.4f}")
 
 
 def generate(
     checkpoint: str,
-    labels: list[int],
+    labels: list[str],
     output: str = "generated",
     num_inference_steps: int = 50,
+    guidance_scale: float = 1.0,
     seed: int = 0,
     size: int | None = None,
+    batch_size: int = _BATCH_SIZE,
+    grid: bool = False,
 ) -> None:
     """Generate one PNG a label.
 
@@ -215,19 +284,45 @@ def generate(
         checkpoint: folder of the pipeline, or of the run that holds it.
         output: folder for the PNGs.
         num_inference_steps: length of the reverse chain.
+        guidance_scale: of classifier-free guidance against the null class; 1 for none.
         seed: of the noise.
         size: side of the PNGs in pixels; the model's own where not given.
+        batch_size: images that are drawn at once; no image depends on it.
     """
-    pipeline = _load_pipeline(checkpoint)
-    pictures = pipeline.generate(labels, num_inference_steps=num_inference_steps, seed=seed).images
+    from . import pictures
+
+    check_at_least(1, num_inference_steps=num_inference_steps, batch_size=batch_size)
+    check_not_negative(guidance_scale, "guidance_scale")
+    check_seed(seed)
+    pipeline = pictures.load_pipeline(checkpoint)
+    names = pipeline.model.class_names
+    indices, remarks = pictures.class_indices(labels, names)
+    pictures.check_sizes(size, indices, grid, pipeline.model.image_shape[0])
+    pictures.check_network_fits(pipeline.model, "batch_size", min(len(indices), batch_size))
+    pictures.check_steps(pipeline, num_inference_steps=num_inference_steps)
+    for remark in remarks:
+        print(f"genrep generate: {printable(remark)}", file=sys.stderr)
+    options: dict[str, Any] = {"num_inference_steps": num_inference_steps, "seed": seed}
+    if guidance_scale != 1:
+        options["guidance_scale"] = guidance_scale
     folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
-    for index, (label, picture) in enumerate(zip(labels, pictures, strict=True)):
-        path = folder / f"{index:04d}-class-{label}.png"
-        if size is not None:
-            picture = picture.resize((size, size), resample=0)
-        picture.save(path)
-        print(path)
+    together = []
+    with only_writer(folder):
+        for position, picture in enumerate(
+            pictures.drawn(pipeline, indices, batch_size, **options)
+        ):
+            label = indices[position]
+            path = folder / pictures.file_name(position, label, names[label])
+            if size is not None:
+                picture = picture.resize((size, size), resample=0)
+            pictures.save(picture, path)
+            print(printable(path), flush=True)
+            if grid:
+                together.append(picture)
+        if grid:
+            path = folder / pictures.GRID
+            pictures.save(pictures.grid_of(together, indices), path)
+            print(printable(path))
 
 
 def bench(
@@ -340,7 +435,13 @@ _EXPLICIT_ARGUMENTS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     "classify": {"images": {"nargs": "+", "required": True, "help": "image files"}},
-    "generate": {"labels": {"nargs": "+", "type": int, "required": True, "help": "class indices"}},
+    "generate": {
+        "labels": {"nargs": "+", "required": True, "help": "class indices, or classes' names"},
+        "grid": {
+            "action": "store_true",
+            "help": "write grid.png, too: all pictures in one, a class a row",
+        },
+    },
     "bench": {
         "suite": {
             "nargs": "+",
@@ -365,21 +466,3 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "bench": bench,
     "info": info,
 }
-
-
-def _load_pipeline(checkpoint: str) -> GenRepPipeline:
-    from diffusers.utils.logging import disable_progress_bar
-
-    from .models import GenRepPipeline
-
-    # Loading takes no time.
-    disable_progress_bar()
-    folder = Path(checkpoint)
-    # The output folder of a run holds it.
-    if (folder / "model" / "model_index.json").is_file():
-        folder = folder / "model"
-    if not (folder / "model_index.json").is_file():
-        raise FileNotFoundError(
-            f"checkpoint: {checkpoint} holds no trained pipeline (no model_index.json)"
-        )
-    return GenRepPipeline.from_pretrained(folder)

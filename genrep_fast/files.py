@@ -25,6 +25,9 @@ except ImportError:
     fcntl = None  # type: ignore[assignment]
 
 _LOCK = ".lock"
+# No number in the configuration of a model or a scheduler is larger, and no count of layers.
+_LARGEST_NUMBER = 10**6
+_MOST_LAYERS = 1000
 _UNFINISHED = re.compile(r"\..+\.[0-9]+\.tmp")
 # What filesystems say that cannot lock or flush: some network ones and some in user space.
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
@@ -50,7 +53,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Whenever process or machine dies, `path` holds all of the old content or all of the new; where
     the block fails, the old. A folder that replaces another is missing for a moment between two
-    renames.
+    renames. Files may be read by whom the umask lets, whatever wrote them: safetensors lets nobody
+    but their owner.
 
     Raises:
         OSError: with `path` in it, where the block or the renaming fails for want of space, rights
@@ -61,7 +65,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         remove(unfinished)
         yield unfinished
-        _flush(unfinished)
+        _flush(unfinished, _mode_of_new_files(unfinished))
         if path.is_dir() and not path.is_symlink():
             replaced = path.with_name(f".{path.name}.replaced.{os.getpid()}.tmp")
             os.rename(path, replaced)
@@ -107,6 +111,61 @@ def read_json(path: Path) -> Any:
         ValueError: with `path` in it, where it is damaged.
     """
     return _parsed(path, _text(path))
+
+
+def read_configuration(path: Path) -> dict[str, Any]:
+    """The content of a JSON file that configures a model or a scheduler.
+
+    Raises:
+        ValueError: with `path` in it, where it is damaged: no object, or numbers that no model has.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: it holds no options, but a {type(content).__name__}")
+    try:
+        numbers = list(_numbers("", content))
+    except RecursionError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    for name, number in numbers:
+        # Of NaN, too, this is not so.
+        if not abs(number) <= (_MOST_LAYERS if "layers" in name else _LARGEST_NUMBER):
+            raise ValueError(f"{path} is damaged: {name} cannot be {number:g}")
+    return content
+
+
+def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
+    """All numbers in a value of JSON, each with the name of the option that it belongs to."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _numbers(key, inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _numbers(name, inner)
+    elif isinstance(value, (int, float)):
+        yield name, value
+
+
+@contextlib.contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Name `what`, an argument and its files, where a library fails on what is in them.
+
+    Raises:
+        ValueError: in place of every exception that does not name it, but for those that the files
+            are not to blame for: a package that is missing, and want of memory.
+    """
+    try:
+        yield
+    except (ModuleNotFoundError, MemoryError):
+        raise
+    except Exception as error:
+        reason = str(error)
+        if isinstance(error, (OSError, ValueError)) and what.rpartition(": ")[2] in reason:
+            raise
+        if "can't allocate memory" in reason:
+            reason = "it asks for more memory than there is"
+        elif not isinstance(error, (OSError, ValueError)) or not reason:
+            reason = f"{type(error).__name__}: {reason}"
+        raise ValueError(f"{what} cannot be loaded ({reason})") from error
 
 
 def read_json_lines(path: Path) -> list[Any]:
@@ -220,14 +279,33 @@ def _signature(file: int) -> str:
     return ""
 
 
-def _flush(path: Path) -> None:
-    """Have the device write a file, or a folder with all that is in it."""
+def _mode_of_new_files(beside: Path) -> int | None:
+    """What the system gives a new file here: the umask cannot be read without changing it.
+
+    None where it gives none.
+    """
+    probe = beside.with_name(f".mode{beside.name}")
+    try:
+        descriptor = os.open(probe, os.O_CREAT | os.O_WRONLY, 0o666)
+        try:
+            return stat.S_IMODE(os.fstat(descriptor).st_mode)
+        finally:
+            os.close(descriptor)
+            probe.unlink()
+    except OSError:
+        return None
+
+
+def _flush(path: Path, mode: int | None) -> None:
+    """Have the device write a file, of this mode, or a folder with all that is in it."""
     if path.is_dir():
         for inner in path.iterdir():
-            _flush(inner)
+            _flush(inner, mode)
         _flush_entry(path)
         return
     with open(path, "rb+") as file:
+        if mode is not None and stat.S_IMODE(os.fstat(file.fileno()).st_mode) != mode:
+            os.chmod(path, mode)
         try:
             os.fsync(file.fileno())
         except OSError as error:
@@ -270,6 +348,16 @@ def _text(path: Path) -> str:
 
 def _parsed(name: Path | str, text: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} is damaged: {error}") from error
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; readers differ in which of two values of a name they take."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"it says {twice!r} twice")
+    return content

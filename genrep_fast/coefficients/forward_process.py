@@ -154,7 +154,7 @@ def _process(
     given = parameterization
     if given is None:
         given = scheduler.config.get("prediction_type") or next(iter(schedule.predictions))
-    if given not in schedule.predictions:
+    if not isinstance(given, str) or given not in schedule.predictions:
         is_unset_flow = given == "flow_prediction" and "use_flow_sigmas" in scheduler.config
         raise ValueError(
             f"parameterization of {type(scheduler).__name__} must be one of "

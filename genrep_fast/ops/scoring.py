@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._moved import forward
 from ..checks import check_choice, check_device, check_flag, check_float64_like, check_floating
 from ..coefficients.tables import StepCoefficients
 from ..dispatch.operators import define_operator
@@ -212,3 +213,6 @@ score_update = define_operator(
     fake=lambda *arguments: None,
     vmap=False,
 )
+
+
+__getattr__ = forward(__name__, ("ops.posterior",))

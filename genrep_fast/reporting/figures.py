@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
+
+from ..names import shortened
 
 if TYPE_CHECKING:
     from matplotlib.typing import RcKeyType
@@ -41,9 +44,13 @@ STYLE: dict[RcKeyType, Any] = {
     "grid.color": "#e4e4e4",
     "legend.frameon": False,
     "savefig.dpi": 150,
+    # Names of classes are no TeX, whatever the user's own style is.
+    "text.usetex": False,
 }
 MAX_CLASSES = 20
 IMAGES_PER_CLASS = 10
+# Characters of a class's name.
+LONGEST_NAME = 24
 LOSSES = {
     "perception": BLUE,
     "discrimination": SKY,
@@ -70,7 +77,13 @@ def illustration(
     def decorate(draw: Callable[..., Figure]) -> Callable[..., Illustration]:
         @functools.wraps(draw)
         def render(*args: Any, **kwargs: Any) -> Illustration:
-            with matplotlib.rc_context(STYLE), io.BytesIO() as png:
+            with (
+                matplotlib.rc_context(STYLE),
+                warnings.catch_warnings(),
+                io.BytesIO() as png,
+            ):
+                # A box stands for what the font does not have.
+                warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from")
                 draw(*args, **kwargs).savefig(png, format="png")
                 return Illustration(name, caption, png.getvalue())
 
@@ -241,7 +254,10 @@ def _draw_grid(
                 axes.add_patch(frame)
     axes.imshow(grid, interpolation="nearest")
     middles = np.arange(classes) * height + height / 2
-    axes.set(title=title, xticks=[], yticks=middles, yticklabels=class_names)
+    names = [shortened(name, LONGEST_NAME) for name in class_names]
+    axes.set(title=title, xticks=[])
+    # Dollars in a name begin no formula.
+    axes.set_yticks(middles, names, parse_math=False)
     axes.grid(False)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)

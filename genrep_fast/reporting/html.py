@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..files import write_atomically
+from ..names import printable, shortened
 from .figures import Illustration
+
+# Characters of a class's name.
+LONGEST_NAME = 100
 
 
 class Row(NamedTuple):
@@ -219,7 +223,11 @@ def render_report(metrics: dict[str, Any], illustrations: Sequence[Illustration]
         metrics=metrics,
         aims=metrics["sizes"]["data"] == "digits",
         tables={title: _flat(metrics[key]) for key, title in titles.items() if metrics[key]},
-        recognition={name: _formatted(rate, "{:.1%}") for name, rate in rates.items()},
+        recognition=[
+            (shortened(name, LONGEST_NAME), _formatted(rate, "{:.1%}"))
+            for name, rate in rates.items()
+        ],
+        undefined=[shortened(name, LONGEST_NAME) for name in metrics["undefined"]],
         illustrations=[(item, base64.b64encode(item.png).decode()) for item in illustrations],
     )
 
@@ -235,5 +243,5 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, dict):
             flat.update(_flat(value, f"{name}: "))
         else:
-            flat[name] = f"{value:.1f}" if isinstance(value, float) else str(value)
+            flat[name] = f"{value:.1f}" if isinstance(value, float) else printable(value)
     return flat

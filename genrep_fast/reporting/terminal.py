@@ -17,7 +17,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-console = Console()
+# Names of classes and folders are no markup.
+console = Console(markup=False, emoji=False)
 
 _LINES_PER_STAGE = 10
 _SHOWN = ("generation", "perception", "cosine", "alpha")
@@ -86,7 +87,7 @@ class StageProgress:
         self.first = end - length
         self.printed = 0
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -129,7 +130,7 @@ def evaluation_progress() -> Iterator[Callable[[str, float], None]]:
         The function that `evaluate` calls with what it does and how far it is.
     """
     columns = (
-        TextColumn("{task.description:35}"),
+        TextColumn("{task.description:35}", markup=False),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f} %"),
         TimeElapsedColumn(),

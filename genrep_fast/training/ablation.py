@@ -11,6 +11,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from ..checks import check_at_least, check_seed
 from ..evaluation import EvaluationSettings
 from ..files import only_writer, read_json, replacing, write_atomically
 from ..models import GenRep
@@ -55,12 +56,14 @@ def run_ablation(config: TrainingConfig, seeds: int) -> str:
         The table, mean ± standard deviation over the seeds, in Markdown.
 
     Raises:
-        ValueError: for fewer than one seed, and for options other than those of the rows that the
-            folder holds already.
+        ValueError: for fewer than one seed, `config.evaluate` = False, and for options other than
+            those of the rows that the folder holds already.
         BlockingIOError: where another run writes to the folder.
     """
-    if seeds < 1:
-        raise ValueError(f"seeds must be at least 1, got {seeds}")
+    check_at_least(1, seeds=seeds)
+    check_seed(config.seed + seeds - 1)
+    if not config.evaluate:
+        raise ValueError("evaluate must be True: the ablation's table is made of evaluations")
     with only_writer(Path(config.output)):
         return _run_ablation(config, seeds)
 

@@ -21,6 +21,11 @@ Batch: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 _MARGIN = 1 / 8
 
 
+def seed_of(seed: int, index: int) -> int:
+    """The seed of the micro-batch, or the epoch, `index` of a run with the seed `seed`."""
+    return (seed * 1_000_003 + index) % 2**64
+
+
 def seeded_loader(config: TrainingConfig, dataset: LabelledImages, *, start: int) -> DataLoader:
     """A loader of the micro-batches `start` … of a run with `config`, to its end.
 
@@ -123,7 +128,7 @@ class _SeededBatches(Sampler[list[_Drawn]]):
 
     def _order(self, epoch: int) -> torch.Tensor:
         """Indices of the images of an epoch, int64 [N]."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
         if self.balanced:
             return _balanced(self.labels, generator)
         return torch.randperm(len(self.labels), generator=generator)

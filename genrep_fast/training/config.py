@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, cast, get_args, get_origin, get_type_hints
 
+from ..checks import check_at_least, check_seed
 from ..data.record import DataRecord
 from ..files import read_json, write_atomically
 
@@ -25,9 +27,11 @@ _INDECISIVE = (
     "vae",
     "scheduler",
     "dataloader_num_workers",
+    "log_with",
+    "sample_every",
 )
-# What a run that is resumed may do in another way.
-_FREE = ("dataloader_num_workers",)
+# What a run that goes on may have otherwise: it changes nothing of the training.
+_FREE = ("dataloader_num_workers", "log_with", "sample_every")
 # The split of runs of versions before 0.2, whose options say nothing of one.
 FIRST_SPLIT: Split = "random"
 
@@ -61,7 +65,7 @@ class TrainingConfig:
             folders train, val and test), or torchvision:NAME.
         output: folder of the run; checkpoints, metrics, report and the trained pipeline go there.
         resume: go on from the newest checkpoint in the output folder; start there if it holds none.
-        seed: of weights, batches, noise and timesteps. The splits do not depend on it.
+        seed: of weights, batches, noise and timesteps, in [0, 2⁶⁴). The splits do not depend on it.
         image_size: side in pixels to which images are resized; the data set's own where not given.
         split: of folder:PATH into training, calibration and test images: content, by the hash of
             each image's file, or random, as versions before 0.2 had it.
@@ -111,6 +115,10 @@ class TrainingConfig:
         labelled_per_class: labelled images a class for the perception loss; all where not given.
         checkpoint_every: optimizer steps between two checkpoints; the newest two are kept.
         log_every: optimizer steps between two lines of history.jsonl.
+        log_with: experiment tracker beside history.jsonl, by Accelerate's name for it: tensorboard,
+            wandb and others; none where not given.
+        sample_every: optimizer steps between two pictures in the folder samples, which the tracker
+            gets too; none where not given.
         evaluate: evaluate and write the report at the end.
     """
 
@@ -155,6 +163,8 @@ class TrainingConfig:
     labelled_per_class: int | None = None
     checkpoint_every: int = 500
     log_every: int = 10
+    log_with: str | None = None
+    sample_every: int | None = None
     evaluate: bool = True
 
     def __post_init__(self) -> None:
@@ -171,9 +181,16 @@ class TrainingConfig:
         for name in ("ema_decay", "momentum", "semantic_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
-        for name in ("steps", "labelled_per_class"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("steps", "labelled_per_class", "image_size", "sample_every"):
+            if getattr(self, name) is not None:
+                check_at_least(1, **{name: getattr(self, name)})
+        if len(self.gradient_weights) != 2:
+            raise ValueError(f"gradient_weights must be two numbers, got {self.gradient_weights}")
+        for name, value in vars(self).items():
+            numbers = value if isinstance(value, tuple) else (value,)
+            if not all(math.isfinite(n) for n in numbers if isinstance(n, float)):
+                raise ValueError(f"{name} must be finite, got {value}")
+        check_seed(self.seed)
 
     @property
     def stage_steps(self) -> tuple[int, int, int]:
@@ -222,7 +239,7 @@ class TrainingConfig:
                 )
         try:
             return TrainingConfig(**saved)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
 
     def _is_given(self, name: str) -> bool:
@@ -285,8 +302,14 @@ def _read_options(path: Path) -> dict[str, Any]:
             of_another = f"{path} is damaged, or of another version of genrep_fast"
             raise ValueError(f"{of_another}: there is no option {name!r}")
         if not _fits(value, kinds[name]):
-            raise ValueError(f"{path} is damaged: {name} cannot be {value!r}")
+            raise ValueError(f"{path} is damaged: {name} cannot be {_shown(value)}")
     return {"split": FIRST_SPLIT} | saved
+
+
+def _shown(value: Any) -> str:
+    return (
+        repr(value) if isinstance(value, (str, int, float, bool)) else f"a {type(value).__name__}"
+    )
 
 
 def _fits(value: Any, kind: Any) -> bool:

@@ -10,7 +10,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
 from ..data import DataSplits
-from ..files import read_json
+from ..files import loading, read_configuration
 from ..models import GenRep
 from ..models.backbones import require_fitting, require_saved
 from .config import TrainingConfig
@@ -69,9 +69,7 @@ def build_scheduler(config: TrainingConfig) -> DDPMScheduler:
     if config.scheduler is None:
         return DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear", clip_sample=False)
     path = require_saved("scheduler", config.scheduler, DDPMScheduler.config_name)
-    saved = read_json(path)
-    if not isinstance(saved, dict):
-        raise ValueError(f"scheduler: {path} must hold a configuration, got {saved!r:.80}")
+    saved = read_configuration(path)
     name = saved.get("_class_name")
     if name not in _SAME_NOISE:
         raise ValueError(
@@ -127,9 +125,13 @@ def build_model(config: TrainingConfig, splits: DataSplits) -> GenRep:
     if config.backbone is None and config.vae is not None:
         raise ValueError("vae: a latent model needs a backbone, got none")
     backbone = _small_unet(*splits.image_shape) if config.backbone is None else config.backbone
-    model = GenRep.from_backbone(
-        backbone, splits.num_classes, vae=config.vae, class_names=splits.class_names
-    )
+    for argument, folder in (("backbone", config.backbone), ("vae", config.vae)):
+        if folder is not None:
+            read_configuration(require_saved(argument, folder, "config.json"))
+    with loading(f"backbone: {config.backbone or 'a small UNet'}"):
+        model = GenRep.from_backbone(
+            backbone, splits.num_classes, vae=config.vae, class_names=splits.class_names
+        )
     require_fitting(model.backbone, build_scheduler(config))
     image, _ = splits.train[0]
     latent = model.encode(image[None]).shape[1:]

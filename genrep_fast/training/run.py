@@ -9,13 +9,17 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from .._moved import forward
 from ..data import DataRecord, load_data
 from ..evaluation import EvaluationSettings, evaluate
 from ..files import only_writer
+from ..memory import require_memory
+from ..models.footprint import footprint
+from ..names import printable
 from ..reporting.terminal import console, evaluation_progress, reading_progress, wall_clock
 from .config import STAGES, TrainingConfig
 from .state import TrainingState
-from .teacher import planned_evaluations
+from .teacher import planned_bank_bytes, planned_evaluations
 from .trainer import Trainer
 
 # Forward and backward passes of the backbone in a step of each stage; a forward pass alone counts a
@@ -54,6 +58,7 @@ def train_and_evaluate(
     Raises:
         BlockingIOError: where another run writes to the output folder.
         ValueError, OSError, FloatingPointError: as `Trainer` and its `run`.
+        MemoryError: for batches and a teacher that cannot fit, before anything is trained.
     """
     with only_writer(Path(config.output)):
         return _train_and_evaluate(config.resumed() if config.resume else config, settings)
@@ -73,6 +78,8 @@ def _train_and_evaluate(
             progress=progress,
         )
     trainer = Trainer(config, splits)
+    _check_steps(trainer)
+    _check_memory(trainer)
     settings = settings or evaluation_settings(config)
     console.print(_budget_table(trainer, settings))
     pipeline = trainer.run()
@@ -96,7 +103,7 @@ def _train_and_evaluate(
     written = "model/, history.jsonl"
     if metrics:
         written += ", metrics.json, report.html, figures/"
-    console.print(f"wrote {config.output}: {written}")
+    console.print(f"wrote {printable(config.output)}: {written}")
     return metrics
 
 
@@ -109,6 +116,34 @@ def evaluation_settings(config: TrainingConfig) -> EvaluationSettings:
         test_images=None if scale == 1 else max(50, round(500 * scale)),
         seed=config.seed,
     )
+
+
+def _check_steps(trainer: Trainer) -> None:
+    most = trainer.scheduler.config.num_train_timesteps
+    steps = trainer.config.teacher_steps
+    if trainer.config.teacher != "none" and steps > most:
+        wanted = f"at most {most}, the steps of the scheduler"
+        raise ValueError(f"teacher_steps must be {wanted}, got {steps}")
+
+
+def _check_memory(trainer: Trainer) -> None:
+    config = trainer.config
+    model = trainer.model
+    available = None
+    if model.device.type == "cuda":
+        available, _ = torch.cuda.mem_get_info(model.device)
+    batch = _batch_size(trainer)
+    shape = " × ".join(map(str, model.sample_shape))
+    needed = batch * footprint(model).training
+    what = f"a training step on {batch} images of {shape}"
+    require_memory("batch_size, image_size", needed, what, available)
+    needed = planned_bank_bytes(config, model.config.num_classes, model.sample_shape)
+    require_memory("teacher_chains, teacher_steps", needed, "the teacher's bank", available)
+
+
+def _batch_size(trainer: Trainer) -> int:
+    """Images of a micro-batch; there are no more than in the data set."""
+    return min(trainer.config.batch_size, len(trainer.splits.train))
 
 
 def _teacher_facts(state: TrainingState) -> dict[str, float]:
@@ -129,30 +164,31 @@ def _budget_table(trainer: Trainer, settings: EvaluationSettings) -> Table:
     config = trainer.config
     splits = trainer.splits
     seconds = _seconds_per_pass(trainer)
-    title = f"{config.data} → {config.output}"
+    batch_size = _batch_size(trainer)
+    title = printable(f"{config.data} → {config.output}")
     table = Table("stage", "steps", "time budget", title=title, title_justify="left")
     for stage, steps in zip(STAGES, config.stage_steps, strict=True):
         passes = steps * config.gradient_accumulation_steps * _PASSES[stage]
         table.add_row(stage, str(steps), _minutes(passes * seconds))
     if config.teacher != "none":
         evaluations = planned_evaluations(config, splits.num_classes)
-        table.add_row("teacher", "", _minutes(evaluations / config.batch_size * _FORWARD * seconds))
+        table.add_row("teacher", "", _minutes(evaluations / batch_size * _FORWARD * seconds))
     if config.evaluate:
         images = settings.test_images or len(splits.test)
         others = 2 * min(images, settings.random_images)
         scored = images + others + min(images, len(splits.calibration))
         scored *= splits.num_classes * settings.elbo_steps
         drawn = settings.samples_per_class * splits.num_classes * settings.num_inference_steps
-        batches = (scored + drawn) / config.batch_size
+        batches = (scored + drawn) / batch_size
         table.add_row("evaluation", "", _minutes(batches * _FORWARD * seconds))
     return table
 
 
 def _seconds_per_pass(trainer: Trainer) -> float:
-    config = trainer.config
+    batch_size = _batch_size(trainer)
     model = trainer.model
-    x = torch.zeros(config.batch_size, *model.sample_shape, device=model.device)
-    labels = torch.zeros(config.batch_size, dtype=torch.int64, device=model.device)
+    x = torch.zeros(batch_size, *model.sample_shape, device=model.device)
+    labels = torch.zeros(batch_size, dtype=torch.int64, device=model.device)
     seconds = []
     for _ in range(3):
         started = wall_clock(model.device)
@@ -194,3 +230,6 @@ def closing_table(
 
 def _minutes(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
+
+
+__getattr__ = forward(__name__, ("training.run",), run="train_and_evaluate")

@@ -5,6 +5,7 @@ It knows the temperature of its posterior, and its cost.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any, TypeAlias
 
@@ -43,6 +44,16 @@ def planned_evaluations(config: TrainingConfig, num_classes: int) -> int:
         return bank + refreshes * bank // _REFRESH
     images = steps * config.gradient_accumulation_steps * config.batch_size
     return images * num_classes * config.teacher_steps
+
+
+def planned_bank_bytes(
+    config: TrainingConfig, num_classes: int, sample_shape: tuple[int, int, int]
+) -> int:
+    """What the bank's centres take in float32; 0 for a teacher without one."""
+    if config.teacher != "bank":
+        return 0
+    kept = len(range(int(config.teacher_steps * _BURN_IN), config.teacher_steps, _THIN))
+    return 4 * num_classes * scaled_chains(config) * kept * math.prod(sample_shape)
 
 
 def scaled_chains(config: TrainingConfig) -> int:

@@ -18,11 +18,12 @@ from ..alignment.aligned_adamw import AlignedAdamW
 from ..alignment.aligner import AlignerStats, GradientAligner
 from ..data import DataRecord, DataSplits, batches, check_class_names
 from ..data.datasets import checked
+from ..endings import interrupts_after
 from ..files import only_writer, remove_unfinished, replacing, write_atomically
 from ..models import GenRep, GenRepPipeline
 from ..models.weights import check_weights
 from ..reporting.terminal import StageProgress
-from .batches import Batch, seeded_loader
+from .batches import Batch, seed_of, seeded_loader
 from .checkpoints import (
     Checkpoint,
     newest_checkpoint,
@@ -36,6 +37,7 @@ from .losses import GenerationLoss, perception_loss
 from .networks import build_model, build_scheduler
 from .state import TrainingState, check_numbers, copy_
 from .teacher import BATCH, Teacher
+from .tracking import SAMPLES, Tracking, check_tracker
 
 _WARMUP_STEPS = 50
 # As a fraction of the highest.
@@ -50,12 +52,14 @@ class Trainer:
     Args:
         config: TrainingConfig.
         splits: DataSplits with the images of `config.data`.
-        accelerator: one is made from the config where not given.
+        accelerator: one is made from the config where not given; the trackers of one that is given
+            are used as they are.
 
     Raises:
         ValueError: for data, backbone and VAE that do not fit together, for a folder that holds a
             run while `config.resume` is False, and for other classes or parts than those of the run
             that is resumed.
+        ImportError: for a tracker that is not installed.
         RuntimeError: for more than one process.
     """
 
@@ -65,9 +69,12 @@ class Trainer:
         self.config = config
         self.splits = splits
         self.output = Path(config.output)
+        check_tracker(config.log_with)
         self.accelerator = accelerator or Accelerator(
             mixed_precision=config.mixed_precision,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
+            log_with=config.log_with,
+            project_dir=config.output if config.log_with else None,
         )
         if self.accelerator.num_processes > 1:
             raise RuntimeError(
@@ -117,6 +124,7 @@ class Trainer:
             variance_weight=config.variance_weight,
         ).to(self.accelerator.device)
         self.state = TrainingState(config, named, self.averages)
+        self.tracking = Tracking(config, self.accelerator)
 
     def run(self) -> GenRepPipeline:
         """Train from the newest checkpoint, or from the start, to the end.
@@ -126,10 +134,13 @@ class Trainer:
             ValueError: for a damaged checkpoint and one of another run; nothing is changed then.
             OSError: where the output folder cannot be written to; the checkpoints in it are kept.
             FloatingPointError: for a loss or a parameter that is not finite.
+            KeyboardInterrupt: after Ctrl-C or SIGTERM; a step that has begun ends first, and leaves
+                a checkpoint.
         """
         with only_writer(self.output):
             self._resume()
-            return self._run()
+            with self.tracking.started(self.state.step):
+                return self._run()
 
     def _resume(self) -> None:
         """Go to the newest checkpoint, where there is one."""
@@ -137,7 +148,7 @@ class Trainer:
         if checkpoint is not None:
             self._restore(checkpoint)
             self._write_history()
-        for folder in (self.output, self.output / "checkpoints"):
+        for folder in (self.output, self.output / "checkpoints", self.output / SAMPLES):
             remove_unfinished(folder)
         self.config.save()
         DataRecord(self.splits.class_names, self.splits.borrowed).save(self.output)
@@ -179,18 +190,40 @@ class Trainer:
             self.aligner.weights = self.config.gradient_weights if stage == 2 else (1, 1)
             self.wrapped.train()
             while state.step < end:
-                started = time.perf_counter()
-                metrics = self._step(stage, micro_batches)
-                state.step += 1
-                refreshing = self._refresh_teacher()
-                last = state.step == end
-                if last or state.step % self.config.log_every == 0:
-                    # This waits for the device, so the sum of the times is right on a GPU too.
-                    state.log(stage, metrics, self.schedule.get_last_lr()[0])
-                    progress.update(state.step, state.history[-1])
-                state.seconds[STAGES[stage]] += time.perf_counter() - started - refreshing
-                if last or state.step % self.config.checkpoint_every == 0:
-                    self._checkpoint()
+                with interrupts_after() as interrupts:
+                    self._counted_step(stage, micro_batches, progress)
+                    due = state.step % self.config.checkpoint_every == 0
+                    if state.step == end or due or interrupts:
+                        self._checkpoint()
+                self._show_samples()
+
+    def _counted_step(
+        self, stage: int, micro_batches: Iterator[Batch], progress: StageProgress
+    ) -> None:
+        """One optimizer step, its row of the history and what it took of the stage's time."""
+        state = self.state
+        started = time.perf_counter()
+        metrics = self._step(stage, micro_batches)
+        state.step += 1
+        refreshing = self._refresh_teacher()
+        last = state.step == sum(self.config.stage_steps[: stage + 1])
+        due = last or state.step % self.config.log_every == 0
+        if due:
+            # This waits for the device, so the sum of the times is right on a GPU too.
+            state.log(stage, metrics, self.schedule.get_last_lr()[0])
+            progress.update(state.step, state.history[-1])
+        state.seconds[STAGES[stage]] += time.perf_counter() - started - refreshing
+        if due:
+            self.tracking.log(state.history[-1])
+
+    def _show_samples(self) -> None:
+        """Show what the averaged weights draw, where it is time to."""
+        every = self.config.sample_every
+        if every is None or self.state.step % every != 0:
+            return
+        model = self.model.frozen_copy()
+        copy_([model.get_parameter(name) for name in self.names], self.averages)
+        self.tracking.show_samples(model, self.scheduler, self.state.step)
 
     def _step(self, stage: int, micro_batches: Iterator[Batch]) -> dict[str, torch.Tensor]:
         """One optimizer step: its micro-batches, then alignment, clipping, update and averages."""
@@ -199,7 +232,7 @@ class Trainer:
             batch = next(micro_batches)
             # Every random number of a micro-batch follows from its index alone, so that a resumed
             # run draws the same ones.
-            torch.manual_seed(self.config.seed * 1_000_003 + self.state.micro_batch)
+            torch.manual_seed(seed_of(self.config.seed, self.state.micro_batch))
             self.state.micro_batch += 1
             with self.accelerator.accumulate(self.wrapped):
                 metrics = self._backward(stage, batch)

@@ -11,13 +11,13 @@ PACKAGE = ROOT / "genrep_fast"
 # From the ground up; a room imports from lower floors alone, and rooms of one floor not from each
 # other.
 FLOORS = (
-    {"_version", "extras", "files", "memory_overlap"},
-    {"checks"},
+    {"_moved", "_version", "extras", "files", "memory", "memory_overlap", "names"},
+    {"checks", "endings"},
     {"dispatch", "reference", "coefficients"},
     {"ops"},
     {"alignment", "scoring", "data"},
     {"models", "reporting"},
-    {"evaluation"},
+    {"evaluation", "pictures"},
     {"training"},
     {"benchmarks"},
     {"cli"},
