@@ -5,7 +5,7 @@ OUTPUT ?= runs/digits
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help train ablation test check lint format native sanitize wheel wheel-matrix clean
+.PHONY: help train ablation test check soak lint format native sanitize wheel wheel-matrix clean
 
 help: # lists the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*# /\1\t/p' Makefile | expand -t 16
@@ -27,6 +27,11 @@ CHECKED := $(addprefix tests/,ops alignment scoring packaging/test_architecture.
 CHECKED += tests/training/test_training.py::test_no_diffusion_stage_and_no_perception_stage
 check: $(VENV)/.installed-test # operators on the CPU, aligner, optimizer, scorer, two steps of training
 	$(PYTEST) -q -x -m "not slow" $(CHECKED)
+
+# Rounds of the soak tests, each with a seed of its own, which is printed.
+SOAK_MINUTES := 15
+soak: $(VENV)/.installed-test # random walks, fuzzers, killed runs and damaged files, for SOAK_MINUTES
+	$(BIN)/python tests/soak/soak.py $(SOAK_MINUTES)
 
 # The CPU kernels with AddressSanitizer and UndefinedBehaviorSanitizer, which must be loaded before Python. Python itself leaks at exit.
 # Their reports are written where pytest would not show them without --capture=sys. They keep freed memory, which is not measured therefore.

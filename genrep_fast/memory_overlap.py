@@ -73,6 +73,9 @@ def in_same_place(first: Tensor, second: Tensor) -> bool:
     """Whether two tensors are one: the same address, shape, strides and dtype."""
     if first is second:
         return True
+    # They have no address: torch gives 0 for that of every empty tensor.
+    if first.numel() == 0:
+        return False
     if type(first) not in _PLAIN_TENSORS or type(second) not in _PLAIN_TENSORS:
         return False
     if first.data_ptr() != second.data_ptr() or first.dtype != second.dtype:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .data import image_to_tensor, open_image
-from .files import loading, read_configuration, write_atomically
+from .files import loading, write_atomically
 from .memory import require_memory
 from .names import shortened, slug
 
@@ -53,15 +53,6 @@ def load_pipeline(checkpoint: str) -> GenRepPipeline:
             f"checkpoint: {checkpoint} holds no trained pipeline (no model_index.json)"
         )
     with loading(f"checkpoint: {folder}"):
-        for file in ("model_index.json", "scheduler/scheduler_config.json"):
-            if (folder / file).is_file():
-                read_configuration(folder / file)
-        config = read_configuration(folder / "model" / "config.json")
-        # diffusers would take a text for the name of a model on the hub.
-        networks = {name: config.get(name) for name in ("backbone_config", "vae_config")}
-        for name, network in networks.items():
-            if network is not None and not isinstance(network, dict):
-                raise ValueError(f"{name} in model/config.json must be an object, got {network!r}")
         pipeline = GenRepPipeline.from_pretrained(folder)
         # On a terminal alone.
         pipeline.set_progress_bar_config(disable=None)

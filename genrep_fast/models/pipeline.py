@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -18,6 +19,7 @@ from torch import nn
 
 from ..checks import check_at_least, check_in_range, check_not_negative
 from ..data import image_to_tensor
+from ..files import loading, read_configuration
 from ..scoring.chains import Prediction, ReverseChain, inference_scheduler, initial_noise
 from .autoencoder import (
     require_finite_images,
@@ -70,10 +72,12 @@ class GenRepPipeline(DiffusionPipeline):
             ValueError, OSError: as `GenRep.from_pretrained`.
         """
         require_saved("path", path, "model_index.json")
+        _check_configurations(Path(path))
         options = {key: kwargs[key] for key in ("torch_dtype", "dtype", "variant") if key in kwargs}
         folder = os.path.join(path, "model")
-        model = kwargs.pop("model", None) or GenRep.from_pretrained(folder, **options)
-        return super().from_pretrained(path, model=model, **kwargs)
+        with loading(f"path: {path}"):
+            model = kwargs.pop("model", None) or GenRep.from_pretrained(folder, **options)
+            return super().from_pretrained(path, model=model, **kwargs)
 
     @torch.no_grad()
     def __call__(self, images: Images, *, batch_size: int | None = None) -> PerceptionOutput:
@@ -376,6 +380,20 @@ def _drawn_seed(generator: torch.Generator) -> int:
     """The next 64 bits of a generator."""
     halves = torch.randint(2**32, (2,), generator=generator, device=generator.device).tolist()
     return halves[0] * 2**32 + halves[1]
+
+
+def _check_configurations(folder: Path) -> None:
+    """Refuse damaged configurations, for which diffusers would look on the hub.
+
+    Raises ValueError with the file in it.
+    """
+    for name in ("model_index.json", "scheduler/scheduler_config.json", "model/config.json"):
+        path = folder / name
+        config = read_configuration(path) if path.is_file() else {}
+        for option in ("backbone_config", "vae_config"):
+            network = config.get(option)
+            if network is not None and not isinstance(network, dict):
+                raise ValueError(f"{path} is damaged: {option} must be an object, got {network!r}")
 
 
 def to_pil(images: torch.Tensor) -> list[Image.Image]:

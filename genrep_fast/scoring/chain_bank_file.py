@@ -67,6 +67,9 @@ def read_bank(path: str | os.PathLike, device: torch.device | str) -> BankConten
     """
     _check_path(path)
     check_bank_device(device)
+    # A reader of a named pipe would wait for a writer.
+    if os.path.exists(path) and not os.path.isfile(path):
+        _refuse(path, ValueError("it is not a file"))
     try:
         # Tensors of inference mode could not be refreshed, nor scored with a gradient, outside.
         with torch.inference_mode(False), safe_open(path, "pt") as file:

@@ -482,6 +482,19 @@ def test_a_frozen_part_that_both_networks_share():
     torch.testing.assert_close(copies(network), kept, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("average", [copies, copy.deepcopy])
+def test_a_parameter_without_elements_has_an_average(average):
+    network = Network()
+    network.unused = nn.Parameter(torch.empty(0))
+    run = Run(average, network, ema_decay=0.5)
+    expected = Expected(network, 0.5)
+    run.step(0)
+    expected.step(network)
+    averages = run.ema if isinstance(run.ema, list) else list(run.ema.parameters())
+    for (name, _), found in zip(network.named_parameters(), averages, strict=True):
+        assert_close(found.double(), expected.values[name])
+
+
 def test_only_adapters_have_averages():
     network = Network(norm=False)
     network.first.requires_grad_(False)

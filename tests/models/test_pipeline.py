@@ -99,6 +99,25 @@ def test_a_directory_without_a_pipeline_is_named(tmp_path):
         GenRepPipeline.from_pretrained(tmp_path / "nothing")
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("model_index.json", "[" * 100_000),
+        ("model_index.json", '{"a": 1}'),
+        ("scheduler/scheduler_config.json", "true"),
+        ("scheduler/scheduler_config.json", "[" * 100_000),
+        ("scheduler/scheduler_config.json", '{"beta_schedule": "none"}'),
+        ("model/config.json", "7"),
+        ("model/config.json", '{"num_classes": []}'),
+    ],
+)
+def test_a_damaged_configuration_is_one_error(make_pipeline, tmp_path, file, content):
+    make_pipeline().save_pretrained(tmp_path)
+    (tmp_path / file).write_text(content)
+    with pytest.raises((ValueError, OSError), match=str(tmp_path)):
+        GenRepPipeline.from_pretrained(tmp_path)
+
+
 def test_truncated_weights_are_one_error(make_pipeline, tmp_path):
     make_pipeline().save_pretrained(tmp_path)
     weights = tmp_path / "model" / "diffusion_pytorch_model.safetensors"

@@ -125,6 +125,15 @@ def test_a_file_that_is_no_bank_gets_one_clear_error(tmp_path, content):
         ChainBank.load(path)
 
 
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_what_is_no_file_is_refused_at_once(tmp_path, make):
+    make(tmp_path / "bank.safetensors")
+    with pytest.raises(
+        ValueError, match="bank.safetensors is .*not a chain bank: it is not a file"
+    ):
+        ChainBank.load(tmp_path / "bank.safetensors")
+
+
 FAMILIES = {
     "ddpm": (ddpm(), {}),
     "ddpm, trailing, fixed_large": (ddpm(timestep_spacing="trailing"), {}),
