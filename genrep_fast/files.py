@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -27,6 +28,8 @@ except ImportError:
 _LOCK = ".lock"
 # No number in the configuration of a model or a scheduler is larger, and no count of layers.
 _LARGEST_NUMBER = 10**6
+# Options that diffusers itself writes as -Infinity.
+_MAY_BE_INFINITE = ("lambda_min_clipped",)
 _MOST_LAYERS = 1000
 _UNFINISHED = re.compile(r"\..+\.[0-9]+\.tmp")
 # What filesystems say that cannot lock or flush: some network ones and some in user space.
@@ -127,6 +130,8 @@ def read_configuration(path: Path) -> dict[str, Any]:
     except RecursionError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     for name, number in numbers:
+        if name in _MAY_BE_INFINITE and number == -math.inf:
+            continue
         # Of NaN, too, this is not so.
         if not abs(number) <= (_MOST_LAYERS if "layers" in name else _LARGEST_NUMBER):
             raise ValueError(f"{path} is damaged: {name} cannot be {number:g}")

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..memory import require_memory
 from .datasets import DataSplits, FolderImages, ImageDataset, SourceImages
 from .folders import (
     Skipped,
@@ -86,6 +87,7 @@ def load_data(
         raise ValueError(f"split must be 'content' or 'random', got {split!r}")
     kind, _, argument = name.partition(":")
     size = image_size or DEFAULT_IMAGE_SIZE
+    _check_memory(size)
     if kind == "digits" and not argument:
         splits = _load_digits(image_size)
     elif kind == "folder" and argument and split == "random":
@@ -101,6 +103,14 @@ def load_data(
     return dataclasses.replace(splits, name=name)
 
 
+def _check_memory(image_size: int, images: int = 1) -> None:
+    """Refuse a size of which so many images, in float32 and grey, do not fit into memory."""
+    what = "one image" if images == 1 else f"{images} images"
+    require_memory(
+        "image_size", 4 * images * image_size**2, f"{what} of {image_size} × {image_size}"
+    )
+
+
 # The digits
 
 
@@ -112,6 +122,7 @@ def _load_digits(image_size: int | None) -> DataSplits:
     images = torch.from_numpy(digits.images).float().unsqueeze(1) / 8 - 1
     if image_size is not None:
         size = (image_size, image_size)
+        _check_memory(image_size, len(images))
         resize = torch.nn.functional.interpolate
         images = resize(images, size=size, mode="bilinear", antialias=True)
     labels = torch.from_numpy(digits.target).long()

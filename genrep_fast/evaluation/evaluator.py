@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data import DataSplits, LabelledImages, batches
+from ..data import DataSplits, LabelledImages, batches, check_class_names
 from ..models import GenRep, GenRepPipeline
+from ..models.pipeline import eval_mode
 from ..ops.posterior import fit_temperature, log_evidence, posterior
 from ..reporting.figures import (
     IMAGES_PER_CLASS,
@@ -106,7 +107,8 @@ def evaluate(
     They are ``metrics.json``, ``figures/*.png`` and a self-contained ``report.html``.
 
     Args:
-        model: GenRep; it is left in eval mode.
+        model: GenRep; its modules are in eval mode meanwhile, and then in the modes that they were
+            in.
         scheduler: the noise scheduler that it was trained with.
         splits: training images fit the independent classifier, and samples are compared with them;
             calibration images fit the posterior's temperature; test images give the numbers.
@@ -126,17 +128,21 @@ def evaluate(
         number that could not be measured is None, and its name is listed under undefined.
 
     Raises:
-        ValueError: where the splits have another number of classes than the model.
+        ValueError: where the splits have other classes than the model: another number, or other
+            names where the model has names.
     """
     if splits.num_classes != model.config.num_classes:
         wanted = f"the model's {model.config.num_classes} classes"
         raise ValueError(f"splits must have {wanted}, got {splits.num_classes}")
+    if model.config.class_names is not None:
+        check_class_names(splits.class_names, model.config.class_names, "splits")
     output_dir = Path(output_dir)
     # Before the work, not after it: a folder that cannot be made is told at once.
     output_dir.mkdir(parents=True, exist_ok=True)
     settings = settings or EvaluationSettings()
-    evaluation = _Evaluation(model.eval(), scheduler, splits, settings, progress)
-    metrics, illustrations = evaluation.measure(history or [], stages)
+    evaluation = _Evaluation(model, scheduler, splits, settings, progress)
+    with eval_mode(model):
+        metrics, illustrations = evaluation.measure(history or [], stages)
     metrics["seconds"]["training"] = timings or {}
     metrics["teacher"] = teacher or {}
     undefined: list[str] = []
@@ -394,14 +400,18 @@ class _Evaluation:
         labels = classes.repeat_interleave(self.settings.samples_per_class)
         images = []
         for chain_ids in torch.arange(len(labels)).split(self.settings.batch_size):
-            drawn = pipeline.generate(
-                labels[chain_ids],
-                num_inference_steps=steps,
-                seed=self.settings.seed,
-                chain_ids=chain_ids,
-                output_type="pt",
-            )
-            images.append(drawn.images.float().cpu())
+            try:
+                drawn = pipeline.generate(
+                    labels[chain_ids],
+                    num_inference_steps=steps,
+                    seed=self.settings.seed,
+                    chain_ids=chain_ids,
+                    output_type="pt",
+                ).images
+            except FloatingPointError:
+                # Of a network that diverged: what follows from its samples is undefined.
+                drawn = torch.full((len(chain_ids), *self.splits.image_shape), math.nan)
+            images.append(drawn.float().cpu())
             self._advance("generating samples", len(chain_ids) * steps)
         return torch.cat(images), labels
 

@@ -106,7 +106,7 @@ class GenRepPipeline(DiffusionPipeline):
             self._check_pictures(images)
         else:
             self._check_tensor(images)
-        with _evaluating(self.model):
+        with eval_mode(self.model):
             logits = [
                 self._logits(self._as_tensor(images[start:end]))
                 for start, end in _batches(len(images), batch_size)
@@ -183,7 +183,7 @@ class GenRepPipeline(DiffusionPipeline):
         chain_ids = chain_ids.to(self.device)
         images = []
         total = len(chain) * len(batches)
-        with _evaluating(self.model), self.progress_bar(total=total) as bar:
+        with eval_mode(self.model), self.progress_bar(total=total) as bar:
 
             def progress(timesteps: torch.Tensor) -> Iterator[torch.Tensor]:
                 for timestep in timesteps:
@@ -313,7 +313,7 @@ class GenRepPipeline(DiffusionPipeline):
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Put every module into eval mode until the block ends, however it ends."""
     training = [module for module in model.modules() if module.training]
     for module in training:

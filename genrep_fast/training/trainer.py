@@ -76,19 +76,7 @@ class Trainer:
             log_with=config.log_with,
             project_dir=config.output if config.log_with else None,
         )
-        if self.accelerator.num_processes > 1:
-            raise RuntimeError(
-                f"training runs in one process, got {self.accelerator.num_processes}: "
-                "both gradients would have to be reduced"
-            )
-        if not config.resume and (self.output / "checkpoints").is_dir():
-            raise ValueError(
-                f"output: {self.output} holds a run already; "
-                "pass --resume to go on with it, or choose another folder"
-            )
-        record = DataRecord.read(self.output) if config.resume else None
-        if record is not None:
-            self._check_splits(record)
+        self._check_run()
         torch.manual_seed(config.seed)
         self.scheduler = build_scheduler(config)
         model = build_model(config, splits).to(self.accelerator.device)
@@ -126,6 +114,28 @@ class Trainer:
         self.state = TrainingState(config, named, self.averages)
         self.tracking = Tracking(config, self.accelerator)
 
+    def _check_run(self) -> None:
+        """Check processes and output folder, and of a run that is resumed the splits so far."""
+        if self.accelerator.num_processes > 1:
+            raise RuntimeError(
+                f"training runs in one process, got {self.accelerator.num_processes}: "
+                "both gradients would have to be reduced"
+            )
+        if not self.config.resume and (self.output / "checkpoints").is_dir():
+            raise ValueError(
+                f"output: {self.output} holds a run already; "
+                "pass --resume to go on with it, or choose another folder"
+            )
+        record = DataRecord.read(self.output) if self.config.resume else None
+        if record is None:
+            return
+        check_class_names(self.splits.class_names, record.class_names, "data")
+        if dict(self.splits.borrowed) != dict(record.borrowed):
+            raise ValueError(
+                f"splits must have the parts that {self.output} keeps in data.json; "
+                "load them with record=DataRecord.read(output)"
+            )
+
     def run(self) -> GenRepPipeline:
         """Train from the newest checkpoint, or from the start, to the end.
 
@@ -152,15 +162,6 @@ class Trainer:
             remove_unfinished(folder)
         self.config.save()
         DataRecord(self.splits.class_names, self.splits.borrowed).save(self.output)
-
-    def _check_splits(self, record: DataRecord) -> None:
-        """Raise ValueError where the splits are not those that the run had so far."""
-        check_class_names(self.splits.class_names, record.class_names, "data")
-        if dict(self.splits.borrowed) != dict(record.borrowed):
-            raise ValueError(
-                f"splits must have the parts that {self.output} keeps in data.json; "
-                "load them with record=DataRecord.read(output)"
-            )
 
     def _run(self) -> GenRepPipeline:
         ends = [sum(self.config.stage_steps[: i + 1]) for i in range(len(STAGES))]

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+import torch._dynamo.testing
 from diffusers import DDIMScheduler
 
 from genrep_fast.models import GenRep, GenRepPipeline

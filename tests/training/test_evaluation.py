@@ -15,6 +15,7 @@ import scipy.linalg
 import scipy.spatial
 import torch
 from diffusers import DDPMScheduler
+from diffusers.configuration_utils import FrozenDict
 
 from genrep_fast.data import DataSplits, ImageDataset, as_tensors, load_data
 from genrep_fast.evaluation import EvaluationSettings, evaluate, evaluator
@@ -219,7 +220,10 @@ class TemplateModel(torch.nn.Module):
         super().__init__()
         self.templates = torch.nn.Parameter(templates * scale)
         self.alphas_cumprod, self.sample_shape = scheduler.alphas_cumprod, SHAPE
-        self.config = SimpleNamespace(num_classes=len(templates))
+        self.config = SimpleNamespace(num_classes=len(templates), class_names=None)
+        self.vae = None
+        channels = {"in_channels": SHAPE[0], "out_channels": SHAPE[0]}
+        self.backbone = SimpleNamespace(config=FrozenDict(channels))
 
     @property
     def dtype(self):
@@ -436,10 +440,10 @@ def test_files_are_complete_and_the_report_is_self_contained(evaluated):
     assert "not measured" not in report and "&lt;c&gt;" in report and "<c>" not in report
 
 
-def test_progress_rises_to_one_and_the_model_ends_in_eval_mode(evaluated):
+def test_progress_rises_to_one_and_the_model_keeps_its_mode(evaluated):
     fractions = evaluated.progress
     assert fractions == sorted(fractions) and fractions[-1] == 1 and 0 < fractions[0] < 0.2
-    assert not evaluated.model.training
+    assert evaluated.model.training
 
 
 def strict_json(path):
@@ -517,5 +521,9 @@ def test_bad_arguments_raise_before_anything_runs(tmp_path, templates, splits, s
         EvaluationSettings(elbo_steps=0)
     model = TemplateModel(templates[:2], scheduler)
     with pytest.raises(ValueError, match="must have the model's 2 classes, got 3"):
+        evaluate(model, scheduler, splits, tmp_path / "new")
+    model = TemplateModel(templates, scheduler)
+    model.config.class_names = ["a", "b", "d"]
+    with pytest.raises(ValueError, match="splits .*'<c>'"):
         evaluate(model, scheduler, splits, tmp_path / "new")
     assert not (tmp_path / "new").exists()
