@@ -302,9 +302,11 @@ def generate(
     pictures.check_steps(pipeline, num_inference_steps=num_inference_steps)
     for remark in remarks:
         print(f"genrep generate: {printable(remark)}", file=sys.stderr)
-    options: dict[str, Any] = {"num_inference_steps": num_inference_steps, "seed": seed}
-    if guidance_scale != 1:
-        options["guidance_scale"] = guidance_scale
+    options = {
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "seed": seed,
+    }
     folder = Path(output)
     together = []
     with only_writer(folder):

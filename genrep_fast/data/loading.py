@@ -105,10 +105,9 @@ def load_data(
 
 def _check_memory(image_size: int, images: int = 1) -> None:
     """Refuse a size of which so many images, in float32 and grey, do not fit into memory."""
-    what = "one image" if images == 1 else f"{images} images"
-    require_memory(
-        "image_size", 4 * images * image_size**2, f"{what} of {image_size} × {image_size}"
-    )
+    count = "one image" if images == 1 else f"{images} images"
+    what = f"{count} of {image_size} × {image_size}"
+    require_memory("image_size", 4 * images * image_size**2, what)
 
 
 # The digits
