@@ -188,7 +188,7 @@ def test_a_seed_of_more_than_64_bits_is_refused_before_anything_else(capsys, com
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("train", "--image_size", 100_000), "1797 images of 100000 × 100000 would take"),
+        (("train", "--image_size", 1_000_000), "one image of 1000000 × 1000000 would take"),
         (("train", "--teacher_chains", 10**9), "the teacher's bank would take"),
         (("train", "--teacher_steps", 10**4), "teacher_steps must be at most 1000"),
         (("generate", "--labels", "0", "--size", 10**6), "1000000 × 1000000 pixels would take"),
