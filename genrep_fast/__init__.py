@@ -23,6 +23,8 @@ from .ops.posterior import distillation_loss, fit_temperature, log_evidence, pos
 from .ops.reverse_step import reverse_step
 from .ops.scoring import log_likelihood
 from .scoring.chain_bank import ChainBank
+from .scoring.classifier.diffusion_classifier import DiffusionClassifier
+from .scoring.classifier.strategies import Full, Race, Staged, Stratified
 from .scoring.scorer import PosteriorScorer
 
 if typing.TYPE_CHECKING:
@@ -42,13 +44,18 @@ __all__ = [
     "AlignmentStats",
     "BackendUnavailableError",
     "ChainBank",
+    "DiffusionClassifier",
     "ForwardProcess",
+    "Full",
     "GenRep",
     "GenRepPipeline",
     "GenRepWeighting",
     "GradientAligner",
     "PosteriorScorer",
+    "Race",
+    "Staged",
     "StepCoefficients",
+    "Stratified",
     "align_gradients",
     "combine",
     "distillation_loss",

@@ -124,13 +124,16 @@ def forward_process(
     return _process(scheduler, schedule, kept, levels, parameterization)
 
 
-def stratified_process(scheduler: Any, num_steps: int) -> ForwardProcess:
+def stratified_process(
+    scheduler: Any, num_steps: int, *, parameterization: str | None = None
+) -> ForwardProcess:
     """The forward process of training, at the midpoints of equal parts of its timesteps.
 
     What ``set_timesteps`` left in the scheduler does not matter.
 
     Args:
         num_steps: S, from 1 to the number of training timesteps.
+        parameterization: as of `forward_process`.
 
     Raises:
         TypeError, ValueError: as `forward_process`, and for num_steps out of range.
@@ -141,7 +144,7 @@ def stratified_process(scheduler: Any, num_steps: int) -> ForwardProcess:
     if not 1 <= num_steps <= total:
         raise ValueError(f"num_steps must be between 1 and {total}, got {num_steps}")
     rows = ((torch.arange(num_steps) + 0.5) * (total / num_steps)).long()
-    return _process(scheduler, schedule, timesteps[rows], levels[rows], None)
+    return _process(scheduler, schedule, timesteps[rows], levels[rows], parameterization)
 
 
 def _process(

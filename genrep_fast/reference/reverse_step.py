@@ -47,7 +47,7 @@ def philox_4x32_10(counter: Sequence[Tensor], key: Sequence[int]) -> list[Tensor
     return [c0, c1, c2, c3]
 
 
-def chain_noise(seed: int, chain_ids: Tensor, row: int, shape: Sequence[int]) -> Tensor:
+def chain_noise(seed: int, chain_ids: Tensor, row: int | Tensor, shape: Sequence[int]) -> Tensor:
     """Standard normal noise of chains at one row, the same on every backend and in every batch.
 
     Key: the seed's low and high word. Counter: element index ÷ 4 (low, high), chain id, row.
@@ -56,7 +56,7 @@ def chain_noise(seed: int, chain_ids: Tensor, row: int, shape: Sequence[int]) ->
     Args:
         seed: 64-bit integer.
         chain_ids: int64 [B] in [0, 2³²).
-        row: of the coefficient table, or `INITIAL_ROW`.
+        row: of the coefficient table, or `INITIAL_ROW`; one for all chains, or int64 [B].
         shape: of one chain's sample.
 
     Returns:
@@ -64,7 +64,7 @@ def chain_noise(seed: int, chain_ids: Tensor, row: int, shape: Sequence[int]) ->
     """
     elements = math.prod(shape)
     index = torch.arange((elements + 3) // 4, device=chain_ids.device)  # [ceil(D / 4)]
-    rows = torch.full_like(chain_ids, row)
+    rows = torch.zeros_like(chain_ids) + row
     counter = (index & _WORD, index >> 32, chain_ids[:, None], rows[:, None])
     key = (seed & _WORD, seed >> 32 & _WORD)
     words = torch.stack(philox_4x32_10(counter, key), -1)  # [B, ceil(D / 4), 4]

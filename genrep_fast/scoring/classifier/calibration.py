@@ -1,0 +1,316 @@
+"""What a few images tell of a denoiser's errors: their variance, correlation and signal.
+
+For two classes Z = e_k − e_l and D = ‖o_k − o_l‖², Var Z = 4·s²(t)·D where l is the winner. s²(t),
+the correlation of an image's steps, the order of the timesteps, their weights, the threshold of the
+race and temperatures all follow from the errors and distances that a calibration keeps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from statistics import NormalDist
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...ops.posterior import fit_temperature, posterior
+from .contest import Contest, KnownVariance, Rule, Steps
+from .noise import ForwardNoise
+from .strategies import low_discrepancy_order
+
+# Powers of 1/s²(t) among which the labels choose the weights; 0 is uniform.
+_POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
+# Images that the threshold's scale before any image was seen is worth.
+_PRIOR_IMAGES = 4
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Calibration:
+    """Errors of N images under every class at the S timesteps of a full budget.
+
+    Attributes:
+        timesteps: [S], distinct.
+        errors: e = ‖target − o‖², float32 [N, S, K].
+        roots: √D to the output under the image's winner, float32 [N, S, K].
+        labels: int64 [N], or None: the winners serve as labels.
+    """
+
+    timesteps: np.ndarray
+    errors: np.ndarray
+    roots: np.ndarray
+    labels: np.ndarray | None = None
+
+    def __str__(self) -> str:
+        pairs = ~np.eye(len(self.timesteps), dtype=bool)
+        mean = self.measured_correlation[pairs].mean() if len(self.timesteps) > 1 else math.nan
+        return (
+            f"calibration on {len(self.errors)} images, {len(self.timesteps)} timesteps, "
+            f"{self.errors.shape[2]} classes: s² {self.variance.min():.3g} to "
+            f"{self.variance.max():.3g}, mean step correlation {mean:.2f}, "
+            f"power of the weights {self.power}"
+        )
+
+    @functools.cached_property
+    def winners(self) -> np.ndarray:
+        """Class with the least mean error, int64 [N]."""
+        return self.errors.astype(np.float64).mean(1).argmin(1)
+
+    @functools.cached_property
+    def variance(self) -> np.ndarray:
+        """s²(t), the mean of (Z − D)² / (4·D) over images and rivals of the winner [S]."""
+        return self._moments[0]
+
+    @functools.cached_property
+    def measured_correlation(self) -> np.ndarray:
+        """Correlation of (Z − D) / √D between an image's steps, within 0…1 [S, S]."""
+        return self._moments[1]
+
+    @functools.cached_property
+    def correlation(self) -> np.ndarray:
+        """The measured correlation and one standard error more, (1 − C²) / √N [S, S]."""
+        measured = self.measured_correlation
+        return np.minimum(measured + (1 - measured**2) / math.sqrt(len(self.errors)), 1)
+
+    @functools.cached_property
+    def signal(self) -> np.ndarray:
+        """How much a step tells the winner from its nearest rival: the mean of D / (4·s²) [S]."""
+        return self._nearest_distances.mean(0) / (4 * self.variance)
+
+    @functools.cached_property
+    def reliability(self) -> float:
+        """Share of the spread of log signal over the timesteps that is no sampling noise, 0…1."""
+        count = len(self.errors)
+        if count < 2:
+            return 0.0
+        near = self._nearest_distances
+        floor = np.finfo(np.float64).tiny
+        noise = near.var(0, ddof=1) / np.maximum(near.mean(0) ** 2, floor)
+        noise += self._moments[2] / np.maximum(self.variance**2, floor)
+        spread = np.log(np.maximum(self.signal, floor)).var()
+        return float(np.clip(1 - noise.mean() / count / max(spread, floor), 0, 1))
+
+    @functools.cached_property
+    def power(self) -> float:
+        """p of the weights (1/s²)^p: the least that the labels' likelihood does not tell from best.
+
+        1/s² is right where steps are independent and the denoiser exact; neither holds, and too
+        much weight on few timesteps costs accuracy. So p is the least with a negative
+        log-likelihood of all labels within one nat of the best p's; 0 without labels.
+        """
+        if self.labels is None:
+            return 0.0
+        labels = torch.from_numpy(self.labels)
+        found = []
+        for power in _POWERS:
+            scores = torch.from_numpy(-self._weighted(_power_weights(self.variance, power)))
+            log_p = posterior(scores, temperature=fit_temperature(scores, labels))
+            found.append(-log_p[torch.arange(len(labels)), labels].sum().item())
+        near_best = [loss <= min(found) + 1 for loss in found]
+        return _POWERS[near_best.index(True)]
+
+    def weights(self, kind: str, timesteps: np.ndarray) -> np.ndarray:
+        """Weights of timesteps, interpolated between those of the calibration, with mean 1 [S']."""
+        if kind == "uniform":
+            return np.ones(len(timesteps))
+        ascending = np.argsort(self.timesteps)
+        known = self.timesteps[ascending]
+        log_variance = np.interp(timesteps, known, np.log(self.variance[ascending]))
+        return _power_weights(np.exp(log_variance), self.power)
+
+    def order(self, kind: str, weights: np.ndarray) -> np.ndarray:
+        """The calibration's rows in the order of "signal" or "low_discrepancy" [S].
+
+        By signal: each step is the one that adds most to the expected Σ w·Z in standard
+        deviations, given the steps before and their correlation. Its ranks are mixed with those of
+        the low-discrepancy order as far as the signal is not reliable.
+        """
+        spread_out = low_discrepancy_order(len(self.timesteps))
+        if kind == "low_discrepancy":
+            return spread_out
+        trust = self.reliability
+        ranks = trust * np.argsort(self._by_signal(weights)) + (1 - trust) * np.argsort(spread_out)
+        return np.argsort(ranks, kind="stable")
+
+    def rule(self, kind: str, steps: Steps, confidence: float) -> KnownVariance:
+        """The race's rule; `kind` is the correlation: "measured", "full" or "none"."""
+        rows = steps.order
+        correlation = {
+            "measured": self.correlation[np.ix_(rows, rows)],
+            "full": np.ones((len(rows), len(rows))),
+            "none": np.eye(len(rows)),
+        }[kind]
+        scale = 2 * (steps.weights * np.sqrt(self.variance))[rows]
+        rule = KnownVariance(math.nan, scale, correlation)
+        return dataclasses.replace(rule, z=self._threshold(rule, steps, confidence))
+
+    def _threshold(self, rule: KnownVariance, steps: Steps, confidence: float) -> float:
+        """The z at which the full budget's winner is dropped with probability 1 − confidence.
+
+        Split over K − 1 rivals and all looks, the confidence gives a z that holds for the worst
+        case of independent tests. Calibration images say how far the winner was behind at any
+        look, in standard deviations: the share p of images with T > 0 and the mean of their T²
+        give a half-normal tail, which starts at the worst case's scale. z is at least the
+        quantile of T that holds for any distribution (the greatest T where images are too few).
+        """
+        error = 1 - confidence
+        comparisons = (self.errors.shape[2] - 1) * len(steps.looks)
+        worst = -NormalDist().inv_cdf(error / comparisons)
+        behind = np.sort(self._furthest_behind(rule, steps))
+        positive = behind[behind > 0]
+        # One-sided: the count and one standard deviation of it.
+        count = len(positive) + 1
+        share = min((count + math.sqrt(count)) / (len(behind) + 2), 1.0)
+        prior = worst / -NormalDist().inv_cdf(error / 2)
+        squares = _PRIOR_IMAGES * prior**2 + (positive**2).sum()
+        scale = math.sqrt(squares / (_PRIOR_IMAGES + len(positive)))
+        tail = 0.0
+        if error < share:
+            tail = scale * -NormalDist().inv_cdf(error / share / 2)
+        place = min(math.ceil((len(behind) + 1) * confidence), len(behind))
+        return float(max(min(tail, worst), behind[place - 1], 0.0))
+
+    def _furthest_behind(self, rule: KnownVariance, steps: Steps) -> np.ndarray:
+        """The most standard deviations by which each image's winner is behind at a look [N]."""
+        order = steps.order
+        found = np.zeros(len(self.errors))
+        weighted = self.errors[:, order].astype(np.float64) * steps.weights[order, None]
+        totals = weighted.cumsum(1)
+        for image, total in enumerate(totals):
+            winner = int(total[-1].argmin())
+            leaders = total.argmin(1)
+            roots = self._roots_to(image, winner)[order]
+            for look in np.flatnonzero(leaders != winner):
+                taken = look + 1
+                sigma = rule.scale[:taken] * roots[:taken, leaders[look]]
+                spread = math.sqrt(sigma.dot(rule.correlation[:taken, :taken]).dot(sigma))
+                gap = total[look, winner] - total[look, leaders[look]]
+                if spread > 0:
+                    found[image] = max(found[image], gap / spread)
+        return found
+
+    def replay(
+        self, steps: Steps, rule: Rule, null_classes: int = 0
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """What a strategy would have made of the calibration images.
+
+        Returns:
+            The evidence [N, K], and the evaluations [N] with as many null classes beside.
+        """
+        rows = []
+        evaluations = np.zeros(len(self.errors))
+        for image, errors in enumerate(self.errors.astype(np.float64)):
+            contest = Contest(image, 0, None, errors.shape[1])
+            for look in steps.looks:
+                taken = steps.order[len(contest) : look]
+                evaluations[image] += len(taken) * (len(contest.live) + null_classes)
+                contest.add(errors[taken][:, contest.live], np.empty(0), steps)
+                if isinstance(rule, KnownVariance):
+                    leader = contest.live[contest.leader]
+                    contest.add_roots(self._roots_to(image, leader)[taken][:, contest.live])
+                contest.drop(rule.leaving(contest, steps), steps, rule)
+                if rule.ended(contest, steps):
+                    break
+            rows.append(contest.outcome(steps, rule).evidence)
+        return np.stack(rows), evaluations
+
+    def temperature(self, evidence: np.ndarray) -> float:
+        """τ of the posterior of the evidence that `replay` found [N, K]."""
+        labels = self.winners if self.labels is None else self.labels
+        return fit_temperature(torch.from_numpy(evidence), torch.from_numpy(labels))
+
+    def _roots_to(self, image: int, label: int) -> np.ndarray:
+        """√D to the output under `label` [S, K], a bound where that is not the winner."""
+        roots = self.roots[image].astype(np.float64)
+        if label != self.winners[image]:
+            roots = roots + roots[:, label : label + 1]
+            roots[:, label] = 0
+        return roots
+
+    def _weighted(self, weights: np.ndarray) -> np.ndarray:
+        """Mean weighted errors, float64 [N, K]."""
+        return (self.errors.astype(np.float64) * weights[:, None]).mean(1)
+
+    @functools.cached_property
+    def _nearest_distances(self) -> np.ndarray:
+        """D of the winner and its nearest rival by the errors [N, S]."""
+        images = np.arange(len(self.errors))
+        total = self.errors.astype(np.float64).mean(1)
+        total[images, self.winners] = np.inf
+        return self.roots[images, :, total.argmin(1)].astype(np.float64) ** 2
+
+    @functools.cached_property
+    def _moments(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """s² [S], the correlation [S, S], and the variance over images of their own s² [S]."""
+        steps = len(self.timesteps)
+        products = np.zeros((steps, steps))
+        counts = np.zeros((steps, steps))
+        of_image = []
+        for errors, roots, winner in zip(self.errors, self.roots, self.winners, strict=True):
+            root = np.delete(roots.astype(np.float64), winner, 1)
+            gap = np.delete(errors.astype(np.float64) - errors[:, [winner]], winner, 1)
+            # Outputs that are the same tell nothing.
+            differ = root > 0
+            residual = np.where(differ, gap - root**2, 0) / np.where(differ, 2 * root, 1)
+            products += residual @ residual.T
+            counts += differ.astype(float) @ differ.T.astype(float)
+            of_image.append((residual**2).sum(1) / np.maximum(differ.sum(1), 1))
+        mean = products / np.maximum(counts, 1)
+        variance = mean.diagonal().copy()
+        seen = variance > 0
+        if not seen.any():
+            raise ValueError(
+                "denoiser must depend on its labels, got the same output under every class"
+            )
+        scale = np.sqrt(np.where(seen, variance, 1))
+        correlation = np.clip(mean / np.outer(scale, scale), 0, 1)
+        np.fill_diagonal(correlation, 1)
+        variance[~seen] = np.median(variance[seen])
+        spread = np.stack(of_image).var(0, ddof=1) if len(of_image) > 1 else np.zeros(steps)
+        return variance, correlation, spread
+
+    def _by_signal(self, weights: np.ndarray) -> np.ndarray:
+        gain = weights * self._nearest_distances.mean(0)
+        sigma = 2 * weights * np.sqrt(self.variance * self._nearest_distances.mean(0))
+        sigma = np.maximum(sigma, np.finfo(np.float64).tiny)
+        left = list(low_discrepancy_order(len(weights)))
+        order: list[int] = []
+        expected, variance, cross = 0.0, 0.0, np.zeros(len(weights))
+        while left:
+            # Of Σ w·Z with each of the remaining steps added.
+            total = variance + 2 * sigma[left] * cross[left] + sigma[left] ** 2
+            best = left[int(((expected + gain[left]) / np.sqrt(total)).argmax())]
+            left.remove(best)
+            order.append(best)
+            variance += 2 * sigma[best] * cross[best] + sigma[best] ** 2
+            cross += self.correlation[best] * sigma[best]
+            expected += gain[best]
+        return np.array(order)
+
+
+def of_contests(
+    noise: ForwardNoise, contests: list[Contest], steps: Steps, labels: Tensor | None
+) -> Calibration:
+    """The calibration of images that ran through the full budget, with distances.
+
+    Args:
+        labels: of the images by their `index`, or None.
+    """
+    # They came as they finished.
+    contests = sorted(contests, key=lambda contest: contest.index)
+    rows = np.argsort(steps.order)
+    if labels is not None:
+        labels = labels[[contest.index for contest in contests]]
+    return Calibration(
+        noise.timesteps.cpu().double().numpy(),
+        np.stack([contest.errors[rows] for contest in contests]).astype(np.float32),
+        np.stack([contest.roots[rows] for contest in contests]).astype(np.float32),
+        None if labels is None else labels.numpy(),
+    )
+
+
+def _power_weights(variance: np.ndarray, power: float) -> np.ndarray:
+    weights = variance**-power
+    return weights / weights.mean()

@@ -1,0 +1,337 @@
+"""Runs images through a strategy: rows of many images, classes and steps fill each batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...coefficients.tables import StepCoefficients
+from ...ops.scoring import log_likelihood
+from .contest import Contest, Rule, Steps
+from .network import Network
+from .noise import ForwardNoise
+
+# Numbers of an output that its distances to others are measured by.
+SKETCH = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A strategy that is ready to run.
+
+    Attributes:
+        noise: of its steps.
+        steps, rule: which steps, and which classes leave.
+        budget: evaluations an image, or None.
+        sketch: numbers of an output that are kept until all rows up to the image's next look have
+            been evaluated, for the distances to its leader; 0 where none are asked for.
+    """
+
+    noise: ForwardNoise
+    steps: Steps
+    rule: Rule
+    budget: int | None = None
+    sketch: int = 0
+
+
+class Arrival(NamedTuple):
+    """An image that joins: its place in the call, the id of its noise, and itself."""
+
+    place: int
+    image_id: int
+    image: Tensor
+
+
+@dataclasses.dataclass(eq=False)
+class _Stage:
+    """The steps of an image up to its next look, whose rows wait for the network.
+
+    A row is a step and a column; the columns are the live classes, then the null class.
+    """
+
+    contest: Contest
+    steps: range
+    labels: np.ndarray
+    errors: np.ndarray
+    missing: int
+    sketches: list[Tensor] = dataclasses.field(default_factory=list)
+
+
+class _Segment(NamedTuple):
+    """Rows start … stop − 1 of a stage."""
+
+    stage: _Stage
+    start: int
+    stop: int
+
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start
+
+
+class Engine:
+    """Evaluates a plan.
+
+    Args:
+        network: in eval mode, see `Network.evaluating`.
+        plan: what to evaluate.
+        num_classes, null_class: K, and the label of the null class or None.
+        batch_size: rows of a batch, an evaluation each.
+        pad_to: rows to which every batch is filled up, or None.
+        seed: of the noise.
+
+    Attributes:
+        batches, rows: that went through the network, padding not counted.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        plan: Plan,
+        num_classes: int,
+        null_class: int | None,
+        *,
+        batch_size: int,
+        pad_to: int | None,
+        seed: int,
+    ) -> None:
+        self.batches = 0
+        self.rows = 0
+        self._network = network
+        self._plan = plan
+        self._num_classes = num_classes
+        self._null_class = null_class
+        self._batch_size = batch_size
+        self._pad_to = pad_to
+        self._seed = seed
+        self._waiting: deque[_Segment] = deque()
+        self._waiting_rows = 0
+        self._in_flight: dict[int, Contest] = {}
+
+    def run(self, arrivals: Iterator[Arrival], deadline: float | None = None) -> Iterator[Contest]:
+        """Images as they finish, in any order.
+
+        Args:
+            arrivals: read one by one, when there is room in a batch.
+            deadline: of `time.monotonic`; no batch begins after it. Images that are under way are
+                then given back as they are, and no other is read.
+        """
+        arriving = True
+        while True:
+            late = deadline is not None and time.monotonic() >= deadline
+            while arriving and not late and self._waiting_rows < self._batch_size:
+                arrival = next(arrivals, None)
+                arriving = arrival is not None
+                if arrival is not None:
+                    self._join(Contest(*arrival, num_classes=self._num_classes))
+            if late or not self._waiting:
+                yield from self._in_flight.values()
+                return
+            for stage in self._evaluate(self._take()):
+                contest = stage.contest
+                if self._goes_on(contest):
+                    self._join(contest)
+                else:
+                    del self._in_flight[contest.index]
+                    yield contest
+
+    def _join(self, contest: Contest) -> None:
+        """Put the rows up to the next look in front of the queue."""
+        steps, taken = self._plan.steps, len(contest)
+        look = next(look for look in steps.looks if look > taken)
+        labels = contest.live
+        if self._null_class is not None:
+            labels = np.append(labels, self._null_class)
+        end = taken + min(look - taken, self._affordable(contest))
+        rows = (end - taken) * len(labels)
+        errors = np.empty((end - taken, len(labels)))
+        stage = _Stage(contest, range(taken, end), labels, errors, rows)
+        self._waiting.appendleft(_Segment(stage, 0, rows))
+        self._waiting_rows += rows
+        self._in_flight[contest.index] = contest
+
+    def _goes_on(self, contest: Contest) -> bool:
+        """Let classes leave where it is time; whether another step follows."""
+        plan = self._plan
+        if len(contest) in plan.steps.looks:
+            leaving = plan.rule.leaving(contest, plan.steps)
+            contest.drop(leaving, plan.steps, plan.rule)
+        if plan.rule.ended(contest, plan.steps) or len(contest) == plan.steps.looks[-1]:
+            return False
+        return self._affordable(contest) > 0
+
+    def _affordable(self, contest: Contest) -> int:
+        """Steps that the budget still allows."""
+        if self._plan.budget is None:
+            return len(self._plan.steps.order)
+        columns = len(contest.live) + (self._null_class is not None)
+        return (self._plan.budget - contest.evaluations) // columns
+
+    def _take(self) -> list[_Segment]:
+        """The rows of the next batch."""
+        taken: list[_Segment] = []
+        room = self._batch_size
+        while room and self._waiting:
+            segment = self._waiting.popleft()
+            if segment.rows > room:
+                cut = segment.start + room
+                self._waiting.appendleft(segment._replace(start=cut))
+                segment = segment._replace(stop=cut)
+            taken.append(segment)
+            room -= segment.rows
+        self._waiting_rows -= self._batch_size - room
+        return taken
+
+    def _evaluate(self, segments: list[_Segment]) -> list[_Stage]:
+        """Run a batch through the network; the stages that it completes."""
+        output, target = self._predict(segments)
+        errors = squared_distance(output, target)
+        sketches = None
+        if self._plan.sketch:
+            sketches = sketch(output[:, : target.shape[1]], self._plan.sketch)
+        found = errors.cpu().double().numpy()
+        if not np.isfinite(found).all():
+            self._refuse_output(segments, int((~np.isfinite(found)).argmax()))
+        rounding = torch.finfo(output.dtype).eps
+        completed, first = [], 0
+        for segment in segments:
+            stage, last = segment.stage, first + segment.rows
+            stage.errors.flat[segment.start : segment.stop] = found[first:last]
+            if sketches is not None:
+                stage.sketches.append(sketches[first:last])
+            stage.missing -= segment.rows
+            stage.contest.evaluations += segment.rows
+            stage.contest.rounding = rounding
+            if stage.missing == 0:
+                completed.append(stage)
+            first = last
+        self.batches += 1
+        self.rows += first
+        for stage in completed:
+            live = len(stage.contest.live)
+            errors_of_null = stage.errors[:, live:].reshape(-1)
+            stage.contest.add(stage.errors[:, :live], errors_of_null, self._plan.steps)
+        self._measure(completed)
+        return completed
+
+    def _predict(self, segments: list[_Segment]) -> tuple[Tensor, Tensor]:
+        """Model output and training target of the batch's rows, both [N, ...]."""
+        images: list[Tensor] = []
+        ids: list[int] = []
+        table_rows: list[int] = []
+        places, labels = [], []
+        order = self._plan.steps.order
+        for stage, start, stop in segments:
+            step, column = np.divmod(np.arange(start, stop), len(stage.labels))
+            # The noisy inputs of a step are made once, for all of its classes.
+            places.append(step - step[0] + len(images))
+            labels.append(stage.labels[column])
+            for number in range(step[0], step[-1] + 1):
+                images.append(stage.contest.image)
+                ids.append(stage.contest.image_id)
+                table_rows.append(order[stage.steps[number]])
+        device = images[0].device
+        place, label, row, image_id = (
+            torch.from_numpy(np.asarray(values, dtype=np.int64)).to(device)
+            for values in (np.concatenate(places), np.concatenate(labels), table_rows, ids)
+        )
+        dtype = self._network.dtype(images[0])
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        noise = self._plan.noise.to(device)
+        x_t, target = noise.draw(torch.stack(images), row, image_id, self._seed, wide)
+        count = len(place)
+        if self._pad_to is not None:
+            fill = self._pad_to - count
+            place, label = (torch.cat([part, part[-1:].expand(fill)]) for part in (place, label))
+        timesteps = noise.timesteps[row]
+        output = self._network(x_t.to(dtype)[place], timesteps[place], label)
+        if torch.float64 in (wide, output.dtype):
+            output = output.to(wide)
+        return output[:count], target[place[:count]]
+
+    def _measure(self, completed: list[_Stage]) -> None:
+        """Give every contest √D to its leader."""
+        if not self._plan.sketch or not completed:
+            return
+        leaders, first = [], 0
+        for stage in completed:
+            columns = len(stage.labels)
+            rows = np.arange(stage.errors.size)
+            leaders.append(first + rows - rows % columns + stage.contest.leader)
+            first += len(rows)
+        sketches = torch.cat([part for stage in completed for part in stage.sketches])
+        leader = torch.from_numpy(np.concatenate(leaders)).to(sketches.device)
+        distances = squared_distance(sketches, sketches[leader])
+        roots = distances.clamp(min=0).sqrt().cpu().double().numpy()
+        first = 0
+        for stage in completed:
+            of_stage = roots[first : first + stage.errors.size].reshape(stage.errors.shape)
+            stage.contest.add_roots(of_stage[:, : len(stage.contest.live)])
+            first += stage.errors.size
+
+    def _refuse_output(self, segments: list[_Segment], row: int) -> None:
+        for stage, start, stop in segments:
+            if row < stop - start:
+                step, column = divmod(start + row, len(stage.labels))
+                table_row = self._plan.steps.order[stage.steps[step]]
+                timestep = self._plan.noise.timesteps[int(table_row)].item()
+                raise ValueError(
+                    "denoiser must return finite outputs, got NaN or infinity for the image with "
+                    f"id {stage.contest.image_id} under class {stage.labels[column]} at timestep "
+                    f"{timestep}"
+                )
+            row -= stop - start
+
+
+def squared_distance(output: Tensor, target: Tensor) -> Tensor:
+    """‖target − output‖² of each row, [N].
+
+    Args:
+        output: [N, C', *spatial]; channels beyond C are skipped.
+        target: [N, C, *spatial], float32 or float64.
+    """
+    table = _difference_table(target.device, target.dtype)
+    # One class and one step a row.
+    scores = log_likelihood(
+        target, output[:, None, None], table, target[:, None, None], reduction="mean"
+    )
+    return -scores[:, 0]
+
+
+@functools.lru_cache(maxsize=16)
+def _difference_table(device: torch.device, dtype: torch.dtype) -> StepCoefficients:
+    """Of the residual target − output, without a normalisation."""
+    with torch.inference_mode(False):
+        zero, one = torch.zeros(1, dtype=dtype), torch.ones(1, dtype=dtype)
+        table = StepCoefficients(data=zero, noisy=one, output=-one, inv_var=2 * one, log_norm=zero)
+        return table.to(device)
+
+
+def sketch(output: Tensor, size: int) -> Tensor:
+    """Numbers whose squared distances are those of the outputs, [N, ≤ size] float32 or float64.
+
+    The elements themselves where they are no more than `size`. Else sums, with random signs, of
+    as many groups of elements: their squared distances have the right mean and a relative standard
+    deviation of √(2 / size) at most.
+    """
+    flat = output.flatten(1)
+    if flat.dtype != torch.float64:
+        flat = flat.float()
+    elements = flat.shape[1]
+    if elements <= size:
+        return flat
+    # Of the number of elements alone: images are compared by the same groups in every batch.
+    generator = torch.Generator().manual_seed(elements)
+    order = torch.randperm(elements, generator=generator).to(flat.device)
+    signs = torch.randint(0, 2, (elements,), generator=generator).to(flat) * 2 - 1
+    groups = (torch.arange(elements) % size).to(flat.device)
+    sums = flat.new_zeros(len(flat), size)
+    return sums.index_add_(1, groups, flat[:, order] * signs)

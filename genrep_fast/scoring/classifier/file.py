@@ -1,0 +1,220 @@
+"""The folder of a saved `DiffusionClassifier`, of which nothing is trusted when it is read.
+
+``classifier.json`` holds settings and names the calibration's file. It is written last, so that
+the folder holds all of the old classifier or all of the new one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ...checks import check_at_least, check_integer
+from ...files import read_json, write_atomically
+from .calibration import Calibration
+from .noise import ForwardNoise
+
+_SETTINGS = "classifier.json"
+_FORMAT = 1
+_SETTING_NAMES = ("num_classes", "null_class", "parameterization")
+
+
+class SavedClassifier(NamedTuple):
+    """What a folder holds.
+
+    Attributes:
+        settings: keyword arguments of the class.
+        scheduler: of diffusers.
+        calibration: or None.
+    """
+
+    settings: dict[str, Any]
+    scheduler: Any
+    calibration: Calibration | None
+
+
+def write_classifier(path: str | os.PathLike[str], classifier: SavedClassifier) -> None:
+    """Write a classifier into a folder.
+
+    Raises:
+        OSError: where it cannot be written.
+    """
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    scheduler = classifier.scheduler
+    file = None
+    if classifier.calibration is not None:
+        content = save(_tensors(classifier.calibration))
+        file = f"calibration-{hashlib.sha256(content).hexdigest()[:16]}.safetensors"
+        write_atomically(folder / file, content)
+    config = {key: value for key, value in dict(scheduler.config).items() if key[0] != "_"}
+    settings = {
+        "format": _FORMAT,
+        **classifier.settings,
+        "scheduler": {"_class_name": type(scheduler).__name__, **config},
+        "calibration": file,
+    }
+    write_atomically(folder / _SETTINGS, json.dumps(settings, indent=2, default=_plain) + "\n")
+    for other in folder.glob("calibration-*.safetensors"):
+        if other.name != file:
+            other.unlink(missing_ok=True)
+
+
+def read_classifier(path: str | os.PathLike[str], scheduler: Any = None) -> SavedClassifier:
+    """Read what `write_classifier` wrote.
+
+    Args:
+        scheduler: takes the place of the saved one.
+
+    Raises:
+        FileNotFoundError: where there is none.
+        ValueError: for a damaged file; the message names it.
+    """
+    file = Path(path) / _SETTINGS
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"path: {file} does not exist; a folder written by "
+            "DiffusionClassifier.save_pretrained is wanted"
+        )
+    content = read_json(file)
+    try:
+        settings = _checked_settings(content)
+        if scheduler is None:
+            scheduler = _scheduler(content["scheduler"])
+        name = content["calibration"]
+        if name is not None and (not isinstance(name, str) or Path(name).name != name):
+            raise ValueError(f"calibration must name a file of the folder, got {name!r}")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file} is not a saved classifier: {error}") from error
+    calibration = None
+    if name is not None:
+        calibration = _read_calibration(file.parent / name, settings, scheduler)
+    return SavedClassifier(settings, scheduler, calibration)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no word for in a scheduler's configuration."""
+    if isinstance(value, np.ndarray | Tensor):
+        return value.tolist()
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"scheduler: its configuration must be plain values, got {value!r}")
+
+
+def _checked_settings(content: Any) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise TypeError(f"a dictionary is wanted, got {type(content).__name__}")
+    wanted = ("format", *_SETTING_NAMES, "scheduler", "calibration")
+    missing = [name for name in wanted if name not in content]
+    if missing:
+        raise ValueError(f"it lacks {', '.join(missing)}")
+    if content["format"] != _FORMAT:
+        raise ValueError(f"format must be {_FORMAT}, got {content['format']!r}")
+    check_at_least(2, num_classes=content["num_classes"])
+    if content["null_class"] is not None:
+        check_integer(content["null_class"], "null_class")
+    if content["parameterization"] is not None and not isinstance(content["parameterization"], str):
+        raise TypeError(f"parameterization must be a word, got {content['parameterization']!r}")
+    return {name: content[name] for name in _SETTING_NAMES}
+
+
+def _scheduler(config: Any) -> Any:
+    """A scheduler of diffusers, of the saved configuration."""
+    import diffusers
+
+    if not isinstance(config, dict) or not isinstance(config.get("_class_name"), str):
+        raise ValueError("scheduler must be a configuration with its _class_name")
+    found: Any = getattr(diffusers, config["_class_name"], None)
+    is_scheduler = isinstance(found, type) and issubclass(found, diffusers.SchedulerMixin)
+    if not is_scheduler:
+        raise ValueError(
+            f"scheduler {config['_class_name']!r} is none of diffusers: pass it as scheduler"
+        )
+    values = {key: value for key, value in config.items() if key != "_class_name"}
+    try:
+        return found.from_config(values)
+    # What a scheduler raises depends on which of its values is wrong.
+    except Exception as error:
+        raise ValueError(
+            f"scheduler: {found.__name__} refuses its configuration: {error}"
+        ) from error
+
+
+def _tensors(calibration: Calibration) -> dict[str, Tensor]:
+    arrays = {
+        "timesteps": calibration.timesteps,
+        "errors": calibration.errors,
+        "roots": calibration.roots,
+    }
+    if calibration.labels is not None:
+        arrays["labels"] = calibration.labels
+    return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+
+
+def _read_calibration(file: Path, settings: dict[str, Any], scheduler: Any) -> Calibration:
+    try:
+        with safe_open(file, "pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        calibration = _checked_calibration(tensors, settings["num_classes"])
+        steps = len(calibration.timesteps)
+        noise = ForwardNoise(scheduler, steps, settings["parameterization"])
+        expected = noise.timesteps.double().numpy()
+        if not np.allclose(expected, calibration.timesteps, rtol=1e-6, atol=0):
+            raise ValueError(
+                f"timesteps must be the scheduler's {expected.tolist()}, "
+                f"got {calibration.timesteps.tolist()}"
+            )
+        # Raises where nothing can be learnt from it.
+        _ = calibration.variance
+        return calibration
+    except FileNotFoundError as error:
+        raise ValueError(f"{file} is missing, which {_SETTINGS} names") from error
+    # What the reader raises depends on where a file is broken.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{file} is truncated or not a calibration: {reason}") from error
+
+
+def _checked_calibration(tensors: dict[str, Tensor], num_classes: int) -> Calibration:
+    names = set(tensors)
+    required = {"timesteps", "errors", "roots"}
+    if not required <= names <= required | {"labels"}:
+        raise ValueError(f"it must hold {', '.join(sorted(required))}, got {sorted(names)}")
+    errors = tensors["errors"]
+    if errors.ndim != 3 or errors.shape[2] != num_classes or min(errors.shape) == 0:
+        raise ValueError(f"errors must be [N, S, {num_classes}], got {list(errors.shape)}")
+    count, steps, _ = errors.shape
+    expected = {
+        "timesteps": (torch.float64, (steps,)),
+        "errors": (torch.float32, tuple(errors.shape)),
+        "roots": (torch.float32, tuple(errors.shape)),
+        "labels": (torch.int64, (count,)),
+    }
+    for name, tensor in tensors.items():
+        dtype, shape = expected[name]
+        if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+            found = f"{tensor.dtype} {list(tensor.shape)}"
+            raise ValueError(f"{name} must be {dtype} {list(shape)}, got {found}")
+        # Timesteps may be logarithms.
+        if not tensor.isfinite().all() or (name != "timesteps" and (tensor < 0).any()):
+            raise ValueError(f"{name} must be finite and not negative")
+    labels = tensors.get("labels")
+    if labels is not None and (labels >= num_classes).any():
+        raise ValueError(f"labels must lie in [0, {num_classes}), got {labels.max().item()}")
+    if count < 2:
+        raise ValueError(f"errors must be of at least two images, got {count}")
+    return Calibration(
+        tensors["timesteps"].numpy(),
+        errors.numpy(),
+        tensors["roots"].numpy(),
+        None if labels is None else labels.numpy(),
+    )

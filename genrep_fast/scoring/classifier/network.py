@@ -1,0 +1,213 @@
+"""The network of a diffusion classifier, whatever its kind, and its VAE."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...checks import DTYPES
+
+
+class Network:
+    """A denoiser ``denoiser(x_t, t, labels)`` and a VAE, in eval mode while they are used.
+
+    Args:
+        denoiser: a function, a bound method, or a module: diffusers' models with class labels,
+            GenRep. What it returns may be a tensor, an output object with ``sample``, or a tuple.
+        vae: None; diffusers' autoencoder; or a function of images that returns latents.
+        num_labels: rows of the class embedding that are used, the null class included.
+        device, dtype: of the noisy inputs; None takes those of the denoiser's parameters, and for
+            a function without any those of the images.
+
+    Raises:
+        TypeError, ValueError: for what cannot be called so.
+    """
+
+    def __init__(
+        self,
+        denoiser: Callable[..., Any],
+        vae: Any,
+        num_labels: int,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        if not callable(denoiser):
+            found = type(denoiser).__name__
+            raise TypeError(f"denoiser must be callable as denoiser(x_t, t, labels), got {found}")
+        if dtype is not None and dtype not in DTYPES:
+            raise TypeError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")
+        _check_signature(denoiser)
+        _check_class_embedding(denoiser, num_labels)
+        if vae is not None and not (callable(vae) or hasattr(vae, "encode")):
+            found = type(vae).__name__
+            raise TypeError(f"vae must have encode, or be a function of images, got {found}")
+        self.denoiser = denoiser
+        self.vae = vae
+        self._device = None if device is None else torch.device(device)
+        self._dtype = dtype
+
+    def device(self, images: Tensor) -> torch.device:
+        """Where noisy inputs of `images` are put."""
+        if self._device is not None:
+            return self._device
+        parameter = _first_parameter(self.denoiser)
+        return images.device if parameter is None else parameter.device
+
+    def dtype(self, images: Tensor) -> torch.dtype:
+        """Of the noisy inputs of `images`."""
+        if self._dtype is not None:
+            return self._dtype
+        parameter = _first_parameter(self.denoiser)
+        if parameter is not None and parameter.dtype in DTYPES:
+            return parameter.dtype
+        return images.dtype
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Eval mode without gradients; every module gets its own mode back."""
+        modules: list[nn.Module] = []
+        for used in (self.denoiser, self.vae):
+            module = _module_of(used)
+            if module is not None:
+                modules += [part for part in module.modules() if part.training]
+        try:
+            for part in modules:
+                part.training = False
+            with torch.no_grad():
+                yield
+        finally:
+            for part in modules:
+                part.training = True
+
+    def __call__(self, x_t: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+        """Model output [N, C', *spatial] of noisy inputs [N, C, *spatial], with C' ≥ C.
+
+        Raises:
+            TypeError, ValueError: for an output of another kind or shape.
+        """
+        output = self.denoiser(x_t, timesteps, labels)
+        if hasattr(output, "sample") and not isinstance(output, Tensor):
+            output = output.sample
+        elif isinstance(output, tuple | list) and output:
+            output = output[0]
+        if not isinstance(output, Tensor) or output.dtype not in DTYPES:
+            found = output.dtype if isinstance(output, Tensor) else type(output).__name__
+            raise TypeError(f"denoiser must return floating-point tensors, got {found}")
+        fits = output.ndim == x_t.ndim and output.shape[2:] == x_t.shape[2:]
+        if not fits or len(output) != len(x_t) or output.shape[1] < x_t.shape[1]:
+            raise ValueError(
+                f"denoiser must return the shape of its input {list(x_t.shape)} (more channels "
+                f"are allowed), got {list(output.shape)}"
+            )
+        return output
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Latents of images in −1…1, scaled as diffusers' pipelines do; the images without a VAE.
+
+        Diffusers' autoencoders give the mode of their posterior, which is then shifted and scaled
+        by what their config holds (`latents_mean` and `latents_std`, else `shift_factor`, and
+        `scaling_factor`).
+        """
+        if self.vae is None:
+            return images
+        if not hasattr(self.vae, "encode"):
+            latents = self.vae(images)
+            if not isinstance(latents, Tensor):
+                raise TypeError(f"vae must return a tensor, got {type(latents).__name__}")
+            return latents
+        parameter = _first_parameter(self.vae)
+        if parameter is not None:
+            images = images.to(parameter.device, parameter.dtype)
+        output = self.vae.encode(images)
+        if hasattr(output, "latent_dist"):
+            latents = output.latent_dist.mode()
+        else:
+            latents = getattr(output, "latent", getattr(output, "latents", output))
+        if not isinstance(latents, Tensor):
+            found = type(latents).__name__
+            raise TypeError(
+                f"vae.encode must return a latent_dist, latents or a tensor, got {found}"
+            )
+        return _scaled(latents.float(), getattr(self.vae, "config", None))
+
+    def sample_shape(self) -> tuple[int, int, int] | None:
+        """(C, H, W) of a noisy input, where the denoiser's config tells it."""
+        module = _module_of(self.denoiser)
+        shape = getattr(module, "sample_shape", None)
+        if isinstance(shape, tuple):
+            return shape
+        config = getattr(module, "config", None)
+        size = getattr(config, "sample_size", None)
+        channels = getattr(config, "in_channels", None)
+        if size is None or channels is None:
+            return None
+        height, width = (size, size) if isinstance(size, int) else size
+        return channels, height, width
+
+
+def _scaled(latents: Tensor, config: Any) -> Tensor:
+    def setting(name: str) -> Any:
+        return getattr(config, name, None)
+
+    mean, std = setting("latents_mean"), setting("latents_std")
+    if mean is not None and std is not None:
+        sizes = (1, -1, *[1] * (latents.ndim - 2))
+        mean, std = (
+            torch.as_tensor(values, dtype=latents.dtype, device=latents.device).view(sizes)
+            for values in (mean, std)
+        )
+        latents = (latents - mean) / std
+    elif setting("shift_factor") is not None:
+        latents = latents - setting("shift_factor")
+    scale = setting("scaling_factor")
+    return latents if scale is None else latents * scale
+
+
+def _module_of(function: Any) -> nn.Module | None:
+    """The module that is called, itself or by one of its methods."""
+    if isinstance(function, nn.Module):
+        return function
+    owner = getattr(function, "__self__", None)
+    return owner if isinstance(owner, nn.Module) else None
+
+
+def _first_parameter(function: Any) -> Tensor | None:
+    module = _module_of(function)
+    if module is None:
+        return None
+    floating = (tensor for tensor in module.parameters() if tensor.is_floating_point())
+    return next(floating, None)
+
+
+def _check_signature(denoiser: Any) -> None:
+    """Raise TypeError for diffusers' models whose third argument is no class label."""
+    called = denoiser.forward if isinstance(denoiser, nn.Module) else denoiser
+    try:
+        names = list(inspect.signature(called).parameters)
+    except (TypeError, ValueError):
+        return
+    if "encoder_hidden_states" in names[:3]:
+        raise TypeError(
+            f"denoiser: {type(denoiser).__name__} takes encoder_hidden_states, not class labels: "
+            "wrap it in a function of (x_t, t, labels)"
+        )
+
+
+def _check_class_embedding(denoiser: Any, num_labels: int) -> None:
+    """Raise ValueError for labels beyond the class embedding of one of diffusers' models."""
+    config = getattr(denoiser, "config", None) if isinstance(denoiser, nn.Module) else None
+    rows = getattr(config, "num_class_embeds", None)
+    embedded = getattr(config, "num_embeds_ada_norm", None)
+    if rows is None and embedded is not None:
+        # The last row is the null class.
+        rows = embedded + 1
+    if rows is not None and num_labels > rows:
+        raise ValueError(
+            f"num_classes and null_class must fit the {rows} rows of the denoiser's class "
+            f"embedding, got labels up to {num_labels - 1}"
+        )

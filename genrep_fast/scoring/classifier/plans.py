@@ -1,0 +1,158 @@
+"""Makes a plan of a strategy: timesteps, weights and rules, from a calibration where there is one.
+
+Without a calibration, timesteps come in low-discrepancy order and weights are uniform.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .calibration import Calibration
+from .contest import KeepBest, Rule, Steps
+from .engine import SKETCH, Plan
+from .noise import ForwardNoise
+from .strategies import (
+    DEFAULT_STEPS,
+    Race,
+    Staged,
+    Strategy,
+    Stratified,
+    low_discrepancy_order,
+)
+
+_STRATIFIED_STEPS = 8
+# Numbers of sketches that an image keeps during a calibration: 64 MiB.
+_CALIBRATION_SKETCHES = 2**24
+
+
+class Prepared(NamedTuple):
+    """A plan with the temperature of its posterior, and evaluations an image."""
+
+    plan: Plan
+    temperature: float
+    mean_evaluations: float
+    most_evaluations: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Planner:
+    """What the plans of a classifier have in common.
+
+    Attributes:
+        scheduler, parameterization: as of `ForwardNoise`.
+        num_classes, null_class: K, and the label of the null class or None.
+        calibration: or None.
+    """
+
+    scheduler: Any
+    parameterization: str | None
+    num_classes: int
+    null_class: int | None
+    calibration: Calibration | None = None
+
+    @property
+    def columns(self) -> int:
+        """Evaluations of a step of all classes."""
+        return self.num_classes + (self.null_class is not None)
+
+    @property
+    def default_steps(self) -> int:
+        """Of the full budget."""
+        if self.calibration is not None:
+            return len(self.calibration.timesteps)
+        return min(DEFAULT_STEPS, ForwardNoise.most_steps(self.scheduler))
+
+    def prepare(self, strategy: Strategy, confidence: float, budget: int | None) -> Prepared:
+        """The plan of a strategy, and what the calibration images say of it.
+
+        Raises:
+            ValueError: as `plan`.
+        """
+        plan = self.plan(strategy, confidence, budget)
+        most = self.most_evaluations(plan)
+        calibration = self.calibration
+        if calibration is None:
+            return Prepared(plan, 1.0, most, most)
+        steps, rule = plan.steps, plan.rule
+        held = len(calibration.timesteps)
+        known = len(plan.noise) == held
+        if not known:
+            # Other timesteps: as many of those that are known.
+            number = min(len(steps.order), held)
+            weights = calibration.weights(strategy.weights, calibration.timesteps)
+            steps = Steps(low_discrepancy_order(held)[:number], weights, (number,))
+            rule = KeepBest()
+        evidence, evaluations = calibration.replay(steps, rule, self.columns - self.num_classes)
+        mean = min(float(evaluations.mean()), most) if known else most
+        return Prepared(plan, calibration.temperature(evidence), mean, most)
+
+    def plan(self, strategy: Strategy, confidence: float, budget: int | None) -> Plan:
+        """The plan of a strategy.
+
+        Raises:
+            ValueError: for a race without a calibration or longer than it, and as `ForwardNoise`.
+        """
+        if isinstance(strategy, Race):
+            return self._race(strategy, confidence, budget)
+        if isinstance(strategy, Staged):
+            looks = tuple(strategy.steps)
+            keep = tuple(min(number, self.num_classes) for number in strategy.keep)
+            return self._fixed(looks, KeepBest(keep), strategy.weights, budget)
+        steps = strategy.steps
+        if steps is None and isinstance(strategy, Stratified):
+            steps = _STRATIFIED_STEPS if budget is None else budget // self.columns
+            steps = min(steps, ForwardNoise.most_steps(self.scheduler))
+        elif steps is None:
+            steps = self.default_steps
+        return self._fixed((steps,), KeepBest(), strategy.weights, budget)
+
+    def prepare_calibration(self, steps: int) -> Prepared:
+        """The full budget, with distances to its winner."""
+        plan = self._fixed((steps,), KeepBest(), "uniform", None)
+        size = _CALIBRATION_SKETCHES // (steps * self.columns)
+        plan = dataclasses.replace(plan, sketch=min(max(size, 64), SKETCH))
+        return Prepared(plan, 1.0, steps * self.columns, steps * self.columns)
+
+    def most_evaluations(self, plan: Plan) -> int:
+        """Evaluations of an image of which no class leaves before it must."""
+        most, taken, columns = 0, 0, self.columns
+        looks = plan.steps.looks
+        keep = plan.rule.keep if isinstance(plan.rule, KeepBest) else ()
+        for stage, look in enumerate(looks):
+            most += (look - taken) * columns
+            taken = look
+            if keep:
+                columns = keep[stage] + self.columns - self.num_classes
+        return most if plan.budget is None else min(most, plan.budget)
+
+    def _race(self, strategy: Race, confidence: float, budget: int | None) -> Plan:
+        calibration = self.calibration
+        if calibration is None:
+            raise ValueError("strategy: a race needs a calibration; call calibrate first")
+        held = len(calibration.timesteps)
+        most = held if strategy.max_steps is None else strategy.max_steps
+        if most > held:
+            raise ValueError(
+                f"max_steps must be at most the calibration's {held} steps, got {most}; "
+                f"calibrate with steps={most}"
+            )
+        noise = ForwardNoise(self.scheduler, held, self.parameterization)
+        weights = calibration.weights(strategy.weights, calibration.timesteps)
+        order = calibration.order(strategy.order, weights)[:most]
+        steps = Steps(order, weights, tuple(range(1, most + 1)))
+        rule = calibration.rule(strategy.correlation, steps, confidence)
+        return Plan(noise, steps, rule, budget, SKETCH)
+
+    def _fixed(
+        self, looks: tuple[int, ...], rule: Rule, weighting: str, budget: int | None
+    ) -> Plan:
+        noise = ForwardNoise(self.scheduler, looks[-1], self.parameterization)
+        weights = np.ones(looks[-1])
+        if self.calibration is not None:
+            timesteps = noise.timesteps.double().cpu().numpy()
+            weights = self.calibration.weights(weighting, timesteps)
+        steps = Steps(low_discrepancy_order(looks[-1]), weights, looks)
+        return Plan(noise, steps, rule, budget)
