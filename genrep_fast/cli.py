@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable
 from json import dumps
 from pathlib import Path
@@ -53,6 +54,9 @@ def main(arguments: list[str] | None = None) -> None:
             parse = _parse_info if arguments[:1] == ["info"] else _parse
             command, options = parse(arguments)
             name = f"genrep {command}"
+            if command != "info":
+                # Libraries ask for it when they are imported, and say less of a full disk.
+                tempfile.gettempdir()
             COMMANDS[command](**options)
         _finish(name)
     except KeyboardInterrupt as error:

@@ -99,7 +99,7 @@ def prepared(path: str, model: GenRep) -> Tensor:
 
 
 def class_indices(labels: Sequence[str], names: Sequence[str]) -> tuple[list[int], list[str]]:
-    """The classes that `labels` ask for: an integer is an index, any other text a name.
+    """The classes that `labels` ask for: an index where it is one, any other text a name.
 
     Args:
         labels: as a user wrote them.
@@ -119,9 +119,10 @@ def class_indices(labels: Sequence[str], names: Sequence[str]) -> tuple[list[int
     for label in labels:
         named = indices_of.get(_normal(label), [])
         # Not int's own notion, which takes "1_0" and other alphabets' digits.
-        if re.fullmatch(r"[+-]?[0-9]{1,18}", label):
+        is_number = re.fullmatch(r"[+-]?[0-9]{1,18}", label) is not None
+        if is_number and (not named or 0 <= int(label) < len(names)):
             indices.append(int(label))
-            if named and indices[-1] not in named and 0 <= indices[-1] < len(names):
+            if named and indices[-1] not in named:
                 drawn = shortened(names[indices[-1]], _NAME_LENGTH)
                 remarks[label] = (
                     f'label {label} is the index of the class "{drawn}", which is drawn; '

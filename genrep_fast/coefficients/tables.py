@@ -121,14 +121,13 @@ class StepCoefficients:
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        if "tables" not in state:
+            # As 0.1 pickled them.
+            self.__init__(*(state[name] for name in (*_TABLES, *_MEAN_TABLES)))  # type: ignore[misc]
+            return
         for name in ("unscorable", "needs_noisy"):
             object.__setattr__(self, name, state[name])
-        tables = state.get("tables")
-        if tables is None:
-            # As 0.1 pickled them.
-            rows = [state[name] for name in (*_TABLES, *_MEAN_TABLES)]
-            tables = torch.stack([row for row in rows if row is not None])
-        self._set_tables(tables)
+        self._set_tables(state["tables"])
 
     def _set_tables(self, tables: Tensor) -> None:
         if tables.is_inference():

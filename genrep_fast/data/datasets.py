@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from ..endings import ignore_interrupts
 from .images import file_to_tensor, image_to_tensor
 
 if TYPE_CHECKING:
@@ -222,6 +223,7 @@ def batches(
         num_workers=num_workers,
         collate_fn=collate,
         generator=torch.Generator(),
+        worker_init_fn=undisturbed,
     )
     yield from checked(loader)
 
@@ -248,6 +250,11 @@ class Told(Dataset[Any]):
             return self.dataset[index]
         except (ValueError, OSError) as error:
             return Failure(error)
+
+
+def undisturbed(worker: int) -> None:
+    """Let signals to all processes of a terminal end the workers' parent alone, which ends them."""
+    ignore_interrupts()
 
 
 def collate(items: list[Any]) -> Any:

@@ -17,7 +17,7 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import nn
 
-from ..checks import check_at_least, check_in_range, check_not_negative
+from ..checks import check_at_least, check_dense, check_in_range, check_not_negative
 from ..data import image_to_tensor
 from ..files import loading, read_configuration
 from ..scoring.chains import Prediction, ReverseChain, inference_scheduler, initial_noise
@@ -264,6 +264,7 @@ class GenRepPipeline(DiffusionPipeline):
         except (TypeError, ValueError, RuntimeError) as error:
             wanted = "labels must be class indices, or names of classes"
             raise TypeError(f"{wanted}, got {labels!r}") from error
+        _check_values(labels, "labels")
         num_classes = self.model.config.num_classes
         if labels.ndim != 1 or len(labels) == 0:
             found = f"shape {tuple(labels.shape)}"
@@ -284,6 +285,7 @@ class GenRepPipeline(DiffusionPipeline):
         return places[0]
 
     def _check_tensor(self, images: torch.Tensor) -> None:
+        _check_values(images, "images")
         channels, height, width = self.model.image_shape
         if not images.is_floating_point():
             raise TypeError(
@@ -380,6 +382,13 @@ def _drawn_seed(generator: torch.Generator) -> int:
     """The next 64 bits of a generator."""
     halves = torch.randint(2**32, (2,), generator=generator, device=generator.device).tolist()
     return halves[0] * 2**32 + halves[1]
+
+
+def _check_values(tensor: torch.Tensor, name: str) -> None:
+    """Check that a tensor is dense and has values, which it has not on the meta device."""
+    check_dense(tensor, name)
+    if tensor.is_meta:
+        raise ValueError(f"{name} must have values, got a tensor on the meta device")
 
 
 def _check_configurations(folder: Path) -> None:

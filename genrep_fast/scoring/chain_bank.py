@@ -73,6 +73,7 @@ class ChainBank:
         self._scores = {dtype: scores.to(dtype=dtype) for dtype in (torch.float32, torch.float64)}
 
     @classmethod
+    @torch.no_grad()
     def build(
         cls,
         denoiser: Denoiser,

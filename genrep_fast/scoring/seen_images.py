@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Hashable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +17,9 @@ _PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 class SeenImages:
     """What is known of the images seen so far: their id, and on the CPU themselves.
 
-    Images of the same memory that nobody wrote to since are the same without a look at them; others
-    on the CPU are compared with a copy of the first. On a device, where a comparison would wait,
+    The tensor that was looked at last is the same without another look where nobody wrote to it
+    since, as far as PyTorch knows: writes through `.data` or NumPy go unnoticed. Others on the CPU
+    are compared with a copy of the first. On a device, where a comparison would wait,
     the id alone tells. So it does where one is given: images that are computed again for every
     chunk may differ in their last bits.
 
@@ -31,15 +34,20 @@ class SeenImages:
         """Take the next images, whatever they are."""
         self.batch_id: Hashable = None
         self._any = False
-        # The images themselves, and where they lay in which version when they were looked at: what
-        # holds their memory keeps others from getting its address.
-        self._last: Tensor | None = None
+        # The tensor that was looked at last, and where it lay in which version then.
+        self._last: weakref.ref[Tensor] | None = None
         self._place: tuple | None = None
         self._copy: Tensor | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A weak reference can be neither copied nor pickled.
+        return self.__dict__ | {"_last": None, "_place": None}
+
     def are(self, x: Tensor, batch_id: Hashable) -> bool:
-        """Whether `x` lies where the last images do, and nobody wrote to it since."""
-        if self._place is None or batch_id is not None or torch.compiler.is_compiling():
+        """Whether `x` is the tensor of the last images, and nobody wrote to it since."""
+        if self._last is None or batch_id is not None or torch.compiler.is_compiling():
+            return False
+        if self._last() is not x:
             return False
         try:
             return _place(x) == self._place
@@ -73,7 +81,7 @@ class SeenImages:
             if batch_id is None and _can_be_read(x):
                 self._copy = x.detach().clone()
         if self._copy is not None and _can_be_read(x) and not x.is_inference():
-            self._last = x.detach()
+            self._last = weakref.ref(x)
             self._place = _place(x)
 
     def check_merged(self, other: SeenImages) -> None:

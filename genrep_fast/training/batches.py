@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..data import LabelledImages, few_labels
-from ..data.datasets import DecodedOnReading, Told, collate
+from ..data.datasets import DecodedOnReading, Told, collate, undisturbed
 from .config import TrainingConfig
 
 # Images [B, C, H, W], labels int64 [B], and which of them the perception loss may use, bool [B].
@@ -48,6 +48,7 @@ def seeded_loader(config: TrainingConfig, dataset: LabelledImages, *, start: int
         num_workers=config.dataloader_num_workers,
         # In place of torch's random state, which the steps seed.
         generator=torch.Generator(),
+        worker_init_fn=undisturbed,
     )
 
 

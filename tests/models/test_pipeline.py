@@ -239,6 +239,10 @@ def test_what_is_no_image_is_refused(make_pipeline):
         pipeline([])
     with pytest.raises((TypeError, ValueError), match="[Ii]nput|images"):
         pipeline("digit.png")
+    with pytest.raises(ValueError, match="images must have values"):
+        pipeline(torch.zeros(2, 1, 8, 8, device="meta"))
+    with pytest.raises(ValueError, match="images must be dense"):
+        pipeline(torch.zeros(2, 1, 8, 8).to_sparse())
 
 
 @pytest.mark.parametrize(
@@ -335,6 +339,10 @@ def test_bad_labels_are_refused(make_pipeline, labels):
 
 def test_other_bad_arguments_are_refused(make_pipeline):
     pipeline = make_pipeline(scheduler="ddpm")
+    with pytest.raises(ValueError, match="labels must have values"):
+        generate(pipeline, labels=torch.tensor([1], device="meta"))
+    with pytest.raises(ValueError, match="labels must be dense"):
+        generate(pipeline, labels=torch.tensor([1]).to_sparse())
     with pytest.raises(TypeError, match="labels must be integers, got torch.float32"):
         generate(pipeline, labels=[0.5])
     with pytest.raises(ValueError, match="output_type must be 'pil' or 'pt', got 'np'"):

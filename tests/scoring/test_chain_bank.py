@@ -2,6 +2,7 @@
 refresh bit by bit.
 """
 
+import copy
 import importlib
 import math
 
@@ -254,6 +255,17 @@ def test_the_bank_is_read_as_it_is_kept(dtype):
     with RecordedOutputs() as recorded:
         bank.log_likelihood(x)
     assert max(elements for _, elements in recorded.made) <= x.numel()
+
+
+def test_a_denoiser_that_is_trained_leaves_no_graph_in_the_bank():
+    network = torch.nn.Conv2d(2, 2, 3, padding=1, dtype=torch.float64)
+    bank = build(lambda x, timesteps, labels: network(x))
+    assert not bank.centers.requires_grad
+    x = images(2).requires_grad_()
+    for _ in range(2):
+        copy.deepcopy(bank).log_likelihood(x).sum().backward()
+        bank.log_likelihood(x).sum().backward()
+    assert network.weight.grad is None and x.grad.isfinite().all()
 
 
 def test_refreshing_one_chain_does_not_copy_the_bank():

@@ -637,13 +637,15 @@ def test_tables_of_inference_mode_serve_training():
         assert x.grad.isfinite().all()
 
 
-def test_pickles_of_tables_one_by_one_load():
+@pytest.mark.parametrize("derived", [("unscorable", "needs_noisy"), ("unscorable",)])
+def test_pickles_of_tables_one_by_one_load(derived):
     coefficients = StepCoefficients(**tables())
-    state = {name: getattr(coefficients, name) for name in (*tables(), "unscorable", "needs_noisy")}
+    state = {name: getattr(coefficients, name) for name in (*tables(), *derived)}
     state |= {"mean_noisy": None, "mean_output": None, "std": None}
     loaded = StepCoefficients.__new__(StepCoefficients)
     loaded.__setstate__(state)
     assert torch.equal(loaded.to(dtype=torch.float64).tables, coefficients.tables.double())
+    assert loaded.needs_noisy == coefficients.needs_noisy
 
 
 def test_normal_tables_normalise_the_density():

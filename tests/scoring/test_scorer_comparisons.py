@@ -261,6 +261,18 @@ def test_a_batch_written_over_in_place_is_refused():
         feed(scorer, [(None, [2])], data=(x, output))
 
 
+def test_a_buffer_of_numpy_that_is_filled_again_is_refused():
+    x, output = example()
+    buffer = x.numpy().copy()
+    scorer = feed(
+        gf.PosteriorScorer(CLASSES), [(None, [0])], data=(torch.from_numpy(buffer), output)
+    )
+    feed(scorer, [(None, [1])], data=(torch.from_numpy(buffer), output))
+    buffer[:] = buffer[::-1].copy()
+    with pytest.raises(ValueError, match="x must be the images seen so far"):
+        feed(scorer, [(None, [2])], data=(torch.from_numpy(buffer), output))
+
+
 def test_memory_that_the_next_batch_gets_again_is_no_proof():
     scorer = gf.PosteriorScorer(CLASSES)
     output = example()[1]

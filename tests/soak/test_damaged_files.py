@@ -84,10 +84,9 @@ def snapshot(folder):
 
 
 def damaged(folder, generator, times=1):
-    """Damage files of a folder; their names."""
+    """Damage `times` files of a folder; their names."""
     names = []
-    for _ in range(times):
-        path = generator.choice(files_of(folder))
+    for path in generator.sample(files_of(folder), times):
         others = [other for other in files_of(folder) if other != path]
         print(damage(path, generator, others))
         names.append(path.name)
@@ -154,6 +153,10 @@ def test_pipelines(good, tmp_path, seed):
         pipeline(torch.zeros(2, *pipeline.model.image_shape))
 
 
+def every(split):
+    return (split[index] for index in range(len(split)))
+
+
 @cases(10, 80)
 def test_folders_of_images(good, tmp_path, seed):
     generator = random.Random(seed)
@@ -161,8 +164,11 @@ def test_folders_of_images(good, tmp_path, seed):
     shutil.copytree(good / "images", folder)
     names = damaged(folder, generator)
     data = load(lambda: load_data(f"folder:{folder}", image_size=8), folder, [folder, *names])
-    if data is not None:
-        for split in (data.train, data.calibration, data.test):
-            for image, label in (split[index] for index in range(len(split))):
-                assert image.shape == data.image_shape and label in (0, 1)
-                assert image.isfinite().all() and image.abs().max() <= 1
+    if data is None:
+        return
+    splits = (data.train, data.calibration, data.test)
+    # Damage amid the pixels shows when they are decoded.
+    items = load(lambda: [item for split in splits for item in every(split)], folder, names)
+    for image, label in items or ():
+        assert image.shape == data.image_shape and label in (0, 1)
+        assert image.isfinite().all() and image.abs().max() <= 1

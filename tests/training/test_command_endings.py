@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from image_folders import save_classes
 from PIL import Image
 from tiny_runs import change_json, failure, resume, snapshot, train
 
@@ -399,6 +400,26 @@ def test_an_interrupted_run_is_kept(tmp_path, number):
         f"go on with: genrep train --resume --output '{output}'\n"
     )
     assert not (output / ".lock").exists()
+
+
+@pytest.mark.slow
+def test_a_signal_to_all_processes_leaves_the_workers_to_their_parent(tmp_path):
+    save_classes(tmp_path / "images", {"ape": 20, "bee": 20})
+    options = ["--teacher", "none", "--batch_size", "4", "--evaluate", "false"]
+    options += ["--steps", "100000", "--checkpoint_every", "3", "--dataloader_num_workers", "2"]
+    options += ["--data", f"folder:{tmp_path / 'images'}", "--image_size", "8"]
+    output = tmp_path / "run"
+    process = command("train", *options, "--output", output, start_new_session=True)
+    deadline = time.monotonic() + 600
+    while not list(output.glob("checkpoints/step-*")):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    status, text = ended(process)
+    assert status == endings.INTERRUPTED
+    assert (
+        text.startswith("genrep train: interrupted; the run is kept in") and text.count("\n") == 1
+    )
 
 
 def test_an_interrupted_step_ends_with_a_checkpoint(make_config, tmp_path, monkeypatch):

@@ -81,10 +81,12 @@ def test_labels_are_indices_or_names():
         'label 2 is the index of the class "10", which is drawn; '
         'the class named "2" has the index 3'
     ]
+    # No index, but a name.
+    assert class_indices(["10"], names) == ([2], [])
     for label, message in (
         ("dog", '"dog" is no class index and no name of a class; the classes are 0, 1, 10'),
         ("cat", r'2 classes are named "cat", tell which by an index: \[5, 6\]'),
-        ("10", r"labels must be in \[0, 7\), got \[10\]"),
+        ("11", r"labels must be in \[0, 7\), got \[11\]"),
         ("-1", r"labels must be in \[0, 7\), got \[-1\]"),
         ("1_0", "no class index"),
         ("9" * 30, "no class index"),
