@@ -126,11 +126,9 @@ def _euler(scheduler: Any) -> NoiseSchedule:
     if config.timestep_type != "continuous" or config.prediction_type != "v_prediction":
         return discrete._replace(predictions=predictions)
     ratios = discrete.training()[1]
-    limits = (
-        ratios[0].item() if config.sigma_min is None else config.sigma_min,
-        ratios[-1].item() if config.sigma_max is None else config.sigma_max,
-    )
-    return _log_sigmas(scheduler, limits, discrete.scales)
+    lowest = ratios[0].item() if config.sigma_min is None else config.sigma_min
+    highest = ratios[-1].item() if config.sigma_max is None else config.sigma_max
+    return _log_sigmas(scheduler, (lowest, highest), discrete.scales)
 
 
 def _multistep(scheduler: Any) -> NoiseSchedule:
@@ -288,10 +286,13 @@ def _flow(scheduler: Any, held: dict[float, float], shift: float) -> NoiseSchedu
         levels = _shifted(total, 1.0 if config.get("use_dynamic_shifting", False) else shift)
         return levels * total, levels.double()
 
+    def level_at(timestep: float) -> float | None:
+        return timestep / total if is_scaled and 0 < timestep <= total else None
+
     return NoiseSchedule(
         domain=f"above 0 to {total}" if is_scaled else "scheduler.timesteps alone",
         held=held,
-        level_at=lambda timestep: timestep / total if is_scaled and 0 < timestep <= total else None,
+        level_at=level_at,
         scales=_scales_of_flow,
         training=training,
         predictions=_FLOW,

@@ -89,9 +89,14 @@ def save_checkpoint(output: Path, checkpoint: Checkpoint) -> Path:
         kept = f"; the one before, {older[-1]}, is kept" if older else ""
         why = error.strerror or error
         raise OSError(f"checkpoint {final} cannot be written ({why}){kept}") from error
+    drop_old_checkpoints(output)
+    return final
+
+
+def drop_old_checkpoints(output: Path) -> None:
+    """Drop all but the newest two, as a process that dies behind a new one has not."""
     for old in _checkpoints(output)[:-_KEPT]:
         _drop(old.path)
-    return final
 
 
 def read_checkpoint(folder: Path, device: torch.device | str = "cpu") -> Checkpoint:

@@ -26,6 +26,7 @@ from ..reporting.terminal import StageProgress
 from .batches import Batch, seed_of, seeded_loader
 from .checkpoints import (
     Checkpoint,
+    drop_old_checkpoints,
     newest_checkpoint,
     optimizer_state_dict,
     optimizer_tensors,
@@ -158,6 +159,7 @@ class Trainer:
         if checkpoint is not None:
             self._restore(checkpoint)
             self._write_history()
+            drop_old_checkpoints(self.output)
         for folder in (self.output, self.output / "checkpoints", self.output / SAMPLES):
             remove_unfinished(folder)
         self.config.save()

@@ -5,6 +5,7 @@ its own `add_noise`, `scale_model_input` and conversions, or it is refused with 
 import copy
 import importlib
 import inspect
+import itertools
 import math
 import re
 import sys
@@ -126,12 +127,18 @@ def make(name, options="default"):
     return find_class(name)(**{**settings, **OPTIONS[options]})
 
 
+def options_of(name):
+    """Names of the options that a class has."""
+    known = set(parameters(name))
+    return [options for options, given in OPTIONS.items() if set(given) <= known]
+
+
 CASES = [
-    (name, options)
+    case
     for name in sorted(set(FAMILIES) & set(EXPORTED))
-    for options in OPTIONS
-    if set(OPTIONS[options]) <= set(parameters(name)) and (name, options) not in MEANINGLESS
+    for case in itertools.product([name], options_of(name))
 ]
+CASES = [case for case in CASES if case not in MEANINGLESS]
 
 
 def set_timesteps(scheduler, steps=7):

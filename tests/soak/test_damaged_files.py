@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState, GradientState
 from damage import damage, within_limits
 from PIL import Image
 from soak_share import seeds
-from tiny_runs import train
+from tiny_runs import four_steps, train
 
 from genrep_fast import ChainBank, GenRepPipeline
 from genrep_fast.data import load_data
@@ -28,20 +28,7 @@ def good(tiny_backbone, tmp_path_factory):
     """A finished run, and a folder of images."""
     root = tmp_path_factory.mktemp("good")
     tiny_backbone("dit").save_pretrained(root / "backbone")
-    config = TrainingConfig(
-        output=str(root / "run"),
-        backbone=str(root / "backbone"),
-        diffusion_steps=1,
-        perception_steps=1,
-        joint_steps=2,
-        batch_size=8,
-        teacher_chains=2,
-        teacher_steps=4,
-        checkpoint_every=1,
-        log_every=1,
-        evaluate=False,
-    )
-    train(config)
+    train(four_steps(root / "run", root / "backbone"))
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     generator = random.Random(0)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState, GradientState
-from tiny_runs import NEWEST, train
+from tiny_runs import NEWEST, four_steps, train
 
 from genrep_fast.training import TrainingConfig
 
@@ -61,19 +61,7 @@ def make_config(backbones, tmp_path):
 @pytest.fixture(scope="session")
 def finished(backbones, tmp_path_factory):
     """The options of a finished run of four steps, and its parameters."""
-    config = TrainingConfig(
-        output=str(tmp_path_factory.mktemp("finished") / "run"),
-        backbone=str(backbones / "dit"),
-        diffusion_steps=1,
-        perception_steps=1,
-        joint_steps=2,
-        batch_size=8,
-        teacher_chains=2,
-        teacher_steps=4,
-        checkpoint_every=1,
-        log_every=1,
-        evaluate=False,
-    )
+    config = four_steps(tmp_path_factory.mktemp("finished") / "run", backbones / "dit")
     parameters = [parameter.detach().clone() for parameter in train(config).parameters]
     reset_accelerator_state()
     return config, parameters

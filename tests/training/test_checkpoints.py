@@ -169,6 +169,13 @@ def test_the_checkpoint_before_a_damaged_one_serves(copied, newest, finished, fi
     )
 
 
+def test_what_a_dead_process_did_not_drop_is_dropped(copied, newest, finished):
+    shutil.copytree(newest.with_name("step-0000003"), newest.with_name("step-0000002"))
+    resume(copied, finished[0])
+    names = sorted(path.name for path in newest.parent.iterdir())
+    assert names == ["step-0000003", "step-0000004"]
+
+
 def test_any_byte_of_the_manifest_counts(newest):
     path = newest / "manifest.json"
     content = path.read_bytes()

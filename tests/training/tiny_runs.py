@@ -8,7 +8,7 @@ import torch
 
 from genrep_fast import cli
 from genrep_fast.data import DataSplits, ImageDataset
-from genrep_fast.training import Trainer
+from genrep_fast.training import Trainer, TrainingConfig
 
 NUM_CLASSES = 3
 TIMES = ("teacher_seconds",)
@@ -26,6 +26,23 @@ def make_splits(channels=1, side=8):
         return ImageDataset((patterns[labels] + noise).clamp(-1, 1), labels)
 
     return DataSplits(split(24), split(9), split(9), ("ape", "bee", "cat"), (channels, side, side))
+
+
+def four_steps(output, backbone):
+    """The options of a run of four steps in three stages, with a checkpoint after each."""
+    return TrainingConfig(
+        output=str(output),
+        backbone=str(backbone),
+        diffusion_steps=1,
+        perception_steps=1,
+        joint_steps=2,
+        batch_size=8,
+        teacher_chains=2,
+        teacher_steps=4,
+        checkpoint_every=1,
+        log_every=1,
+        evaluate=False,
+    )
 
 
 def train(config, splits=None):

@@ -71,6 +71,8 @@ class Collector:
         known = prediction >= 0
         best = scores.nan_to_num(-torch.inf).topk(2, 1).values
         labels = self.labels()
+        if labels is not None and len(labels) != count:
+            labels = None
         result = ClassifierResult(
             prediction=prediction,
             decided=torch.tensor([image.decided for image in found]),
@@ -83,7 +85,7 @@ class Collector:
             standard_error=error,
             lift=lift if self._has_null else None,
             temperature=temperature,
-            labels=labels if labels is not None and len(labels) == count else None,
+            labels=labels,
         )
         return result if self._device is None else result.to(self._device)
 
