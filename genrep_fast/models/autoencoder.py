@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..files import read_json
+from ..latents import decoded, flat_numbers, posterior_mode, scaled, unscaled
 from .backbones import require_saved
 from .weights import load_complete
 
@@ -66,15 +64,10 @@ def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
         FloatingPointError: for latents that are not finite; asked on the CPU alone, where that
             waits for nothing.
     """
-    latents = _run(vae, images, lambda network, x: network.encode(x).latent_dist.mode())
+    latents = posterior_mode(vae, images)
     if _may_read(latents):
         require_finite_latents(vae, images, latents)
-    scale = vae.config.scaling_factor
-    if vae.config.latents_mean is not None:
-        mean, std = _channels(vae, "latents_mean", latents), _channels(vae, "latents_std", latents)
-        return (latents - mean) * scale / std
-    shift = vae.config.shift_factor
-    return (latents - shift) * scale if shift else latents * scale
+    return scaled(vae, latents)
 
 
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
@@ -83,15 +76,7 @@ def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     Raises:
         FloatingPointError: for images that are not finite; asked on the CPU alone.
     """
-    x = _at_least_float32(latents)
-    scale = vae.config.scaling_factor
-    if vae.config.latents_mean is not None:
-        mean, std = _channels(vae, "latents_mean", x), _channels(vae, "latents_std", x)
-        x = x * std / scale + mean
-    else:
-        shift = vae.config.shift_factor
-        x = x / scale + shift if shift else x / scale
-    images = _run(vae, x, lambda network, z: network.decode(z).sample)
+    images = decoded(vae, unscaled(vae, latents))
     if _may_read(images):
         require_finite_images(vae, latents, images)
     return images
@@ -125,64 +110,9 @@ def require_finite_images(vae: AutoencoderKL | None, latents: Tensor, images: Te
     raise FloatingPointError(f"{_named(vae)} gives images that are not finite{_advice(vae)}")
 
 
-def _run(vae: AutoencoderKL, x: Tensor, call: Callable[[Any, Tensor], Tensor]) -> Tensor:
-    """What `call` makes of the VAE and x, in float32 at least."""
-    device = x.device.type
-    autocast: contextlib.AbstractContextManager = contextlib.nullcontext()
-    half = torch.is_autocast_enabled(device)
-    half = half and torch.get_autocast_dtype(device) == torch.float16
-    if vae.config.force_upcast and (half or vae.dtype == torch.float16):
-        vae = _in_float32(vae)
-        autocast = torch.autocast(device, enabled=False)
-    with autocast:
-        return _at_least_float32(call(vae, x.to(vae.dtype)))
-
-
-def _in_float32(vae: AutoencoderKL) -> AutoencoderKL:
-    """The VAE in float32; itself where it is, else a copy that lives for one call.
-
-    Weights that were converted in place would be those of other threads and of frozen copies, too.
-    """
-    if vae.dtype != torch.float16:
-        return vae
-    vae = getattr(vae, "_orig_mod", vae)
-    memo: dict[int, Any] = {}
-    for tensor in (*vae.parameters(), *vae.buffers()):
-        converted = tensor.detach()
-        if tensor.dtype == torch.float16:
-            converted = converted.float()
-        if isinstance(tensor, nn.Parameter):
-            converted = nn.Parameter(converted, requires_grad=False)
-        memo[id(tensor)] = converted
-    copied = copy.deepcopy(vae, memo)
-    # Compiled by users, they would run the half-precision weights.
-    for name in ("encode", "decode"):
-        copied.__dict__.pop(name, None)
-    return copied
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def _may_read(x: Tensor) -> bool:
     """Whether values can be read without waiting for a device or breaking a graph."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _channels(vae: AutoencoderKL, name: str, like: Tensor) -> Tensor:
-    """latents_mean or latents_std [C, 1, 1], on the device of `like`."""
-    return _on_device(tuple(_flat(vae.config[name])), like.device, like.dtype)
-
-
-@functools.lru_cache(maxsize=64)
-def _on_device(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    # Kept: a training step would wait for the device to copy them once more.
-    return torch.tensor(values, device=device, dtype=dtype)[:, None, None]
-
-
-def _flat(values: Any) -> list[float]:
-    return torch.as_tensor(values, dtype=torch.float64).flatten().tolist()
 
 
 def _require_class(class_name: Any) -> None:
@@ -208,7 +138,7 @@ def _check_scale(config: Any) -> None:
         )
     for name in given:
         try:
-            values = _flat(config[name])
+            values = flat_numbers(config[name])
         except (TypeError, ValueError, RuntimeError):
             values = []
         fits = len(values) == config.latent_channels and all(map(math.isfinite, values))

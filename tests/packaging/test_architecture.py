@@ -11,7 +11,7 @@ PACKAGE = ROOT / "genrep_fast"
 # From the ground up; a room imports from lower floors alone, and rooms of one floor not from each
 # other.
 FLOORS = (
-    {"_moved", "_version", "extras", "files", "memory", "memory_overlap", "names"},
+    {"_moved", "_version", "extras", "files", "latents", "memory", "memory_overlap", "names"},
     {"checks", "endings"},
     {"dispatch", "reference", "coefficients"},
     {"ops"},

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ...checks import DTYPES
+from ...latents import posterior_mode, scaled
+from ..chains import network_output
 
 
 class Network:
@@ -90,21 +92,7 @@ class Network:
         Raises:
             TypeError, ValueError: for an output of another kind or shape.
         """
-        output = self.denoiser(x_t, timesteps, labels)
-        if hasattr(output, "sample") and not isinstance(output, Tensor):
-            output = output.sample
-        elif isinstance(output, tuple | list) and output:
-            output = output[0]
-        if not isinstance(output, Tensor) or output.dtype not in DTYPES:
-            found = output.dtype if isinstance(output, Tensor) else type(output).__name__
-            raise TypeError(f"denoiser must return floating-point tensors, got {found}")
-        fits = output.ndim == x_t.ndim and output.shape[2:] == x_t.shape[2:]
-        if not fits or len(output) != len(x_t) or output.shape[1] < x_t.shape[1]:
-            raise ValueError(
-                f"denoiser must return the shape of its input {list(x_t.shape)} (more channels "
-                f"are allowed), got {list(output.shape)}"
-            )
-        return output
+        return network_output(self.denoiser, x_t, timesteps, labels)
 
     def encode(self, images: Tensor) -> Tensor:
         """Latents of images in −1…1, scaled as diffusers' pipelines do; the images without a VAE.
@@ -122,18 +110,8 @@ class Network:
             return latents
         parameter = _first_parameter(self.vae)
         if parameter is not None:
-            images = images.to(parameter.device, parameter.dtype)
-        output = self.vae.encode(images)
-        if hasattr(output, "latent_dist"):
-            latents = output.latent_dist.mode()
-        else:
-            latents = getattr(output, "latent", getattr(output, "latents", output))
-        if not isinstance(latents, Tensor):
-            found = type(latents).__name__
-            raise TypeError(
-                f"vae.encode must return a latent_dist, latents or a tensor, got {found}"
-            )
-        return _scaled(latents.float(), getattr(self.vae, "config", None))
+            images = images.to(parameter.device)
+        return scaled(self.vae, posterior_mode(self.vae, images))
 
     def sample_shape(self) -> tuple[int, int, int] | None:
         """(C, H, W) of a noisy input, where the denoiser's config tells it."""
@@ -148,24 +126,6 @@ class Network:
             return None
         height, width = (size, size) if isinstance(size, int) else size
         return channels, height, width
-
-
-def _scaled(latents: Tensor, config: Any) -> Tensor:
-    def setting(name: str) -> Any:
-        return getattr(config, name, None)
-
-    mean, std = setting("latents_mean"), setting("latents_std")
-    if mean is not None and std is not None:
-        sizes = (1, -1, *[1] * (latents.ndim - 2))
-        mean, std = (
-            torch.as_tensor(values, dtype=latents.dtype, device=latents.device).view(sizes)
-            for values in (mean, std)
-        )
-        latents = (latents - mean) / std
-    elif setting("shift_factor") is not None:
-        latents = latents - setting("shift_factor")
-    scale = setting("scaling_factor")
-    return latents if scale is None else latents * scale
 
 
 def _module_of(function: Any) -> nn.Module | None:
