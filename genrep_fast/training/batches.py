@@ -123,9 +123,7 @@ class _SeededBatches(Sampler[list[_Drawn]]):
             if place == 0 or number == self.start:
                 order = self._order(epoch)
             indices = order[place * self.batch_size : (place + 1) * self.batch_size].tolist()
-            # NumPy takes no negative seeds.
-            seed = (self.seed % 2**64, number)
-            yield [_Drawn(index, (*seed, row)) for row, index in enumerate(indices)]
+            yield [_Drawn(index, (self.seed, number, row)) for row, index in enumerate(indices)]
 
     def _order(self, epoch: int) -> torch.Tensor:
         """Indices of the images of an epoch, int64 [N]."""
