@@ -13,8 +13,9 @@ from .datasets import (
     as_tensors,
     batches,
 )
+from .digits import DIGITS_CALIBRATION, DIGITS_TEST
 from .images import FORMATS, image_to_tensor, open_image
-from .loading import DEFAULT_IMAGE_SIZE, DIGITS_CALIBRATION, DIGITS_TEST, load_data
+from .loading import DEFAULT_IMAGE_SIZE, load_data
 from .record import DataRecord, check_class_names
 from .splitting import CALIBRATION_FRACTION, TEST_FRACTION, few_labels
 

