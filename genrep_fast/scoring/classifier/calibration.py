@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Iterator
 from statistics import NormalDist
 
 import numpy as np
@@ -191,21 +192,13 @@ class Calibration:
                     found[image] = max(found[image], gap / spread)
         return found
 
-    def replay(
-        self, steps: Steps, rule: Rule, null_classes: int = 0
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """What a strategy would have made of the calibration images.
-
-        Returns:
-            The evidence [N, K], and the evaluations [N] with as many null classes beside.
-        """
-        rows = []
-        evaluations = np.zeros(len(self.errors))
+    def replay(self, steps: Steps, rule: Rule, null_classes: int = 0) -> Iterator[Contest]:
+        """What a strategy would have made of each image, with as many null classes beside."""
         for image, errors in enumerate(self.errors.astype(np.float64)):
             contest = Contest(image, 0, None, errors.shape[1])
             for look in steps.looks:
                 taken = steps.order[len(contest) : look]
-                evaluations[image] += len(taken) * (len(contest.live) + null_classes)
+                contest.evaluations += len(taken) * (len(contest.live) + null_classes)
                 contest.add(errors[taken][:, contest.live], np.empty(0), steps)
                 if isinstance(rule, KnownVariance):
                     leader = contest.live[contest.leader]
@@ -213,11 +206,10 @@ class Calibration:
                 contest.drop(rule.leaving(contest, steps), steps, rule)
                 if rule.ended(contest, steps):
                     break
-            rows.append(contest.outcome(steps, rule).evidence)
-        return np.stack(rows), evaluations
+            yield contest
 
     def temperature(self, evidence: np.ndarray) -> float:
-        """τ of the posterior of the evidence that `replay` found [N, K]."""
+        """τ of the posterior of the evidence that a strategy found [N, K]."""
         labels = self.winners if self.labels is None else self.labels
         return fit_temperature(torch.from_numpy(evidence), torch.from_numpy(labels))
 

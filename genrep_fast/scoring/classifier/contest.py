@@ -6,6 +6,7 @@ Errors e = ‖target − o‖² come step by step; L = −Σ w·e / Σ w over th
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +28,11 @@ class Steps:
     order: np.ndarray
     weights: np.ndarray
     looks: tuple[int, ...]
+
+    @functools.cached_property
+    def ordered_weights(self) -> np.ndarray:
+        """w in the order in which the steps are evaluated."""
+        return self.weights[self.order]
 
 
 class Contest:
@@ -156,7 +162,7 @@ class Contest:
         return weights.dot(self.roots**2) / weights.sum()
 
     def _weights(self, steps: Steps) -> np.ndarray:
-        return steps.weights[steps.order[: len(self)]]
+        return steps.ordered_weights[: len(self)]
 
 
 class Outcome(NamedTuple):
@@ -192,7 +198,7 @@ class KeepBest:
         leaving = np.zeros(len(contest.live), dtype=bool)
         if self.keep:
             keep = self.keep[steps.looks.index(len(contest))]
-            total = steps.weights[steps.order[: len(contest)]].dot(contest.errors)
+            total = steps.ordered_weights[: len(contest)].dot(contest.errors)
             leaving[np.argsort(total, kind="stable")[keep:]] = True
         return leaving
 
@@ -227,7 +233,7 @@ class KnownVariance:
 
     def leaving(self, contest: Contest, steps: Steps) -> np.ndarray:
         """The live classes that leave at this look, a mask [R]."""
-        weights = steps.weights[steps.order[: len(contest)]]
+        weights = steps.ordered_weights[: len(contest)]
         total = weights.dot(contest.errors)
         lost = 2 * contest.rounding * np.sqrt((weights**2).dot(contest.errors))
         lost += _SUM_ROUNDING * total

@@ -85,8 +85,10 @@ class Planner:
             weights = calibration.weights(strategy.weights, calibration.timesteps)
             steps = Steps(low_discrepancy_order(held)[:number], weights, (number,))
             rule = KeepBest()
-        evidence, evaluations = calibration.replay(steps, rule, self.columns - self.num_classes)
-        mean = min(float(evaluations.mean()), most) if known else most
+        contests = list(calibration.replay(steps, rule, self.columns - self.num_classes))
+        evidence = np.stack([contest.outcome(steps, rule).evidence for contest in contests])
+        evaluations = float(np.mean([contest.evaluations for contest in contests]))
+        mean = min(evaluations, most) if known else most
         return Prepared(plan, calibration.temperature(evidence), mean, most)
 
     def plan(self, strategy: Strategy, confidence: float, budget: int | None) -> Plan:

@@ -1,0 +1,412 @@
+"""What a diffusion classifier costs: accuracy, and agreement with the full budget, by evaluations.
+
+    python -m genrep_fast.benchmarks.bench_evaluations RUN [--images 500] [--steps 24]
+
+RUN is the folder of a `genrep train` run; its denoiser is calibrated on calibration images of its
+data and classifies test images by every strategy, and by two published rivals:
+
+- staged: 50/500, 25/250 and 5/20 steps of all classes and of the best five (Li et al., ICCV 2023),
+- t-test: classes leave after 20 steps or more by a paired t-test at p = 2e-3 (Clark & Jaini,
+  NeurIPS 2023).
+
+Each rule has another seed than the full budgets with which it is compared; two full budgets of
+different seeds agree with each other as far as any rule can be expected to, which is the ceiling.
+Wall time is that of batches, FLOPs those of PyTorch's counter. A rule that costs much sees as many
+images as --rival_evaluations allow. The race is also run with the full budgets' own noise, which
+counts how often it drops their winner: the stated error.
+
+Writes evaluations.json, evaluations.md and evaluations.png; a run that was interrupted goes on.
+"""
+
+import argparse
+import fnmatch
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy import stats
+from torch.utils.flop_counter import FlopCounterMode
+
+import genrep_fast as gf
+from genrep_fast.data import as_tensors, load_data
+from genrep_fast.evaluation.metrics import classification_metrics
+from genrep_fast.files import write_atomically
+from genrep_fast.scoring.classifier.calibration import Calibration
+from genrep_fast.scoring.classifier.contest import Contest, Steps
+from genrep_fast.scoring.classifier.engine import Arrival, Engine, Plan
+from genrep_fast.scoring.classifier.network import Network
+from genrep_fast.scoring.classifier.noise import ForwardNoise
+from genrep_fast.scoring.classifier.strategies import low_discrepancy_order
+from genrep_fast.training.config import saved_data
+
+from .evaluations_report import draw, line, table
+from .measurement import DEVICE
+from .suite import environment
+
+CONFIDENCE = 0.99
+CALIBRATION_SEED, RULE_SEED = 1, 2
+FULL_SEEDS = (11, 12)
+FEW_CALIBRATION_IMAGES = 32
+T_TEST = "t-test, from 20 steps"
+T_TEST_STEPS, T_TEST_LEVEL, T_TEST_MOST = 20, 2e-3, 100
+RULES = {  # name -> strategy
+    "race": gf.Race(),
+    "race, correlation full": gf.Race(correlation="full"),
+    "race, correlation none": gf.Race(correlation="none"),
+    "race, low-discrepancy order": gf.Race(order="low_discrepancy"),
+    "race, uniform weights": gf.Race(weights="uniform"),
+    **{f"stratified, {n} steps": gf.Stratified(steps=n) for n in (1, 2, 4, 8, 12, 16)},
+    "staged 5/20": gf.Staged(keep=(5, 1), steps=(5, 20)),
+    "staged 25/250": gf.Staged(keep=(5, 1), steps=(25, 250)),
+    "staged 50/500": gf.Staged(keep=(5, 1), steps=(50, 500)),
+    T_TEST: None,
+}
+
+
+class CountedDenoiser:
+    """A denoiser that counts its calls, their rows, and the time that they take."""
+
+    def __init__(self, denoiser):
+        self.denoiser = denoiser
+        self.calls = self.rows = 0
+        self.seconds = 0.0
+
+    def __call__(self, x_t, timesteps, labels):
+        start = time.perf_counter()
+        output = self.denoiser(x_t, timesteps, labels)
+        if x_t.is_cuda:
+            torch.cuda.synchronize()
+        self.seconds += time.perf_counter() - start
+        self.calls += 1
+        self.rows += len(x_t)
+        return output
+
+
+@dataclass(frozen=True)
+class TTest:
+    """A class leaves by a paired t-test against the best one, as if each look were the only one."""
+
+    def leaving(self, contest: Contest, steps: Steps) -> np.ndarray:
+        """The live classes that leave at this look, a mask [R]."""
+        gaps = contest.errors - contest.errors[:, [contest.leader]]
+        spread = gaps.std(0, ddof=1) / np.sqrt(len(contest))
+        known = spread > 0
+        t = np.where(known, gaps.mean(0) / np.where(known, spread, 1), 0)
+        return stats.t.sf(t, len(contest) - 1) < T_TEST_LEVEL
+
+    def ended(self, contest: Contest, steps: Steps) -> bool:
+        """Whether the image is decided."""
+        return len(contest.live) == 1
+
+
+class Setting:
+    """The denoiser of a run with its data, calibrated."""
+
+    def __init__(self, run: Path, options: argparse.Namespace) -> None:
+        pipeline = gf.GenRepPipeline.from_pretrained(run / "model")
+        self.model = pipeline.model.to(DEVICE).eval()
+        self.scheduler = pipeline.scheduler
+        self.data = saved_data(run)
+        splits = load_data(self.data.name, split=self.data.split, record=self.data.record)
+        self.classes = splits.num_classes
+        images, labels = as_tensors(splits.test)
+        # The same few images of every class come first, however many are wanted.
+        chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+        self.images, self.labels = (part[chosen[: options.images]] for part in (images, labels))
+        self.images = self.images.to(DEVICE)
+        denoiser = torch.compile(self.model.denoise) if options.compile else self.model.denoise
+        self.denoiser = CountedDenoiser(denoiser)
+        self.batch_size = options.batch_size
+        self.steps = options.steps
+        self.classifier = self.new_classifier()
+        images, labels = as_tensors(splits.calibration)
+        chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+        chosen = chosen[: options.calibration]
+        self.calibration_images = images[chosen].to(DEVICE), labels[chosen]
+
+    def new_classifier(self) -> gf.DiffusionClassifier:
+        return gf.DiffusionClassifier(
+            self.denoiser,
+            self.scheduler,
+            self.classes,
+            batch_size=self.batch_size,
+            # Networks that were compiled want batches of one size.
+            pad_to=self.batch_size,
+        )
+
+    def flops(self) -> float:
+        """Of an evaluation."""
+        image = self.images[:1]
+        zero = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            self.model.denoise(image, zero, zero)
+        return counter.get_total_flops()
+
+    def full(self, images, labels, seed: int, path: Path) -> Calibration:
+        """Errors of every class at every step; read from `path` where they lie there."""
+        if not path.exists():
+            found = self.new_classifier().calibrate(images, labels, steps=self.steps, seed=seed)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = path.with_suffix(".unfinished.npz")
+            np.savez(
+                unfinished,
+                timesteps=found.timesteps,
+                errors=found.errors,
+                roots=found.roots,
+                labels=found.labels,
+            )
+            unfinished.rename(path)
+        with np.load(path) as saved:
+            return Calibration(**saved)
+
+
+def winners(full: Calibration, weights: np.ndarray) -> torch.Tensor:
+    """Of a full budget with the weights of its steps, int64 [N]."""
+    weighted = np.einsum("nsk,s->nk", full.errors.astype(np.float64), weights)
+    return torch.from_numpy(weighted.argmin(1))
+
+
+def share(hits: torch.Tensor) -> list[float]:
+    """A share in per cent and its 95% interval (Wilson's)."""
+    count, total = int(hits.sum()), len(hits)
+    interval = stats.binomtest(count, total).proportion_ci(0.95, "wilson")
+    return [100 * part for part in (count / total, interval.low, interval.high)]
+
+
+def measured_rule(setting: Setting, name: str, count: int) -> dict:
+    """What a rule makes of the first `count` images."""
+    images, labels = setting.images[:count], setting.labels[:count]
+    counted = setting.denoiser
+    counted.calls, counted.rows, counted.seconds = 0, 0, 0.0
+    start = time.perf_counter()
+    if name == T_TEST:
+        found = t_test(setting, images)
+    else:
+        result = setting.classifier(
+            images, strategy=RULES[name], confidence=CONFIDENCE, seed=RULE_SEED, progress=False
+        )
+        found = {
+            "prediction": result.prediction.tolist(),
+            "evaluations": result.evaluations.tolist(),
+            "decided": result.decided.double().mean().item(),
+            "ece": classification_metrics(result.posterior.cpu(), labels)["ece"],
+        }
+    seconds = time.perf_counter() - start
+    evaluations = np.array(found["evaluations"])
+    return found | {
+        "evaluations": evaluations.mean().item(),
+        "evaluations_error": (evaluations.std() / np.sqrt(count)).item(),
+        "ms": 1e3 * seconds / count,
+        "images": count,
+        "batch_fill": evaluations.sum().item() / counted.rows,
+        "outside_network": 1 - counted.seconds / seconds,
+    }
+
+
+def t_test(setting: Setting, images: torch.Tensor) -> dict:
+    """The t-test, which the package does not offer, in the package's engine."""
+    noise = ForwardNoise(setting.scheduler, T_TEST_MOST)
+    looks = tuple(range(T_TEST_STEPS, T_TEST_MOST + 1))
+    steps = Steps(low_discrepancy_order(T_TEST_MOST), np.ones(T_TEST_MOST), looks)
+    engine = Engine(
+        Network(setting.denoiser, None, setting.classes, None, None),
+        Plan(noise, steps, TTest()),
+        setting.classes,
+        None,
+        batch_size=setting.batch_size,
+        pad_to=setting.batch_size,
+        seed=RULE_SEED,
+    )
+    arrivals = (Arrival(place, place, image) for place, image in enumerate(images))
+    with torch.no_grad():
+        contests = sorted(engine.run(arrivals), key=lambda contest: contest.index)
+    return {
+        "prediction": [int(contest.live[contest.leader]) for contest in contests],
+        "evaluations": [contest.evaluations for contest in contests],
+        "decided": sum(len(contest.live) == 1 for contest in contests) / len(contests),
+    }
+
+
+def affordable(setting: Setting, name: str, allowed: int) -> int:
+    """Images of a rule, as many as so many evaluations are enough for; all for a race."""
+    strategy = RULES[name]
+    if isinstance(strategy, gf.Race):
+        return len(setting.images)
+    if strategy is None:
+        evaluations = T_TEST_STEPS * setting.classes
+    else:
+        evaluations = setting.classifier.estimate(strategy=strategy).evaluations
+    return min(len(setting.images), max(8, int(allowed / evaluations)))
+
+
+def compared(setting: Setting, rule: dict, fulls: list[Calibration]) -> dict:
+    """Accuracy of a rule and its agreement with the full budgets, with the weights of its race."""
+    predicted = torch.tensor(rule["prediction"])
+    labels = setting.labels[: len(predicted)]
+    weights = setting.classifier.calibration.weights("calibrated", fulls[0].timesteps)
+    agrees = torch.cat([predicted == winners(full, weights)[: len(predicted)] for full in fulls])
+    # Agreements with several full budgets are of the same images.
+    mean, low, high = share(agrees[: len(predicted)])
+    shift = 100 * agrees.double().mean().item() - mean
+    return {"agreement": [mean + shift, low + shift, high + shift]} | {
+        "accuracy": share(predicted == labels)
+    }
+
+
+def full_budgets(setting: Setting, fulls: list[Calibration]) -> list[dict]:
+    """Of the calibrated and of uniform weights: accuracies, and the seeds' agreement."""
+    found = []
+    for kind in ("calibrated", "uniform"):
+        weights = setting.classifier.calibration.weights(kind, fulls[0].timesteps)
+        all_winners = [winners(full, weights) for full in fulls]
+        pairs = [
+            share(one == other)
+            for i, one in enumerate(all_winners)
+            for other in all_winners[i + 1 :]
+        ]
+        found.append(
+            {
+                "weights": kind,
+                "steps": len(weights),
+                "evaluations": len(weights) * setting.classes,
+                "images": len(setting.labels),
+                "ceiling": pairs[0],
+                "ceilings": [pair[0] for pair in pairs],
+                "accuracy": [share(one == setting.labels) for one in all_winners],
+            }
+        )
+    return found
+
+
+def first_images(calibration: Calibration, count: int) -> Calibration:
+    parts = (calibration.errors, calibration.roots, calibration.labels)
+    return Calibration(calibration.timesteps, *(part[:count] for part in parts))
+
+
+def at_steps(calibration: Calibration, rows: np.ndarray) -> Calibration:
+    parts = (part[:, rows] for part in (calibration.errors, calibration.roots))
+    return Calibration(calibration.timesteps[rows], *parts, calibration.labels)
+
+
+def races(setting: Setting, calibration: Calibration, fulls: dict[int, Calibration]) -> dict:
+    """How often a race with a full budget's own noise drops its winner."""
+    classifier = setting.new_classifier()
+    classifier.calibration = calibration
+    weights = calibration.weights("calibrated", calibration.timesteps)
+    dropped, evaluations = [], []
+    for seed, full in fulls.items():
+        result = classifier(setting.images, confidence=CONFIDENCE, seed=seed, progress=False)
+        winner = winners(full, weights)
+        left = result.steps[torch.arange(len(winner)), winner] < result.steps.max(1).values
+        dropped.append(torch.where(result.decided, result.prediction != winner, left))
+        evaluations.append(result.evaluations.double().mean().item())
+    return {"dropped": share(torch.cat(dropped)), "races": len(torch.cat(dropped))} | {
+        "evaluations": float(np.mean(evaluations))
+    }
+
+
+def races_at_level(
+    calibration: Calibration, fulls: dict[int, Calibration], rows: np.ndarray
+) -> dict:
+    """The same, replayed, for races that have a few timesteps alone."""
+    known = at_steps(calibration, rows)
+    weights = known.weights("calibrated", known.timesteps)
+    steps = Steps(known.order("signal", weights), weights, tuple(range(1, len(rows) + 1)))
+    rule = known.rule("measured", steps, CONFIDENCE)
+    dropped, evaluations, decided = [], [], []
+    for full in fulls.values():
+        seen = at_steps(full, rows)
+        for contest, winner in zip(seen.replay(steps, rule), winners(seen, weights), strict=True):
+            dropped.append(int(winner) not in contest.live)
+            decided.append(len(contest.live) == 1)
+            evaluations.append(contest.evaluations)
+    return {
+        "dropped": share(torch.tensor(dropped)),
+        "races": len(dropped),
+        "evaluations": float(np.mean(evaluations)),
+        "decided": float(np.mean(decided)),
+    }
+
+
+def stated_error(setting: Setting, fulls: dict[int, Calibration]) -> dict[str, dict]:
+    """Dropped winners after all, and after few calibration images, and at three noise levels."""
+    calibration = setting.classifier.calibration
+    few = first_images(calibration, FEW_CALIBRATION_IMAGES)
+    found = {
+        f"calibrated on {len(known.errors)} images": races(setting, known, fulls)
+        for known in (calibration, few)
+    }
+    thirds = np.array_split(np.argsort(calibration.timesteps), 3)
+    for name, rows in zip(("low", "middle", "high"), thirds, strict=True):
+        first, last = calibration.timesteps[rows[[0, -1]]]
+        title = f"{name} noise alone, t = {first:.0f} to {last:.0f}"
+        found[title] = races_at_level(calibration, fulls, rows)
+    return found
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="folder of a run of genrep train")
+    parser.add_argument("--output", type=Path, help="folder; RUN/evaluations where not given")
+    parser.add_argument("--steps", type=int, default=24, help="of the full budget")
+    parser.add_argument("--images", type=int, default=500, help="of the test split")
+    parser.add_argument("--calibration", type=int, default=200, help="calibration images")
+    parser.add_argument("--rival_evaluations", type=int, default=400_000)
+    parser.add_argument("--rules", default="*", help="pattern of the rules that are wanted")
+    parser.add_argument("--full_seeds", type=int, nargs="+", default=FULL_SEEDS)
+    parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--compile", action="store_true", help="torch.compile the denoiser")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    output = options.output or options.run / "evaluations"
+    torch.set_num_threads(options.threads)
+    setting = Setting(options.run, options)
+    images, labels = setting.calibration_images
+    classifier = setting.classifier
+    cache = output / "full"
+    classifier.calibration = setting.full(
+        images, labels, CALIBRATION_SEED, cache / "calibration.npz"
+    )
+    fulls = {
+        seed: setting.full(setting.images, setting.labels, seed, cache / f"seed-{seed}.npz")
+        for seed in options.full_seeds
+    }
+    path = output / "evaluations.json"
+    results = {
+        "environment": environment(),
+        "data": setting.data.name,
+        "classes": setting.classes,
+        "images": len(setting.labels),
+        "calibration_images": len(labels),
+        "calibration": str(classifier.calibration),
+        "batch_size": setting.batch_size,
+        "confidence": CONFIDENCE,
+        "gflops": setting.flops() / 1e9,
+        "full": full_budgets(setting, list(fulls.values())),
+        "rules": json.loads(path.read_text())["rules"] if path.exists() else {},
+        "stated_error": {},
+    }
+    for name in fnmatch.filter(RULES, options.rules):
+        if name not in results["rules"]:
+            count = affordable(setting, name, options.rival_evaluations)
+            rule = measured_rule(setting, name, count)
+            results["rules"][name] = rule | compared(setting, rule, list(fulls.values()))
+            write_atomically(path, json.dumps(results))
+            print(line(results, name), flush=True)
+    results["stated_error"] = stated_error(setting, fulls)
+    write_atomically(path, json.dumps(results))
+    write_atomically(output / "evaluations.md", table(results))
+    if results["rules"]:
+        write_atomically(output / "evaluations.png", draw(results).png)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
