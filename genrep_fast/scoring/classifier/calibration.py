@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator
-from statistics import NormalDist
 
 import numpy as np
 import torch
@@ -24,8 +23,8 @@ from .strategies import low_discrepancy_order
 
 # Powers of 1/s²(t) among which the labels choose the weights; 0 is uniform.
 _POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
-# Images that the threshold's scale before any image was seen is worth.
-_PRIOR_IMAGES = 4
+# Images that the race's bound of the worst case is worth.
+_PRIOR_IMAGES = 8
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -121,10 +120,10 @@ class Calibration:
         log_variance = np.interp(timesteps, known, np.log(self.variance[ascending]))
         return _power_weights(np.exp(log_variance), self.power)
 
-    def order(self, kind: str, weights: np.ndarray) -> np.ndarray:
+    def order(self, kind: str) -> np.ndarray:
         """The calibration's rows in the order of "signal" or "low_discrepancy" [S].
 
-        By signal: each step is the one that adds most to the expected Σ w·Z in standard
+        By signal: each step is the one that adds most to the expected Σ Z / s² in standard
         deviations, given the steps before and their correlation. Its ranks are mixed with those of
         the low-discrepancy order as far as the signal is not reliable.
         """
@@ -132,64 +131,65 @@ class Calibration:
         if kind == "low_discrepancy":
             return spread_out
         trust = self.reliability
-        ranks = trust * np.argsort(self._by_signal(weights)) + (1 - trust) * np.argsort(spread_out)
+        ranks = trust * np.argsort(self._by_signal()) + (1 - trust) * np.argsort(spread_out)
         return np.argsort(ranks, kind="stable")
 
     def rule(self, kind: str, steps: Steps, confidence: float) -> KnownVariance:
         """The race's rule; `kind` is the correlation: "measured", "full" or "none"."""
         rows = steps.order
+        measured = self.correlation[np.ix_(rows, rows)]
         correlation = {
-            "measured": self.correlation[np.ix_(rows, rows)],
+            "measured": measured,
             "full": np.ones((len(rows), len(rows))),
             "none": np.eye(len(rows)),
         }[kind]
-        scale = 2 * (steps.weights * np.sqrt(self.variance))[rows]
-        rule = KnownVariance(math.nan, scale, correlation)
-        return dataclasses.replace(rule, z=self._threshold(rule, steps, confidence))
+        rule = KnownVariance(
+            math.nan,
+            steps.ordered_weights,
+            2 * np.sqrt(self.variance[rows]),
+            correlation,
+            measured,
+            np.maximum(self._nearest_distances.mean(0)[rows], np.finfo(np.float64).tiny),
+        )
+        return dataclasses.replace(rule, bound=self._bound(rule, steps, confidence))
 
-    def _threshold(self, rule: KnownVariance, steps: Steps, confidence: float) -> float:
-        """The z at which the full budget's winner is dropped with probability 1 − confidence.
+    def _bound(self, rule: KnownVariance, steps: Steps, confidence: float) -> float:
+        """The bound with which the full budget's winner is dropped as often as 1 − confidence.
 
-        Split over K − 1 rivals and all looks, the confidence gives a z that holds for the worst
-        case of independent tests. Calibration images say how far the winner was behind at any
-        look, in standard deviations: the share p of images with T > 0 and the mean of their T²
-        give a half-normal tail, which starts at the worst case's scale. z is at least the
-        quantile of T that holds for any distribution (the greatest T where images are too few).
+        Were all chances P right, those of the K − 1 classes that leave would add up to that at
+        log(K − 1) − log(1 − confidence), the worst case. Calibration images say how far −log P of
+        their winner T rose while another class led: the share of images with T > 0 and the mean of
+        these T give an exponential tail. The bound is the mean of both, the worst case counted as
+        eight images, and at least the quantile of T that holds for any distribution (the greatest
+        T where images are too few).
         """
         error = 1 - confidence
-        comparisons = (self.errors.shape[2] - 1) * len(steps.looks)
-        worst = -NormalDist().inv_cdf(error / comparisons)
-        behind = np.sort(self._furthest_behind(rule, steps))
-        positive = behind[behind > 0]
+        worst = math.log((self.errors.shape[2] - 1) / error)
+        risen = np.sort(self._furthest_risen(rule, steps))
+        positive = risen[risen > 0]
         # One-sided: the count and one standard deviation of it.
         count = len(positive) + 1
-        share = min((count + math.sqrt(count)) / (len(behind) + 2), 1.0)
-        prior = worst / -NormalDist().inv_cdf(error / 2)
-        squares = _PRIOR_IMAGES * prior**2 + (positive**2).sum()
-        scale = math.sqrt(squares / (_PRIOR_IMAGES + len(positive)))
-        tail = 0.0
-        if error < share:
-            tail = scale * -NormalDist().inv_cdf(error / share / 2)
-        place = min(math.ceil((len(behind) + 1) * confidence), len(behind))
-        return float(max(min(tail, worst), behind[place - 1], 0.0))
+        share = min((count + math.sqrt(count)) / (len(risen) + 2), 1.0)
+        tail = positive.sum() * math.log(max(share / error, 1.0))
+        bound = (_PRIOR_IMAGES * worst + tail) / (_PRIOR_IMAGES + len(positive))
+        place = min(math.ceil((len(risen) + 1) * confidence), len(risen))
+        return float(max(bound, risen[place - 1]))
 
-    def _furthest_behind(self, rule: KnownVariance, steps: Steps) -> np.ndarray:
-        """The most standard deviations by which each image's winner is behind at a look [N]."""
+    def _furthest_risen(self, rule: KnownVariance, steps: Steps) -> np.ndarray:
+        """The greatest −log P of each image's winner at a look, 0 where it always leads [N]."""
         order = steps.order
         found = np.zeros(len(self.errors))
-        weighted = self.errors[:, order].astype(np.float64) * steps.weights[order, None]
-        totals = weighted.cumsum(1)
-        for image, total in enumerate(totals):
+        for image, errors in enumerate(self.errors[:, order].astype(np.float64)):
+            total = (errors * steps.ordered_weights[:, None]).cumsum(0)
             winner = int(total[-1].argmin())
             leaders = total.argmin(1)
-            roots = self._roots_to(image, winner)[order]
-            for look in np.flatnonzero(leaders != winner):
-                taken = look + 1
-                sigma = rule.scale[:taken] * roots[:taken, leaders[look]]
-                spread = math.sqrt(sigma.dot(rule.correlation[:taken, :taken]).dot(sigma))
-                gap = total[look, winner] - total[look, leaders[look]]
-                if spread > 0:
-                    found[image] = max(found[image], gap / spread)
+            for look in steps.looks:
+                leader = leaders[look - 1]
+                if leader != winner:
+                    distances = self._distances(image)[order[:look]]
+                    both = distances[:, [winner]] + distances[:, [leader]]
+                    gaps = errors[:look, [winner]] - errors[:look, [leader]]
+                    found[image] = max(found[image], -rule.log_chance(gaps, both)[0])
         return found
 
     def replay(self, steps: Steps, rule: Rule, null_classes: int = 0) -> Iterator[Contest]:
@@ -201,8 +201,7 @@ class Calibration:
                 contest.evaluations += len(taken) * (len(contest.live) + null_classes)
                 contest.add(errors[taken][:, contest.live], np.empty(0), steps)
                 if isinstance(rule, KnownVariance):
-                    leader = contest.live[contest.leader]
-                    contest.add_roots(self._roots_to(image, leader)[taken][:, contest.live])
+                    contest.add_distances(self._distances(image)[taken][:, contest.live])
                 contest.drop(rule.leaving(contest, steps), steps, rule)
                 if rule.ended(contest, steps):
                     break
@@ -213,13 +212,9 @@ class Calibration:
         labels = self.winners if self.labels is None else self.labels
         return fit_temperature(torch.from_numpy(evidence), torch.from_numpy(labels))
 
-    def _roots_to(self, image: int, label: int) -> np.ndarray:
-        """√D to the output under `label` [S, K], a bound where that is not the winner."""
-        roots = self.roots[image].astype(np.float64)
-        if label != self.winners[image]:
-            roots = roots + roots[:, label : label + 1]
-            roots[:, label] = 0
-        return roots
+    def _distances(self, image: int) -> np.ndarray:
+        """D to the output under the image's winner [S, K]."""
+        return self.roots[image].astype(np.float64) ** 2
 
     def _weighted(self, weights: np.ndarray) -> np.ndarray:
         """Mean weighted errors, float64 [N, K]."""
@@ -263,15 +258,15 @@ class Calibration:
         spread = np.stack(of_image).var(0, ddof=1) if len(of_image) > 1 else np.zeros(steps)
         return variance, correlation, spread
 
-    def _by_signal(self, weights: np.ndarray) -> np.ndarray:
-        gain = weights * self._nearest_distances.mean(0)
-        sigma = 2 * weights * np.sqrt(self.variance * self._nearest_distances.mean(0))
-        sigma = np.maximum(sigma, np.finfo(np.float64).tiny)
-        left = list(low_discrepancy_order(len(weights)))
+    def _by_signal(self) -> np.ndarray:
+        # Mean and standard deviation of Z / s².
+        gain = self._nearest_distances.mean(0) / self.variance
+        sigma = np.maximum(2 * np.sqrt(gain), np.finfo(np.float64).tiny)
+        left = list(low_discrepancy_order(len(gain)))
         order: list[int] = []
-        expected, variance, cross = 0.0, 0.0, np.zeros(len(weights))
+        expected, variance, cross = 0.0, 0.0, np.zeros(len(gain))
         while left:
-            # Of Σ w·Z with each of the remaining steps added.
+            # Of Σ Z / s² with each of the remaining steps added.
             total = variance + 2 * sigma[left] * cross[left] + sigma[left] ** 2
             best = left[int(((expected + gain[left]) / np.sqrt(total)).argmax())]
             left.remove(best)
@@ -298,7 +293,7 @@ def of_contests(
     return Calibration(
         noise.timesteps.cpu().double().numpy(),
         np.stack([contest.errors[rows] for contest in contests]).astype(np.float32),
-        np.stack([contest.roots[rows] for contest in contests]).astype(np.float32),
+        np.sqrt([contest.distances[rows] for contest in contests]).astype(np.float32),
         None if labels is None else labels.numpy(),
     )
 

@@ -10,9 +10,12 @@ import functools
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 # What float32 sums of squares lose, relative to the sum.
 _SUM_ROUNDING = 4 * float(np.finfo(np.float32).eps)
+# Of a standard deviation, so that quotients stay finite.
+_TINY = 1e-100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Contest:
         live: the classes that are still compared, int64 [R].
         errors: e of the live classes [n, R], a row a step.
         null_errors: e of the null class, a number a step.
-        roots: √D to `leader` at each step [n, R], of a strategy that asks for distances.
+        distances: D to the class that led at each step [n, R], of a strategy that asks for them.
         leader: column of the live class with the least weighted error, −1 before the first step.
         evaluations: of the network.
         rounding: the relative rounding error of the network's outputs.
@@ -61,7 +64,7 @@ class Contest:
         self.live = np.arange(num_classes)
         self.errors = np.empty((0, num_classes))
         self.null_errors = np.empty(0)
-        self.roots = np.empty((0, num_classes))
+        self.distances = np.empty((0, num_classes))
         self.leader = -1
         self.evaluations = 0
         self.rounding = 0.0
@@ -80,17 +83,21 @@ class Contest:
         """Append the errors of the next steps [m, R], and find the leader."""
         self.errors = np.concatenate([self.errors, errors])
         self.null_errors = np.concatenate([self.null_errors, null_errors])
-        leader = int(self._weights(steps).dot(self.errors).argmin())
-        if leader != self.leader and len(self.roots):
-            # ‖o_k − o_m‖ ≤ ‖o_k − o_l‖ + ‖o_l − o_m‖: what was measured to the former leader l
-            # bounds the distances to the new one, m.
-            self.roots = self.roots + self.roots[:, leader : leader + 1]
-            self.roots[:, leader] = 0
-        self.leader = leader
+        self.leader = int(self._weights(steps).dot(self.errors).argmin())
 
-    def add_roots(self, roots: np.ndarray) -> None:
-        """Append √D to the leader at the next steps [m, R]."""
-        self.roots = np.concatenate([self.roots, roots])
+    def add_distances(self, distances: np.ndarray) -> None:
+        """Append D to the leader at the next steps [m, R]."""
+        self.distances = np.concatenate([self.distances, distances])
+
+    def distances_to_leader(self) -> np.ndarray:
+        """D to the present leader [n, R].
+
+        At steps where another class led, ‖o_k − o_l‖² + ‖o_m − o_l‖² with the leaders l of then
+        and m of now, as if the two differences were orthogonal; exact for l itself.
+        """
+        found = self.distances + self.distances[:, [self.leader]]
+        found[:, self.leader] = 0
+        return found
 
     def drop(self, leaving: np.ndarray, steps: Steps, rule: Rule) -> None:
         """Let the live classes of a mask [R] go; the leader is not among them."""
@@ -106,7 +113,7 @@ class Contest:
         self.leader = int(staying[: self.leader].sum())
         self.live = self.live[staying]
         self.errors = self.errors[:, staying]
-        self.roots = self.roots[:, staying]
+        self.distances = self.distances[:, staying]
 
     def _errors_to_leader(self, steps: Steps, rule: Rule) -> np.ndarray:
         """Standard errors of the mean differences to the leader, in the units of L [R].
@@ -159,7 +166,7 @@ class Contest:
     def _expected_gap(self, steps: Steps) -> np.ndarray:
         """What the mean difference to the leader is expected to be where that is the truth [R]."""
         weights = self._weights(steps)
-        return weights.dot(self.roots**2) / weights.sum()
+        return weights.dot(self.distances_to_leader()) / weights.sum()
 
     def _weights(self, steps: Steps) -> np.ndarray:
         return steps.ordered_weights[: len(self)]
@@ -209,40 +216,125 @@ class KeepBest:
 
 @dataclasses.dataclass(frozen=True)
 class KnownVariance:
-    """A class leaves when it is behind by z standard deviations, which are known beforehand.
+    """A class leaves when hardly a chance is left that it wins the full budget.
 
-    For Z = e_k − e_l and D = ‖o_k − o_l‖², Var Z = 4·s²(t)·D, and the steps of an image correlate:
-    class k leaves where Σ w·Z > z·√((wσ)ᵀ C (wσ)), σ = 2·s(t)·√D. A pair that does not differ by
-    more than rounding stays.
+    Z = e_k − e_l of a class k and the leader l has at each step the mean D = ‖o_k − o_l‖² where l
+    is the truth and −D where k is, and the variance 4·s²(t)·D; the steps of an image correlate.
+    Λ is the logarithm of the likelihood ratio of l and k that Σ Z / s² of the steps so far gives.
+    G = Σ w·Z so far has to become negative for k to win, by what the remaining steps add: a normal
+    variable with the mean M_l or M_k, given G, and the standard deviation σ. So k's chance is
+
+        P = e^(−Λ) · Φ(−(G + M_k) / σ) + Φ(−(G + M_l) / σ)
+
+    and k leaves where P < e^(−bound). The D of remaining steps are taken to be in proportion to
+    `distances`. A pair that does not differ by more than rounding stays.
 
     Attributes:
-        z: number of standard deviations.
-        scale: 2·w·s(t) of each step, in the order of the steps [n].
-        correlation: C of the steps in that order [n, n], not negative.
+        bound: of −log P.
+        weights: w of the steps of the full budget, in their order [S].
+        deviation: 2·s(t) of these steps [S].
+        correlation: of these steps, not negative, for Λ and standard errors [S, S].
+        measured: the same for what the remaining steps add.
+        distances: D of these steps up to a factor [S].
     """
 
-    z: float
-    scale: np.ndarray
+    bound: float
+    weights: np.ndarray
+    deviation: np.ndarray
     correlation: np.ndarray
+    measured: np.ndarray
+    distances: np.ndarray
 
     def spread(self, contest: Contest) -> np.ndarray:
         """Standard deviation of Σ w·Z [R], Z of each live class and the leader."""
-        taken = len(contest)
-        sigma = self.scale[:taken, None] * contest.roots
-        return np.sqrt((self.correlation[:taken, :taken].dot(sigma) * sigma).sum(0))
+        roots = np.sqrt(contest.distances_to_leader())
+        return np.sqrt(self._variance(self.weights, roots, self.correlation))
 
     def leaving(self, contest: Contest, steps: Steps) -> np.ndarray:
         """The live classes that leave at this look, a mask [R]."""
-        weights = steps.ordered_weights[: len(contest)]
-        total = weights.dot(contest.errors)
+        weights = self.weights[: len(contest)]
         lost = 2 * contest.rounding * np.sqrt((weights**2).dot(contest.errors))
-        lost += _SUM_ROUNDING * total
-        behind = total - total[contest.leader]
-        return behind > self.z * self.spread(contest) + lost
+        lost += _SUM_ROUNDING * weights.dot(contest.errors)
+        gaps = contest.errors - contest.errors[:, [contest.leader]]
+        leaving = self.log_chance(gaps, contest.distances_to_leader(), lost) < -self.bound
+        leaving[contest.leader] = False
+        return leaving
+
+    def log_chance(
+        self, gaps: np.ndarray, distances: np.ndarray, lost: np.ndarray | float = 0.0
+    ) -> np.ndarray:
+        """log P of each class [R].
+
+        Args:
+            gaps: Z of the first n steps [n, R].
+            distances: D of these steps [n, R].
+            lost: what rounding may have changed of Σ w·Z [R].
+        """
+        n = len(gaps)
+        roots = np.sqrt(distances)
+        # Λ, by the weights that are best for independent steps.
+        precision = self.deviation[:n] ** -2
+        variance = self._variance(precision, roots, self.correlation)
+        log_ratio = 2 * precision.dot(distances) * precision.dot(gaps)
+        log_ratio /= np.where(variance > 0, variance, np.inf)
+        # G, and what the remaining steps add to it.
+        weights = self.weights[:n]
+        gap = np.maximum(weights.dot(gaps) - lost, 0)
+        mean = weights.dot(distances)
+        ahead = self._ahead[n]
+        scale = mean / ahead.seen
+        mean_ahead = scale * ahead.mean
+        covariance = np.sqrt(scale) * ahead.covariance.dot(roots)
+        variance = self._variance(self.weights, roots, self.measured)
+        slope = covariance / np.where(variance > 0, variance, np.inf)
+        deviation = np.sqrt(np.maximum(scale * ahead.variance - slope * covariance, 0))
+        given_leader = gap + mean_ahead + slope * (gap - mean)
+        given_class = gap - mean_ahead + slope * (gap + mean)
+        ends = -np.stack([given_class, given_leader]) / np.maximum(deviation, _TINY)
+        log_tail = torch.special.log_ndtr(torch.from_numpy(ends)).numpy()
+        return np.logaddexp(np.minimum(log_tail[0] - log_ratio, 0), log_tail[1])
 
     def ended(self, contest: Contest, steps: Steps) -> bool:
         """Whether the image is decided."""
         return len(contest.live) == 1
+
+    def _variance(
+        self, weights: np.ndarray, roots: np.ndarray, correlation: np.ndarray
+    ) -> np.ndarray:
+        """Of Σ weights·Z over the first n steps [R], with their √D [n, R]."""
+        n = len(roots)
+        sigma = (weights[:n] * self.deviation[:n])[:, None] * roots
+        return (correlation[:n, :n].dot(sigma) * sigma).sum(0)
+
+    @functools.cached_property
+    def _ahead(self) -> list[_Ahead]:
+        """What lies ahead after 0, 1, … S steps, for D as large as `distances`."""
+        scale = self.weights * self.deviation
+        sigma = scale * np.sqrt(self.distances)
+        signal = self.weights * self.distances
+        found = []
+        for n in range(len(signal) + 1):
+            cross = self.measured[:n, n:].dot(sigma[n:])
+            variance = sigma[n:].dot(self.measured[n:, n:]).dot(sigma[n:])
+            found.append(
+                _Ahead(signal[:n].sum(), signal[n:].sum(), float(variance), scale[:n] * cross)
+            )
+        return found
+
+
+class _Ahead(NamedTuple):
+    """Of Σ w·Z over the steps that remain after n.
+
+    Attributes:
+        seen: its mean over the first n steps.
+        mean, variance: over the remaining ones.
+        covariance: with Σ w·Z over the first n steps, for √D = 1 in each of them [n].
+    """
+
+    seen: float
+    mean: float
+    variance: float
+    covariance: np.ndarray
 
 
 Rule = KeepBest | KnownVariance

@@ -258,7 +258,7 @@ class Engine:
         return output[:count], target[place[:count]]
 
     def _measure(self, completed: list[_Stage]) -> None:
-        """Give every contest √D to its leader."""
+        """Give every contest D to its leader."""
         if not self._plan.sketch or not completed:
             return
         leaders, first = [], 0
@@ -270,11 +270,11 @@ class Engine:
         sketches = torch.cat([part for stage in completed for part in stage.sketches])
         leader = torch.from_numpy(np.concatenate(leaders)).to(sketches.device)
         distances = squared_distance(sketches, sketches[leader])
-        roots = distances.clamp(min=0).sqrt().cpu().double().numpy()
+        found = distances.clamp(min=0).cpu().double().numpy()
         first = 0
         for stage in completed:
-            of_stage = roots[first : first + stage.errors.size].reshape(stage.errors.shape)
-            stage.contest.add_roots(of_stage[:, : len(stage.contest.live)])
+            of_stage = found[first : first + stage.errors.size].reshape(stage.errors.shape)
+            stage.contest.add_distances(of_stage[:, : len(stage.contest.live)])
             first += stage.errors.size
 
     def _refuse_output(self, segments: list[_Segment], row: int) -> None:

@@ -143,7 +143,7 @@ class Planner:
             )
         noise = ForwardNoise(self.scheduler, held, self.parameterization)
         weights = calibration.weights(strategy.weights, calibration.timesteps)
-        order = calibration.order(strategy.order, weights)[:most]
+        order = calibration.order(strategy.order)
         steps = Steps(order, weights, tuple(range(1, most + 1)))
         rule = calibration.rule(strategy.correlation, steps, confidence)
         return Plan(noise, steps, rule, budget, SKETCH)
