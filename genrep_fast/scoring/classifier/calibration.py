@@ -98,7 +98,8 @@ class Calibration:
 
         1/s² is right where steps are independent and the denoiser exact; neither holds, and too
         much weight on few timesteps costs accuracy. So p is the least with a negative
-        log-likelihood of all labels within one nat of the best p's; 0 without labels.
+        log-likelihood of all labels within half a nat, one standard error, of the best p's; 0
+        without labels.
         """
         if self.labels is None:
             return 0.0
@@ -108,7 +109,7 @@ class Calibration:
             scores = torch.from_numpy(-self._weighted(_power_weights(self.variance, power)))
             log_p = posterior(scores, temperature=fit_temperature(scores, labels))
             found.append(-log_p[torch.arange(len(labels)), labels].sum().item())
-        near_best = [loss <= min(found) + 1 for loss in found]
+        near_best = [loss <= min(found) + 0.5 for loss in found]
         return _POWERS[near_best.index(True)]
 
     def weights(self, kind: str, timesteps: np.ndarray) -> np.ndarray:

@@ -51,7 +51,7 @@ class Contest:
         live: the classes that are still compared, int64 [R].
         errors: e of the live classes [n, R], a row a step.
         null_errors: e of the null class, a number a step.
-        distances: D to the class that led at each step [n, R], of a strategy that asks for them.
+        distances: D to the leader at each step [n, R], of a strategy that asks for them.
         leader: column of the live class with the least weighted error, −1 before the first step.
         evaluations: of the network.
         rounding: the relative rounding error of the network's outputs.
@@ -68,6 +68,8 @@ class Contest:
         self.leader = -1
         self.evaluations = 0
         self.rounding = 0.0
+        # D to the class that led at each step.
+        self._measured = self.distances
         # Of the classes that left, when they left: steps, weighted error, and relative to the
         # leader of then the standard error and the expected difference.
         self.steps = np.zeros(num_classes, dtype=np.int64)
@@ -86,18 +88,14 @@ class Contest:
         self.leader = int(self._weights(steps).dot(self.errors).argmin())
 
     def add_distances(self, distances: np.ndarray) -> None:
-        """Append D to the leader at the next steps [m, R]."""
-        self.distances = np.concatenate([self.distances, distances])
+        """Append D to the leader at the next steps [m, R].
 
-    def distances_to_leader(self) -> np.ndarray:
-        """D to the present leader [n, R].
-
-        At steps where another class led, ‖o_k − o_l‖² + ‖o_m − o_l‖² with the leaders l of then
-        and m of now, as if the two differences were orthogonal; exact for l itself.
+        To a leader m of now, D of the steps at which another class l led is taken to be
+        ‖o_k − o_l‖² + ‖o_m − o_l‖², as if the two differences were orthogonal; it is exact for l.
         """
-        found = self.distances + self.distances[:, [self.leader]]
-        found[:, self.leader] = 0
-        return found
+        self._measured = np.concatenate([self._measured, distances])
+        self.distances = self._measured + self._measured[:, [self.leader]]
+        self.distances[:, self.leader] = 0
 
     def drop(self, leaving: np.ndarray, steps: Steps, rule: Rule) -> None:
         """Let the live classes of a mask [R] go; the leader is not among them."""
@@ -106,29 +104,33 @@ class Contest:
         gone = self.live[leaving]
         self.steps[gone] = len(self)
         self._total[gone] = self._weights(steps).dot(self.errors)[leaving]
-        self._standard_error[gone] = self._errors_to_leader(steps, rule)[leaving]
-        if isinstance(rule, KnownVariance):
-            self._expected[gone] = self._expected_gap(steps)[leaving]
+        error, expected = self._gaps_to_leader(steps, rule)
+        self._standard_error[gone], self._expected[gone] = error[leaving], expected[leaving]
         staying = ~leaving
         self.leader = int(staying[: self.leader].sum())
         self.live = self.live[staying]
         self.errors = self.errors[:, staying]
-        self.distances = self.distances[:, staying]
+        self.distances, self._measured = self.distances[:, staying], self._measured[:, staying]
 
-    def _errors_to_leader(self, steps: Steps, rule: Rule) -> np.ndarray:
+    def _gaps_to_leader(self, steps: Steps, rule: Rule) -> tuple[np.ndarray, np.ndarray]:
         """Standard errors of the mean differences to the leader, in the units of L [R].
 
         From what is known of the variance where the rule knows it, else from the differences
-        themselves: NaN below two steps.
+        themselves: NaN below two steps. Also what a known variance lets one expect of the
+        differences where the leader is the truth, else 0.
         """
         weights = self._weights(steps)
+        expected = np.zeros(len(self.live))
+        if len(self.live) == 1:
+            return expected, expected
         if isinstance(rule, KnownVariance):
-            return rule.spread(self) / weights.sum()
+            expected = weights.dot(self.distances) / weights.sum()
+            return rule.spread(self) / weights.sum(), expected
         differences = weights[:, None] * (self.errors - self.errors[:, [self.leader]])
         n = len(self)
         if n < 2:
-            return np.where(np.arange(len(self.live)) == self.leader, 0.0, np.nan)
-        return differences.std(0, ddof=1) * np.sqrt(n) / weights.sum()
+            return np.where(np.arange(len(self.live)) == self.leader, 0.0, np.nan), expected
+        return differences.std(0, ddof=1) * np.sqrt(n) / weights.sum(), expected
 
     def outcome(self, steps: Steps, rule: Rule) -> Outcome:
         """What is known of every class; one that left keeps its difference to the leader."""
@@ -149,12 +151,10 @@ class Contest:
         log_likelihood = -of_leader.sum() / total - gap
         taken = self.steps.copy()
         taken[self.live] = len(self)
-        error = self._standard_error.copy()
-        error[self.live] = self._errors_to_leader(steps, rule)
+        error, expected = self._standard_error.copy(), self._expected.copy()
+        error[self.live], expected[self.live] = self._gaps_to_leader(steps, rule)
         evidence = log_likelihood
         if isinstance(rule, KnownVariance):
-            expected = self._expected.copy()
-            expected[self.live] = self._expected_gap(steps)
             known = error > 0
             evidence = -2 * expected * gap / np.where(known, error**2, np.inf)
         lift = unknown
@@ -162,11 +162,6 @@ class Contest:
             lift = log_likelihood + weights.dot(self.null_errors) / total
         prediction = int(self.live[self.leader])
         return Outcome(prediction, log_likelihood, evidence, taken, error, lift)
-
-    def _expected_gap(self, steps: Steps) -> np.ndarray:
-        """What the mean difference to the leader is expected to be where that is the truth [R]."""
-        weights = self._weights(steps)
-        return weights.dot(self.distances_to_leader()) / weights.sum()
 
     def _weights(self, steps: Steps) -> np.ndarray:
         return steps.ordered_weights[: len(self)]
@@ -247,7 +242,7 @@ class KnownVariance:
 
     def spread(self, contest: Contest) -> np.ndarray:
         """Standard deviation of Σ w·Z [R], Z of each live class and the leader."""
-        roots = np.sqrt(contest.distances_to_leader())
+        roots = np.sqrt(contest.distances)
         return np.sqrt(self._variance(self.weights, roots, self.correlation))
 
     def leaving(self, contest: Contest, steps: Steps) -> np.ndarray:
@@ -256,7 +251,7 @@ class KnownVariance:
         lost = 2 * contest.rounding * np.sqrt((weights**2).dot(contest.errors))
         lost += _SUM_ROUNDING * weights.dot(contest.errors)
         gaps = contest.errors - contest.errors[:, [contest.leader]]
-        leaving = self.log_chance(gaps, contest.distances_to_leader(), lost) < -self.bound
+        leaving = self.log_chance(gaps, contest.distances, lost) < -self.bound
         leaving[contest.leader] = False
         return leaving
 
