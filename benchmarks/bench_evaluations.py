@@ -22,6 +22,7 @@ import argparse
 import fnmatch
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,8 +90,11 @@ class CountedDenoiser:
 class TTest:
     """A class leaves by a paired t-test against the best one, as if each look were the only one."""
 
-    def leaving(self, contest: Contest, steps: Steps) -> np.ndarray:
-        """The live classes that leave at this look, a mask [R]."""
+    def leaving(self, contests: Sequence[Contest], steps: Steps) -> list[np.ndarray]:
+        """Of each contest the live classes that leave at this look, a mask [R]."""
+        return [self._of_contest(contest) for contest in contests]
+
+    def _of_contest(self, contest: Contest) -> np.ndarray:
         gaps = contest.errors - contest.errors[:, [contest.leader]]
         spread = gaps.std(0, ddof=1) / np.sqrt(len(contest))
         known = spread > 0

@@ -203,7 +203,7 @@ class Calibration:
                 contest.add(errors[taken][:, contest.live], np.empty(0), steps)
                 if isinstance(rule, KnownVariance):
                     contest.add_distances(self._distances(image)[taken][:, contest.live])
-                contest.drop(rule.leaving(contest, steps), steps, rule)
+                contest.drop(rule.leaving([contest], steps)[0], steps, rule)
                 if rule.ended(contest, steps):
                     break
             yield contest

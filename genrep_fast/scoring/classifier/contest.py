@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -195,14 +196,17 @@ class KeepBest:
 
     keep: tuple[int, ...] = ()
 
-    def leaving(self, contest: Contest, steps: Steps) -> np.ndarray:
-        """The live classes that leave at this look, a mask [R]."""
-        leaving = np.zeros(len(contest.live), dtype=bool)
-        if self.keep:
-            keep = self.keep[steps.looks.index(len(contest))]
-            total = steps.ordered_weights[: len(contest)].dot(contest.errors)
-            leaving[np.argsort(total, kind="stable")[keep:]] = True
-        return leaving
+    def leaving(self, contests: Sequence[Contest], steps: Steps) -> list[np.ndarray]:
+        """Of each contest the live classes that leave at this look, a mask [R]."""
+        masks = []
+        for contest in contests:
+            leaving = np.zeros(len(contest.live), dtype=bool)
+            if self.keep:
+                keep = self.keep[steps.looks.index(len(contest))]
+                total = steps.ordered_weights[: len(contest)].dot(contest.errors)
+                leaving[np.argsort(total, kind="stable")[keep:]] = True
+            masks.append(leaving)
+        return masks
 
     def ended(self, contest: Contest, steps: Steps) -> bool:
         """Whether the image is decided."""
@@ -245,15 +249,27 @@ class KnownVariance:
         roots = np.sqrt(contest.distances)
         return np.sqrt(self._variance(self.weights, roots, self.correlation))
 
-    def leaving(self, contest: Contest, steps: Steps) -> np.ndarray:
-        """The live classes that leave at this look, a mask [R]."""
-        weights = self.weights[: len(contest)]
-        lost = 2 * contest.rounding * np.sqrt((weights**2).dot(contest.errors))
-        lost += _SUM_ROUNDING * weights.dot(contest.errors)
-        gaps = contest.errors - contest.errors[:, [contest.leader]]
-        leaving = self.log_chance(gaps, contest.distances, lost) < -self.bound
-        leaving[contest.leader] = False
-        return leaving
+    def leaving(self, contests: Sequence[Contest], steps: Steps) -> list[np.ndarray]:
+        """Of each contest the live classes that leave at this look, a mask [R]."""
+        masks = [np.zeros(len(contest.live), dtype=bool) for contest in contests]
+        # Those of as many steps are compared together.
+        for n in {len(contest) for contest in contests}:
+            alike = [place for place, contest in enumerate(contests) if len(contest) == n]
+            sizes = [len(masks[place]) for place in alike]
+            leading = [contests[place].errors[:, contests[place].leader] for place in alike]
+            rounding = np.repeat([contests[place].rounding for place in alike], sizes)
+            errors = np.concatenate([contests[place].errors for place in alike], 1)
+            distances = np.concatenate([contests[place].distances for place in alike], 1)
+            gaps = errors - np.repeat(np.stack(leading, 1), sizes, 1)
+            weights = self.weights[:n]
+            lost = 2 * rounding * np.sqrt((weights**2).dot(errors))
+            lost += _SUM_ROUNDING * weights.dot(errors)
+            leaves = self.log_chance(gaps, distances, lost) < -self.bound
+            for place, part in zip(alike, np.split(leaves, np.cumsum(sizes)[:-1]), strict=True):
+                masks[place] = part
+        for mask, contest in zip(masks, contests, strict=True):
+            mask[contest.leader] = False
+        return masks
 
     def log_chance(
         self, gaps: np.ndarray, distances: np.ndarray, lost: np.ndarray | float = 0.0

@@ -135,8 +135,9 @@ class Engine:
             if late or not self._waiting:
                 yield from self._in_flight.values()
                 return
-            for stage in self._evaluate(self._take()):
-                contest = stage.contest
+            contests = [stage.contest for stage in self._evaluate(self._take())]
+            self._drop_classes(contests)
+            for contest in contests:
                 if self._goes_on(contest):
                     self._join(contest)
                 else:
@@ -158,12 +159,16 @@ class Engine:
         self._waiting_rows += rows
         self._in_flight[contest.index] = contest
 
+    def _drop_classes(self, contests: list[Contest]) -> None:
+        """Let classes leave where it is time."""
+        steps, rule = self._plan.steps, self._plan.rule
+        looking = [contest for contest in contests if len(contest) in steps.looks]
+        for contest, leaving in zip(looking, rule.leaving(looking, steps), strict=True):
+            contest.drop(leaving, steps, rule)
+
     def _goes_on(self, contest: Contest) -> bool:
-        """Let classes leave where it is time; whether another step follows."""
+        """Whether another step follows."""
         plan = self._plan
-        if len(contest) in plan.steps.looks:
-            leaving = plan.rule.leaving(contest, plan.steps)
-            contest.drop(leaving, plan.steps, plan.rule)
         if plan.rule.ended(contest, plan.steps) or len(contest) == plan.steps.looks[-1]:
             return False
         return self._affordable(contest) > 0
