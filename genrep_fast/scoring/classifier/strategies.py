@@ -97,8 +97,8 @@ class Race:
         max_steps: of an image; None: those of the calibration.
         order: of the timesteps: "signal", the most telling first, or "low_discrepancy".
         weights: as of `Full`.
-        correlation: of an image's steps: as "measured", or the bounds "full" and "none". "full"
-            holds whatever it is; "none" ignores it.
+        correlation: of an image's steps in the likelihood ratio of two classes: as "measured", or
+            the bounds "full" and "none".
     """
 
     max_steps: int | None = None
