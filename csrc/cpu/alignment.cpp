@@ -179,13 +179,16 @@ GENREP_FAST_CLONES(
      int64_t length, bool streaming),
     combine_chunk_kernel, (gradients, coefficients, n, out, begin, length, streaming))
 
-Tensor gram(OptionalTensors gradients, int64_t n, std::vector<int64_t> groups, int64_t num_groups) {
-  Gradients table(gradients, groups.size());
+Tensor gram(
+    StableListHandle gradients, int64_t n, const std::vector<int64_t>& groups, int64_t num_groups) {
+  const TensorList tensors = TensorList::of_optional(gradients);
+  Gradients table(tensors, groups.size());
   STD_TORCH_CHECK(table.n == n, "gradients must hold n tensors for every group index");
   for (int64_t group : groups) {
     STD_TORCH_CHECK(
         group >= 0 && group < num_groups, "groups must be between 0 and num_groups - 1");
   }
+  check_layouts({&tensors}, groups.size());
   std::vector<Chunk> chunks = chunks_of(table.numel);
   int64_t pairs = n * (n + 1) / 2;
   std::vector<double> partials(chunks.size() * pairs);
@@ -332,10 +335,13 @@ Tensor tensor_coefficients(
 }
 
 void combine(
-    OptionalTensors gradients, Tensor coefficients, std::vector<int64_t> groups,
-    std::vector<double> weights, std::vector<Tensor> out) {
-  Gradients table(gradients, groups.size());
-  std::vector<Buffer> targets = buffers_of(out, table);
+    StableListHandle gradients, const Tensor& coefficients, const std::vector<int64_t>& groups,
+    const std::vector<double>& weights, StableListHandle out) {
+  const TensorList tensors = TensorList::of_optional(gradients);
+  const TensorList results = TensorList::of(out);
+  Gradients table(tensors, groups.size());
+  std::vector<Buffer> targets = buffers_of(results, table);
+  check_layouts({&tensors, &results}, groups.size());
   std::vector<float> factors = factors_of(coefficients, groups, weights, table.n);
   std::vector<Chunk> chunks = chunks_of(table.numel);
   int64_t bytes = 4 * std::accumulate(table.numel.begin(), table.numel.end(), int64_t{0});

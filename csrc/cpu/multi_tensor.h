@@ -8,14 +8,11 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <optional>
 #include <vector>
 
-#include "elements.h"
+#include "tensor_list.h"
 
 namespace genrep_fast {
-
-using OptionalTensors = std::vector<std::optional<Tensor>>;
 
 constexpr int64_t kMaxLosses = 8;
 // Elements. The order of every sum follows from it, and never from the number of threads.
@@ -35,22 +32,23 @@ struct Gradients {
   std::vector<Buffer> buffers;  // [T, n]
   std::vector<int64_t> numel;   // [T], 0 where no loss reaches the tensor
 
-  Gradients(const OptionalTensors& gradients, int64_t num_tensors) : n(0), numel(num_tensors) {
+  Gradients(const TensorList& gradients, int64_t num_tensors) : n(0), numel(num_tensors) {
     STD_TORCH_CHECK(
         num_tensors > 0 && gradients.size() % num_tensors == 0,
         "gradients must be a multiple of the number of groups");
-    n = static_cast<int64_t>(gradients.size()) / num_tensors;
+    n = gradients.size() / num_tensors;
     STD_TORCH_CHECK(n <= kMaxLosses, "gradients of at most 8 losses are supported");
     buffers.resize(gradients.size());
     for (int64_t t = 0; t < num_tensors; ++t) {
       for (int64_t i = 0; i < n; ++i) {
-        const std::optional<Tensor>& gradient = gradients[i * num_tensors + t];
-        if (gradient.has_value()) {
+        const int64_t place = i * num_tensors + t;
+        if (gradients.has(place)) {
+          const int64_t elements = gradients.numel(place);
           STD_TORCH_CHECK(
-              numel[t] == 0 || gradient->numel() == numel[t],
+              numel[t] == 0 || elements == numel[t],
               "gradients of a tensor must have the same size");
-          buffers[t * n + i] = buffer_of(*gradient);
-          numel[t] = gradient->numel();
+          buffers[t * n + i] = gradients.buffer(place);
+          numel[t] = elements;
         }
       }
     }
@@ -60,16 +58,17 @@ struct Gradients {
 };
 
 // Memory of T tensors that belong to the gradients of `table`.
-inline std::vector<Buffer> buffers_of(const std::vector<Tensor>& tensors, const Gradients& table) {
+inline std::vector<Buffer> buffers_of(const TensorList& tensors, const Gradients& table) {
   STD_TORCH_CHECK(
-      tensors.size() == table.numel.size(), "as many tensors are needed as there are groups");
+      tensors.size() == static_cast<int64_t>(table.numel.size()),
+      "as many tensors are needed as there are groups");
   std::vector<Buffer> buffers;
   buffers.reserve(tensors.size());
-  for (size_t t = 0; t < tensors.size(); ++t) {
+  for (int64_t t = 0; t < tensors.size(); ++t) {
     STD_TORCH_CHECK(
-        table.numel[t] == 0 || tensors[t].numel() == table.numel[t],
+        table.numel[t] == 0 || tensors.numel(t) == table.numel[t],
         "tensors must have the sizes of their gradients");
-    buffers.push_back(buffer_of(tensors[t]));
+    buffers.push_back(tensors.buffer(t));
   }
   return buffers;
 }

@@ -165,24 +165,36 @@ double scalar_of(const Tensor& tensor) {
 }
 
 void adamw_step(
-    std::vector<Tensor> params, std::vector<Tensor> exp_avgs, std::vector<Tensor> exp_avg_sqs,
-    std::vector<Tensor> emas, OptionalTensors gradients, Tensor coefficients,
-    std::vector<int64_t> groups, std::vector<double> weights, std::vector<Tensor> steps, Tensor lr,
-    double beta1, double beta2, double eps, double weight_decay, double ema_decay,
-    std::optional<Tensor> found_inf) {
-  Gradients table(gradients, groups.size());
+    StableListHandle params, StableListHandle exp_avgs, StableListHandle exp_avg_sqs,
+    StableListHandle emas, StableListHandle gradients, const Tensor& coefficients,
+    const std::vector<int64_t>& groups, const std::vector<double>& weights, StableListHandle steps,
+    const Tensor& lr, double beta1, double beta2, double eps, double weight_decay, double ema_decay,
+    const std::optional<Tensor>& found_inf) {
+  const TensorList parameters = TensorList::of(params), means = TensorList::of(exp_avgs),
+                   squares = TensorList::of(exp_avg_sqs), averages = TensorList::of(emas),
+                   of_losses = TensorList::of_optional(gradients), numbers = TensorList::of(steps);
+  Gradients table(of_losses, groups.size());
   std::vector<float> factors = factors_of(coefficients, groups, weights, table.n);
-  std::vector<Buffer> param = buffers_of(params, table), exp_avg = buffers_of(exp_avgs, table),
-                      exp_avg_sq = buffers_of(exp_avg_sqs, table);
+  std::vector<Buffer> param = buffers_of(parameters, table), exp_avg = buffers_of(means, table),
+                      exp_avg_sq = buffers_of(squares, table);
   std::vector<Buffer> ema =
-      emas.empty() ? std::vector<Buffer>(groups.size()) : buffers_of(emas, table);
-  STD_TORCH_CHECK(steps.size() == groups.size(), "as many steps are needed as there are groups");
+      averages.size() == 0 ? std::vector<Buffer>(groups.size()) : buffers_of(averages, table);
+  check_layouts({&parameters, &means, &squares, &averages, &of_losses}, groups.size());
+  STD_TORCH_CHECK(
+      numbers.size() == static_cast<int64_t>(groups.size()),
+      "as many steps are needed as there are groups");
   std::vector<State> states(groups.size());
   std::vector<Step> updates(groups.size());
-  double rate = scalar_of(lr);
+  double rate = scalar_of(lr), last = 0;
   for (size_t t = 0; t < groups.size(); ++t) {
     states[t] = {param[t], exp_avg[t], exp_avg_sq[t], ema[t]};
-    double step = scalar_of(steps[t]);
+    double step = numbers.number(t, 0);
+    // Powers take longer than the rest for a small tensor, and most steps are alike.
+    if (t > 0 && step == last) {
+      updates[t] = updates[t - 1];
+      continue;
+    }
+    last = step;
     updates[t] = {
         static_cast<float>(1 - beta1),
         static_cast<float>(beta2),

@@ -16,6 +16,7 @@ from .adamw_state import check_group_options, checked_copy, counters_of_adamw
 from .aligner import GradientAligner
 from .averages import Averages
 from .collected import Collected
+from .step_counters import StepCounters
 
 
 class AlignedAdamW(torch.optim.Optimizer):
@@ -250,7 +251,7 @@ class AlignedAdamW(torch.optim.Optimizer):
                 self._update(group, members, collected, moved, decay, found_inf)
         if self._averages is not None:
             done = reached if moved else set()
-            self._averages.follow(averages, done, self._trained(), decay, found_inf)
+            self._averages.follow(averages, done, self._trained, decay, found_inf)
             self._averages.advance(decay, found_inf)
         self.aligner.finish(scaler_used=found_inf is not None)
         return result
@@ -265,11 +266,7 @@ class AlignedAdamW(torch.optim.Optimizer):
         found_inf: Tensor | None,
     ) -> None:
         states = [self._state(parameter) for parameter in members.params]
-        steps = [state["step"] for state in states]
-        if found_inf is None:
-            torch._foreach_add_(steps, 1.0)
-        else:
-            torch._foreach_add_(steps, [(found_inf == 0).to(steps[0])] * len(steps))
+        steps = members.counters.count(states, found_inf)
         lr = group["lr"]
         lr = lr.reshape(()) if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64)
         adamw_step_operator(
@@ -348,7 +345,7 @@ class AlignedAdamW(torch.optim.Optimizer):
         rows = dict(zip(collected.indices, collected.rows, strict=True))
         partition = []
         for group in groups:
-            members = _Members([], [], [])
+            members = _Members([], [], [], StepCounters())
             for parameter in group:
                 index = self._index[id(parameter)]
                 if index in rows:
@@ -393,6 +390,7 @@ class _Members(NamedTuple):
     params: list[Tensor]
     # Of the coefficients.
     rows: list[int]
+    counters: StepCounters
 
 
 class _Partition(NamedTuple):

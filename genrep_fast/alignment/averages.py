@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -73,20 +73,24 @@ class Averages:
         self,
         tensors: dict[int, Tensor],
         done: set[int],
-        trained: set[int],
+        trained: Callable[[], set[int]],
         decay: float,
         found_inf: Tensor | None,
     ) -> None:
         """Move averages that are not `done`; nothing where `found_inf` is not 0.
 
         The average of a constant is the constant: a frozen parameter that is not among those once
-        `trained` is copied once, and when it or its average is written to.
+        trained, ``trained()``, is copied once, and when it or its average is written to.
         """
+        left = tensors.keys() - done
+        if not left:
+            return
+        with_state = trained()
         weight = 1 - decay if found_inf is None else (1 - decay) * (found_inf == 0)
         copied: dict[str, list[Tensor]] = {"to": [], "from": []}
-        for index in tensors.keys() - done:
+        for index in left:
             parameter, average = self._aligner.parameters[index], tensors[index]
-            if parameter.requires_grad or (index in trained and not self._source.copies_frozen):
+            if parameter.requires_grad or (index in with_state and not self._source.copies_frozen):
                 if decay == 0 and found_inf is None:
                     copied["to"].append(average)
                     copied["from"].append(parameter)

@@ -37,20 +37,64 @@ def on_flat_memory(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
         return kernel
 
     def call(*arguments: Any) -> Any:
-        read = [tensor for position in lists.inputs for tensor in arguments[position]]
-        written = [tensor for position in lists.outputs for tensor in arguments[position]]
-        copies: list[tuple[Tensor, Tensor]] = []
-        if not all(tensor is None or tensor.is_contiguous() for tensor in read + written):
-            arguments, copies = _flatten(arguments, lists)
+        if not _are_contiguous(arguments, lists):
+            return _run_on_copies(kernel, arguments, lists)
         result = kernel(*arguments)
-        for tensor, copy in copies:
-            tensor.copy_(copy)
-        # Autograd is to see changes of tensors that it saved, as after any operation in place.
-        if written:
-            torch.autograd.graph.increment_version(written)
+        _count_writes(arguments, lists)
         return result
 
     return call
+
+
+class RefusingKernel:
+    """A kernel of tensor lists that looks at every tensor itself.
+
+    It raises RuntimeError, before it writes, for memory that is not flat and for float64: then
+    alone Python asks the tensors one by one, which takes longer than the kernel of small ones.
+    """
+
+    def __init__(self, name: str, kernel: Callable[..., Any]):
+        self._lists = _LISTS[name]
+        self._kernel = kernel
+
+    def __call__(self, *arguments: Any) -> Any:
+        try:
+            result = self._kernel(*arguments)
+        except RuntimeError:
+            if _are_contiguous(arguments, self._lists):
+                raise
+            return _run_on_copies(self._kernel, arguments, self._lists)
+        _count_writes(arguments, self._lists)
+        return result
+
+
+def refusing_kernel(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel`, which refuses what is not flat memory, behind copies of that."""
+    return RefusingKernel(name, kernel) if name in _LISTS else kernel
+
+
+def _are_contiguous(arguments: tuple[Any, ...], lists: _TensorLists) -> bool:
+    for position in (*lists.inputs, *lists.outputs):
+        if not all([tensor is None or tensor.is_contiguous() for tensor in arguments[position]]):
+            return False
+    return True
+
+
+def _run_on_copies(
+    kernel: Callable[..., Any], arguments: tuple[Any, ...], lists: _TensorLists
+) -> Any:
+    flat, copies = _flatten(arguments, lists)
+    result = kernel(*flat)
+    for tensor, copy in copies:
+        tensor.copy_(copy)
+    _count_writes(flat, lists)
+    return result
+
+
+def _count_writes(arguments: tuple[Any, ...], lists: _TensorLists) -> None:
+    """Let autograd see changes of tensors that it saved, as after any operation in place."""
+    for position in lists.outputs:
+        torch.autograd.graph.increment_version(arguments[position])
 
 
 def _flatten(

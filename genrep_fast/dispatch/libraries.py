@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .flat_memory import on_flat_memory
+from .flat_memory import on_flat_memory, refusing_kernel
 from .operators import schemas
 from .selection import register_implementation, set_unavailable
 
@@ -101,7 +101,9 @@ def _load(backend: str) -> str | None:
     for name in schemas:
         if has_kernel(f"{namespace}::{name}", backend.upper()):
             kernel = getattr(getattr(torch.ops, namespace), name).default
-            register_implementation(name, backend, on_flat_memory(name, kernel))
+            # The kernels of tensor lists in csrc/cpu check the layouts themselves.
+            adapted = refusing_kernel if backend == "cpu" else on_flat_memory
+            register_implementation(name, backend, adapted(name, kernel))
     return None
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+from .flat_memory import RefusingKernel
 from .selection import (
     fastest_measured,
     register_implementation,
@@ -118,20 +119,35 @@ def _on_selected_backend(name: str, dtype_from: tuple[int, ...]) -> Callable[...
 
     def on_backend(*args: Any, **kwargs: Any) -> Any:
         arguments = (*args, *kwargs.values())
-        device = _first_tensor(arguments).device
-        device_type = device.type
-        float64 = any(_holds_float64(arguments[position]) for position in dtype_from)
-        fastest = fastest_measured(name, device, arguments) if device_type == "cuda" else None
-        implementation = select_implementation(name, device_type, float64, fastest)
-        # Of tensors without values PyTorch knows no autocast.
-        if device_type == "meta" or not torch.is_autocast_enabled(device_type):
-            return implementation(*args, **kwargs)
-        # Autocast would run the inner matrix products of an operator in bfloat16, whatever its
-        # inputs.
-        with torch.autocast(device_type, enabled=False):
-            return implementation(*args, **kwargs)
+        first = _first_tensor(arguments)
+        device_type = first.device.type
+        fastest = None
+        if device_type == "cuda":
+            fastest = fastest_measured(name, first.device, arguments)
+        implementation = select_implementation(name, device_type, False, fastest)
+        if isinstance(implementation, RefusingKernel) and first.dtype is not torch.float64:
+            try:
+                return _call_without_autocast(device_type, implementation, args, kwargs)
+            except RuntimeError:
+                if not _hold_float64(arguments, dtype_from):
+                    raise
+        elif not _hold_float64(arguments, dtype_from):
+            return _call_without_autocast(device_type, implementation, args, kwargs)
+        implementation = select_implementation(name, device_type, True, fastest)
+        return _call_without_autocast(device_type, implementation, args, kwargs)
 
     return on_backend
+
+
+def _call_without_autocast(
+    device_type: str, implementation: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
+) -> Any:
+    """``implementation(*args, **kwargs)``, whose matrix products autocast would run in bfloat16."""
+    # Of tensors without values PyTorch knows no autocast.
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return implementation(*args, **kwargs)
+    with torch.autocast(device_type, enabled=False):
+        return implementation(*args, **kwargs)
 
 
 def in_function_transform() -> bool:
@@ -162,6 +178,11 @@ def _first_tensor(arguments: tuple[Any, ...]) -> torch.Tensor:
     raise ValueError("an operator needs at least one tensor, got none")
 
 
-def _holds_float64(argument: Any) -> bool:
-    tensors = argument if isinstance(argument, (list, tuple)) else (argument,)
-    return torch.float64 in [tensor.dtype for tensor in tensors if tensor is not None]
+def _hold_float64(arguments: tuple[Any, ...], positions: tuple[int, ...]) -> bool:
+    """Whether a tensor of the arguments at `positions` is float64."""
+    for position in positions:
+        argument = arguments[position]
+        tensors = argument if isinstance(argument, (list, tuple)) else (argument,)
+        if torch.float64 in [tensor.dtype for tensor in tensors if tensor is not None]:
+            return True
+    return False

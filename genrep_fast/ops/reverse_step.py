@@ -135,7 +135,8 @@ def _check_chain_ids(chain_ids: Tensor, x_t: Tensor) -> None:
             f"chain_ids must be [{x_t.shape[0]}], one a chain, got {tuple(chain_ids.shape)}"
         )
     check_device(x_t.device, chain_ids=chain_ids)
-    require(((chain_ids >= 0) & (chain_ids < 2**32)).all(), "chain_ids must lie in [0, 2**32)")
+    # Of a number in [0, 2³²) the upper half of the bits is 0, and of no other one.
+    require(((chain_ids >> 32) == 0).all(), "chain_ids must lie in [0, 2**32)")
 
 
 def _reverse_step_fake(x_t: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ import torch
 import genrep_fast as gf
 from genrep_fast.dispatch import operators as operator_definitions
 from genrep_fast.dispatch import selection
+from genrep_fast.ops.alignment import gram_operator
 
 
 @pytest.fixture
@@ -98,6 +99,33 @@ def test_one_float64_gradient_among_float32_ones_takes_the_reference(alignment_c
         pytest.raises(gf.BackendUnavailableError, match="float64 runs on the reference alone"),
     ):
         gf.gram([torch.ones(3), torch.ones(3).double()], [torch.ones(3), torch.ones(3).double()])
+
+
+@pytest.mark.parametrize("insisted", [False, True])
+def test_float64_behind_tensors_of_other_dtypes_takes_the_reference(insisted):
+    # The kernels of the CPU look for it themselves.
+    tiny = 1e-12
+    p = [torch.ones(3), torch.ones(3).double() + tiny]
+    g = [torch.ones(3), torch.ones(3).double()]
+    if insisted and "cpu" in selection._implementations["gram"]:
+        with (
+            gf.use_backend("cpu"),
+            pytest.raises(gf.BackendUnavailableError, match="gram in float64 runs on"),
+        ):
+            gf.gram(p, g)
+        return
+    result = gf.gram(p, g)[0, 0, 1]
+    torch.testing.assert_close(result, result.new_tensor(6 + 3 * tiny), rtol=0, atol=2e-15)
+
+
+def test_what_a_kernel_refuses_for_another_reason_stays_refused():
+    if "cpu" not in selection._implementations["gram"]:
+        pytest.skip("needs the C++ kernels")
+    with pytest.raises(RuntimeError, match="groups must be between 0 and num_groups - 1"):
+        gram_operator([torch.ones(3), torch.ones(3)], 2, [1], 1)
+    strided = torch.ones(3, 2).T
+    with pytest.raises(RuntimeError, match="groups must be between 0 and num_groups - 1"):
+        gram_operator([strided, torch.ones(2, 3)], 2, [1], 1)
 
 
 def test_use_backend_insists_and_nests(calls):
