@@ -183,8 +183,9 @@ def evaluate(
     checkpoint: str,
     data: str | None = None,
     output: str | None = None,
-    elbo_steps: int = 32,
-    samples_per_class: int = 50,
+    elbo_steps: int | None = None,
+    samples_per_class: int | None = None,
+    scored_images: int | None = None,
     seed: int = 0,
 ) -> None:
     """Evaluate a trained pipeline: metrics.json, figures and report.html.
@@ -193,25 +194,34 @@ def evaluate(
         checkpoint: folder of the pipeline, or of the run that holds it.
         data: as of `genrep train`; that of the run where not given.
         output: folder for the results; `evaluation` in the checkpoint's where not given.
-        elbo_steps: timesteps that the generative posterior scores.
-        samples_per_class: generated images a class.
+        elbo_steps: timesteps that the generative posterior scores; 32, or 8 with more than 25
+            classes, where not given.
+        samples_per_class: generated images a class; 50, or 5,000 for all of more than 100 classes,
+            where not given.
+        scored_images: test images, and as many calibration images, whose generative posterior is
+            measured, a network evaluation a class and step; all, or with more than 25 classes as
+            many as make two million evaluations, where not given.
         seed: of the noise.
     """
     from . import pictures
     from .data import load_data
-    from .evaluation import EvaluationSettings
+    from .evaluation import described, settings_for
     from .evaluation import evaluate as run_evaluation
     from .reporting.terminal import console, evaluation_progress, reading_progress
     from .training.run import result_table
     from .training.state import read_history
 
     check_seed(seed)
-    settings = EvaluationSettings(
-        elbo_steps=elbo_steps, samples_per_class=samples_per_class, seed=seed
-    )
     pipeline = pictures.load_pipeline(checkpoint)
-    pictures.check_steps(pipeline, elbo_steps=elbo_steps)
-    _check_samples_fit(pipeline.model, samples_per_class)
+    settings = settings_for(
+        pipeline.model.config.num_classes,
+        elbo_steps=elbo_steps,
+        samples_per_class=samples_per_class,
+        scored_images=scored_images,
+        seed=seed,
+    )
+    pictures.check_steps(pipeline, elbo_steps=settings.elbo_steps)
+    _check_samples_fit(pipeline.model, settings.samples_per_class)
     trained_on = saved_data(Path(checkpoint)) or SavedData()
     log = Path(checkpoint) / "history.jsonl"
     history = read_history(log) if log.is_file() else None
@@ -223,6 +233,7 @@ def evaluate(
             record=trained_on.record,
             progress=reading,
         )
+    console.print(described(settings, splits), highlight=False)
     folder = Path(output or Path(checkpoint) / "evaluation")
     with only_writer(folder), evaluation_progress() as progress:
         metrics = run_evaluation(
@@ -250,6 +261,8 @@ def _check_samples_fit(model: GenRep, samples_per_class: int) -> None:
 def classify(checkpoint: str, images: list[str]) -> None:
     """Print the most probable class of each image, with its probability, one line an image.
 
+    Images are resized and cropped to the centre, as in training.
+
     Args:
         checkpoint: folder of the pipeline, or of the run that holds it.
     """
@@ -260,12 +273,17 @@ def classify(checkpoint: str, images: list[str]) -> None:
     pipeline = pictures.load_pipeline(checkpoint)
     names = pipeline.model.class_names
     pictures.check_network_fits(pipeline.model, "images", min(len(images), _BATCH_SIZE))
-    rows = []
+    rows: list[torch.Tensor] = []
+    seen: list[float] = []
     for start in range(0, len(images), _BATCH_SIZE):
         batch = [
             pictures.prepared(path, pipeline.model) for path in images[start : start + _BATCH_SIZE]
         ]
-        rows += list(pipeline(torch.stack(batch)).probabilities)
+        rows += list(pipeline(torch.stack([image.pixels for image in batch])).probabilities)
+        seen += [image.seen for image in batch]
+    remark = pictures.cropping(seen, images, pipeline.model)
+    if remark is not None:
+        print(f"genrep classify: {printable(remark)}", file=sys.stderr)
     for path, row in zip(images, rows, strict=True):
         name = shortened(names[row.argmax()], _LONGEST_NAME)
         print(f"{printable(path)}\t{name}\t{row.max():.4f}")
@@ -290,7 +308,7 @@ def generate(
         num_inference_steps: length of the reverse chain.
         guidance_scale: of classifier-free guidance against the null class; 1 for none.
         seed: of the noise.
-        size: side of the PNGs in pixels; the model's own where not given.
+        size: shorter side of the PNGs in pixels; the model's own where not given.
         batch_size: images that are drawn at once; no image depends on it.
     """
     from . import pictures
@@ -301,7 +319,7 @@ def generate(
     pipeline = pictures.load_pipeline(checkpoint)
     names = pipeline.model.class_names
     indices, remarks = pictures.class_indices(labels, names)
-    pictures.check_sizes(size, indices, grid, pipeline.model.image_shape[0])
+    sides = pictures.picture_size(size, pipeline.model.image_shape, indices, grid)
     pictures.check_network_fits(pipeline.model, "batch_size", min(len(indices), batch_size))
     pictures.check_steps(pipeline, num_inference_steps=num_inference_steps)
     for remark in remarks:
@@ -320,7 +338,7 @@ def generate(
             label = indices[position]
             path = folder / pictures.file_name(position, label, names[label])
             if size is not None:
-                picture = picture.resize((size, size), resample=0)
+                picture = picture.resize(sides, resample=0)
             pictures.save(picture, path)
             print(printable(path), flush=True)
             if grid:
@@ -442,10 +460,15 @@ _EXPLICIT_ARGUMENTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "classify": {"images": {"nargs": "+", "required": True, "help": "image files"}},
     "generate": {
-        "labels": {"nargs": "+", "required": True, "help": "class indices, or classes' names"},
+        "labels": {
+            "nargs": "+",
+            "required": True,
+            "help": "class indices, or classes' names; 07 is a name where a class has it",
+        },
         "grid": {
             "action": "store_true",
-            "help": "write grid.png, too: all pictures in one, a class a row",
+            "help": "write grid.png, too: all pictures in one, a class a row; "
+            "more than 20 rows stand in blocks side by side",
         },
     },
     "bench": {

@@ -6,13 +6,14 @@ Pipelines and images; classes by number or name, files, a grid.
 from __future__ import annotations
 
 import io
+import math
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .data import image_to_tensor, open_image
+from .data import image_to_tensor, open_image, upright_size
 from .files import loading, write_atomically
 from .memory import require_memory
 from .names import shortened, slug
@@ -28,6 +29,10 @@ GRID = "grid.png"
 # Characters of a class's name in a message, and names in it.
 _NAME_LENGTH = 60
 _NAMES = 20
+# The share of an image below which its cropping is told.
+_LITTLE = 1 / 2
+# Rows of a grid that stand in one block.
+_ROWS = 20
 
 
 def load_pipeline(checkpoint: str) -> GenRepPipeline:
@@ -81,8 +86,20 @@ def check_steps(pipeline: GenRepPipeline, **steps: int) -> None:
             raise ValueError(f"{name} must be at most {most}, as the scheduler has, got {value}")
 
 
-def prepared(path: str, model: GenRep) -> Tensor:
-    """An image file as the model takes it, [C, H, W]; of a large one no more is kept.
+class PreparedImage(NamedTuple):
+    """An image as a model takes it.
+
+    Attributes:
+        pixels: [C, H, W] in [-1, 1].
+        seen: the share of the image's area that is not cropped, in [0, 1].
+    """
+
+    pixels: Tensor
+    seen: float
+
+
+def prepared(path: str, model: GenRep) -> PreparedImage:
+    """An image file as the model takes it; of a large one no more is kept.
 
     Raises:
         ValueError: with its path, where it cannot be read.
@@ -90,16 +107,40 @@ def prepared(path: str, model: GenRep) -> Tensor:
     channels, height, width = model.image_shape
     image = open_image(path)
     try:
-        return image_to_tensor(image, (height, width), "L" if channels == 1 else "RGB")
+        pixels = image_to_tensor(image, (height, width), "L" if channels == 1 else "RGB")
+        across, down = upright_size(image)
     except MemoryError:
         raise
     # Whatever Pillow stumbles over is in the file.
     except Exception as error:
         raise ValueError(f"images: {path} cannot be read as an image ({error})") from error
+    # The largest part of it that has the model's shape.
+    scale = min(across / width, down / height)
+    return PreparedImage(pixels, scale**2 * width * height / (across * down))
+
+
+def cropping(seen: Sequence[float], paths: Sequence[str], model: GenRep) -> str | None:
+    """A sentence on images of which `model` sees less than half; None where there are none.
+
+    Args:
+        seen: the share of each.
+        paths: of their files.
+        model: takes them cropped.
+    """
+    lost = [(share, path) for share, path in zip(seen, paths, strict=True) if share < _LITTLE]
+    if not lost:
+        return None
+    share, path = lost[0]
+    more = f", and little of {len(lost) - 1} more" if len(lost) > 1 else ""
+    _, height, width = model.image_shape
+    shape = f"{width} pixels across and {height} down"
+    return f"images are cropped to the model's shape, {shape}: {share:.0%} of {path} is seen{more}"
 
 
 def class_indices(labels: Sequence[str], names: Sequence[str]) -> tuple[list[int], list[str]]:
     """The classes that `labels` ask for: an index where it is one, any other text a name.
+
+    A number with a leading zero or a sign, "07" for example, is a name first, where a class has it.
 
     Args:
         labels: as a user wrote them.
@@ -120,7 +161,8 @@ def class_indices(labels: Sequence[str], names: Sequence[str]) -> tuple[list[int
         named = indices_of.get(_normal(label), [])
         # Not int's own notion, which takes "1_0" and other alphabets' digits.
         is_number = re.fullmatch(r"[+-]?[0-9]{1,18}", label) is not None
-        if is_number and (not named or 0 <= int(label) < len(names)):
+        is_index = is_number and label == str(int(label)) and 0 <= int(label) < len(names)
+        if is_number and (not named or is_index):
             indices.append(int(label))
             if named and indices[-1] not in named:
                 drawn = shortened(names[indices[-1]], _NAME_LENGTH)
@@ -158,24 +200,37 @@ def file_name(position: int, label: int, name: str) -> str:
     return f"{position:04d}-class-{label}{told and '-'}{told}.png"
 
 
-def check_sizes(size: int | None, labels: Sequence[int], grid: bool, channels: int) -> None:
-    """Refuse pictures of `size` pixels a side that cannot be held in memory.
+def picture_size(
+    size: int | None, image_shape: tuple[int, int, int], labels: Sequence[int], grid: bool
+) -> tuple[int, int]:
+    """Width and height of pictures whose shorter side has `size` pixels; the model's for None.
+
+    Args:
+        size: in pixels.
+        image_shape: the model's, (C, H, W).
+        labels: of the pictures.
+        grid: whether they are put together in one, too.
 
     Raises:
         ValueError: for a side of less than one pixel.
         MemoryError: with what they would take, and what there is.
     """
+    channels, height, width = image_shape
     if size is None:
-        return
+        return width, height
     if size < 1:
         raise ValueError(f"size must be at least 1, got {size}")
+    shorter = min(width, height)
+    width, height = (max(1, round(side * size / shorter)) for side in (width, height))
     # The pixels, and the file as it is encoded.
-    picture = 2 * size**2 * channels
-    require_memory("size", picture, f"a picture of {size} × {size} pixels")
+    picture = 2 * width * height * channels
+    require_memory("size", picture, f"a picture of {width} × {height} pixels")
     if grid:
-        rows, columns = _grid_shape(labels)
-        sides = f"{rows} × {columns} pictures of {size} × {size} pixels"
-        require_memory("grid", picture * (rows * columns + len(labels)) // 2, sides)
+        layout = _grid_layout(labels, (width, height))
+        total = layout.size[0] * layout.size[1] * channels + len(labels) * picture // 2
+        sides = f"{len(set(labels))} × {layout.columns} pictures of {width} × {height} pixels"
+        require_memory("grid", total, sides)
+    return width, height
 
 
 def drawn(
@@ -200,23 +255,55 @@ def save(picture: Image, path: Path) -> None:
 
 
 def grid_of(pictures: Sequence[Image], labels: Sequence[int]) -> Image:
-    """One picture of all `pictures`, which are of one size: a class a row, in the labels' order."""
+    """One picture of all `pictures`, which are of one size: a class a row, in the labels' order.
+
+    Many rows stand in blocks side by side.
+    """
     from PIL import Image
 
     width, height = pictures[0].size
-    rows, columns = _grid_shape(labels)
-    grid = Image.new(pictures[0].mode, (columns * width, rows * height))
+    layout = _grid_layout(labels, pictures[0].size)
+    grid = Image.new(pictures[0].mode, layout.size)
     row_of = {label: row for row, label in enumerate(dict.fromkeys(labels))}
     filled = dict.fromkeys(labels, 0)
     for label, picture in zip(labels, pictures, strict=True):
-        grid.paste(picture, (filled[label] * width, row_of[label] * height))
+        block, row = divmod(row_of[label], layout.rows)
+        left = block * layout.block_width + filled[label] * width
+        grid.paste(picture, (left, row * height))
         filled[label] += 1
     return grid
 
 
-def _grid_shape(labels: Sequence[int]) -> tuple[int, int]:
-    """Rows and columns."""
+class _GridLayout(NamedTuple):
+    """How pictures lie in a grid.
+
+    Attributes:
+        rows, columns: of pictures in a block; a row of it is a class.
+        block_width: in pixels, with what parts it from the next.
+        size: width and height of the grid in pixels.
+    """
+
+    rows: int
+    columns: int
+    block_width: int
+    size: tuple[int, int]
+
+
+def _grid_layout(labels: Sequence[int], picture_size: tuple[int, int]) -> _GridLayout:
+    """That of pictures of these labels, of so many pixels across and down."""
     counts = dict.fromkeys(labels, 0)
     for label in labels:
         counts[label] += 1
-    return len(counts), max(counts.values())
+    width, height = picture_size
+    columns = max(counts.values())
+    gap = max(1, width // 4)
+    block_width = columns * width + gap
+    blocks = 1
+    if len(counts) > _ROWS:
+        # About as wide as high.
+        blocks = min(len(counts), round(math.sqrt(len(counts) * height / block_width)) or 1)
+    rows = -(-len(counts) // blocks)
+    # No block is left empty.
+    blocks = -(-len(counts) // rows)
+    size = (blocks * block_width - gap, rows * height)
+    return _GridLayout(rows, columns, block_width, size)

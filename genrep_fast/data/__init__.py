@@ -14,7 +14,7 @@ from .datasets import (
     batches,
 )
 from .digits import DIGITS_CALIBRATION, DIGITS_TEST
-from .images import FORMATS, image_to_tensor, open_image
+from .images import FORMATS, image_to_tensor, open_image, upright_size
 from .loading import DEFAULT_IMAGE_SIZE, load_data
 from .record import DataRecord, check_class_names
 from .splitting import CALIBRATION_FRACTION, TEST_FRACTION, few_labels
@@ -39,4 +39,5 @@ __all__ = [
     "image_to_tensor",
     "load_data",
     "open_image",
+    "upright_size",
 ]

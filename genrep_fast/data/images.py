@@ -28,6 +28,9 @@ logging.getLogger("PIL").addHandler(logging.NullHandler())
 # Bytes that are hashed at once.
 _BLOCK = 2**20
 _END_OF_JPEG = b"\xff\xd9"
+# The tag of Exif, and its values for images that are turned by a right angle.
+_ORIENTATION = 0x0112
+_ON_ITS_SIDE = (5, 6, 7, 8)
 
 
 class ScannedImage(NamedTuple):
@@ -117,6 +120,13 @@ def image_to_tensor(image: PILImage, size: tuple[int, int], mode: str) -> Tensor
     pixels = np.asarray(ImageOps.fit(upright.convert(mode), (width, height)), dtype=np.float32)
     channels_last = torch.from_numpy(pixels.reshape(height, width, -1))  # [height, width, C]
     return channels_last.permute(2, 0, 1).contiguous() / 127.5 - 1
+
+
+def upright_size(image: PILImage) -> tuple[int, int]:
+    """Width and height of an image once it is turned upright."""
+    width, height = image.size
+    turned = image.getexif().get(_ORIENTATION) in _ON_ITS_SIDE
+    return (height, width) if turned else (width, height)
 
 
 def file_to_tensor(path: str | os.PathLike[str], size: tuple[int, int], mode: str) -> Tensor:

@@ -90,11 +90,11 @@ def load_data(
     kind, _, argument = name.partition(":")
     size = image_size or DEFAULT_IMAGE_SIZE
     require_memory("image_size", 4 * size**2, f"one image of {size} × {size}")
-    if kind == "digits" and not argument:
+    if name == "digits":
         splits = load_digits(image_size)
     elif kind == "digit-strings" and argument in map(str, STRING_LENGTHS):
         splits = load_digit_strings(int(argument), image_size)
-    elif kind == "mnist5k" and not argument:
+    elif name == "mnist5k":
         splits = load_mnist5k(image_size)
     elif kind == "folder" and argument and split == "random":
         splits = _load_folder_at_random(Path(argument).expanduser(), size, seed, progress)

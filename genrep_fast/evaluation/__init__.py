@@ -1,5 +1,12 @@
 """Evaluation of a GenRep model: metrics, figures and one self-contained report."""
 
-from .evaluator import EvaluationSettings, evaluate
+from .evaluator import evaluate
+from .settings import EvaluationSettings, described, network_evaluations, settings_for
 
-__all__ = ["EvaluationSettings", "evaluate"]
+__all__ = [
+    "EvaluationSettings",
+    "described",
+    "evaluate",
+    "network_evaluations",
+    "settings_for",
+]

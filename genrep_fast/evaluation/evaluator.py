@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ from ..data import DataSplits, LabelledImages, batches, check_class_names
 from ..models import GenRep, GenRepPipeline
 from ..models.pipeline import eval_mode
 from ..ops.posterior import fit_temperature, log_evidence, posterior
+from ..reporting.classes import shown_classes
 from ..reporting.figures import (
     IMAGES_PER_CLASS,
-    MAX_CLASSES,
     Illustration,
     draw_alignment,
     draw_evidence,
@@ -34,7 +34,7 @@ from ..reporting.figures import (
 )
 from ..reporting.html import write_report
 from ..scoring.estimators import ElboEstimator
-from .judge import NUM_FEATURES, ImageClassifier, fit_classifier
+from .judge import ImageClassifier, fit_classifier
 from .metrics import (
     accuracy,
     auroc,
@@ -44,6 +44,7 @@ from .metrics import (
     reliability_bins,
     shuffle_pixels,
 )
+from .settings import EvaluationSettings, network_evaluations, settings_for
 
 # One training subset as large as the samples is a noisy floor; the mean over a few is steady and
 # costs nothing beside the samples.
@@ -53,40 +54,6 @@ FLOOR_SUBSETS = 10
 NEAREST_TEST_IMAGES = 500
 
 Progress = Callable[[str, float], None]
-
-
-@dataclass(frozen=True)
-class EvaluationSettings:
-    """Sizes of an evaluation.
-
-    Attributes:
-        elbo_steps: timesteps of the generative posterior.
-        num_inference_steps: length of the reverse chain that draws samples.
-        samples_per_class: generated images of every class.
-        test_images: evaluate on that many test images (and at most as many calibration images),
-            drawn at random; None: all.
-        random_images: at most as many images of uniform noise, and as many pixel-shuffled test
-            images, for the evidence.
-        batch_size: images that pass through a network at once.
-        num_workers: processes that read images ahead; 0 reads them in this one.
-        seed: of the noise, the samples, the classifier and the random choices.
-    """
-
-    elbo_steps: int = 32
-    num_inference_steps: int = 50
-    samples_per_class: int = 50
-    test_images: int | None = None
-    random_images: int = 200
-    batch_size: int = 256
-    num_workers: int = 0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if value is not None and name not in ("num_workers", "seed") and value < 1:
-                raise ValueError(f"{name} must be positive, got {value}")
-        if self.num_workers < 0:
-            raise ValueError(f"num_workers must not be negative, got {self.num_workers}")
 
 
 def evaluate(
@@ -114,7 +81,7 @@ def evaluate(
             calibration images fit the posterior's temperature; test images give the numbers.
         output_dir: created where missing; files in it are replaced one by one, never left
             half-written.
-        settings: sizes; None takes the defaults.
+        settings: sizes; None takes those that suit the number of classes (`settings_for`).
         history: logged steps of the training: dictionaries with ``stage``, ``step`` and any of the
             losses, ``cosine`` and ``alpha``.
         stages: names of the training's stages, by number; None for the numbers alone.
@@ -129,17 +96,20 @@ def evaluate(
 
     Raises:
         ValueError: where the splits have other classes than the model: another number, or other
-            names where the model has names.
+            names where the model has names; and where their images have another shape.
     """
     if splits.num_classes != model.config.num_classes:
         wanted = f"the model's {model.config.num_classes} classes"
         raise ValueError(f"splits must have {wanted}, got {splits.num_classes}")
     if model.config.class_names is not None:
         check_class_names(splits.class_names, model.config.class_names, "splits")
+    if tuple(splits.image_shape) != model.image_shape:
+        wanted = f"the model's {list(model.image_shape)}"
+        raise ValueError(f"splits must have images of {wanted}, got {list(splits.image_shape)}")
     output_dir = Path(output_dir)
     # Before the work, not after it: a folder that cannot be made is told at once.
     output_dir.mkdir(parents=True, exist_ok=True)
-    settings = settings or EvaluationSettings()
+    settings = settings or settings_for(splits.num_classes)
     evaluation = _Evaluation(model, scheduler, splits, settings, progress)
     with eval_mode(model):
         metrics, illustrations = evaluation.measure(history or [], stages)
@@ -198,18 +168,18 @@ class _Evaluation:
         self.train = self._images(splits.train)
         self.calibration = self._at_most(self._images(splits.calibration), settings.test_images)
         self.test = self._at_most(self._images(splits.test), settings.test_images)
+        # Those that meet the network once a class and step.
+        self.scored_calibration = self._at_most(self.calibration, settings.scored_images)
+        self.scored_test = self._at_most(self.test, settings.scored_images)
         self.estimator = ElboEstimator(
-            model.denoise,
+            self._denoise,
             scheduler,
             splits.num_classes,
             num_steps=settings.elbo_steps,
             seed=settings.seed,
         )
-        self.others = min(settings.random_images, len(self.test))
-        scored_images = len(self.calibration) + len(self.test) + 2 * self.others
-        scoring = scored_images * splits.num_classes * settings.elbo_steps
-        samples = settings.samples_per_class * splits.num_classes
-        self.work = scoring + samples * settings.num_inference_steps
+        self.others = min(settings.random_images, len(self.scored_test))
+        self.work = network_evaluations(settings, splits)
         self.work_done = 0
         self.seconds: dict[str, Any] = {}
 
@@ -220,6 +190,7 @@ class _Evaluation:
             head = self._head_log_probabilities()
         with self._timed("posterior"):
             posterior_metrics, log_posteriors, test_evidence = self._posterior()
+        self._advance("fitting the independent classifier", 0)
         with self._timed("classifier"):
             classifier = fit_classifier(
                 self.splits.train,
@@ -233,10 +204,9 @@ class _Evaluation:
         with self._timed("out_of_distribution"):
             ood_metrics, ood_figure = self._out_of_distribution(test_evidence)
         self._advance("figures", 0)
-        labels = self.test.labels
         metrics = {
             "sizes": self._sizes(),
-            "head": classification_metrics(head, labels),
+            "head": classification_metrics(head, self.test.labels),
             "posterior": posterior_metrics,
             "generation": generation_metrics,
             "classifier": self._classifier_metrics(classifier, test_predicted),
@@ -244,8 +214,9 @@ class _Evaluation:
             "training": {f"stage_{row['stage']}": row for row in history},
             "seconds": self.seconds,
         }
-        classifiers = {"head": head, **log_posteriors}
-        bins = {name: reliability_bins(values, labels) for name, values in classifiers.items()}
+        bins = {"head": reliability_bins(head, self.test.labels)}
+        labels = self.scored_test.labels
+        bins |= {name: reliability_bins(log_p, labels) for name, log_p in log_posteriors.items()}
         illustrations = [draw_reliability(bins), *generation_figures, ood_figure]
         if history:
             illustrations.append(draw_training(history, stages))
@@ -260,20 +231,21 @@ class _Evaluation:
         return torch.cat(logits).log_softmax(1)
 
     def _posterior(self) -> tuple[dict[str, Any], dict[str, Tensor], Tensor]:
-        calibration = self._scores(self.calibration, "calibrating the posterior")
+        calibration = self._scores(self.scored_calibration, "calibrating the posterior")
         evaluations = self.estimator.evaluations
-        test = self._scores(self.test, "posterior of the test images")
+        test = self._scores(self.scored_test, "posterior of the test images")
         evaluations = self.estimator.evaluations - evaluations
+        labels = self.scored_test.labels
         temperature = math.nan
         if calibration.isfinite().all():
-            temperature = fit_temperature(calibration, self.calibration.labels)
+            temperature = fit_temperature(calibration, self.scored_calibration.labels)
         uncalibrated = posterior(test)
         calibrated = torch.full_like(test, math.nan)
         if math.isfinite(temperature):
             calibrated = posterior(test, temperature=temperature)
-        before = classification_metrics(uncalibrated, self.test.labels)
+        before = classification_metrics(uncalibrated, labels)
         metrics = {
-            **classification_metrics(calibrated, self.test.labels),
+            **classification_metrics(calibrated, labels),
             "temperature": temperature,
             "uncalibrated_nll": before["nll"],
             "uncalibrated_ece": before["ece"],
@@ -288,6 +260,7 @@ class _Evaluation:
     ) -> tuple[dict[str, Any], list[Illustration]]:
         samples, labels = self._samples()
         class_names = self.splits.class_names
+        distinct = _distinct(class_names)
         features, predicted = classifier.judge(samples.split(self.settings.batch_size))
         train_features, _ = self._judged(classifier, self.train)
         distance = frechet_distance(features, test_features)
@@ -297,10 +270,10 @@ class _Evaluation:
         median = nearest.median().item()
         test_median = nearest_test.median().item()
         rate = math.nan
-        rates = dict.fromkeys(class_names, math.nan)
+        rates = dict.fromkeys(distinct, math.nan)
         if samples.isfinite().all():
             rate = accuracy(predicted, labels)
-            for label, name in enumerate(class_names):
+            for label, name in enumerate(distinct):
                 rates[name] = accuracy(predicted[labels == label], labels[labels == label])
         metrics = {
             "recognition_rate": rate,
@@ -312,7 +285,8 @@ class _Evaluation:
             "nearest_training_distance_of_test": test_median,
             "nearest_training_ratio": _ratio(median, test_median),
         }
-        shown = self.test.at(_shown(self.test.labels))
+        test = self._images(self.splits.test)
+        shown = test.at(_shown(test.labels, self.splits.num_classes))
         grid = draw_samples(samples, labels, predicted, shown.stacked(), shown.labels, class_names)
         return metrics, [grid, draw_nearest_distances(nearest, nearest_test)]
 
@@ -345,7 +319,7 @@ class _Evaluation:
         return {
             "test_top1": accuracy(test_predicted, self.test.labels),
             "calibration_top1": accuracy(predicted, self.calibration.labels),
-            "features": NUM_FEATURES,
+            "features": classifier.num_features,
         }
 
     def _judged(self, classifier: ImageClassifier, images: _Images) -> tuple[Tensor, Tensor]:
@@ -358,6 +332,8 @@ class _Evaluation:
             "train_images": len(self.train),
             "calibration_images": len(self.calibration),
             "test_images": len(self.test),
+            "scored_calibration_images": len(self.scored_calibration),
+            "scored_test_images": len(self.scored_test),
             "classes": self.splits.num_classes,
             "image_shape": list(self.splits.image_shape),
             "elbo_steps": self.settings.elbo_steps,
@@ -415,6 +391,12 @@ class _Evaluation:
             self._advance("generating samples", len(chain_ids) * steps)
         return torch.cat(images), labels
 
+    def _denoise(self, x_t: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+        """`GenRep.denoise`: one image meets more classes than pass through the network at once."""
+        size = self.settings.batch_size
+        parts = zip(x_t.split(size), timesteps.split(size), labels.split(size), strict=True)
+        return torch.cat([self.model.denoise(*part) for part in parts])
+
     def _encode(self, images: Tensor) -> Tensor:
         return self.model.encode(images.to(self.model.device, self.model.dtype))
 
@@ -445,10 +427,19 @@ class _Evaluation:
         self.seconds[name] = time.perf_counter() - start
 
 
-def _shown(labels: Tensor) -> Tensor:
+def _shown(labels: Tensor, num_classes: int) -> Tensor:
     """Places of the images that `draw_samples` shows, of all with these labels [N]."""
-    first = [(labels == label).nonzero()[:IMAGES_PER_CLASS, 0] for label in range(MAX_CLASSES)]
+    classes = shown_classes(num_classes)
+    first = [(labels == label).nonzero()[:IMAGES_PER_CLASS, 0] for label in classes]
     return torch.cat(first)
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """Names of classes, those that several have with their labels."""
+    counts = Counter(names)
+    return [
+        name if counts[name] == 1 else f"{name} (class {label})" for label, name in enumerate(names)
+    ]
 
 
 def _ratio(value: float, reference: float) -> float:

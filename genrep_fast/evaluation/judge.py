@@ -11,7 +11,12 @@ from torch import Tensor, nn
 from ..data import LabelledImages, batches
 
 NUM_FEATURES = 32
+# 32 tell a thousand classes apart in 300 steps no better than chance would, 64 do.
+MANY_CLASSES = 100
+NUM_FEATURES_OF_MANY = 64
 MAX_IMAGE_SIZE = 32
+# Of the longer side to the shorter one, as far as features tell it.
+MAX_ASPECT = 4
 STEPS = 300
 BATCH_SIZE = 128
 LEARNING_RATE = 5e-3
@@ -20,28 +25,37 @@ LEARNING_RATE = 5e-3
 class ImageClassifier(nn.Module):
     """A small convolutional network over images [B, C, H, W] of any size.
 
-    Its last hidden layer has `NUM_FEATURES` units.
+    Its last hidden layer has `NUM_FEATURES` units; from `MANY_CLASSES` on, `NUM_FEATURES_OF_MANY`.
     """
 
     def __init__(self, image_shape: tuple[int, int, int], num_classes: int) -> None:
         super().__init__()
         channels, height, width = image_shape
-        # Larger images are shrunk first, so that fitting takes no longer for them.
+        self.num_features = NUM_FEATURES
+        if num_classes >= MANY_CLASSES:
+            self.num_features = NUM_FEATURES_OF_MANY
         size = min(height, width, MAX_IMAGE_SIZE)
-        layers: list[nn.Module] = [nn.AdaptiveAvgPool2d(size)] if size == MAX_IMAGE_SIZE else []
+        # Features of a longer side are as fine as those of the shorter one.
+        down, across = (
+            min(MAX_ASPECT, round(side / min(height, width))) for side in (height, width)
+        )
+        # Larger images are shrunk first, so that fitting takes no longer for them.
+        layers: list[nn.Module] = []
+        if size == MAX_IMAGE_SIZE:
+            layers = [nn.AdaptiveAvgPool2d((size * down, size * across))]
         layers += _convolution(channels, 32)
         while size > 8:
             size = (size + 1) // 2
             layers += [nn.MaxPool2d(2, ceil_mode=True), *_convolution(32, 32)]
         layers += [*_convolution(32, 32), nn.MaxPool2d(2, ceil_mode=True), *_convolution(32, 64)]
         layers += [
-            nn.AdaptiveAvgPool2d(4),
+            nn.AdaptiveAvgPool2d((4 * down, 4 * across)),
             nn.Flatten(),
-            nn.Linear(64 * 16, NUM_FEATURES),
+            nn.Linear(64 * 16 * down * across, self.num_features),
             nn.ReLU(),
         ]
         self.body = nn.Sequential(*layers)
-        self.head = nn.Linear(NUM_FEATURES, num_classes)
+        self.head = nn.Linear(self.num_features, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Class logits [B, K]."""
@@ -49,7 +63,7 @@ class ImageClassifier(nn.Module):
 
     @torch.no_grad()
     def judge(self, images: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-        """Features [N, NUM_FEATURES] and predicted labels [N] of batches [B, C, H, W].
+        """Features [N, num_features] and predicted labels [N] of batches [B, C, H, W].
 
         Leaves the classifier in eval mode.
         """

@@ -74,22 +74,34 @@ def build_backbone(config: dict[str, Any]) -> Backbone:
 
     Raises:
         ValueError: for another class than those of `BACKBONES`, and for a Fourier time embedding:
-            perception looks at t = 0, which training and every chain meet, too.
+            perception looks at t = 0, which training and every chain meet, too; and for a DiT whose
+            inputs are no squares of whole patches.
     """
     if config.get("time_embedding_type") == "fourier":
         raise ValueError(
             "backbone: time_embedding_type must be 'positional' or 'learned', got 'fourier', which "
             "takes the logarithm of t and divides by it: t = 0 gives NaN"
         )
-    backbone = backbone_class(config["_class_name"]).from_config(
-        {k: v for k, v in config.items() if not k.startswith("_")}
-    )
+    cls = backbone_class(config["_class_name"])
+    if cls is DiTTransformer2DModel:
+        _check_dit_size(config)
+    backbone = cls.from_config({k: v for k, v in config.items() if not k.startswith("_")})
     if isinstance(backbone, DiTTransformer2DModel):
         for block in backbone.transformer_blocks:
             # In train mode DiT replaces labels by the null class at random. GenRep alone decides
             # which label a network sees.
             block.norm1.emb.class_embedder.dropout_prob = 0.0
     return backbone
+
+
+def _check_dit_size(config: dict[str, Any]) -> None:
+    """Refuse sizes of which diffusers' DiT would put the patches together in another order."""
+    size, patch = config.get("sample_size", 32), config.get("patch_size", 2)
+    if not isinstance(size, int) or size % patch:
+        raise ValueError(
+            "backbone: sample_size of a DiTTransformer2DModel must be one side of a square and a "
+            f"multiple of its patch_size = {patch}, got {size}; a UNet2DModel takes rectangles"
+        )
 
 
 def with_null_class(
@@ -226,8 +238,13 @@ def run_backbone(
         The raw output [B, C', H, W] and, in the order of `blocks`, feature maps [B, F, h, w].
 
     Raises:
+        ValueError: for a DiT and inputs that are no squares of whole patches, which it would put
+            together in another order.
         RuntimeError: for a backbone that was compiled, and ran, before it was given to GenRep.
     """
+    plain = uncompiled(backbone)
+    if isinstance(plain, DiTTransformer2DModel):
+        _check_square(x, plain.config.patch_size)
     names = list(dict.fromkeys((*blocks, *kept)))
     outputs = dict(zip(names, keep_outputs(backbone, names), strict=True))
     for output in outputs.values():
@@ -240,6 +257,13 @@ def run_backbone(
             output.active = False
             output.value = None
     return sample, [_as_map(value) for value in values]
+
+
+def _check_square(x: torch.Tensor, patch: int) -> None:
+    height, width = x.shape[-2:]
+    if height != width or height % patch:
+        wanted = f"squares whose side is a multiple of {patch}"
+        raise ValueError(f"x: a DiTTransformer2DModel takes {wanted}, got {height} × {width}")
 
 
 def _as_map(features: torch.Tensor | None) -> torch.Tensor:

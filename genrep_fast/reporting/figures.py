@@ -19,6 +19,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from ..names import shortened
+from .classes import shown_classes
 
 if TYPE_CHECKING:
     from matplotlib.typing import RcKeyType
@@ -47,8 +48,13 @@ STYLE: dict[RcKeyType, Any] = {
     # Names of classes are no TeX, whatever the user's own style is.
     "text.usetex": False,
 }
-MAX_CLASSES = 20
 IMAGES_PER_CLASS = 10
+# In inches, of the grids of samples.
+_ROW_HEIGHT = 0.44
+_NAME_HEIGHT = 0.2
+_GRIDS_WIDTH = 11.0
+_TITLE_WIDTH = 1.2
+_CHARACTER = 0.1
 # Characters of a class's name.
 LONGEST_NAME = 24
 LOSSES = {
@@ -125,7 +131,8 @@ def draw_reliability(bins: dict[str, ReliabilityBins]) -> Figure:
 @illustration(
     "samples",
     "Generated samples, a class a row, beside test images of the same classes. The first drawn, "
-    "not the best; framed: those that the independent classifier takes for another class.",
+    "not the best; framed: those that the independent classifier takes for another class. Of many "
+    "classes, some that are spread over all of them.",
 )
 def draw_samples(
     samples: Tensor,
@@ -137,13 +144,25 @@ def draw_samples(
 ) -> Figure:
     """Grids of samples and of test images, both [N, C, H, W] in [-1, 1].
 
-    The first `IMAGES_PER_CLASS` of the first `MAX_CLASSES` classes are shown.
+    The first `IMAGES_PER_CLASS` of the `shown_classes` are shown.
     """
-    shown = class_names[:MAX_CLASSES]
-    figure = Figure(figsize=(9.6, 0.6 + 0.44 * len(shown)), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    _draw_grid(left, "generated", samples, labels, shown, framed=predicted != labels)
-    _draw_grid(right, "test images", test_images, test_labels, shown)
+    shown = shown_classes(len(class_names))
+    # Of each grid, as many columns as it fills.
+    columns = [_columns(labels, shown), _columns(test_labels, shown)]
+    # In inches: rows are as high as their names, and columns as wide as the images' shape says, but
+    # both grids have to fit side by side.
+    height, width = samples.shape[-2:]
+    cell = min(_ROW_HEIGHT * width / height, _GRIDS_WIDTH / sum(columns))
+    row = max(cell * height / width, _NAME_HEIGHT)
+    widths = [max(cell * count, _TITLE_WIDTH) for count in columns]
+    names = {label: shortened(class_names[label], LONGEST_NAME) for label in shown}
+    beside = 2 * _CHARACTER * max(map(len, names.values()))
+    size = (1.0 + beside + sum(widths), 0.8 + row * len(shown))
+    figure = Figure(figsize=size, layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=widths)
+    framed = predicted != labels
+    _draw_grid(left, "generated", samples, labels, names, columns[0], framed=framed)
+    _draw_grid(right, "test images", test_images, test_labels, names, columns[1])
     return figure
 
 
@@ -225,23 +244,33 @@ def draw_alignment(history: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
+def _columns(labels: Tensor, classes: Sequence[int]) -> int:
+    """Images of the class that has most of them, between one and `IMAGES_PER_CLASS`."""
+    most = max(int((labels == label).sum()) for label in classes)
+    return max(1, min(IMAGES_PER_CLASS, most))
+
+
 def _draw_grid(
     axes: Axes,
     title: str,
     images: Tensor,
     labels: Tensor,
-    class_names: Sequence[str],
+    names: dict[int, str],
+    columns: int,
     framed: Tensor | None = None,
 ) -> None:
-    """Draw the first images [N, C, H, W] of each class in a row, with frames where `framed` [N]."""
-    classes = len(class_names)
+    """Draw the first `columns` images [N, C, H, W] of each class in a row, with frames by `framed`.
+
+    `names` are those of the classes that are shown, by their labels.
+    """
+    classes = len(names)
     # Of a cell, with the line that parts it from the next.
     height = images.shape[-2] + 1
     width = images.shape[-1] + 1
-    grid_shape = (classes * height + 1, IMAGES_PER_CLASS * width + 1, 3)
+    grid_shape = (classes * height + 1, columns * width + 1, 3)
     grid = np.full(grid_shape, 1.0, dtype=np.float32)
-    for row in range(classes):
-        indices = (labels == row).nonzero().flatten()[:IMAGES_PER_CLASS]
+    for row, label in enumerate(names):
+        indices = (labels == label).nonzero().flatten()[:columns]
         for column, index in enumerate(indices.tolist()):
             top = row * height + 1
             start = column * width + 1
@@ -254,10 +283,9 @@ def _draw_grid(
                 axes.add_patch(frame)
     axes.imshow(grid, interpolation="nearest")
     middles = np.arange(classes) * height + height / 2
-    names = [shortened(name, LONGEST_NAME) for name in class_names]
     axes.set(title=title, xticks=[])
     # Dollars in a name begin no formula.
-    axes.set_yticks(middles, names, parse_math=False)
+    axes.set_yticks(middles, list(names.values()), parse_math=False)
     axes.grid(False)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)

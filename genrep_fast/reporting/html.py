@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..files import write_atomically
 from ..names import printable, shortened
+from .classes import MAX_CLASSES
 from .figures import Illustration
 
 # Characters of a class's name.
 LONGEST_NAME = 100
+# Names of values that could not be measured; the others are counted.
+_MAX_UNDEFINED = 40
 
 
 class Row(NamedTuple):
@@ -217,17 +221,23 @@ def render_report(metrics: dict[str, Any], illustrations: Sequence[Illustration]
         "seconds": "Wall time in seconds",
         "teacher": "Distillation teacher",
     }
-    rates = metrics["generation"]["recognition_rate_per_class"]
+    rates = metrics["generation"]["recognition_rate_per_class"].items()
+    if len(rates) > MAX_CLASSES:
+        # What was not measured comes last.
+        rates = sorted(rates, key=lambda item: math.inf if item[1] is None else item[1])
+        rates = rates[:MAX_CLASSES]
+    undefined = [shortened(name, LONGEST_NAME) for name in metrics["undefined"][:_MAX_UNDEFINED]]
+    if len(metrics["undefined"]) > _MAX_UNDEFINED:
+        undefined.append(f"and {len(metrics['undefined']) - _MAX_UNDEFINED} more")
     return environment.get_template("report.html.jinja").render(
         summary=[(row, _formatted(metrics[row.section][row.key], row.format)) for row in SUMMARY],
         metrics=metrics,
         aims=metrics["sizes"]["data"] == "digits",
         tables={title: _flat(metrics[key]) for key, title in titles.items() if metrics[key]},
         recognition=[
-            (shortened(name, LONGEST_NAME), _formatted(rate, "{:.1%}"))
-            for name, rate in rates.items()
+            (shortened(name, LONGEST_NAME), _formatted(rate, "{:.1%}")) for name, rate in rates
         ],
-        undefined=[shortened(name, LONGEST_NAME) for name in metrics["undefined"]],
+        undefined=undefined,
         illustrations=[(item, base64.b64encode(item.png).decode()) for item in illustrations],
     )
 

@@ -21,6 +21,8 @@ from rich.progress import (
 console = Console(markup=False, emoji=False)
 
 _LINES_PER_STAGE = 10
+# At least, where each part of it has one.
+_LINES_PER_EVALUATION = 10
 _SHOWN = ("generation", "perception", "cosine", "alpha")
 
 
@@ -138,14 +140,15 @@ def evaluation_progress() -> Iterator[Callable[[str, float], None]]:
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("evaluation", total=1.0)
-        said = ""
+        said = ("", 0)
 
         def update(what: str, fraction: float) -> None:
             nonlocal said
             progress.update(task, description=what, completed=fraction)
-            if not console.is_terminal and what != said:
+            now = (what, int(fraction * _LINES_PER_EVALUATION))
+            if not console.is_terminal and now != said:
                 console.print(f"evaluation {fraction:4.0%}  {what}")
-            said = what
+            said = now
 
         yield update
 

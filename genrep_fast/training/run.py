@@ -11,7 +11,13 @@ from rich.table import Table
 
 from .._moved import forward
 from ..data import DataRecord, load_data
-from ..evaluation import EvaluationSettings, evaluate
+from ..evaluation import (
+    EvaluationSettings,
+    described,
+    evaluate,
+    network_evaluations,
+    settings_for,
+)
 from ..files import only_writer
 from ..memory import require_memory
 from ..models.footprint import footprint
@@ -26,6 +32,14 @@ from .trainer import Trainer
 # third.
 _PASSES = {"diffusion": 1.0, "perception": 1.0, "joint": 2 + 1 / 3}
 _FORWARD = 1 / 3
+# Seconds of a teacher that are worth a word.
+_LONG = 300
+# What makes a teacher take less, by its name.
+_CHEAPER = {
+    "bank": "less with fewer teacher_chains or teacher_steps, teacher_refresh 0, or teacher none",
+    "elbo": "less with fewer teacher_steps, teacher bank or teacher none",
+    "image_chain": "less with fewer teacher_steps, teacher bank or teacher none",
+}
 
 _CLOSING_ROWS = (
     ("head top-1", ("head", "top1")),
@@ -80,8 +94,9 @@ def _train_and_evaluate(
     trainer = Trainer(config, splits)
     _check_steps(trainer)
     _check_memory(trainer)
-    settings = settings or evaluation_settings(config)
-    console.print(_budget_table(trainer, settings))
+    settings = settings or settings_for(splits.num_classes, scale=config.scale, seed=config.seed)
+    table, remarks = _budget(trainer, settings)
+    console.print(table, *remarks, sep="\n", highlight=False)
     pipeline = trainer.run()
     metrics = None
     started = time.perf_counter()
@@ -105,17 +120,6 @@ def _train_and_evaluate(
         written += ", metrics.json, report.html, figures/"
     console.print(f"wrote {printable(config.output)}: {written}")
     return metrics
-
-
-def evaluation_settings(config: TrainingConfig) -> EvaluationSettings:
-    """Sizes of the evaluation; they shrink with a run that is shorter than the full one."""
-    scale = config.scale
-    return EvaluationSettings(
-        elbo_steps=max(4, round(32 * scale)),
-        samples_per_class=max(4, round(50 * scale)),
-        test_images=None if scale == 1 else max(50, round(500 * scale)),
-        seed=config.seed,
-    )
 
 
 def _check_steps(trainer: Trainer) -> None:
@@ -160,28 +164,33 @@ def _teacher_facts(state: TrainingState) -> dict[str, float]:
     }
 
 
-def _budget_table(trainer: Trainer, settings: EvaluationSettings) -> Table:
+def _budget(trainer: Trainer, settings: EvaluationSettings) -> tuple[Table, list[str]]:
+    """What a run will take, as a table, and remarks on it."""
     config = trainer.config
     splits = trainer.splits
     seconds = _seconds_per_pass(trainer)
     batch_size = _batch_size(trainer)
     title = printable(f"{config.data} → {config.output}")
     table = Table("stage", "steps", "time budget", title=title, title_justify="left")
+    in_steps = 0.0
     for stage, steps in zip(STAGES, config.stage_steps, strict=True):
         passes = steps * config.gradient_accumulation_steps * _PASSES[stage]
+        in_steps += passes * seconds
         table.add_row(stage, str(steps), _minutes(passes * seconds))
+    remarks = []
     if config.teacher != "none":
         evaluations = planned_evaluations(config, splits.num_classes)
-        table.add_row("teacher", "", _minutes(evaluations / batch_size * _FORWARD * seconds))
+        of_teacher = evaluations / batch_size * _FORWARD * seconds
+        table.add_row("teacher", "", _minutes(of_teacher))
+        if of_teacher > max(in_steps, _LONG):
+            remarks.append(
+                f"teacher: it may take longer than all steps; {_CHEAPER[config.teacher]}"
+            )
     if config.evaluate:
-        images = settings.test_images or len(splits.test)
-        others = 2 * min(images, settings.random_images)
-        scored = images + others + min(images, len(splits.calibration))
-        scored *= splits.num_classes * settings.elbo_steps
-        drawn = settings.samples_per_class * splits.num_classes * settings.num_inference_steps
-        batches = (scored + drawn) / batch_size
+        batches = network_evaluations(settings, splits) / batch_size
         table.add_row("evaluation", "", _minutes(batches * _FORWARD * seconds))
-    return table
+        remarks.append(f"evaluation: {described(settings, splits)}; more with genrep evaluate")
+    return table, remarks
 
 
 def _seconds_per_pass(trainer: Trainer) -> float:

@@ -20,12 +20,12 @@ from ..files import write_atomically
 from ..models import GenRep, GenRepPipeline
 from ..names import printable
 from ..pictures import grid_of, save
+from ..reporting.classes import shown_classes
 from .config import TrainingConfig
 
 # wandb's project, and tensorboard's folder in the output folder.
 PROJECT = "genrep_fast"
 SAMPLES = "samples"
-_MAX_CLASSES = 20
 _IMAGES_PER_CLASS = 4
 _STEPS = 50
 # Of the packages, where it is not the tracker's.
@@ -143,8 +143,8 @@ class Tracking:
 
 @torch.no_grad()
 def draw_samples(model: GenRep, scheduler: Any, seed: int) -> Image:
-    """One picture of generated images, a class a row."""
-    classes = range(min(model.config.num_classes, _MAX_CLASSES))
+    """One picture of generated images, a class a row; of many classes, the `shown_classes`."""
+    classes = shown_classes(model.config.num_classes)
     labels = [label for label in classes for _ in range(_IMAGES_PER_CLASS)]
     pipeline = GenRepPipeline(model=model, scheduler=scheduler)
     pipeline.set_progress_bar_config(disable=True)

