@@ -205,7 +205,7 @@ def evaluate(
     """
     from . import pictures
     from .data import load_data
-    from .evaluation import described, settings_for
+    from .evaluation import check_splits, described, settings_for
     from .evaluation import evaluate as run_evaluation
     from .reporting.terminal import console, evaluation_progress, reading_progress
     from .training.run import result_table
@@ -233,6 +233,7 @@ def evaluate(
             record=trained_on.record,
             progress=reading,
         )
+    check_splits(pipeline.model, splits)
     console.print(described(settings, splits), highlight=False)
     folder = Path(output or Path(checkpoint) / "evaluation")
     with only_writer(folder), evaluation_progress() as progress:

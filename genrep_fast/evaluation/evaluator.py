@@ -98,14 +98,7 @@ def evaluate(
         ValueError: where the splits have other classes than the model: another number, or other
             names where the model has names; and where their images have another shape.
     """
-    if splits.num_classes != model.config.num_classes:
-        wanted = f"the model's {model.config.num_classes} classes"
-        raise ValueError(f"splits must have {wanted}, got {splits.num_classes}")
-    if model.config.class_names is not None:
-        check_class_names(splits.class_names, model.config.class_names, "splits")
-    if tuple(splits.image_shape) != model.image_shape:
-        wanted = f"the model's {list(model.image_shape)}"
-        raise ValueError(f"splits must have images of {wanted}, got {list(splits.image_shape)}")
+    check_splits(model, splits)
     output_dir = Path(output_dir)
     # Before the work, not after it: a folder that cannot be made is told at once.
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -120,6 +113,18 @@ def evaluate(
     metrics = _without_nan(metrics, undefined)
     write_report(output_dir, metrics, illustrations)
     return metrics
+
+
+def check_splits(model: GenRep, splits: DataSplits) -> None:
+    """Raise ValueError for splits of other classes, or other shapes of images, than the model's."""
+    if splits.num_classes != model.config.num_classes:
+        wanted = f"the model's {model.config.num_classes} classes"
+        raise ValueError(f"splits must have {wanted}, got {splits.num_classes}")
+    if model.config.class_names is not None:
+        check_class_names(splits.class_names, model.config.class_names, "splits")
+    if tuple(splits.image_shape) != model.image_shape:
+        wanted = f"the model's {list(model.image_shape)}"
+        raise ValueError(f"splits must have images of {wanted}, got {list(splits.image_shape)}")
 
 
 class _Images:

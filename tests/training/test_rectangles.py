@@ -155,7 +155,7 @@ def test_generate_takes_names_of_strings_and_keeps_their_shape(strings, tmp_path
         "0000-class-7-007.png",
         "0001-class-7-007.png",
         "0002-class-7-007.png",
-        "0003-class-999-999.png",
+        "0003-class-999.png",
         "grid.png",
     ]
     small = np.asarray(Image.open(tmp_path / "a" / names[0]))
