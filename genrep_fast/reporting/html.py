@@ -246,6 +246,11 @@ def _formatted(value: float | None, template: str) -> str:
     return "not measured" if value is None else template.format(value)
 
 
+def _number(value: float) -> str:
+    """With one decimal, and with three digits below 10."""
+    return f"{value:.3g}" if abs(value) < 10 else f"{value:.1f}"
+
+
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
     flat = {}
     for key, value in values.items():
@@ -253,5 +258,5 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, dict):
             flat.update(_flat(value, f"{name}: "))
         else:
-            flat[name] = f"{value:.1f}" if isinstance(value, float) else printable(value)
+            flat[name] = _number(value) if isinstance(value, float) else printable(value)
     return flat

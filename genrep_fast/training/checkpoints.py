@@ -35,7 +35,7 @@ _LARGEST_MANIFEST = 2**20
 # Bytes that are hashed at once.
 _BLOCK = 2**20
 # Each is a file NAME.safetensors.
-_TENSORS = ("model", "optimizer", "averages", "momentum", "teacher")
+_TENSORS = ("model", "optimizer", "averages", "momentum", "teacher", "calibration")
 _ALWAYS = (_STATE, "model.safetensors", "optimizer.safetensors", "averages.safetensors")
 _ALLOWED = {_STATE, _BANK, *(f"{name}.safetensors" for name in _TENSORS)}
 # What file browsers leave in any folder, besides names that begin with a dot.
@@ -53,8 +53,8 @@ class Checkpoint:
 
     Attributes:
         state: what JSON can hold; ``state["step"]`` is the optimizer step.
-        tensors: by the name of their file: model, optimizer and averages, and momentum and teacher
-            where there are such networks.
+        tensors: by the name of their file: model, optimizer and averages, momentum and teacher
+            where there are such networks, and calibration where the teacher has one.
         bank: of the teacher, where it has one.
     """
 

@@ -92,7 +92,6 @@ def _train_and_evaluate(
             progress=progress,
         )
     trainer = Trainer(config, splits)
-    _check_steps(trainer)
     _check_memory(trainer)
     settings = settings or settings_for(splits.num_classes, scale=config.scale, seed=config.seed)
     table, remarks = _budget(trainer, settings)
@@ -122,14 +121,6 @@ def _train_and_evaluate(
     return metrics
 
 
-def _check_steps(trainer: Trainer) -> None:
-    most = trainer.scheduler.config.num_train_timesteps
-    steps = trainer.config.teacher_steps
-    if trainer.config.teacher != "none" and steps > most:
-        wanted = f"at most {most}, the steps of the scheduler"
-        raise ValueError(f"teacher_steps must be {wanted}, got {steps}")
-
-
 def _check_memory(trainer: Trainer) -> None:
     config = trainer.config
     model = trainer.model
@@ -154,6 +145,9 @@ def _teacher_facts(state: TrainingState) -> dict[str, float]:
     teacher = state.teacher
     if teacher is None:
         return {}
+    race = {}
+    if state.race_facts is not None:
+        race = state.race_facts._asdict()
     return {
         "percent_of_a_training_step": state.teacher_percent,
         "network_evaluations": teacher.evaluations,
@@ -161,6 +155,7 @@ def _teacher_facts(state: TrainingState) -> dict[str, float]:
         "seconds_apart": teacher.apart.seconds,
         "temperature": teacher.temperature,
         "calibration_top1": teacher.accuracy,
+        **race,
     }
 
 
@@ -181,7 +176,9 @@ def _budget(trainer: Trainer, settings: EvaluationSettings) -> tuple[Table, list
     if config.teacher != "none":
         evaluations = planned_evaluations(config, splits.num_classes)
         of_teacher = evaluations / batch_size * _FORWARD * seconds
-        table.add_row("teacher", "", _minutes(of_teacher))
+        # How much sooner a race decides, its calibration will tell.
+        most = "at most " if config.teacher == "elbo" else ""
+        table.add_row("teacher", "", f"{most}{_minutes(of_teacher)}")
         if of_teacher > max(in_steps, _LONG):
             remarks.append(
                 f"teacher: it may take longer than all steps; {_CHEAPER[config.teacher]}"
@@ -232,6 +229,14 @@ def closing_table(
         outside = f"time, teacher outside the steps ({teacher.evaluations} evaluations)"
         table.add_row(outside, _minutes(teacher.apart.seconds))
         table.add_row("teacher", f"{trainer.state.teacher_percent:.1f}% of a training step")
+    race = trainer.state.race_facts
+    if race is not None:
+        evaluations = f"{race.evaluations_an_image:.1f}"
+        full = f"{race.full_budget_evaluations_an_image:.0f}"
+        table.add_row("teacher, evaluations an image", f"{evaluations} (full budget: {full})")
+        seconds = f"{race.seconds_a_step:.3g} s"
+        full = f"{race.full_budget_seconds_a_step:.3g} s"
+        table.add_row("time, teacher, a taught step", f"{seconds} (full budget: {full})")
     if metrics:
         table.add_row("time, evaluation", _minutes(evaluation_seconds))
     return table

@@ -5,19 +5,38 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ..files import read_json_lines
 from ..models import GenRep
 from ..models.weights import check_weights
+from ..scoring.classifier.file import calibration_tensors
 from .checkpoints import Checkpoint
 from .config import FIRST_SPLIT, STAGES, TrainingConfig
-from .teacher import Teacher, check_bank
+from .teacher import Teacher, check_bank, check_calibration
 
 # What is read off gradients may overflow where a GradScaler skips the step; the losses may not.
 _MAY_OVERFLOW = ("gradient_norm", "cosine", "alpha")
+
+
+class RaceFacts(NamedTuple):
+    """What the race of an elbo teacher took, beside what the full budget would have taken.
+
+    Attributes:
+        evaluations_an_image: of the network, over the training steps.
+        full_budget_evaluations_an_image: all classes at all timesteps.
+        seconds_a_step: of the teacher in a training step that it teaches.
+        full_budget_seconds_a_step: of as many images, as long as those of the calibration took.
+        calibration_images: which took the full budget.
+    """
+
+    evaluations_an_image: float
+    full_budget_evaluations_an_image: int
+    seconds_a_step: float
+    full_budget_seconds_a_step: float
+    calibration_images: int
 
 
 @dataclass
@@ -49,6 +68,23 @@ class TrainingState:
         taught = self.seconds["perception"] + self.seconds["joint"]
         return 100 * self.teacher.in_steps.seconds / taught
 
+    @property
+    def race_facts(self) -> RaceFacts | None:
+        """Of an elbo teacher that has taught."""
+        race = None if self.teacher is None else self.teacher.race
+        if self.teacher is None or race is None or race.cost.taught_images == 0:
+            return None
+        cost = race.cost
+        steps = self.step - self.config.stage_steps[0]
+        full_seconds = cost.calibration_seconds / cost.calibration_images
+        return RaceFacts(
+            evaluations_an_image=cost.taught_evaluations / cost.taught_images,
+            full_budget_evaluations_an_image=race.full_budget,
+            seconds_a_step=self.teacher.in_steps.seconds / steps,
+            full_budget_seconds_a_step=full_seconds * cost.taught_images / steps,
+            calibration_images=cost.calibration_images,
+        )
+
     def log(self, stage: int, metrics: dict[str, torch.Tensor], learning_rate: float) -> None:
         """Append a row to the history; raise FloatingPointError where a loss is not finite."""
         row: dict[str, float] = {
@@ -78,12 +114,16 @@ class TrainingState:
 
     def checkpoint(self) -> Checkpoint:
         """This state as a checkpoint holds it; the trainer adds weights and optimizer."""
-        teacher = None if self.teacher is None else self.teacher.state_dict()
+        teacher = None
         tensors = {"averages": dict(zip(self.parameters, self.averages, strict=True))}
         if self.momentum is not None:
             tensors["momentum"] = self.momentum.trained_state()
-        if teacher is not None:
+        if self.teacher is not None:
+            teacher = self.teacher.state_dict()
             tensors["teacher"] = teacher.pop("model")
+            calibration = self.teacher.calibration
+            if calibration is not None:
+                tensors["calibration"] = calibration_tensors(calibration)
         state = {
             "step": self.step,
             "micro_batch": self.micro_batch,
@@ -153,7 +193,8 @@ class TrainingState:
             saved = checkpoint.tensors["teacher"]
             check_weights(saved, frozen.trained_state(), "the tensors of teacher.safetensors")
             check_bank(checkpoint.bank, self.config, frozen)
-            teacher = Teacher(self.config, frozen, scheduler, checkpoint.bank)
+            calibration = check_calibration(checkpoint, self.config, frozen, scheduler)
+            teacher = Teacher(self.config, frozen, scheduler, checkpoint.bank, calibration)
             teacher.load_state_dict({**checkpoint.state["teacher"], "model": saved})
         for name in ("step", "micro_batch", "stage", "history", "seconds"):
             setattr(self, name, checkpoint.state[name])

@@ -7,16 +7,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import asdict, fields
 from typing import Any, TypeAlias
 
 import torch
 
+from ..data import DataSplits
 from ..models import GenRep
 from ..ops.posterior import distillation_loss, fit_temperature
-from ..reporting.terminal import Stopwatch
+from ..reporting.terminal import Stopwatch, console
 from ..scoring.chain_bank import ChainBank
-from ..scoring.estimators import ElboEstimator, ImageChainEstimator
+from ..scoring.classifier.calibration import Calibration
+from ..scoring.classifier.file import restored_calibration
+from ..scoring.estimators import ImageChainEstimator
+from .checkpoints import Checkpoint
 from .config import TrainingConfig
+from .race import RaceCost, RacedElbo
 
 # Chosen by negative log-likelihood on the calibration split of the digits: many short chains beat
 # few long ones at the same cost.
@@ -30,11 +36,14 @@ _REFRESH = 4
 # Images that are scored at once in the calibration.
 BATCH = 256
 
-_Estimator: TypeAlias = ElboEstimator | ImageChainEstimator | ChainBank
+_Estimator: TypeAlias = RacedElbo | ImageChainEstimator | ChainBank
 
 
 def planned_evaluations(config: TrainingConfig, num_classes: int) -> int:
-    """Network evaluations of the teacher of a whole run, those of its calibration not counted."""
+    """Network evaluations of the teacher of a whole run, those of its calibration not counted.
+
+    Of an elbo teacher the most that its races can take; how few do, its calibration tells.
+    """
     if config.teacher == "none":
         return 0
     steps = sum(config.stage_steps[1:])
@@ -69,6 +78,7 @@ class Teacher:
         model: frozen.
         scheduler: that `model` was trained with.
         bank: which `check_bank` accepted; one is built where it is needed and not given.
+        calibration: of an elbo teacher, which `check_calibration` gave; None before `prepare`.
 
     Attributes:
         temperature: τ of the posterior, calibrated by `prepare`.
@@ -85,6 +95,7 @@ class Teacher:
         model: GenRep,
         scheduler: Any,
         bank: ChainBank | None = None,
+        calibration: Calibration | None = None,
     ) -> None:
         self.config = config
         self.model = model
@@ -94,7 +105,7 @@ class Teacher:
         self.in_steps = Stopwatch(model.device)
         self.apart = Stopwatch(model.device)
         with self.apart:
-            self.estimator = self._build_estimator() if bank is None else bank
+            self.estimator = self._build_estimator(calibration) if bank is None else bank
 
     @property
     def evaluations(self) -> int:
@@ -105,27 +116,50 @@ class Teacher:
         """The bank of a teacher that has one; `state_dict` holds the rest."""
         return self.estimator if isinstance(self.estimator, ChainBank) else None
 
+    @property
+    def race(self) -> RacedElbo | None:
+        """Of an elbo teacher."""
+        return self.estimator if isinstance(self.estimator, RacedElbo) else None
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """Of an elbo teacher; `state_dict` holds the rest."""
+        return None if self.race is None else self.race.classifier.calibration
+
     def prepare(self, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Calibrate the temperature.
+        """Calibrate the temperature, and the race of an elbo teacher.
 
         Args:
             batches: latents [B, C, H, W] of images that serve nothing else, and labels [B].
         """
+        estimator = self.estimator
         with self.apart:
-            scored = [(self.estimator.log_likelihood(x), labels) for x, labels in batches]
-            scores, labels = (torch.cat(parts) for parts in zip(*scored, strict=True))
-            self.temperature = fit_temperature(scores, labels)
+            if isinstance(estimator, RacedElbo):
+                x, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+                scores, self.temperature = estimator.calibrate(x, labels)
+            else:
+                scored = [(estimator.log_likelihood(x), labels) for x, labels in batches]
+                scores, labels = (torch.cat(parts) for parts in zip(*scored, strict=True))
+                self.temperature = fit_temperature(scores, labels)
             self.accuracy = (scores.argmax(1) == labels).float().mean().item()
+        if isinstance(estimator, RacedElbo):
+            console.print(f"teacher    {estimator}", soft_wrap=True)
 
-    def distillation_loss(self, logits: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def distillation_loss(
+        self, logits: torch.Tensor, x: torch.Tensor, micro_batch: int
+    ) -> torch.Tensor:
         """L_distil = KL(p ‖ softmax(logits)) in nats, with the teacher's posterior p.
 
         Args:
             logits: [B, K].
             x: clean latents [B, C, H, W].
+            micro_batch: index of these images in the run, from which follows the noise of a race.
         """
         with self.in_steps:
-            scores = self.estimator.log_likelihood(x)
+            if isinstance(self.estimator, RacedElbo):
+                scores = self.estimator.evidence(x, micro_batch)
+            else:
+                scores = self.estimator.log_likelihood(x)
             return distillation_loss(logits, scores, temperature=self.temperature)
 
     def refresh(self) -> None:
@@ -137,6 +171,7 @@ class Teacher:
                 bank.refresh(self._denoise, chains=chains)
 
     def state_dict(self) -> dict[str, Any]:
+        race = {} if self.race is None else asdict(self.race.cost)
         return {
             "model": self.model.trained_state(),
             "temperature": self.temperature,
@@ -144,6 +179,7 @@ class Teacher:
             "seconds_in_steps": self.in_steps.seconds,
             "seconds_apart": self.apart.seconds,
             "evaluations": self.evaluations,
+            **race,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -155,12 +191,15 @@ class Teacher:
         # A bank keeps its own count.
         if not isinstance(self.estimator, ChainBank):
             self.estimator.evaluations = state["evaluations"]
+        if self.race is not None:
+            names = [field.name for field in fields(RaceCost)]
+            self.race.cost = RaceCost(**{name: state[name] for name in names})
 
-    def _build_estimator(self) -> _Estimator:
+    def _build_estimator(self, calibration: Calibration | None) -> _Estimator:
         arguments = (self._denoise, self.scheduler, self.model.config.num_classes)
         steps = self.config.teacher_steps
         if self.config.teacher == "elbo":
-            return ElboEstimator(*arguments, num_steps=steps, seed=self.config.seed)
+            return RacedElbo(*arguments, self.config, calibration)
         if self.config.teacher == "image_chain":
             options = self._chain_options()
             return ImageChainEstimator(*arguments, num_inference_steps=steps, **options)
@@ -191,6 +230,25 @@ class Teacher:
         return self.model(x_t, timesteps, labels, modulate=False).sample
 
 
+def check_teacher(config: TrainingConfig, scheduler: Any, splits: DataSplits) -> None:
+    """Raise ValueError where no teacher of `config` can score these images, before they are used.
+
+    Args:
+        scheduler: of the run.
+        splits: whose calibration images calibrate it.
+    """
+    most = scheduler.config.num_train_timesteps
+    if config.teacher != "none" and config.teacher_steps > most:
+        wanted = f"at most {most}, the steps of the scheduler"
+        raise ValueError(f"teacher_steps must be {wanted}, got {config.teacher_steps}")
+    if config.teacher != "elbo":
+        return
+    found = (splits.num_classes, len(splits.calibration))
+    if min(found) < 2:
+        wanted = "an elbo teacher wants two classes and two calibration images at least"
+        raise ValueError(f"splits: {wanted}, got {found[0]} and {found[1]}")
+
+
 def check_bank(bank: ChainBank | None, config: TrainingConfig, model: GenRep) -> None:
     """Raise ValueError where `bank` is not one that `Teacher` builds with these arguments.
 
@@ -206,3 +264,43 @@ def check_bank(bank: ChainBank | None, config: TrainingConfig, model: GenRep) ->
     if found != expected:
         sizes = "classes, chains and sample shape"
         raise ValueError(f"the bank has {sizes} {found}, its teacher {expected}")
+
+
+def check_calibration(
+    checkpoint: Checkpoint, config: TrainingConfig, model: GenRep, scheduler: Any
+) -> Calibration | None:
+    """The calibration of an elbo teacher in a checkpoint; None of another kind of teacher.
+
+    None as well of a denoiser that gives the same output under every class, which cannot be
+    calibrated.
+
+    Raises:
+        ValueError: where it is not one that `Teacher.prepare` makes with these arguments.
+    """
+    tensors = checkpoint.tensors.get("calibration")
+    state = checkpoint.state["teacher"]
+    if config.teacher != "elbo":
+        if tensors is not None:
+            raise ValueError(f"a teacher of the kind {config.teacher} got a calibration")
+        return None
+    if "calibration_images" not in state:
+        raise ValueError(
+            "its elbo teacher has no calibration: it is of an earlier genrep_fast, in which every "
+            "class took every timestep; go on with that version, or train anew in another folder"
+        )
+    if tensors is None:
+        if state["taught_evaluations"] > 0:
+            raise ValueError("calibration.safetensors is missing")
+        return None
+    try:
+        calibration = restored_calibration(tensors, model.config.num_classes, scheduler, None)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"calibration.safetensors: {error}") from error
+    images, steps, _ = calibration.errors.shape
+    found, wanted = (images, steps), (state["calibration_images"], config.teacher_steps)
+    if found != wanted:
+        raise ValueError(
+            f"calibration.safetensors is of {found[0]} images at {found[1]} timesteps, "
+            f"its teacher's of {wanted[0]} at {wanted[1]}"
+        )
+    return calibration

@@ -36,8 +36,9 @@ from .checkpoints import (
 from .config import STAGES, TrainingConfig
 from .losses import GenerationLoss, perception_loss
 from .networks import build_model, build_scheduler
+from .race import calibration_images
 from .state import TrainingState, check_numbers, copy_
-from .teacher import BATCH, Teacher
+from .teacher import BATCH, Teacher, check_teacher
 from .tracking import SAMPLES, Tracking, check_tracker
 
 _WARMUP_STEPS = 50
@@ -80,6 +81,7 @@ class Trainer:
         self._check_run()
         torch.manual_seed(config.seed)
         self.scheduler = build_scheduler(config)
+        check_teacher(config, self.scheduler, splits)
         model = build_model(config, splits).to(self.accelerator.device)
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.names = list(named)
@@ -306,7 +308,11 @@ class Trainer:
         teacher = self.state.teacher
         with self.accelerator.autocast():
             logits = self.model.perceive(x)
-            distillation = None if teacher is None else teacher.distillation_loss(logits, x)
+            distillation = None
+            if teacher is not None:
+                # The step counts a micro-batch before it is used.
+                number = self.state.micro_batch - 1
+                distillation = teacher.distillation_loss(logits, x, number)
             weight = self.config.distillation_weight
             loss, parts = perception_loss(
                 logits, labels, labelled, distillation, distillation_weight=weight
@@ -425,7 +431,8 @@ class Trainer:
         """Latents and labels of the calibration split, in batches."""
         device = self.accelerator.device
         # Without workers: a progress bar has a thread by now.
-        for images, labels in batches(self.splits.calibration, BATCH):
+        split = self.splits.calibration
+        for images, labels in batches(split, BATCH, calibration_images(self.config, len(split))):
             yield self.model.encode(images.to(device)), labels.to(device)
 
     def _loader(self) -> Generator[Batch, None, None]:

@@ -27,6 +27,10 @@ _POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _PRIOR_IMAGES = 8
 
 
+class SameOutputs(ValueError):
+    """Of a denoiser that gives the same output under every class: there is nothing to calibrate."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Calibration:
     """Errors of N images under every class at the S timesteps of a full budget.
@@ -249,7 +253,7 @@ class Calibration:
         variance = mean.diagonal().copy()
         seen = variance > 0
         if not seen.any():
-            raise ValueError(
+            raise SameOutputs(
                 "denoiser must depend on its labels, got the same output under every class"
             )
         scale = np.sqrt(np.where(seen, variance, 1))

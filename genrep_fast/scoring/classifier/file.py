@@ -53,7 +53,7 @@ def write_classifier(path: str | os.PathLike[str], classifier: SavedClassifier) 
     scheduler = classifier.scheduler
     file = None
     if classifier.calibration is not None:
-        content = save(_tensors(classifier.calibration))
+        content = save(calibration_tensors(classifier.calibration))
         file = f"calibration-{hashlib.sha256(content).hexdigest()[:16]}.safetensors"
         write_atomically(folder / file, content)
     config = {key: value for key, value in dict(scheduler.config).items() if key[0] != "_"}
@@ -149,7 +149,8 @@ def _scheduler(config: Any) -> Any:
         ) from error
 
 
-def _tensors(calibration: Calibration) -> dict[str, Tensor]:
+def calibration_tensors(calibration: Calibration) -> dict[str, Tensor]:
+    """What `restored_calibration` takes, by name."""
     arrays = {
         "timesteps": calibration.timesteps,
         "errors": calibration.errors,
@@ -164,24 +165,37 @@ def _read_calibration(file: Path, settings: dict[str, Any], scheduler: Any) -> C
     try:
         with safe_open(file, "pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        calibration = _checked_calibration(tensors, settings["num_classes"])
-        steps = len(calibration.timesteps)
-        noise = ForwardNoise(scheduler, steps, settings["parameterization"])
-        expected = noise.timesteps.double().numpy()
-        if not np.allclose(expected, calibration.timesteps, rtol=1e-6, atol=0):
-            raise ValueError(
-                f"timesteps must be the scheduler's {expected.tolist()}, "
-                f"got {calibration.timesteps.tolist()}"
-            )
-        # Raises where nothing can be learnt from it.
-        _ = calibration.variance
-        return calibration
+        return restored_calibration(
+            tensors, settings["num_classes"], scheduler, settings["parameterization"]
+        )
     except FileNotFoundError as error:
         raise ValueError(f"{file} is missing, which {_SETTINGS} names") from error
     # What the reader raises depends on where a file is broken.
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{file} is truncated or not a calibration: {reason}") from error
+
+
+def restored_calibration(
+    tensors: dict[str, Tensor], num_classes: int, scheduler: Any, parameterization: str | None
+) -> Calibration:
+    """The calibration whose tensors `calibration_tensors` gave.
+
+    Raises:
+        TypeError, ValueError: for tensors that are none of K = `num_classes` and the scheduler, and
+            for a calibration of which nothing can be learnt.
+    """
+    calibration = _checked_calibration(tensors, num_classes)
+    noise = ForwardNoise(scheduler, len(calibration.timesteps), parameterization)
+    expected = noise.timesteps.double().numpy()
+    if not np.allclose(expected, calibration.timesteps, rtol=1e-6, atol=0):
+        raise ValueError(
+            f"timesteps must be the scheduler's {expected.tolist()}, "
+            f"got {calibration.timesteps.tolist()}"
+        )
+    # Raises where nothing can be learnt from it.
+    _ = calibration.variance
+    return calibration
 
 
 def _checked_calibration(tensors: dict[str, Tensor], num_classes: int) -> Calibration:
