@@ -5,7 +5,7 @@ OUTPUT ?= runs/digits
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help train ablation test check soak lint format native sanitize wheel wheel-matrix clean
+.PHONY: help train ablation test check soak lint format native sanitize emulate wheel wheel-matrix clean
 
 help: # lists the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*# /\1\t/p' Makefile | expand -t 16
@@ -36,15 +36,26 @@ soak: $(VENV)/.installed-test # random walks, fuzzers, killed runs and damaged f
 # The CPU kernels with AddressSanitizer and UndefinedBehaviorSanitizer, which must be loaded before Python. Python itself leaks at exit.
 # Their reports are written where pytest would not show them without --capture=sys. They keep freed memory, which is not measured therefore.
 SANITIZED := $(CURDIR)/build/sanitized
+SANITIZERS = $$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)
 SANITIZED_TESTS := $(addprefix tests/,ops/test_alignment.py ops/test_optimizer.py kernels)
 SANITIZED_CASES := not triton and not inductor and not hold_steps
 sanitize: $(VENV)/.installed-test # C++ kernels under sanitizers
 	rm -rf $(SANITIZED)
 	GENREP_FAST_SANITIZE=1 GENREP_FAST_CUDA=0 $(BIN)/pip install --no-build-isolation --no-deps --target $(SANITIZED) .
-	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 \
 		PYTHONPATH=$(SANITIZED) OMP_NUM_THREADS=2 $(BIN)/pytest --capture=sys $(SANITIZED_TESTS) -k "$(SANITIZED_CASES)"
 
-CXX_SOURCES = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
+# The CUDA kernels, compiled for the host (tests/device), under the tests of the kernels: SANITIZE=1 for the sanitizers, EMULATED_TESTS for
+# some of them. A process a processor; what measures memory or compiles by Triton is left to the other targets.
+EMULATOR = $(CURDIR)/build/emulator$(if $(SANITIZE),-sanitized)
+EMULATED_TESTS = tests/kernels tests/ops/test_alignment.py tests/ops/test_optimizer.py
+EMULATED_CASES := not test_triton.py and not inductor and not hold_steps
+emulate: $(VENV)/.installed-test # CUDA kernels on the host; SANITIZE=1: under sanitizers
+	$(BIN)/python tests/device/build_emulator.py $(EMULATOR) $(if $(SANITIZE),--sanitize)
+	$(if $(SANITIZE),LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0) \
+		GENREP_FAST_EMULATED=$(EMULATOR)/_C_emulated.so $(PYTEST) -q $(if $(SANITIZE),--capture=sys) $(EMULATED_TESTS) -k "$(EMULATED_CASES)"
+
+CXX_SOURCES = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/device/*.h tests/device/*.cpp)
 lint: $(VENV)/.installed-dev # ruff, clang-format and mypy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --diff

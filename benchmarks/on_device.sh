@@ -2,30 +2,38 @@
 # Everything that needs a GPU, in one call of at most 9.5 minutes that needs no network: build, tests, sanitizers, benchmarks, ncu.
 #
 #     benchmarks/on_device.sh             on a machine with an NVIDIA GPU, nvcc, torch >= 2.11, Triton >= 3.6 and the package's extra "test"
-#     benchmarks/on_device.sh --dry-run   the same steps on the CPU, tiny, in a minute or two
+#     benchmarks/on_device.sh --part PART tests (with sanitizers), benchmarks or profile (ncu) alone, where all of it does not fit
+#     benchmarks/on_device.sh --dry-run   the same steps on the CPU, tiny, in a minute or two; also of one part
 #
 # Writes results.json (benchmarks/collect_results.py says what it holds), table.txt, the two pictures of `genrep bench` and the logs of every
-# group of steps to $OUT. They are written anew as steps end, so that an interrupted run leaves what it measured. Each step has its own time limit, and what no longer fits
+# group of steps to $OUT. They are written anew as steps end, so that an interrupted run leaves what it measured; accuracy.txt, the error of every
+# result that the tests compare as a part of its bound, grows line by line. Each step has its own time limit, and what no longer fits
 # is left out. The exit status is 0 where every step passed or was skipped for want of a tool. Nothing is installed: the package is copied
 # to a temporary folder, and its native code built there.
 #
-# Environment: OUT (default ./device-results), PYTHON (python3), DEADLINE (seconds for everything), WHEELS (.whl: a folder of wheels of what
+# Environment: OUT (default ./device-results, or a folder of the part's name in it), PYTHON (python3), DEADLINE (seconds for everything), WHEELS (.whl: a folder of wheels of what
 # this Python lacks, e.g. diffusers and torchjd; one of genrep_fast itself is tested instead of a build), TESTS (files of tests without test_
 # and .py; a comma and a keyword expression with + for spaces behind one choose some of its tests), PYTEST_ADDOPTS, COMMIT (where git cannot
 # say).
 
 set -u -o pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-OUT=${OUT:-device-results}
 PYTHON=$("${PYTHON:-python3}" -c 'import sys; print(sys.executable)') || exit 2
 WHEELS=${WHEELS:-$ROOT/.whl}
 DEADLINE=${DEADLINE:-560} # seconds, and 10 more for what ignores the first signal
 
-case "${1-}" in
-    "") DRY= ;;
-    --dry-run) DRY=yes ;;
-    *) echo "usage: [OUT=folder] $0 [--dry-run]" >&2; exit 2 ;;
-esac
+DRY= PART=
+while (($#)); do
+    case "$1 ${2-}" in
+        --dry-run\ *) DRY=yes ;;
+        --part\ tests | --part\ benchmarks | --part\ profile) PART=$2 && shift ;;
+        *) echo "usage: [OUT=folder] $0 [--part tests|benchmarks|profile] [--dry-run]" >&2; exit 2 ;;
+    esac
+    shift
+done
+OUT=${OUT:-device-results${PART:+/$PART}}
+has_part() { [[ ! $PART || $PART == "$1" ]]; }
+
 if [[ $DRY ]]; then
     export CUDA_VISIBLE_DEVICES="" GENREP_FAST_CUDA=0
     TESTS=${TESTS:-aligner aligned_adamw rules}
@@ -40,7 +48,7 @@ else
 fi
 
 mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || exit 2
-rm -f "$OUT"/{results.json,table.txt,roofline.png,training_step.png,build.log,tests.log,sanitizers.log,benchmarks.log}
+rm -f "$OUT"/{results.json,table.txt,accuracy.txt,roofline.png,training_step.png,build.log,tests.log,sanitizers.log,benchmarks.log}
 WORK=$(mktemp -d)
 SITE=$WORK/site
 mkdir -p "$WORK"/{status,logs,junit,benchmarks} "$SITE"
@@ -48,13 +56,14 @@ WHEELS=$(cd "$ROOT" && realpath -m "$WHEELS")
 COMMIT=${COMMIT:-$(git -C "$ROOT" describe --always --abbrev=40 --dirty 2>/dev/null || echo unknown)}
 # From here on `import genrep_fast` finds the copy, in the steps' subprocesses as well: nothing runs in the source tree.
 export PYTHONPATH=$SITE${PYTHONPATH:+:$PYTHONPATH} PATH=$SITE/bin:$PATH PYTHONUNBUFFERED=1 COMMIT
+export GENREP_FAST_ACCURACY_FILE=$OUT/accuracy.txt
 export TRITON_CACHE_DIR=$WORK/triton TORCHINDUCTOR_CACHE_DIR=$WORK/inductor
 cd "$WORK" || exit 2
 
 # The logs and results so far; fails unless everything has run and succeeded.
 publish() {
     local folder
-    for folder in "$WORK"/logs/*; do (cd "$folder" && tail -v -n +1 -- *) >"$OUT/$(basename "$folder").log"; done
+    for folder in "$WORK"/logs/*/; do [[ -d $folder ]] && (cd "$folder" && tail -v -n +1 -- *) >"$OUT/$(basename "$folder").log"; done
     "$PYTHON" "$ROOT/benchmarks/collect_results.py" results "$WORK" "$OUT"
 }
 
@@ -129,19 +138,21 @@ sanitize() {
     done
 }
 
-sanitize &
-for name in $TESTS; do
-    while (($(jobs -rp | wc -l) >= $(nproc))); do wait -n; done
-    IFS=, read -r file keyword <<<"$name"
-    path=$(find "$ROOT/tests" -name "test_$file.py")
-    options=()
-    [[ $name == scoring_kernels* && ${WORKERS-} ]] && options=(-n "$WORKERS" -v) # of a run that is cut off nothing but the lines of single tests is left
-    OMP_NUM_THREADS=1 step tests "$name" 200 "$PYTHON" -m pytest -q --durations=3 -p no:cacheprovider --junitxml="$WORK/junit/$name.xml" \
-        "${options[@]}" \
-        -k "${keyword//+/ }" "${path:-$ROOT/tests/test_$file.py}" &
-done
-wait
-publish
+run_tests() {
+    sanitize &
+    for name in $TESTS; do
+        while (($(jobs -rp | wc -l) >= $(nproc))); do wait -n; done
+        IFS=, read -r file keyword <<<"$name"
+        path=$(find "$ROOT/tests" -name "test_$file.py")
+        options=()
+        [[ $name == scoring_kernels* && ${WORKERS-} ]] && options=(-n "$WORKERS")
+        # -v: of a run that is cut off the lines of single tests are left, written as each ends.
+        OMP_NUM_THREADS=1 step tests "$name" 200 "$PYTHON" -m pytest -v --durations=3 -p no:cacheprovider \
+            --junitxml="$WORK/junit/$name.xml" "${options[@]}" -k "${keyword//+/ }" "${path:-$ROOT/tests/test_$file.py}" &
+    done
+    wait
+    publish
+}
 
 # Benchmarks, which have the machine for themselves; the most telling ones first.
 
@@ -150,15 +161,13 @@ bench() { # NAME SECONDS OPTION...
     publish
 }
 
-if [[ $DRY ]]; then
-    bench quick 120 --suite optimizer scoring --case 's* backward' --seconds 0.02 --threads 1
-    bench operators 60 --suite operators --case '* small' --seconds 0.02 --threads 1
-else
-    bench operators 120 --suite operators --seconds 0.1
-    bench quick 160 --quick --seconds 0.3
+profile() {
+    local backend ncu
     ncu=$(PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin type -P ncu)
     for backend in cuda triton; do
-        if [[ $ncu ]]; then
+        if [[ $DRY ]]; then
+            skip benchmarks "ncu_$backend" "a dry run has no GPU"
+        elif [[ $ncu ]]; then
             step benchmarks "ncu_$backend" 60 "$ncu" --profile-from-start off --clock-control none --csv \
                 --metrics dram__throughput.avg.pct_of_peak_sustained_elapsed,gpu__time_duration.sum \
                 "$PYTHON" -m genrep_fast.benchmarks.bench_operators "$backend"
@@ -166,6 +175,19 @@ else
             skip benchmarks "ncu_$backend" "there is no ncu"
         fi
     done
+    publish
+}
+
+has_part tests && run_tests
+if [[ $DRY ]] && has_part benchmarks; then
+    bench quick 120 --suite optimizer scoring --case 's* backward' --seconds 0.02 --threads 1
+    bench operators 60 --suite operators --case '* small' --seconds 0.02 --threads 1
+elif has_part benchmarks; then
+    bench operators 120 --suite operators --seconds 0.1
+    bench quick 160 --quick --seconds 0.3
+fi
+has_part profile && profile
+if [[ ! $DRY ]] && has_part benchmarks; then
     bench large 120 --suite alignment optimizer --case '1e8*' --seconds 0.5
     bench scoring 120 --suite scoring --case '[is]*' --seconds 0.5
 fi

@@ -20,6 +20,15 @@ if not HAS_GPU:
 
 import genrep_fast as gf  # noqa: E402
 
+# The CUDA kernels, compiled for the host by `make emulate`; see tests/device.
+EMULATED = os.environ.get("GENREP_FAST_EMULATED")
+BACKENDS = ["triton", "cuda"] if HAS_GPU else ["cpu", "triton"]
+if EMULATED:
+    import emulation
+
+    emulation.load(EMULATED)
+    BACKENDS = ["cuda"]
+
 # What tests/kernels share asserts as a test does.
 pytest.register_assert_rewrite("kernel_cases", "tensor_list_cases")
 
@@ -45,7 +54,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
 
 
-@pytest.fixture(params=["triton", "cuda"] if HAS_GPU else ["cpu", "triton"])
+@pytest.fixture(params=BACKENDS)
 def backend(request, monkeypatch):
     """Insists on one compiled backend after the other, those that can run here."""
     if request.param == "triton" and not HAS_GPU:

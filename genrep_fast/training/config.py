@@ -102,8 +102,8 @@ class TrainingConfig:
             distillation.
         distillation_weight: λ.
         teacher_chains: bank: chains a class.
-        teacher_steps: bank and image_chain: inference steps of a chain; elbo: scored timesteps an
-            image.
+        teacher_steps: bank and image_chain: inference steps of a chain; elbo: timesteps of the full
+            budget and of its calibration.
         teacher_refresh: bank: optimizer steps between two refreshes, each of a quarter of the
             chains; 0 for none.
         semantic: semantic-driven generation, the modulation of mean and variance by x_sem.

@@ -8,6 +8,7 @@ import math
 import torch
 
 from genrep_fast.reference import alignment as alignment_reference
+from kernel_cases import note_accuracy
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -91,6 +92,7 @@ def assert_accurate(name, results, plain, exact):
     )
     bound = 2 * plain_error + torch.finfo(results[0].dtype).eps / 8
     print(f"{name}: error {error:.1e}, plain formula {plain_error:.1e}, bound {bound:.1e}")
+    note_accuracy(name, error, bound)
     assert error <= bound
 
 

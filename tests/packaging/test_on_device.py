@@ -24,25 +24,31 @@ collect_results = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(collect_results)
 
 
-@pytest.fixture(scope="module")
-def dry_run(tmp_path_factory):
-    """Exit status and folder of a dry run of some tests of one file, and of a file that does not
-    exist.
-    """
-    output = tmp_path_factory.mktemp("dry_run")
+STRIDES = "posterior_kernels,any_strides+and+cropped+and+cpu"
+
+
+def run_dry(output, *options, deadline=3600):
+    """Exit status of a dry run of some tests of two files, and of a file that does not exist."""
     environment = {
         "OUT": str(output),
         "PYTHON": sys.executable,
         "COMMIT": "0123abc",
-        "TESTS": "dispatch,use+and+insist missing",
+        "TESTS": f"dispatch,use+and+insist {STRIDES} missing",
         "OMP_NUM_THREADS": "1",
-        "DEADLINE": "3600",
+        "DEADLINE": str(deadline),
     }
     environment["WHEELS"] = str(output / "none")
-    command = [ROOT / "benchmarks/on_device.sh", "--dry-run"]
+    command = [ROOT / "benchmarks/on_device.sh", "--dry-run", *options]
     result = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
     print(result.stdout, result.stderr)
-    return result.returncode, output
+    return result.returncode
+
+
+@pytest.fixture(scope="module")
+def dry_run(tmp_path_factory):
+    """Exit status and folder of a dry run."""
+    output = tmp_path_factory.mktemp("dry_run")
+    return run_dry(output), output
 
 
 def results_of(dry_run):
@@ -54,12 +60,14 @@ def test_a_failing_step_stops_nothing_but_is_reported(dry_run):
     status, results = dry_run[0], results_of(dry_run)
     verdicts = {name: step["verdict"] for name, step in results["steps"].items()}
     assert verdicts.pop("tests:missing") == "failed: exit status 4"
+    for backend in ("cuda", "triton"):
+        assert verdicts.pop(f"benchmarks:ncu_{backend}") == "skipped: a dry run has no GPU"
     assert set(verdicts.values()) == {"passed"}
     groups = [name.partition(":")[0] for name in verdicts]
     assert (
         groups[:2] == ["build"] * 2
-        and sorted(groups[2:4]) == ["sanitizers", "tests"]
-        and groups[4:] == ["benchmarks"] * 2
+        and sorted(groups[2:5]) == ["sanitizers", "tests", "tests"]
+        and groups[5:] == ["benchmarks"] * 2
     )
     assert status == 1 and results["finished"] and not results["succeeded"]
 
@@ -88,6 +96,7 @@ def test_tests_are_counted(dry_run):
         "skipped": 0,
         "failures": [],
     }
+    assert tests[STRIDES] == {"passed": 1, "failed": 0, "skipped": 0, "failures": []}
     assert tests["missing"] == {"passed": 0, "failed": 0, "skipped": 0, "failures": []}
 
 
@@ -111,11 +120,53 @@ def test_benchmarks_are_collected(dry_run):
 
 
 @pytest.mark.slow
-def test_everything_fits_into_eight_small_files(dry_run):
+def test_the_accuracy_of_every_compared_result_is_kept(dry_run):
+    lines = (dry_run[1] / "accuracy.txt").read_text().splitlines()
+    assert lines and all("test_posterior_and_distillation_of_any_strides" in line for line in lines)
+    assert all(0 <= float(line.split()[0]) <= 1 for line in lines)
+
+
+@pytest.mark.slow
+def test_single_tests_are_named(dry_run):
+    log = (dry_run[1] / "tests.log").read_text()
+    assert "test_posterior_and_distillation_of_any_strides[cpu-cropped] PASSED" in log
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("part", "groups"),
+    [
+        ("tests", {"build", "sanitizers", "tests"}),
+        ("benchmarks", {"build", "benchmarks"}),
+        ("profile", {"build", "benchmarks"}),
+    ],
+)
+def test_a_part_alone(part, groups, tmp_path):
+    # No time for any step: that each would run is what is left of them.
+    assert run_dry(tmp_path, "--part", part, deadline=1) == 1
+    steps = json.loads((tmp_path / "results.json").read_text())["steps"]
+    assert {name.partition(":")[0] for name in steps} == groups
+    profiled = {name for name in steps if "ncu" in name}
+    expected = {"benchmarks:ncu_cuda", "benchmarks:ncu_triton"}
+    assert profiled == (expected if part == "profile" else set())
+
+
+@pytest.mark.parametrize("options", [["--part"], ["--part", "nothing"], ["nothing"]])
+def test_unknown_options_are_refused(options, tmp_path):
+    command = [ROOT / "benchmarks/on_device.sh", *options]
+    environment = os.environ | {"OUT": str(tmp_path / "out"), "PYTHON": sys.executable}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 2 and "--part tests|benchmarks|profile" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_everything_fits_into_nine_small_files(dry_run):
     files = list(dry_run[1].iterdir())
     assert {path.name for path in files} == {
         "results.json",
         "table.txt",
+        "accuracy.txt",
         "roofline.png",
         *(f"{log}.log" for log in ("build", "tests", "sanitizers", "benchmarks")),
     }
