@@ -233,20 +233,21 @@ def evaluate(
             record=trained_on.record,
             progress=reading,
         )
-    check_splits(pipeline.model, splits)
-    console.print(described(settings, splits), highlight=False)
     folder = Path(output or Path(checkpoint) / "evaluation")
-    with only_writer(folder), evaluation_progress() as progress:
-        metrics = run_evaluation(
-            pipeline.model,
-            pipeline.scheduler,
-            splits,
-            folder,
-            settings=settings,
-            history=history,
-            stages=STAGES,
-            progress=progress,
-        )
+    with only_writer(folder):
+        check_splits(pipeline.model, splits)
+        console.print(described(settings, splits), highlight=False)
+        with evaluation_progress() as progress:
+            metrics = run_evaluation(
+                pipeline.model,
+                pipeline.scheduler,
+                splits,
+                folder,
+                settings=settings,
+                history=history,
+                stages=STAGES,
+                progress=progress,
+            )
     console.print(result_table(metrics))
     console.print(f"wrote {printable(folder)}: metrics.json, report.html, figures/")
 

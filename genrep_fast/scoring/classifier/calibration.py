@@ -23,8 +23,6 @@ from .strategies import low_discrepancy_order
 
 # Powers of 1/s²(t) among which the labels choose the weights; 0 is uniform.
 _POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
-# Images that the race's bound of the worst case is worth.
-_PRIOR_IMAGES = 8
 
 
 class SameOutputs(ValueError):
@@ -162,23 +160,21 @@ class Calibration:
         """The bound with which the full budget's winner is dropped as often as 1 − confidence.
 
         Were all chances P right, those of the K − 1 classes that leave would add up to that at
-        log(K − 1) − log(1 − confidence), the worst case. Calibration images say how far −log P of
-        their winner T rose while another class led: the share of images with T > 0 and the mean of
-        these T give an exponential tail. The bound is the mean of both, the worst case counted as
-        eight images, and at least the quantile of T that holds for any distribution (the greatest
-        T where images are too few).
+        log(K − 1) − log(1 − confidence), which is the least bound. Calibration images say how far
+        −log P of their winner T rose while another class led: the share of images with T > 0 and
+        the mean of these T give an exponential tail, whose quantile raises the bound. So does the
+        quantile of T that holds for any distribution (the greatest T where images are too few).
         """
         error = 1 - confidence
-        worst = math.log((self.errors.shape[2] - 1) / error)
+        least = math.log((self.errors.shape[2] - 1) / error)
         risen = np.sort(self._furthest_risen(rule, steps))
         positive = risen[risen > 0]
         # One-sided: the count and one standard deviation of it.
         count = len(positive) + 1
         share = min((count + math.sqrt(count)) / (len(risen) + 2), 1.0)
-        tail = positive.sum() * math.log(max(share / error, 1.0))
-        bound = (_PRIOR_IMAGES * worst + tail) / (_PRIOR_IMAGES + len(positive))
+        tail = positive.mean() * math.log(max(share / error, 1.0)) if len(positive) else 0.0
         place = min(math.ceil((len(risen) + 1) * confidence), len(risen))
-        return float(max(bound, risen[place - 1]))
+        return float(max(least, tail, risen[place - 1]))
 
     def _furthest_risen(self, rule: KnownVariance, steps: Steps) -> np.ndarray:
         """The greatest −log P of each image's winner at a look, 0 where it always leads [N]."""
