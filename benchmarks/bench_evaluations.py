@@ -20,10 +20,10 @@ Writes evaluations.json, evaluations.md and evaluations.png; a run that was inte
 
 import argparse
 import fnmatch
+import itertools
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,7 @@ from scipy import stats
 from torch.utils.flop_counter import FlopCounterMode
 
 import genrep_fast as gf
-from genrep_fast.data import as_tensors, load_data
+from genrep_fast.data import LabelledImages, as_tensors, load_data
 from genrep_fast.evaluation.metrics import classification_metrics
 from genrep_fast.files import write_atomically
 from genrep_fast.scoring.classifier.calibration import Calibration
@@ -68,11 +68,11 @@ RULES = {  # name -> strategy
 
 
 class CountedDenoiser:
-    """A denoiser that counts its calls, their rows, and the time that they take."""
+    """A denoiser that counts the rows that it is given, and the time that they take."""
 
     def __init__(self, denoiser):
         self.denoiser = denoiser
-        self.calls = self.rows = 0
+        self.rows = 0
         self.seconds = 0.0
 
     def __call__(self, x_t, timesteps, labels):
@@ -81,12 +81,10 @@ class CountedDenoiser:
         if x_t.is_cuda:
             torch.cuda.synchronize()
         self.seconds += time.perf_counter() - start
-        self.calls += 1
         self.rows += len(x_t)
         return output
 
 
-@dataclass(frozen=True)
 class TTest:
     """A class leaves by a paired t-test against the best one, as if each look were the only one."""
 
@@ -116,20 +114,13 @@ class Setting:
         self.data = saved_data(run)
         splits = load_data(self.data.name, split=self.data.split, record=self.data.record)
         self.classes = splits.num_classes
-        images, labels = as_tensors(splits.test)
-        # The same few images of every class come first, however many are wanted.
-        chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-        self.images, self.labels = (part[chosen[: options.images]] for part in (images, labels))
-        self.images = self.images.to(DEVICE)
+        self.images, self.labels = some_of(splits.test, options.images)
+        self.calibration_images = some_of(splits.calibration, options.calibration)
         denoiser = torch.compile(self.model.denoise) if options.compile else self.model.denoise
         self.denoiser = CountedDenoiser(denoiser)
         self.batch_size = options.batch_size
         self.steps = options.steps
         self.classifier = self.new_classifier()
-        images, labels = as_tensors(splits.calibration)
-        chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-        chosen = chosen[: options.calibration]
-        self.calibration_images = images[chosen].to(DEVICE), labels[chosen]
 
     def new_classifier(self) -> gf.DiffusionClassifier:
         return gf.DiffusionClassifier(
@@ -167,6 +158,13 @@ class Setting:
             return Calibration(**saved)
 
 
+def some_of(split: LabelledImages, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images and labels drawn at random; of fewer the first ones are the same."""
+    images, labels = as_tensors(split)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    return images[order[:count]].to(DEVICE), labels[order[:count]]
+
+
 def winners(full: Calibration, weights: np.ndarray) -> torch.Tensor:
     """Of a full budget with the weights of its steps, int64 [N]."""
     weighted = np.einsum("nsk,s->nk", full.errors.astype(np.float64), weights)
@@ -184,7 +182,7 @@ def measured_rule(setting: Setting, name: str, count: int) -> dict:
     """What a rule makes of the first `count` images."""
     images, labels = setting.images[:count], setting.labels[:count]
     counted = setting.denoiser
-    counted.calls, counted.rows, counted.seconds = 0, 0, 0.0
+    counted.rows, counted.seconds = 0, 0.0
     start = time.perf_counter()
     if name == T_TEST:
         found = t_test(setting, images)
@@ -266,11 +264,7 @@ def full_budgets(setting: Setting, fulls: list[Calibration]) -> list[dict]:
     for kind in ("calibrated", "uniform"):
         weights = setting.classifier.calibration.weights(kind, fulls[0].timesteps)
         all_winners = [winners(full, weights) for full in fulls]
-        pairs = [
-            share(one == other)
-            for i, one in enumerate(all_winners)
-            for other in all_winners[i + 1 :]
-        ]
+        pairs = [share(one == other) for one, other in itertools.combinations(all_winners, 2)]
         found.append(
             {
                 "weights": kind,

@@ -89,7 +89,7 @@ def draw(results: dict) -> Figure:
                 )
             full = results["full"][0]
             level = full["ceiling"] if value == "agreement" else full["accuracy"][0]
-            panel.axhline(level[0], color=GREY, linestyle="--", label="two full budgets, one")
+            panel.axhline(level[0], color=GREY, linestyle="--", label="full budget")
             panel.set_xscale("log")
             if value == "accuracy":
                 panel.set_xlabel(title)

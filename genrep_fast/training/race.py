@@ -146,9 +146,9 @@ class RacedElbo:
 def calibration_images(config: TrainingConfig, available: int) -> Tensor | None:
     """Which images of the calibration split a teacher is calibrated on, int64 [N]; None: all.
 
-    N calibration images cost the full budget of S timesteps each, and a race that knows them some
-    60 · K / N evaluations an image more than one that knows many (measured on the digits). Over M
-    taught images both together cost least at N = √(60 · M / S).
+    N calibration images cost the full budget of S timesteps each, and a race that knows them up to
+    60 · K / N evaluations an image more than one that knows many (15 to 20 on digits and strings of
+    them). Over M taught images both together cost least at N = √(60 · M / S).
     """
     if config.teacher != "elbo":
         return None

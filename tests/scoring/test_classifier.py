@@ -17,6 +17,7 @@ from scipy.stats import binom
 
 import genrep_fast as gf
 from genrep_fast.reference.reverse_step import chain_noise
+from genrep_fast.scoring.classifier.contest import Contest, KeepBest, KnownVariance, Steps
 from genrep_fast.scoring.classifier.engine import sketch, squared_distance
 from genrep_fast.scoring.classifier.strategies import low_discrepancy_order
 
@@ -208,6 +209,54 @@ def chance(z, distances, *, taken, weights, variance, correlation, profile):
         return 0.5 * math.erfc(end / math.sqrt(2 * left))
 
     return min(ratio * falls_behind(-1), 1) + falls_behind(1)
+
+
+@pytest.mark.parametrize("taken", [1, 3, 5])
+def test_the_chance_of_a_class(taken):
+    generator = np.random.default_rng(taken)
+    mixed = generator.uniform(0, 1, (5, 5))
+    known = {
+        "weights": generator.uniform(0.2, 2, 5),
+        "variance": generator.uniform(0.3, 2, 5),
+        "correlation": 0.6 * np.eye(5) + 0.2 * (mixed + mixed.T),
+        "profile": generator.uniform(0.5, 3, 5),
+    }
+    distances = generator.uniform(0.5, 6, (taken, 8))
+    z = distances * generator.uniform(-0.2, 1.5, (taken, 8))
+    # The leader is ahead.
+    z *= np.sign(known["weights"][:taken].dot(z))
+    rule = KnownVariance(
+        9.0,
+        known["weights"],
+        2 * np.sqrt(known["variance"]),
+        known["correlation"],
+        known["correlation"],
+        known["profile"],
+    )
+    found = np.exp(rule.log_chance(z, distances))
+    expected = [chance(z[:, k], distances[:, k], taken=taken, **known) for k in range(8)]
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-300)
+    assert (taken == 5) == (max(expected) == 0)
+
+
+def test_distances_to_a_new_leader_are_those_to_both():
+    steps = Steps(np.arange(2), np.ones(2), (1, 2))
+    contest = Contest(0, 0, None, 3)
+    contest.add(np.array([[1.0, 2.0, 3.0]]), np.empty(0), steps)
+    contest.add_distances(np.array([[0.0, 4.0, 5.0]]))
+    contest.add(np.array([[9.0, 1.0, 3.0]]), np.empty(0), steps)
+    contest.add_distances(np.array([[2.0, 0.0, 7.0]]))
+    assert contest.leader == 1
+    np.testing.assert_array_equal(contest.distances, [[4, 0, 9], [2, 0, 7]])
+    contest.drop(np.array([True, False, False]), steps, KeepBest())
+    np.testing.assert_array_equal(contest.distances, [[0, 9], [0, 7]])
+    # Back again, they are exact.
+    contest = Contest(0, 0, None, 2)
+    for errors in ([1.0, 2.0], [5.0, 1.0], [0.0, 9.0]):
+        contest.add(np.array([errors]), np.empty(0), Steps(np.arange(3), np.ones(3), (3,)))
+        contest.add_distances(np.array([[3.0, 3.0]]) * (np.arange(2) != contest.leader))
+    assert contest.leader == 0
+    np.testing.assert_array_equal(contest.distances, [[0, 3], [0, 3], [0, 3]])
 
 
 def brute_force_race(data, classifier, x, image_id, confidence=0.99, seed=0):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
-from tiny_runs import failure
+from tiny_runs import failure, half_metrics
 
 import genrep_fast as gf
 from genrep_fast import cli
@@ -226,19 +226,9 @@ def test_figures_take_any_name_as_it_is():
 
 
 def test_a_report_escapes_names():
-    groups = {row.section: {} for row in html.SUMMARY}
-    metrics = {**groups, "teacher": {}, "seconds": {}, "undefined": ["rate.\x1b[31m<b>"]}
-    for row in html.SUMMARY:
-        metrics[row.section][row.key] = 0.5
-    sizes = (
-        "test_images",
-        "scored_test_images",
-        "samples",
-        "classes",
-        "elbo_steps",
-        "num_inference_steps",
-    )
-    metrics["sizes"] = {**dict.fromkeys(sizes, 1), "data": "folder:\udcff\x1b<i>"}
+    metrics = half_metrics({})
+    metrics["undefined"] = ["rate.\x1b[31m<b>"]
+    metrics["sizes"]["data"] = "folder:\udcff\x1b<i>"
     metrics["generation"]["recognition_rate_per_class"] = dict.fromkeys(ODD, 0.5)
     page = html.render_report(metrics, [])
     page.encode()

@@ -15,6 +15,7 @@ from tiny_runs import (
     NUM_CLASSES,
     InterruptedRun,
     change_json,
+    half_metrics,
     interrupt_after,
     make_splits,
     resume,
@@ -150,24 +151,6 @@ def test_the_cost_of_a_taught_step_is_told_before_and_after(make_config, exact, 
         "the full budget takes 24 and 16 s."
     ) in re.sub(r"\s+", " ", page)
     assert '<td class="number">1.5</td>' in page
-
-
-def half_metrics(teacher):
-    """What a report is made of, with 0.5 for every result."""
-    metrics = {row.section: {} for row in html.SUMMARY}
-    for row in html.SUMMARY:
-        metrics[row.section][row.key] = 0.5
-    sizes = (
-        "test_images",
-        "scored_test_images",
-        "samples",
-        "classes",
-        "elbo_steps",
-        "num_inference_steps",
-    )
-    metrics["sizes"] = {**dict.fromkeys(sizes, 1), "data": "digits"}
-    metrics["generation"]["recognition_rate_per_class"] = {"ape": 0.5}
-    return {**metrics, "teacher": teacher, "seconds": {}, "undefined": []}
 
 
 @pytest.mark.parametrize(
