@@ -29,8 +29,9 @@ TORCH_TARGET = "2.11"
 _TORCH_TARGET_VERSION = "0x020b000000000000"
 
 # The oldest NVIDIA driver that runs programs of a CUDA release, by its major number (table 2 of the
-# CUDA Compatibility guide).
-_MINIMUM_DRIVERS = {12: 525, 13: 580}
+# CUDA Compatibility guide). Of CUDA 12 the first that takes the 32 KB of parameters of the kernels
+# for long lists of tensors.
+_MINIMUM_DRIVERS = {12: 530, 13: 580}
 _DEFAULT_ARCHITECTURES = "8.0;9.0+PTX"
 
 _STABLE_ABI = ["-DTORCH_STABLE_ONLY", f"-DTORCH_TARGET_VERSION={_TORCH_TARGET_VERSION}"]

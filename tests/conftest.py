@@ -214,3 +214,11 @@ def tiny_model():
         return model.eval()
 
     return build
+
+
+@pytest.fixture
+def recorded_launches(backend):
+    """Records the launches of CUDA kernels, which the emulator alone can tell."""
+    if backend != "cuda" or not EMULATED:
+        pytest.skip("of the emulator (make emulate)")
+    return lambda: emulation.recorded_launches(EMULATED)

@@ -68,11 +68,11 @@ __global__ void alignment_tensor_coefficients_kernel(
 }
 
 // out may be one of the gradients: every element is read by the thread that writes it, and before.
-template <int N>
+template <int N, size_t kBytes>
 __global__ __launch_bounds__(kThreads) void alignment_combine_kernel(
-    const __grid_constant__ TensorTable<TensorEntry<N + 1>> table,
+    const __grid_constant__ TensorTable<TensorEntry<N + 1>, kBytes> table,
     const __grid_constant__ Coefficients coefficients) {
-  static_assert(sizeof(table) + sizeof(coefficients) <= kParameterBytes);
+  static_assert(sizeof(table) + sizeof(coefficients) <= kBytes);
   const auto place = table.place(kCombineChunk);
   float factors[N];
   coefficients.read(place.entry, factors);
@@ -167,7 +167,7 @@ void combine(
       }
     }
     for_each_table(entries, kCombineChunk, [&](const auto& table) {
-      alignment_combine_kernel<N>
+      alignment_combine_kernel<N, std::decay_t<decltype(table)>::kBytes>
           <<<table.first_chunk[table.size], kThreads, 0, scope.stream()>>>(table, factors);
       STD_CUDA_KERNEL_LAUNCH_CHECK();
     });
@@ -177,15 +177,18 @@ void combine(
 }  // namespace
 
 std::vector<Kernel> alignment_kernels() {
-  return {
+  std::vector<Kernel> kernels{
       {"alignment_coefficients_kernel",
        reinterpret_cast<const void*>(&alignment_coefficients_kernel)},
       {"alignment_tensor_coefficients_kernel",
        reinterpret_cast<const void*>(&alignment_tensor_coefficients_kernel)},
-      {"alignment_combine_kernel<2>", reinterpret_cast<const void*>(&alignment_combine_kernel<2>)},
-      {"alignment_combine_kernel<4>", reinterpret_cast<const void*>(&alignment_combine_kernel<4>)},
-      {"alignment_combine_kernel<8>", reinterpret_cast<const void*>(&alignment_combine_kernel<8>)},
   };
+  for_each_compiled_table([&](auto losses, auto bytes, const std::string& name) {
+    kernels.push_back(
+        {"alignment_combine_kernel<" + name + ">",
+         reinterpret_cast<const void*>(&alignment_combine_kernel<losses.value, bytes.value>)});
+  });
+  return kernels;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(genrep_fast_cuda, CUDA, m) {

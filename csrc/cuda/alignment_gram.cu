@@ -15,12 +15,12 @@
 
 #include "alignment.cuh"
 #include "introspection.h"
+#include "reductions.cuh"
 
 namespace genrep_fast {
 namespace {
 
 constexpr int kGramChunk = 4 * kRun;  // large enough that the second stage is short
-constexpr int kWarps = kThreads / 32;
 constexpr int kReductionThreads = 1024;
 
 // Gradients whose largest element lies outside: 16 squares may add up to more than float32 holds,
@@ -106,26 +106,34 @@ __device__ bool fits_float32(const float (&largest)[N]) {
   return fits;
 }
 
-// Sums over the block, in a fixed order, into shared memory: column p of `shared` then holds a sum
-// of totals[p] for each warp.
+// The sum of totals[p] over the block, in thread p.
 template <int kPairs>
-__device__ void sum_over_warps(double (&totals)[kPairs], double (&shared)[kWarps][kPairs]) {
+__device__ double summed_over_block(const double (&totals)[kPairs]) {
+  // Of the warp, in the lane of p; then of the block, whose rows are the warps.
+  double own[ceil_div(kPairs, kWarp)] = {};
+#pragma unroll
   for (int p = 0; p < kPairs; ++p) {
-    for (int distance = 16; distance > 0; distance /= 2) {
-      totals[p] += __shfl_down_sync(0xffffffff, totals[p], distance);
-    }
-    if (threadIdx.x % 32 == 0) {
-      shared[threadIdx.x / 32][p] = totals[p];
+    const double total = reduced_over_warp(totals[p], 1, kWarp, Sum{});
+    if (threadIdx.x % kWarp == p % kWarp) {
+      own[p / kWarp] = total;
     }
   }
-  __syncthreads();
+  double sum = 0;
+#pragma unroll
+  for (int part = 0; part < ceil_div(kPairs, kWarp); ++part) {
+    const double total = reduced_over_rows<kThreads>(own[part], kWarp, Sum{});
+    if (threadIdx.x / kWarp == part) {
+      sum = total;
+    }
+  }
+  return sum;
 }
 
 // First stage: `partials` [chunks, pairs of n losses] float64, the sums of each chunk.
-template <int N>
+template <int N, size_t kBytes>
 __global__ __launch_bounds__(kThreads) void alignment_gram_sums_kernel(
-    const __grid_constant__ TensorTable<TensorEntry<N>> table, double* partials, int n) {
-  static_assert(sizeof(table) + sizeof(partials) + sizeof(n) <= kParameterBytes);
+    const __grid_constant__ TensorTable<TensorEntry<N>, kBytes> table, double* partials, int n) {
+  static_assert(sizeof(table) + sizeof(partials) + sizeof(n) <= kBytes);
   const auto place = table.place(kGramChunk);
   const TensorEntry<N>& entry = place.entry;
   const int64_t end = min(place.begin + kGramChunk, entry.numel);
@@ -143,37 +151,23 @@ __global__ __launch_bounds__(kThreads) void alignment_gram_sums_kernel(
       multiply_run_exactly<N>(AnyQuads<TensorEntry<N>>{entry}, run, totals);
     }
   }
-  __shared__ double shared[kWarps][number_of_pairs(N)];
-  sum_over_warps(totals, shared);
+  const double total = summed_over_block(totals);
   const int index = threadIdx.x;
   if (index < number_of_pairs(n)) {
     const Pair pair = pair_at(index);
-    double total = 0;
-    if (entry.pointers[pair.i] != nullptr &&
-        entry.pointers[pair.j] != nullptr) {  // a missing one's zeros have met the other one's NaN
-      for (int warp = 0; warp < kWarps; ++warp) {
-        total += shared[warp][index];
-      }
-    }
-    partials[static_cast<int64_t>(blockIdx.x) * number_of_pairs(n) + index] = total;
+    // A missing one's zeros have met the other one's NaN.
+    const bool exists = entry.pointers[pair.i] != nullptr && entry.pointers[pair.j] != nullptr;
+    partials[static_cast<int64_t>(blockIdx.x) * number_of_pairs(n) + index] = exists ? total : 0;
   }
 }
 
-// Sums over the rows of a block, in a fixed order: thread row * columns + column holds `value`, and
-// row 0 gets the sum of its column. Threads that fill no row take part with any value.
-template <int kBlockThreads>
-__device__ double sum_over_rows(double value, int columns) {
-  const int rows = kBlockThreads / columns, row = static_cast<int>(threadIdx.x) / columns;
-  __shared__ double shared[kBlockThreads];
-  shared[threadIdx.x] = value;
-  __syncthreads();
-  for (int half = kBlockThreads / 2; half > 0; half /= 2) {
-    if (row < half && row + half < rows) {
-      shared[threadIdx.x] += shared[threadIdx.x + half * columns];
-    }
-    __syncthreads();
+// The least power of two that is not below `number`.
+__device__ int power_of_two(int number) {
+  int power = 1;
+  while (power < number) {
+    power *= 2;
   }
-  return shared[threadIdx.x];
+  return power;
 }
 
 // Where the slots of each group begin and end.
@@ -189,18 +183,19 @@ __global__ __launch_bounds__(kReductionThreads) void alignment_gram_reduction_ke
   static_assert(
       sizeof(ranges) + sizeof(partials) + sizeof(matrices) + sizeof(n) <= kParameterBytes);
   const int pairs = number_of_pairs(n);
-  const int rows = kReductionThreads / pairs;
-  const int row = threadIdx.x / pairs, index = threadIdx.x % pairs;
+  // The block is [rows, columns].
+  const int columns = power_of_two(pairs), rows = kReductionThreads / columns;
+  const int row = threadIdx.x / columns, index = threadIdx.x % columns;
   double sum = 0;
-  if (row < rows) {
+  if (index < pairs) {
 #pragma unroll 8
     for (int64_t slot = ranges.first_slot[blockIdx.x] + row;
          slot < ranges.first_slot[blockIdx.x + 1]; slot += rows) {
       sum += partials[slot * pairs + index];
     }
   }
-  sum = sum_over_rows<kReductionThreads>(sum, pairs);
-  if (row == 0) {
+  sum = reduced_over_rows<kReductionThreads>(sum, columns, Sum{});
+  if (row == 0 && index < pairs) {
     const Pair pair = pair_at(index);
     double* matrix = matrices + static_cast<int64_t>(blockIdx.x) * n * n;
     matrix[pair.i * n + pair.j] = matrix[pair.j * n + pair.i] = sum;
@@ -222,11 +217,12 @@ __global__ __launch_bounds__(kThreads) void alignment_group_gram_kernel(
   static_assert(
       sizeof(members) + sizeof(grams) + sizeof(matrices) + sizeof(n) + sizeof(continued) <=
       kParameterBytes);
+  // The block is [rows, columns].
   const int entries = n * n;
-  const int rows = kThreads / entries;
-  const int row = threadIdx.x / entries, index = threadIdx.x % entries;
+  const int columns = power_of_two(entries), rows = kThreads / columns;
+  const int row = threadIdx.x / columns, index = threadIdx.x % columns;
   double sum = 0;
-  if (row < rows) {
+  if (index < entries) {
 #pragma unroll 4
     for (int k = members.first[blockIdx.x] + row; k < members.first[blockIdx.x + 1]; k += rows) {
       const double* own = grams + static_cast<int64_t>(members.tensors[k]) * entries;
@@ -235,8 +231,8 @@ __global__ __launch_bounds__(kThreads) void alignment_group_gram_kernel(
       }
     }
   }
-  sum = sum_over_rows<kThreads>(sum, entries);
-  if (row == 0) {
+  sum = reduced_over_rows<kThreads>(sum, columns, Sum{});
+  if (row == 0 && index < entries) {
     double* matrix = matrices + static_cast<int64_t>(blockIdx.x) * entries;
     if (continued && blockIdx.x == 0) {
       sum += matrix[index];
@@ -319,7 +315,7 @@ Tensor gram(
     double* slots = static_cast<double*>(partials.data_ptr());
     for_each_table(entries, kGramChunk, [&](const auto& table) {
       const int chunks = table.first_chunk[table.size];
-      alignment_gram_sums_kernel<N>
+      alignment_gram_sums_kernel<N, std::decay_t<decltype(table)>::kBytes>
           <<<chunks, kThreads, 0, scope.stream()>>>(table, slots, static_cast<int>(n));
       STD_CUDA_KERNEL_LAUNCH_CHECK();
       slots += static_cast<int64_t>(chunks) * number_of_pairs(static_cast<int>(n));
@@ -379,17 +375,17 @@ Tensor group_gram(const Tensor& grams, const std::vector<int64_t>& groups, int64
 }  // namespace
 
 std::vector<Kernel> alignment_gram_kernels() {
-  return {
-      {"alignment_gram_sums_kernel<2>",
-       reinterpret_cast<const void*>(&alignment_gram_sums_kernel<2>)},
-      {"alignment_gram_sums_kernel<4>",
-       reinterpret_cast<const void*>(&alignment_gram_sums_kernel<4>)},
-      {"alignment_gram_sums_kernel<8>",
-       reinterpret_cast<const void*>(&alignment_gram_sums_kernel<8>)},
+  std::vector<Kernel> kernels{
       {"alignment_gram_reduction_kernel",
        reinterpret_cast<const void*>(&alignment_gram_reduction_kernel)},
       {"alignment_group_gram_kernel", reinterpret_cast<const void*>(&alignment_group_gram_kernel)},
   };
+  for_each_compiled_table([&](auto losses, auto bytes, const std::string& name) {
+    kernels.push_back(
+        {"alignment_gram_sums_kernel<" + name + ">",
+         reinterpret_cast<const void*>(&alignment_gram_sums_kernel<losses.value, bytes.value>)});
+  });
+  return kernels;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(genrep_fast_cuda, CUDA, m) {

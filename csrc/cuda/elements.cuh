@@ -116,6 +116,40 @@ __device__ inline void store_element(void* pointer, Dtype dtype, int64_t offset,
   }
 }
 
+// Elements offset_of(0) to offset_of(3) of a tensor, of which the first `count` exist and the others
+// read as zeros. `whole`: they are four neighbours, aligned.
+template <typename OffsetOf>
+__device__ Quad
+load_quad(const void* pointer, Dtype dtype, bool whole, int64_t count, OffsetOf offset_of) {
+  if (whole) {
+    return load_aligned(pointer, dtype, offset_of(0));
+  }
+  Quad quad{};
+#pragma unroll
+  for (int k = 0; k < kQuad; ++k) {
+    if (k < count) {
+      load_element(quad, k, pointer, dtype, offset_of(k));
+    }
+  }
+  return quad;
+}
+
+// Four neighbours from `offset` on, of which the first `count` exist.
+__device__ inline void store_quad(
+    void* pointer, Dtype dtype, bool whole, int64_t count, int64_t offset,
+    const float (&values)[kQuad]) {
+  if (whole) {
+    store_aligned(pointer, dtype, offset, pack(values, dtype));
+    return;
+  }
+#pragma unroll
+  for (int k = 0; k < kQuad; ++k) {
+    if (k < count) {
+      store_element(pointer, dtype, offset + k, values[k]);
+    }
+  }
+}
+
 __device__ inline float read_element(const void* pointer, Dtype dtype, int64_t offset) {
   Quad quad{};
   load_element(quad, 0, pointer, dtype, offset);
@@ -124,6 +158,8 @@ __device__ inline float read_element(const void* pointer, Dtype dtype, int64_t o
 
 // ---- reductions ----
 
+// The one of posterior.cu and scoring.cu; reductions.cuh has those of all other kernels.
+//
 // combine(a, b) over the first `size` of `values` in shared memory, in a fixed order.
 template <typename Value, typename Combine>
 __device__ Value reduced_over_block(Value* values, int size, Combine combine) {

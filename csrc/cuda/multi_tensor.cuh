@@ -2,8 +2,9 @@
 // a fixed number of elements.
 //
 // A table holds pointers, sizes, dtypes and groups by value, so that no launch copies anything to
-// the device first and every launch can be captured into a CUDA graph; lists that do not fit into
-// the 4 KB of parameters that every driver takes become several launches. A thread block works on
+// the device first and every launch can be captured into a CUDA graph. A launch copies all of a
+// kernel's parameters: short lists have a kernel with 4 KB of them, longer ones the same kernel
+// with the 32 KB that CUDA 12.1 takes, the longest several launches. A thread block works on
 // one chunk and finds its tensor by a binary search. Chunks depend on the sizes alone, never on the
 // device: so do the order of every sum, and its bits.
 //
@@ -16,6 +17,8 @@
 #include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <string>
+#include <type_traits>
 #include <vector>
 
 #include "elements.cuh"
@@ -28,6 +31,7 @@ constexpr int kMaxLosses = 8;
 constexpr int kQuadsPerRun = 4;  // of a thread; a run is what a block reads with them
 constexpr int kRun = kThreads * kQuadsPerRun * kQuad;
 constexpr size_t kParameterBytes = 4096;
+constexpr size_t kLargeParameterBytes = CUDART_VERSION >= 12010 ? 32764 : kParameterBytes;
 
 // ---- tables ----
 
@@ -45,10 +49,11 @@ struct TensorEntry {
   __device__ Dtype dtype(int slot) const { return static_cast<Dtype>(dtypes >> 2 * slot & 3); }
 };
 
-template <typename Entry>
+template <typename Entry, size_t kTableParameterBytes>
 struct TensorTable {
+  static constexpr size_t kBytes = kTableParameterBytes;  // of all parameters
   // 192 bytes are left for a kernel's other parameters.
-  static constexpr int kCapacity = (kParameterBytes - 192) / (sizeof(Entry) + sizeof(int32_t));
+  static constexpr int kCapacity = (kBytes - 192) / (sizeof(Entry) + sizeof(int32_t));
 
   Entry entries[kCapacity];
   int32_t first_chunk[kCapacity + 1];  // of each entry; then the number of chunks
@@ -117,19 +122,30 @@ void set_gradients(Entry& entry, const OptionalTensors& gradients, size_t num_te
   }
 }
 
+// Calls launch(table) with as many of the entries from `first` on as the table holds, and returns
+// their number.
+template <typename Table, typename Entry, typename Launch>
+size_t launch_table(const std::vector<Entry>& entries, size_t first, int64_t chunk, Launch launch) {
+  Table table{};
+  table.size = static_cast<int32_t>(std::min<size_t>(Table::kCapacity, entries.size() - first));
+  for (int k = 0; k < table.size; ++k) {
+    table.entries[k] = entries[first + k];
+    table.first_chunk[k + 1] =
+        table.first_chunk[k] + static_cast<int32_t>(ceil_div(table.entries[k].numel, chunk));
+  }
+  launch(table);
+  return table.size;
+}
+
 // Calls launch(table) for as many tables as the entries need, in order.
 template <typename Entry, typename Launch>
 void for_each_table(const std::vector<Entry>& entries, int64_t chunk, Launch launch) {
-  constexpr size_t kCapacity = TensorTable<Entry>::kCapacity;
-  for (size_t first = 0; first < entries.size(); first += kCapacity) {
-    TensorTable<Entry> table{};
-    table.size = static_cast<int32_t>(std::min(kCapacity, entries.size() - first));
-    for (int k = 0; k < table.size; ++k) {
-      table.entries[k] = entries[first + k];
-      table.first_chunk[k + 1] =
-          table.first_chunk[k] + static_cast<int32_t>(ceil_div(table.entries[k].numel, chunk));
-    }
-    launch(table);
+  using Short = TensorTable<Entry, kParameterBytes>;
+  using Long = TensorTable<Entry, kLargeParameterBytes>;
+  for (size_t first = 0; first < entries.size();) {
+    const bool is_short = entries.size() - first <= Short::kCapacity;
+    first += is_short ? launch_table<Short>(entries, first, chunk, launch)
+                      : launch_table<Long>(entries, first, chunk, launch);
   }
 }
 
@@ -143,6 +159,18 @@ void with_compiled_losses(int64_t n, Function function) {
     function(std::integral_constant<int, 4>{});
   } else {
     function(std::integral_constant<int, 8>{});
+  }
+}
+
+// Calls function(losses, bytes, name) for each pair of constants that the kernels are compiled for.
+template <typename Function>
+void for_each_compiled_table(Function function) {
+  for (int n : {2, 4, 8}) {
+    with_compiled_losses(n, [&](auto losses) {
+      const std::string name = std::to_string(n);
+      function(losses, std::integral_constant<size_t, kParameterBytes>{}, name);
+      function(losses, std::integral_constant<size_t, kLargeParameterBytes>{}, name + ", long");
+    });
   }
 }
 
@@ -174,29 +202,14 @@ struct AnyQuads {
     if (pointer == nullptr) {
       return {};
     }
-    if (is_whole(offset)) {
-      return load_aligned(pointer, dtype(slot), offset);
-    }
-    Quad quad{};
-    for (int k = 0; k < kQuad; ++k) {
-      if (offset + k < entry.numel) {
-        load_element(quad, k, pointer, dtype(slot), offset + k);
-      }
-    }
-    return quad;
+    return load_quad(pointer, dtype(slot), is_whole(offset), entry.numel - offset, [offset](int k) {
+      return offset + k;
+    });
   }
 
   __device__ void store(int slot, int64_t offset, const float (&values)[kQuad]) const {
-    void* pointer = entry.pointers[slot];
-    if (is_whole(offset)) {
-      store_aligned(pointer, dtype(slot), offset, pack(values, dtype(slot)));
-      return;
-    }
-    for (int k = 0; k < kQuad; ++k) {
-      if (offset + k < entry.numel) {
-        store_element(pointer, dtype(slot), offset + k, values[k]);
-      }
-    }
+    store_quad(
+        entry.pointers[slot], dtype(slot), is_whole(offset), entry.numel - offset, offset, values);
   }
 
   __device__ bool is_whole(int64_t offset) const {

@@ -122,11 +122,11 @@ __device__ void update_quad(
   }
 }
 
-template <int N>
+template <int N, size_t kBytes>
 __global__ __launch_bounds__(kThreads) void adamw_step_kernel(
-    const __grid_constant__ TensorTable<AdamWEntry<N>> table,
+    const __grid_constant__ TensorTable<AdamWEntry<N>, kBytes> table,
     const __grid_constant__ AdamWArguments arguments) {
-  static_assert(sizeof(table) + sizeof(arguments) <= kParameterBytes);
+  static_assert(sizeof(table) + sizeof(arguments) <= kBytes);
   if (arguments.found_inf.read() != 0) {
     return;
   }
@@ -216,7 +216,7 @@ void adamw_step(
       entries.push_back(entry);
     }
     for_each_table(entries, kAdamWChunk, [&](const auto& table) {
-      adamw_step_kernel<decltype(losses)::value>
+      adamw_step_kernel<decltype(losses)::value, std::decay_t<decltype(table)>::kBytes>
           <<<table.first_chunk[table.size], kThreads, 0, scope.stream()>>>(table, arguments);
       STD_CUDA_KERNEL_LAUNCH_CHECK();
     });
@@ -226,11 +226,13 @@ void adamw_step(
 }  // namespace
 
 std::vector<Kernel> optimizer_kernels() {
-  return {
-      {"adamw_step_kernel<2>", reinterpret_cast<const void*>(&adamw_step_kernel<2>)},
-      {"adamw_step_kernel<4>", reinterpret_cast<const void*>(&adamw_step_kernel<4>)},
-      {"adamw_step_kernel<8>", reinterpret_cast<const void*>(&adamw_step_kernel<8>)},
-  };
+  std::vector<Kernel> kernels;
+  for_each_compiled_table([&](auto losses, auto bytes, const std::string& name) {
+    kernels.push_back(
+        {"adamw_step_kernel<" + name + ">",
+         reinterpret_cast<const void*>(&adamw_step_kernel<losses.value, bytes.value>)});
+  });
+  return kernels;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(genrep_fast_cuda, CUDA, m) {

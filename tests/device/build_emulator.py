@@ -35,6 +35,8 @@ def for_the_host(text: str) -> str:
     """A source of csrc/cuda for a C++ compiler that includes emulator.h."""
     text = text.replace("#include <cuda_runtime.h>", '#include "emulator.h"')
     text = text.replace("genrep_fast_cuda, CUDA, m", "genrep_fast_cuda, CPU, m")
+    # All threads read one copy of them, which may have 32 KB.
+    text = re.sub(r"const __grid_constant__ ([^(),]+[^(),\s]) (\w+)(?=[,)])", r"const \1& \2", text)
     while "<<<" in text:
         text = _with_a_launch_as_a_call(text)
     return text
@@ -49,7 +51,8 @@ def _with_a_launch_as_a_call(text: str) -> str:
         raise ValueError(f"the emulator knows no dynamic shared memory: {configuration}")
     before = before.rstrip()
     start = _start_of_name(before)
-    kernel = f"emulator::launch({before[start:]}, {blocks}, {threads})"
+    kernel = before[start:]
+    kernel = f'emulator::launch("{" ".join(kernel.split())}", {kernel}, {blocks}, {threads})'
     return before[:start] + kernel + after
 
 

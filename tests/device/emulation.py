@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
 import torch
 
 from genrep_fast.dispatch import selection
@@ -10,6 +15,30 @@ from genrep_fast.dispatch.operators import schemas
 
 # A library that is collected takes its definitions with it.
 _definitions: list[torch.library.Library] = []
+
+
+class Launch(NamedTuple):
+    """One launch of a kernel, whose name is what the source launches."""
+
+    kernel: str
+    blocks: int
+    threads: int
+
+
+@contextmanager
+def recorded_launches(library: str) -> Iterator[list[Launch]]:
+    """Yields a list that holds the launches of the block once it has ended."""
+    emulated = ctypes.CDLL(library)
+    emulated.emulator_launches.restype = ctypes.c_char_p
+    launches: list[Launch] = []
+    emulated.emulator_record(True)
+    try:
+        yield launches
+        for line in emulated.emulator_launches().decode().splitlines():
+            kernel, blocks, threads = line.split("\t")
+            launches.append(Launch(kernel, int(blocks), int(threads)))
+    finally:
+        emulated.emulator_record(False)
 
 
 def load(library: str) -> None:

@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <string>
 #include <vector>
 
 #undef expf
@@ -71,6 +72,9 @@ std::vector<Fiber> fibers;
 void* scheduler;
 void (*current_body)(void*);
 void* current_data;
+
+bool records = false;
+std::string launches;
 
 Fiber& current() { return fibers[thread_index.x]; }
 
@@ -197,11 +201,15 @@ double noise(float x, uint64_t salt) {
 
 }  // namespace
 
-void run(unsigned blocks, unsigned threads, void (*body)(void*), void* data) {
+void run(const char* name, unsigned blocks, unsigned threads, void (*body)(void*), void* data) {
   grid_size = {blocks, 1, 1};
   block_size = {threads, 1, 1};
   if (blocks == 0 || threads == 0 || threads > kMostThreads) {
     fail("a launch that CUDA refuses");
+  }
+  if (records) {
+    launches +=
+        std::string(name) + '\t' + std::to_string(blocks) + '\t' + std::to_string(threads) + '\n';
   }
   while (fibers.size() < threads) {
     fibers.push_back({new_stack()});
@@ -241,6 +249,17 @@ float exp(float x) {
 
 float log(float x) {
   return static_cast<float>(std::log(double{x}) * (1 + 0x1p-24 * noise(x, 0x5bd1e995)));
+}
+
+// For emulation.py: from now on launches are recorded, or no more.
+extern "C" __attribute__((visibility("default"))) void emulator_record(bool on) {
+  records = on;
+  launches.clear();
+}
+
+// A line a launch: kernel, blocks and threads, between tabulators. Valid until the next launch.
+extern "C" __attribute__((visibility("default"))) const char* emulator_launches() {
+  return launches.c_str();
 }
 
 }  // namespace emulator

@@ -27,14 +27,17 @@
 
 namespace emulator {
 
+// Of all parameters of a kernel, since CUDA 12.1.
+constexpr size_t kParameterBytes = 32764;
+
 struct Index {
   unsigned x = 1, y = 1, z = 1;
 };
 
 extern Index thread_index, block_index, block_size, grid_size;
 
-// Calls body(data) as every thread of every block.
-void run(unsigned blocks, unsigned threads, void (*body)(void*), void* data);
+// Calls body(data) as every thread of every block. `name` is for the list of launches.
+void run(const char* name, unsigned blocks, unsigned threads, void (*body)(void*), void* data);
 
 // Waits for all threads of the block.
 void synchronize_block();
@@ -45,21 +48,23 @@ uint64_t exchange(uint64_t value, unsigned distance, bool is_xor);
 
 template <typename Kernel>
 struct Launch {
+  const char* name;
   Kernel kernel;
   unsigned blocks, threads;
 
   template <typename... Arguments>
   void operator()(const Arguments&... arguments) const {
+    static_assert((0 + ... + sizeof(Arguments)) <= kParameterBytes, "a launch that CUDA refuses");
     auto body = [&] { kernel(arguments...); };
     using Body = decltype(body);
-    run(blocks, threads, [](void* data) { (*static_cast<Body*>(data))(); }, &body);
+    run(name, blocks, threads, [](void* data) { (*static_cast<Body*>(data))(); }, &body);
   }
 };
 
-// kernel<<<blocks, threads, 0, stream>>> is launch(kernel, blocks, threads).
+// kernel<<<blocks, threads, 0, stream>>> is launch("kernel", kernel, blocks, threads).
 template <typename Kernel>
-Launch<Kernel> launch(Kernel kernel, unsigned blocks, unsigned threads) {
-  return {kernel, blocks, threads};
+Launch<Kernel> launch(const char* name, Kernel kernel, unsigned blocks, unsigned threads) {
+  return {name, kernel, blocks, threads};
 }
 
 template <typename T>

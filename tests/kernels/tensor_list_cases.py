@@ -124,3 +124,17 @@ def random_coefficients(n, num_groups=NUM_GROUPS):
     """Coefficients [num_groups, n], not contiguous."""
     generator = torch.Generator().manual_seed(9)
     return torch.randn(n, num_groups, generator=generator, dtype=torch.float64).to(DEVICE).T
+
+
+def long_list(length, n, *, seed=0):
+    """Sizes of `length` tensors, some of them 0, and the gradients of n losses, of mixed dtypes; a
+    sixth is missing.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [(5 * t) % 14 for t in range(length)]
+    gradients = []
+    for i in range(n):
+        for t, size in enumerate(sizes):
+            values = torch.randn(size, generator=generator).to(DEVICE, (F32, BF16, F16)[t % 3])
+            gradients.append(None if (t + i) % 6 == 0 else values)
+    return sizes, gradients

@@ -22,6 +22,7 @@ from tensor_list_cases import (
     assert_surroundings_untouched,
     copies,
     double,
+    long_list,
     losses,
     operators,
     random_coefficients,
@@ -401,3 +402,53 @@ def test_flat_memory_and_a_list_of_whole_chunks_give_the_same_bits():
     pieces = [piece for tensor in flat for piece in tensor.split(16384)]
     first, second = operators.gram(flat, 2, [0], 1), operators.gram(pieces, 2, [0] * 4, 1)
     assert_equal_bits([first], [second])
+
+
+# Launches of lists of so many tensors on CUDA: short ones have kernels of less parameters.
+LONG = {2: (88, 89, 740, 741, 829), 3: (53, 54, 450, 451), 8: (38, 39, 325, 326)}
+
+
+@pytest.mark.parametrize(("n", "length"), [(n, length) for n in LONG for length in LONG[n]])
+def test_combine_of_long_lists(n, length, compiled):
+    sizes, gradients = long_list(length, n)
+    coefficients, weights = random_coefficients(n), [0.7 - 0.2 * i for i in range(n)]
+    groups = [t % (NUM_GROUPS + 1) - 1 for t in range(length)]
+    out, expected = (
+        [
+            torch.full((size,), math.nan, device=DEVICE, dtype=F16 if t % 4 == 0 else F32)
+            for t, size in enumerate(sizes)
+        ]
+        for _ in range(2)
+    )
+    alignment_reference.combine(gradients, coefficients, groups, weights, expected)
+    operators.combine(gradients, coefficients, groups, weights, out)
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize(
+    ("n", "length"), [(2, 108), (2, 109), (2, 905), (3, 74), (8, 50), (8, 398)]
+)
+def test_gram_of_long_lists(n, length, compiled):
+    _, gradients = long_list(length, n)
+    groups = [t % NUM_GROUPS for t in range(length)]
+    assert_gram(operators.gram(gradients, n, groups, NUM_GROUPS), gradients, n, groups)
+
+
+@pytest.mark.parametrize(
+    ("length", "launches"), [(88, 1), (89, 1), (192, 1), (740, 1), (741, 2), (829, 2)]
+)
+def test_a_list_is_one_launch(length, launches, recorded_launches):
+    x = torch.ones(4, device=DEVICE)
+    row, zeros = torch.ones(1, 2, dtype=torch.float64, device=DEVICE), [0] * length
+    with recorded_launches() as recorded:
+        operators.combine([x] * 2 * length, row, zeros, [], [x.clone() for _ in zeros])
+    assert [launch.blocks for launch in recorded] == [min(length, 740), length - 740][:launches]
+
+
+@pytest.mark.parametrize(("length", "launches"), [(108, 1), (109, 1), (905, 2)])
+def test_gram_of_a_list_is_one_launch(length, launches, recorded_launches):
+    x = torch.ones(4, device=DEVICE)
+    with recorded_launches() as recorded:
+        operators.gram([x] * 2 * length, 2, [0] * length, 1)
+    assert [launch.blocks for launch in recorded[:-1]] == [min(length, 904), 1][:launches]
+    assert recorded[-1].kernel == "alignment_gram_reduction_kernel" and recorded[-1].blocks == 1

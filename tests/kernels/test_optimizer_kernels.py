@@ -25,6 +25,7 @@ from tensor_list_cases import (
     assert_surroundings_untouched,
     copies,
     double,
+    long_list,
     losses,
     operators,
     random_coefficients,
@@ -246,6 +247,48 @@ def test_number_of_threads_does_not_change_a_bit(n, backend):
     torch.set_num_threads(previous)
     assert_equal_bits(results[0], results[1])
     assert_equal_bits(results[0], results[2])
+
+
+def long_list_arguments(length, n):
+    """Arguments of a step of `length` tensors, for whose state float64 can be asked."""
+
+    def arguments(dtype):
+        generator = torch.Generator().manual_seed(1)
+        sizes, gradients = long_list(length, n)
+        draw = lambda size: torch.rand(size, generator=generator).to(DEVICE, dtype)  # noqa: E731
+        state = [[draw(size) for size in sizes] for _ in range(4)]
+        rest = (
+            random_coefficients(n),
+            [t % (NUM_GROUPS + 1) - 1 for t in range(length)],
+            [0.5] * n,
+            [torch.tensor(float(t % 5 + 1)) for t in range(length)],
+            torch.tensor(0.1, dtype=torch.float64),
+        )
+        return *state, gradients, *rest, 0.9, 0.999, 1e-8, 0.05, 0.99, None
+
+    return arguments(F32), arguments(torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("n", "length"),
+    [(2, 42), (2, 43), (2, 354), (2, 355), (2, 397), (3, 36), (8, 27), (8, 232)],
+)
+def test_adamw_step_of_long_lists(n, length, compiled):
+    arguments, exact = long_list_arguments(length, n)
+    optimizer_reference.adamw_step(*exact)
+    operators.adamw_step(*arguments)
+    for results, values in zip(arguments[:4], exact[:4], strict=True):
+        for result, value in zip(results, values, strict=True):
+            torch.testing.assert_close(result, value.float(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("length", "launches"), [(42, 1), (43, 1), (192, 1), (354, 1), (355, 2)])
+def test_a_step_of_a_list_is_one_launch(length, launches, recorded_launches):
+    lists = [[torch.ones(4, device=DEVICE) for _ in range(length)] for _ in range(4)]
+    rest = random_coefficients(2), [0] * length, [], [torch.ones(())] * length, torch.tensor(0.1)
+    with recorded_launches() as recorded:
+        operators.adamw_step(*lists, lists[0] * 2, *rest, 0.9, 0.999, 1e-8, 0.05, 0.99, None)
+    assert [launch.blocks for launch in recorded] == [min(length, 354), 1][:launches]
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="CUDA graphs need a GPU")
