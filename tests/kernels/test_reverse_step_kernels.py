@@ -68,6 +68,57 @@ def test_reverse_step(shape, step, interpreted):
     )
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        # Chains that share a block of CUDA's, the last of which is not full,
+        (33, 1, 4),
+        (70, 2, 3),
+        (9, 4, 31),
+        # those of a block of their own,
+        (2, 257),
+        (2, 4, 16, 15),
+        (1, 16381),
+        (2, 4, 64, 64),
+        # and those of several.
+        (1, 16385),
+        (2, 4, 4097),
+        (1, 2, 3, 7001),
+    ],
+)
+def test_reverse_step_of_short_and_long_chains(shape, scaled, compiled):
+    scale = random(*shape, seed=4).exp() if scaled else None
+    for dtypes in ((F32,) * 3, (F16, BF16, F16), (BF16, BF16, BF16)):
+        assert_stepped(reverse_step_arguments(shape, dtypes=dtypes, std_scale=scale))
+
+
+@pytest.mark.parametrize("scale_dtype", [BF16, F16, F32])
+@pytest.mark.parametrize("dtypes", [(F32, BF16, F32), (F32, F16, F32), (BF16,) * 3, (F16,) * 3])
+def test_reverse_step_of_wide_loads_with_scaled_std(dtypes, scale_dtype, compiled):
+    scale = random(3, 4, 8, 12, seed=4).exp().to(scale_dtype)
+    for own in (scale, scale[:, :1], scale[:, :, :, 1:2], scale[:1, :1, :1, :1]):
+        assert_stepped(reverse_step_arguments((3, 4, 8, 12), dtypes=dtypes, extra=4, std_scale=own))
+
+
+@pytest.mark.parametrize(
+    ("shape", "blocks", "threads"),
+    [
+        ((8, 4), 1, 32),
+        ((513, 64), 17, 256),
+        ((3, 3, 32, 32), 3, 384),
+        ((3, 4, 64, 64), 3, 512),
+        ((2, 16385), 10, 512),
+    ],
+)
+def test_chains_are_cut_by_their_size(shape, blocks, threads, recorded_launches):
+    arguments = reverse_step_arguments(shape)
+    with recorded_launches() as recorded:
+        operators.reverse_step(*arguments)
+    assert (recorded[0].blocks, recorded[0].threads) == (blocks, threads)
+    assert [launch.blocks for launch in recorded[1:]] == ([] if blocks != 10 else [2])
+
+
 @pytest.mark.parametrize(
     "dtypes", [(BF16,) * 3, (F16,) * 3, (F32, BF16, F16), (BF16, F32, F32), (F16, BF16, F32)]
 )
