@@ -244,7 +244,7 @@ ScoredChunk checked_chunk(
     const Tensor& x, const Tensor& model_output, const std::optional<Tensor>& x_t,
     const Tensor& tables, const std::string& reduction, bool per_location);
 
-// Whether images share the outputs, and x_t.
+// Whether images share the outputs, and x_t, and are worth the tiles of shared_centers.cu.
 bool shares_centers(const DeviceChunk& chunk, bool per_location);
 
 // Threads that work on a row.

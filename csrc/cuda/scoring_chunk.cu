@@ -8,6 +8,8 @@
 namespace genrep_fast {
 
 constexpr int kWarpRow = 8192;  // elements of a row that is a warp's at most
+// With less of them each is read on its own faster than a few multiprocessors work on tiles.
+constexpr int64_t kTiledRows = 2048;
 constexpr int kSlices = 8;      // that few items are cut into, within a block
 
 Operand operand_of(const View& view, int64_t inner_size) {
@@ -80,7 +82,8 @@ ScoredChunk checked_chunk(
 }
 
 bool shares_centers(const DeviceChunk& chunk, bool per_location) {
-  return !per_location && chunk.batch > 1 && chunk.output.batch == 0 && chunk.noisy.batch == 0;
+  const bool shares = chunk.batch > 1 && chunk.output.batch == 0 && chunk.noisy.batch == 0;
+  return !per_location && shares && chunk.batch * chunk.classes * chunk.steps >= kTiledRows;
 }
 
 int team_of(int elements) {

@@ -1,8 +1,10 @@
 // Log-likelihoods of images under centres that they share, such as those of a bank of chains.
 //
-// A block keeps the sums of 64 images and 64 steps in registers, so that a centre of the K S D
+// A block keeps the sums of up to 64 images and 64 steps in registers, so that a centre of the K S D
 // elements is read once for 64 images: 2 multiply-adds for each pair and element, bound by
-// arithmetic.
+// arithmetic. Tiles are smaller where they would be fewer than a GPU's multiprocessors need. The next
+// elements are on their way to registers, and then to a second buffer, while those of the first are
+// multiplied.
 #include <optional>
 #include <string>
 #include <vector>
@@ -15,151 +17,215 @@ namespace genrep_fast {
 namespace {
 
 constexpr int64_t kTileBlocks = 512;  // that few images and classes are cut into
+constexpr int64_t kFewBlocks = 200;   // with less of them tiles are smaller
 constexpr int kDepth = 32;            // elements of a tile's rows that are in shared memory at once
 constexpr int kLineQuads = kDepth / kQuad;
 // Of a row there: no two of eight neighbouring rows begin in the same bank.
 constexpr int kPitch = kDepth + 4;
 
-template <int kImages, int kSteps>
+// The block is [16, width]; a thread has images and steps that lie 16 and `width` apart.
+template <int kTheImages, int kTheSteps, int kTheWidth>
 struct Tile {
-  static constexpr int kSide = 16;  // threads along either axis
-  alignas(16) float images[kSide * kImages][kPitch], centers[kSide * kSteps][kPitch];
+  static constexpr int kImages = kTheImages, kSteps = kTheSteps, kWidth = kTheWidth;
+  static constexpr int kHeight = 16, kBlock = kHeight * kWidth;
+  static constexpr int kAllImages = kHeight * kImages, kAllSteps = kWidth * kSteps;
+  // Of a multiprocessor, with 128 registers a thread.
+  static constexpr int kBlocks = 512 / kBlock;
+  // Lines that the block loads at once.
+  static constexpr int kLines = kBlock / kLineQuads;
+  static constexpr int kImageLoads = kAllImages / kLines, kStepLoads = kAllSteps / kLines;
+  static_assert(kImageLoads * kLines == kAllImages && kStepLoads * kLines == kAllSteps);
+};
 
-  // x, and b x_t + c o, of the elements from quad `first` on; zeros past the ends.
-  __device__ void load(
-      const DeviceChunk& chunk, int64_t first_image, int64_t k, int64_t first_step, int first) {
-    for (int i = threadIdx.x; i < kSide * (kImages + kSteps) * kLineQuads; i += kThreads) {
-      const int line = i / kLineQuads;
-      const int own_quad = i % kLineQuads;
-      const int quad = first + own_quad;
-      const bool is_image = line < kSide * kImages;
-      const int64_t b = first_image + line;
-      const int64_t s = first_step + line - kSide * kImages;
-      float4 values = make_float4(0, 0, 0, 0);
-      const bool exists = is_image ? b < chunk.batch : s < chunk.steps;
-      if (quad < chunk.row_quads() && exists) {
-        values = is_image ? image(chunk, b, quad) : center(chunk, k, s, quad);
-      }
-      float* target = is_image ? images[line] : centers[line - kSide * kImages];
-      *reinterpret_cast<float4*>(target + kQuad * own_quad) = values;
-    }
-  }
+// x, and b x_t + c o, of some elements.
+template <typename Tile>
+struct Lines {
+  alignas(16) float images[Tile::kAllImages][kPitch], centers[Tile::kAllSteps][kPitch];
+};
 
-  static __device__ float4 image(const DeviceChunk& chunk, int64_t b, int index) {
-    const Quad quad = AnyAccess::load(
-        chunk.x, chunk.x.dtype, chunk.x.row(b, 0, 0), AnyAccess::place(chunk, index),
-        chunk.inner_size);
-    const Dtype dtype = chunk.x.dtype;
-    return make_float4(
-        unpack(quad, dtype, 0), unpack(quad, dtype, 1), unpack(quad, dtype, 2),
-        unpack(quad, dtype, 3));
-  }
-
-  static __device__ float4 center(const DeviceChunk& chunk, int64_t k, int64_t s, int index) {
-    Residuals<AnyAccess> quads = {};
-    Row row = row_at(chunk, 0, k, s);
-    const Place place = AnyAccess::place(chunk, index);
-    quads.output =
-        AnyAccess::load(chunk.output, chunk.output.dtype, row.output, place, chunk.inner_size);
-    if (chunk.noisy.data != nullptr) {
-      quads.noisy =
-          AnyAccess::load(chunk.noisy, chunk.noisy.dtype, row.noisy, place, chunk.inner_size);
-    }
-    row.data_factor = 0;
-    return make_float4(
-        quads.at(chunk, row, 0), quads.at(chunk, row, 1), quads.at(chunk, row, 2),
-        quads.at(chunk, row, 3));
+// Rows that are whole quads one behind the other, of any dtype.
+struct FlatAccess {
+  static __device__ Place place(const DeviceChunk&, int quad) { return {0, kQuad * quad}; }
+  static __device__ Quad load(const Operand& operand, Dtype dtype, int64_t row, Place place, int) {
+    return load_aligned(operand.data, dtype, row + place.inner);
   }
 };
 
-// sum r^2 of a tile: images ty + 16 i and steps tx + 16 j of thread (tx, ty); 32 squares in
-// float32, above that float64.
-template <int kImages, int kSteps>
-__device__ void tile_squares(
-    const DeviceChunk& chunk, int64_t first_image, int64_t k, int64_t first_step,
-    double (&squares)[kImages][kSteps]) {
-  using Shared = Tile<kImages, kSteps>;
-  __shared__ Shared tile;
-  const int tx = threadIdx.x % Shared::kSide;
-  const int ty = threadIdx.x / Shared::kSide;
-  float factors[kSteps];
-  for (int j = 0; j < kSteps; ++j) {
-    factors[j] = chunk.data_table[min(first_step + tx + Shared::kSide * j, chunk.steps - 1)];
-    for (int i = 0; i < kImages; ++i) {
-      squares[i][j] = 0;
+// What a thread loads of the lines of a tile; images, steps and elements beyond the last stand for
+// the last.
+template <typename Tile, typename Access>
+struct Loads {
+  Quad images[Tile::kImageLoads], outputs[Tile::kStepLoads], noisy[Tile::kStepLoads];
+  float output_factors[Tile::kStepLoads], noisy_factors[Tile::kStepLoads];
+  int line, own_quad;
+
+  __device__ Loads(const DeviceChunk& chunk, int64_t first_step)
+      : line(static_cast<int>(threadIdx.x) / kLineQuads),
+        own_quad(static_cast<int>(threadIdx.x) % kLineQuads) {
+#pragma unroll
+    for (int j = 0; j < Tile::kStepLoads; ++j) {
+      const int64_t s = step(chunk, first_step, j);
+      output_factors[j] = chunk.output_table[s];
+      noisy_factors[j] = chunk.noisy.data != nullptr ? chunk.noisy_table[s] : 0.f;
+      noisy[j] = {};
     }
   }
-#pragma unroll 1
-  for (int first = 0; first < chunk.row_quads(); first += kLineQuads) {
-    __syncthreads();
-    tile.load(chunk, first_image, k, first_step, first);
-    __syncthreads();
-    float sums[kImages][kSteps] = {};
-#pragma unroll 2
-    for (int column = 0; column < kDepth; column += kQuad) {
-      float4 x[kImages];
+
+  __device__ int64_t step(const DeviceChunk& chunk, int64_t first_step, int j) const {
+    return min(first_step + line + j * Tile::kLines, chunk.steps - 1);
+  }
+
+  // Begins to load the elements from quad `first` on.
+  __device__ void begin(
+      const DeviceChunk& chunk, int64_t first_image, int64_t k, int64_t first_step, int first) {
+    const Place place = Access::place(chunk, min(first + own_quad, chunk.row_quads() - 1));
 #pragma unroll
-      for (int i = 0; i < kImages; ++i) {
-        x[i] = *reinterpret_cast<const float4*>(&tile.images[ty + Shared::kSide * i][column]);
+    for (int i = 0; i < Tile::kImageLoads; ++i) {
+      const int64_t b = min(first_image + line + i * Tile::kLines, chunk.batch - 1);
+      images[i] =
+          Access::load(chunk.x, chunk.x.dtype, chunk.x.row(b, 0, 0), place, chunk.inner_size);
+    }
+#pragma unroll
+    for (int j = 0; j < Tile::kStepLoads; ++j) {
+      const int64_t s = step(chunk, first_step, j);
+      outputs[j] = Access::load(
+          chunk.output, chunk.output.dtype, chunk.output.row(0, k, s), place, chunk.inner_size);
+      if (chunk.noisy.data != nullptr) {
+        noisy[j] = Access::load(
+            chunk.noisy, chunk.noisy.dtype, chunk.noisy.row(0, k, s), place, chunk.inner_size);
       }
+    }
+  }
+
+  // Stores them when they have come; zeros past the end of the rows.
+  __device__ void end(const DeviceChunk& chunk, int first, Lines<Tile>& lines) const {
+    const bool exists = first + own_quad < chunk.row_quads();
+    auto store = [&](float (&target)[kPitch], auto value_of) {
+      const float4 values = make_float4(value_of(0), value_of(1), value_of(2), value_of(3));
+      *reinterpret_cast<float4*>(&target[kQuad * own_quad]) =
+          exists ? values : make_float4(0, 0, 0, 0);
+    };
 #pragma unroll
-      for (int j = 0; j < kSteps; ++j) {
-        const float4 center =
-            *reinterpret_cast<const float4*>(&tile.centers[tx + Shared::kSide * j][column]);
+    for (int i = 0; i < Tile::kImageLoads; ++i) {
+      store(lines.images[line + i * Tile::kLines], [&](int q) {
+        return unpack(images[i], chunk.x.dtype, q);
+      });
+    }
 #pragma unroll
-        for (int i = 0; i < kImages; ++i) {
-          const float r[kQuad] = {
-              __fmaf_rn(factors[j], x[i].x, center.x), __fmaf_rn(factors[j], x[i].y, center.y),
-              __fmaf_rn(factors[j], x[i].z, center.z), __fmaf_rn(factors[j], x[i].w, center.w)};
+    for (int j = 0; j < Tile::kStepLoads; ++j) {
+      store(lines.centers[line + j * Tile::kLines], [&](int q) {
+        const float given = __fmul_rn(noisy_factors[j], unpack(noisy[j], chunk.noisy.dtype, q));
+        return __fmaf_rn(output_factors[j], unpack(outputs[j], chunk.output.dtype, q), given);
+      });
+    }
+  }
+};
+
+// Adds r^2 of the elements in shared memory: 32 squares in float32, above that float64.
+template <typename Tile>
+__device__ void add_squares(
+    const Lines<Tile>& lines, const float (&factors)[Tile::kSteps],
+    double (&squares)[Tile::kImages][Tile::kSteps]) {
+  const int tx = static_cast<int>(threadIdx.x) % Tile::kWidth;
+  const int ty = static_cast<int>(threadIdx.x) / Tile::kWidth;
+  float sums[Tile::kImages][Tile::kSteps] = {};
+#pragma unroll 2
+  for (int column = 0; column < kDepth; column += kQuad) {
+    float4 x[Tile::kImages];
 #pragma unroll
-          for (int q = 0; q < kQuad; ++q) {
-            sums[i][j] = __fmaf_rn(r[q], r[q], sums[i][j]);
-          }
+    for (int i = 0; i < Tile::kImages; ++i) {
+      x[i] = *reinterpret_cast<const float4*>(&lines.images[ty + Tile::kHeight * i][column]);
+    }
+#pragma unroll
+    for (int j = 0; j < Tile::kSteps; ++j) {
+      const float4 center =
+          *reinterpret_cast<const float4*>(&lines.centers[tx + Tile::kWidth * j][column]);
+#pragma unroll
+      for (int i = 0; i < Tile::kImages; ++i) {
+        const float r[kQuad] = {
+            __fmaf_rn(factors[j], x[i].x, center.x), __fmaf_rn(factors[j], x[i].y, center.y),
+            __fmaf_rn(factors[j], x[i].z, center.z), __fmaf_rn(factors[j], x[i].w, center.w)};
+#pragma unroll
+        for (int q = 0; q < kQuad; ++q) {
+          sums[i][j] = __fmaf_rn(r[q], r[q], sums[i][j]);
         }
       }
     }
+  }
 #pragma unroll
-    for (int i = 0; i < kImages; ++i) {
+  for (int i = 0; i < Tile::kImages; ++i) {
 #pragma unroll
-      for (int j = 0; j < kSteps; ++j) {
-        squares[i][j] += sums[i][j];
-      }
+    for (int j = 0; j < Tile::kSteps; ++j) {
+      squares[i][j] += sums[i][j];
     }
   }
 }
 
-// A block some steps of a class and 16 kImages images: their states, or where `factors` is not
-// null, the factors of the rows.
-template <int kImages, int kSteps>
-__global__ __launch_bounds__(kThreads, 2) void log_likelihood_shared_centers_kernel(
+// sum r^2 of a tile: images ty + 16 i and steps tx + width j of thread (tx, ty).
+template <typename Tile, typename Access>
+__device__ void tile_squares(
+    const DeviceChunk& chunk, int64_t first_image, int64_t k, int64_t first_step,
+    double (&squares)[Tile::kImages][Tile::kSteps]) {
+  __shared__ Lines<Tile> buffers[2];
+  const int tx = static_cast<int>(threadIdx.x) % Tile::kWidth;
+  float factors[Tile::kSteps];
+  for (int j = 0; j < Tile::kSteps; ++j) {
+    factors[j] = chunk.data_table[min(first_step + tx + Tile::kWidth * j, chunk.steps - 1)];
+    for (int i = 0; i < Tile::kImages; ++i) {
+      squares[i][j] = 0;
+    }
+  }
+  const int quads = chunk.row_quads();
+  if (quads == 0) {
+    return;
+  }
+  Loads<Tile, Access> loads(chunk, first_step);
+  loads.begin(chunk, first_image, k, first_step, 0);
+  loads.end(chunk, 0, buffers[0]);
+  __syncthreads();
+  int own = 0;
+#pragma unroll 1
+  for (int next = kLineQuads; next < quads; next += kLineQuads) {
+    loads.begin(chunk, first_image, k, first_step, next);
+    add_squares<Tile>(buffers[own], factors, squares);
+    own ^= 1;
+    loads.end(chunk, next, buffers[own]);
+    __syncthreads();
+  }
+  add_squares<Tile>(buffers[own], factors, squares);
+  __syncthreads();  // before the next tile is stored
+}
+
+// A block some steps of a class and a tile's images: their states, or where `factors` is not null,
+// the factors of the rows.
+template <typename Tile, typename Access>
+__global__ __launch_bounds__(Tile::kBlock, Tile::kBlocks) void log_likelihood_shared_centers_kernel(
     const __grid_constant__ DeviceChunk chunk, const __grid_constant__ Groups groups,
     const __grid_constant__ Destination destination, const __grid_constant__ Upstream upstream,
     float* factors) {
-  constexpr int kSide = Tile<kImages, kSteps>::kSide;
-  const int64_t tiles = ceil_div(chunk.batch, kSide * kImages);
+  const int64_t tiles = ceil_div(chunk.batch, Tile::kAllImages);
   // The grid is [K, groups, tiles].
   const int64_t rest = blockIdx.x / tiles;
   const int64_t group = rest % groups.number;
   const int64_t k = rest / groups.number;
-  const int64_t first_image = blockIdx.x % tiles * (kSide * kImages);
+  const int64_t first_image = blockIdx.x % tiles * Tile::kAllImages;
   const int64_t end = min((group + 1) * groups.steps, chunk.steps);
-  // The block is [images, steps].
-  const int tx = threadIdx.x % kSide;
-  const int ty = threadIdx.x / kSide;
-  State states[kImages];
-  for (int i = 0; i < kImages; ++i) {
+  const int tx = static_cast<int>(threadIdx.x) % Tile::kWidth;
+  const int ty = static_cast<int>(threadIdx.x) / Tile::kWidth;
+  State states[Tile::kImages];
+  for (int i = 0; i < Tile::kImages; ++i) {
     states[i] = empty_state(chunk.mixture);
   }
 #pragma unroll 1
-  for (int64_t first = group * groups.steps; first < end; first += kSide * kSteps) {
-    double squares[kImages][kSteps];
-    tile_squares<kImages, kSteps>(chunk, first_image, k, first, squares);
+  for (int64_t first = group * groups.steps; first < end; first += Tile::kAllSteps) {
+    double squares[Tile::kImages][Tile::kSteps];
+    tile_squares<Tile, Access>(chunk, first_image, k, first, squares);
 #pragma unroll
-    for (int i = 0; i < kImages; ++i) {
+    for (int i = 0; i < Tile::kImages; ++i) {
 #pragma unroll
-      for (int j = 0; j < kSteps; ++j) {
-        const int64_t s = first + tx + kSide * j;
-        const int64_t b = first_image + ty + kSide * i;
+      for (int j = 0; j < Tile::kSteps; ++j) {
+        const int64_t s = first + tx + Tile::kWidth * j;
+        const int64_t b = first_image + ty + Tile::kHeight * i;
         if (s < end && b < chunk.batch) {
           const double step = step_likelihood(chunk, s, squares[i][j], chunk.elements);
           if (factors == nullptr) {
@@ -176,53 +242,89 @@ __global__ __launch_bounds__(kThreads, 2) void log_likelihood_shared_centers_ker
     return;
   }
 #pragma unroll
-  for (int i = 0; i < kImages; ++i) {
-    const State state = merged_over_warp(states[i], kSide, chunk.mixture);
-    const int64_t b = first_image + ty + kSide * i;
+  for (int i = 0; i < Tile::kImages; ++i) {
+    const State state = merged_over_warp(states[i], Tile::kWidth, chunk.mixture);
+    const int64_t b = first_image + ty + Tile::kHeight * i;
     if (tx == 0 && b < chunk.batch) {
       destination.take(chunk, b, k, groups, group, state);
     }
   }
 }
 
-// Writes states, with memory on the device of `x`, or, where it is not null, `factors`.
-template <int kImages, int kSteps>
-void launch_tiles(
-    const DeviceChunk& chunk, Destination destination, const Upstream& upstream, float* factors,
-    const Tensor* x, cudaStream_t stream) {
-  constexpr int kSide = Tile<kImages, kSteps>::kSide;
-  const int64_t tiles = ceil_div(chunk.batch, kSide * kImages) * chunk.classes;
-  const Groups groups = groups_of(chunk.steps, kSide * kSteps, kTileBlocks, tiles);
+// Where the kernel's results go: states, with memory on the device of `x`, or, where it is not null,
+// `factors`.
+struct Results {
+  Destination destination;
+  Upstream upstream;
+  float* factors;
+  const Tensor* x;
+};
+
+template <typename Tile, typename Access>
+void launch_tiles(const DeviceChunk& chunk, const Results& results, cudaStream_t stream) {
+  const int64_t tiles = ceil_div(chunk.batch, Tile::kAllImages) * chunk.classes;
+  const Groups groups = groups_of(chunk.steps, Tile::kAllSteps, kTileBlocks, tiles);
+  Destination destination = results.destination;
   std::optional<Tensor> partials;
-  if (factors == nullptr) {
-    partials = new_partials(chunk, groups, *x, destination);
+  if (results.factors == nullptr) {
+    partials = new_partials(chunk, groups, *results.x, destination);
   }
   const unsigned blocks = grid_of(tiles * groups.number);
-  log_likelihood_shared_centers_kernel<kImages, kSteps>
-      <<<blocks, kThreads, 0, stream>>>(chunk, groups, destination, upstream, factors);
+  log_likelihood_shared_centers_kernel<Tile, Access><<<blocks, Tile::kBlock, 0, stream>>>(
+      chunk, groups, destination, results.upstream, results.factors);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  if (factors == nullptr) {
+  if (results.factors == nullptr) {
     launch_merge(chunk, groups, destination, stream);
   }
 }
 
-void launch_any_tiles(
-    const DeviceChunk& chunk, const Destination& destination, const Upstream& upstream,
-    float* factors, const Tensor* x, cudaStream_t stream) {
-  const bool few_steps = chunk.steps <= 16;
-  auto launch = few_steps ? launch_tiles<4, 1> : launch_tiles<4, 4>;
-  if (chunk.batch <= 16) {
-    launch = few_steps ? launch_tiles<1, 1> : launch_tiles<1, 4>;
+// Calls function(tile) with the tile of the sizes: the largest of so many images of which there are
+// enough.
+template <typename Function>
+void with_tile(const DeviceChunk& chunk, Function function) {
+  auto fits = [&](int64_t images, int64_t steps) {
+    const int64_t tiles = ceil_div(chunk.batch, images) * ceil_div(chunk.steps, steps);
+    return chunk.steps > steps / 2 && tiles * chunk.classes >= kFewBlocks;
+  };
+  if (chunk.batch > 32 && fits(64, 64)) {
+    function(Tile<4, 4, 16>{});
+  } else if (chunk.batch > 32 && fits(64, 32)) {
+    function(Tile<4, 4, 8>{});
+  } else if (chunk.batch > 32) {
+    function(Tile<4, 2, 8>{});
+  } else if (chunk.batch > 16 && fits(32, 32)) {
+    function(Tile<2, 4, 8>{});
+  } else if (chunk.batch > 16) {
+    function(Tile<2, 2, 8>{});
+  } else if (fits(16, 32)) {
+    function(Tile<1, 4, 8>{});
+  } else {
+    function(Tile<1, 2, 8>{});
   }
-  launch(chunk, destination, upstream, factors, x, stream);
 }
 
-template <int kImages, int kSteps>
-Kernel kernel_of(const char* name) {
-  auto function = &log_likelihood_shared_centers_kernel<kImages, kSteps>;
-  return {
-      std::string("log_likelihood_shared_centers_kernel<") + name + ">",
-      reinterpret_cast<const void*>(function)};
+void launch_any_tiles(const DeviceChunk& chunk, const Results& results, cudaStream_t stream) {
+  const bool noisy_is_flat = chunk.noisy.data == nullptr || chunk.noisy.quads;
+  const bool is_flat =
+      chunk.outer_size == 1 && chunk.x.quads && chunk.output.quads && noisy_is_flat;
+  with_tile(chunk, [&](auto tile) {
+    auto launch = is_flat ? launch_tiles<decltype(tile), FlatAccess>
+                          : launch_tiles<decltype(tile), AnyAccess>;
+    launch(chunk, results, stream);
+  });
+}
+
+template <typename Tile>
+void add_kernels(std::vector<Kernel>& kernels) {
+  const std::string name = "log_likelihood_shared_centers_kernel<" +
+                           std::to_string(Tile::kAllImages) + ", " +
+                           std::to_string(Tile::kAllSteps);
+  kernels.push_back(
+      {name + ", flat>",
+       reinterpret_cast<const void*>(&log_likelihood_shared_centers_kernel<Tile, FlatAccess>)});
+  kernels.push_back(
+      {name + ", any>",
+       reinterpret_cast<const void*>(&log_likelihood_shared_centers_kernel<Tile, AnyAccess>)});
 }
 
 }  // namespace
@@ -230,18 +332,24 @@ Kernel kernel_of(const char* name) {
 void launch_shared_centers(
     const DeviceChunk& chunk, const Destination& destination, const Tensor& x,
     cudaStream_t stream) {
-  launch_any_tiles(chunk, destination, {}, nullptr, &x, stream);
+  launch_any_tiles(chunk, {destination, {}, nullptr, &x}, stream);
 }
 
 void launch_shared_factors(
     const DeviceChunk& chunk, const Upstream& upstream, float* factors, cudaStream_t stream) {
-  launch_any_tiles(chunk, {}, upstream, factors, nullptr, stream);
+  launch_any_tiles(chunk, {{}, upstream, factors, nullptr}, stream);
 }
 
 std::vector<Kernel> shared_centers_kernels() {
-  return {
-      kernel_of<1, 1>("1, 1"), kernel_of<1, 4>("1, 4"), kernel_of<4, 1>("4, 1"),
-      kernel_of<4, 4>("4, 4")};
+  std::vector<Kernel> kernels;
+  add_kernels<Tile<4, 4, 16>>(kernels);
+  add_kernels<Tile<4, 4, 8>>(kernels);
+  add_kernels<Tile<4, 2, 8>>(kernels);
+  add_kernels<Tile<2, 4, 8>>(kernels);
+  add_kernels<Tile<2, 2, 8>>(kernels);
+  add_kernels<Tile<1, 4, 8>>(kernels);
+  add_kernels<Tile<1, 2, 8>>(kernels);
+  return kernels;
 }
 
 }  // namespace genrep_fast
