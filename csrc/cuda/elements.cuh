@@ -60,6 +60,18 @@ __device__ inline float unpack(const Quad& quad, Dtype dtype, int k) {
                             : __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
 }
 
+// All four, with a branch a quad.
+__device__ inline float4 unpack(const Quad& quad, Dtype dtype) {
+  auto all = [&](Dtype own) {
+    return make_float4(
+        unpack(quad, own, 0), unpack(quad, own, 1), unpack(quad, own, 2), unpack(quad, own, 3));
+  };
+  if (dtype == kFloat32) {
+    return all(kFloat32);
+  }
+  return dtype == kBFloat16 ? all(kBFloat16) : all(kFloat16);
+}
+
 // Rounds to the nearest, ties to even.
 __device__ inline uint32_t narrow(float value, Dtype dtype) {
   return dtype == kBFloat16 ? __bfloat16_as_ushort(__float2bfloat16_rn(value))

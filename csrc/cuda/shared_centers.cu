@@ -44,55 +44,67 @@ struct Lines {
 };
 
 // Rows that are whole quads one behind the other, of any dtype.
-struct FlatAccess {
-  static __device__ Place place(const DeviceChunk&, int quad) { return {0, kQuad * quad}; }
-  static __device__ Quad load(const Operand& operand, Dtype dtype, int64_t row, Place place, int) {
-    return load_aligned(operand.data, dtype, row + place.inner);
+struct FlatRows {
+  using Row = const char*;
+  static __device__ Row row(const Operand& operand, int64_t offset) {
+    return static_cast<const char*>(operand.data) + offset * (operand.dtype == kFloat32 ? 4 : 2);
+  }
+  static __device__ Quad load(const DeviceChunk&, const Operand& operand, Row row, int quad) {
+    return load_aligned(row, operand.dtype, int64_t{kQuad} * quad);
+  }
+};
+
+// Rows of any strides.
+struct AnyRows {
+  using Row = int64_t;
+  static __device__ Row row(const Operand&, int64_t offset) { return offset; }
+  static __device__ Quad load(const DeviceChunk& chunk, const Operand& operand, Row row, int quad) {
+    return AnyAccess::load(
+        operand, operand.dtype, row, AnyAccess::place(chunk, quad), chunk.inner_size);
   }
 };
 
 // What a thread loads of the lines of a tile; images, steps and elements beyond the last stand for
 // the last.
-template <typename Tile, typename Access>
+template <typename Tile, typename Rows>
 struct Loads {
+  typename Rows::Row image_rows[Tile::kImageLoads], output_rows[Tile::kStepLoads],
+      noisy_rows[Tile::kStepLoads];
   Quad images[Tile::kImageLoads], outputs[Tile::kStepLoads], noisy[Tile::kStepLoads];
   float output_factors[Tile::kStepLoads], noisy_factors[Tile::kStepLoads];
   int line, own_quad;
 
-  __device__ Loads(const DeviceChunk& chunk, int64_t first_step)
+  __device__ Loads(const DeviceChunk& chunk, int64_t first_image, int64_t k, int64_t first_step)
       : line(static_cast<int>(threadIdx.x) / kLineQuads),
         own_quad(static_cast<int>(threadIdx.x) % kLineQuads) {
 #pragma unroll
+    for (int i = 0; i < Tile::kImageLoads; ++i) {
+      const int64_t b = min(first_image + line + i * Tile::kLines, chunk.batch - 1);
+      image_rows[i] = Rows::row(chunk.x, chunk.x.row(b, 0, 0));
+    }
+#pragma unroll
     for (int j = 0; j < Tile::kStepLoads; ++j) {
-      const int64_t s = step(chunk, first_step, j);
+      const int64_t s = min(first_step + line + j * Tile::kLines, chunk.steps - 1);
+      output_rows[j] = Rows::row(chunk.output, chunk.output.row(0, k, s));
+      noisy_rows[j] = Rows::row(chunk.noisy, chunk.noisy.row(0, k, s));
+      noisy[j] = {};
       output_factors[j] = chunk.output_table[s];
       noisy_factors[j] = chunk.noisy.data != nullptr ? chunk.noisy_table[s] : 0.f;
-      noisy[j] = {};
     }
-  }
-
-  __device__ int64_t step(const DeviceChunk& chunk, int64_t first_step, int j) const {
-    return min(first_step + line + j * Tile::kLines, chunk.steps - 1);
   }
 
   // Begins to load the elements from quad `first` on.
-  __device__ void begin(
-      const DeviceChunk& chunk, int64_t first_image, int64_t k, int64_t first_step, int first) {
-    const Place place = Access::place(chunk, min(first + own_quad, chunk.row_quads() - 1));
+  __device__ void begin(const DeviceChunk& chunk, int first) {
+    const int quad = min(first + own_quad, chunk.row_quads() - 1);
 #pragma unroll
     for (int i = 0; i < Tile::kImageLoads; ++i) {
-      const int64_t b = min(first_image + line + i * Tile::kLines, chunk.batch - 1);
-      images[i] =
-          Access::load(chunk.x, chunk.x.dtype, chunk.x.row(b, 0, 0), place, chunk.inner_size);
+      images[i] = Rows::load(chunk, chunk.x, image_rows[i], quad);
     }
 #pragma unroll
     for (int j = 0; j < Tile::kStepLoads; ++j) {
-      const int64_t s = step(chunk, first_step, j);
-      outputs[j] = Access::load(
-          chunk.output, chunk.output.dtype, chunk.output.row(0, k, s), place, chunk.inner_size);
+      outputs[j] = Rows::load(chunk, chunk.output, output_rows[j], quad);
       if (chunk.noisy.data != nullptr) {
-        noisy[j] = Access::load(
-            chunk.noisy, chunk.noisy.dtype, chunk.noisy.row(0, k, s), place, chunk.inner_size);
+        noisy[j] = Rows::load(chunk, chunk.noisy, noisy_rows[j], quad);
       }
     }
   }
@@ -100,23 +112,24 @@ struct Loads {
   // Stores them when they have come; zeros past the end of the rows.
   __device__ void end(const DeviceChunk& chunk, int first, Lines<Tile>& lines) const {
     const bool exists = first + own_quad < chunk.row_quads();
-    auto store = [&](float (&target)[kPitch], auto value_of) {
-      const float4 values = make_float4(value_of(0), value_of(1), value_of(2), value_of(3));
+    auto store = [&](float (&target)[kPitch], const float4& values) {
       *reinterpret_cast<float4*>(&target[kQuad * own_quad]) =
           exists ? values : make_float4(0, 0, 0, 0);
     };
 #pragma unroll
     for (int i = 0; i < Tile::kImageLoads; ++i) {
-      store(lines.images[line + i * Tile::kLines], [&](int q) {
-        return unpack(images[i], chunk.x.dtype, q);
-      });
+      store(lines.images[line + i * Tile::kLines], unpack(images[i], chunk.x.dtype));
     }
 #pragma unroll
     for (int j = 0; j < Tile::kStepLoads; ++j) {
-      store(lines.centers[line + j * Tile::kLines], [&](int q) {
-        const float given = __fmul_rn(noisy_factors[j], unpack(noisy[j], chunk.noisy.dtype, q));
-        return __fmaf_rn(output_factors[j], unpack(outputs[j], chunk.output.dtype, q), given);
-      });
+      const float b = noisy_factors[j], c = output_factors[j];
+      const float4 x_t = unpack(noisy[j], chunk.noisy.dtype);
+      const float4 o = unpack(outputs[j], chunk.output.dtype);
+      store(
+          lines.centers[line + j * Tile::kLines],
+          make_float4(
+              __fmaf_rn(c, o.x, __fmul_rn(b, x_t.x)), __fmaf_rn(c, o.y, __fmul_rn(b, x_t.y)),
+              __fmaf_rn(c, o.z, __fmul_rn(b, x_t.z)), __fmaf_rn(c, o.w, __fmul_rn(b, x_t.w))));
     }
   }
 };
@@ -162,7 +175,7 @@ __device__ void add_squares(
 }
 
 // sum r^2 of a tile: images ty + 16 i and steps tx + width j of thread (tx, ty).
-template <typename Tile, typename Access>
+template <typename Tile, typename Rows>
 __device__ void tile_squares(
     const DeviceChunk& chunk, int64_t first_image, int64_t k, int64_t first_step,
     double (&squares)[Tile::kImages][Tile::kSteps]) {
@@ -179,14 +192,14 @@ __device__ void tile_squares(
   if (quads == 0) {
     return;
   }
-  Loads<Tile, Access> loads(chunk, first_step);
-  loads.begin(chunk, first_image, k, first_step, 0);
+  Loads<Tile, Rows> loads(chunk, first_image, k, first_step);
+  loads.begin(chunk, 0);
   loads.end(chunk, 0, buffers[0]);
   __syncthreads();
   int own = 0;
 #pragma unroll 1
   for (int next = kLineQuads; next < quads; next += kLineQuads) {
-    loads.begin(chunk, first_image, k, first_step, next);
+    loads.begin(chunk, next);
     add_squares<Tile>(buffers[own], factors, squares);
     own ^= 1;
     loads.end(chunk, next, buffers[own]);
@@ -198,7 +211,7 @@ __device__ void tile_squares(
 
 // A block some steps of a class and a tile's images: their states, or where `factors` is not null,
 // the factors of the rows.
-template <typename Tile, typename Access>
+template <typename Tile, typename Rows>
 __global__ __launch_bounds__(Tile::kBlock, Tile::kBlocks) void log_likelihood_shared_centers_kernel(
     const __grid_constant__ DeviceChunk chunk, const __grid_constant__ Groups groups,
     const __grid_constant__ Destination destination, const __grid_constant__ Upstream upstream,
@@ -219,7 +232,7 @@ __global__ __launch_bounds__(Tile::kBlock, Tile::kBlocks) void log_likelihood_sh
 #pragma unroll 1
   for (int64_t first = group * groups.steps; first < end; first += Tile::kAllSteps) {
     double squares[Tile::kImages][Tile::kSteps];
-    tile_squares<Tile, Access>(chunk, first_image, k, first, squares);
+    tile_squares<Tile, Rows>(chunk, first_image, k, first, squares);
 #pragma unroll
     for (int i = 0; i < Tile::kImages; ++i) {
 #pragma unroll
@@ -260,7 +273,7 @@ struct Results {
   const Tensor* x;
 };
 
-template <typename Tile, typename Access>
+template <typename Tile, typename Rows>
 void launch_tiles(const DeviceChunk& chunk, const Results& results, cudaStream_t stream) {
   const int64_t tiles = ceil_div(chunk.batch, Tile::kAllImages) * chunk.classes;
   const Groups groups = groups_of(chunk.steps, Tile::kAllSteps, kTileBlocks, tiles);
@@ -270,7 +283,7 @@ void launch_tiles(const DeviceChunk& chunk, const Results& results, cudaStream_t
     partials = new_partials(chunk, groups, *results.x, destination);
   }
   const unsigned blocks = grid_of(tiles * groups.number);
-  log_likelihood_shared_centers_kernel<Tile, Access><<<blocks, Tile::kBlock, 0, stream>>>(
+  log_likelihood_shared_centers_kernel<Tile, Rows><<<blocks, Tile::kBlock, 0, stream>>>(
       chunk, groups, destination, results.upstream, results.factors);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   if (results.factors == nullptr) {
@@ -308,8 +321,8 @@ void launch_any_tiles(const DeviceChunk& chunk, const Results& results, cudaStre
   const bool is_flat =
       chunk.outer_size == 1 && chunk.x.quads && chunk.output.quads && noisy_is_flat;
   with_tile(chunk, [&](auto tile) {
-    auto launch = is_flat ? launch_tiles<decltype(tile), FlatAccess>
-                          : launch_tiles<decltype(tile), AnyAccess>;
+    auto launch =
+        is_flat ? launch_tiles<decltype(tile), FlatRows> : launch_tiles<decltype(tile), AnyRows>;
     launch(chunk, results, stream);
   });
 }
@@ -321,10 +334,10 @@ void add_kernels(std::vector<Kernel>& kernels) {
                            std::to_string(Tile::kAllSteps);
   kernels.push_back(
       {name + ", flat>",
-       reinterpret_cast<const void*>(&log_likelihood_shared_centers_kernel<Tile, FlatAccess>)});
+       reinterpret_cast<const void*>(&log_likelihood_shared_centers_kernel<Tile, FlatRows>)});
   kernels.push_back(
       {name + ", any>",
-       reinterpret_cast<const void*>(&log_likelihood_shared_centers_kernel<Tile, AnyAccess>)});
+       reinterpret_cast<const void*>(&log_likelihood_shared_centers_kernel<Tile, AnyRows>)});
 }
 
 }  // namespace
