@@ -401,14 +401,15 @@ Column column_of(const Tensor& tables, int64_t step, const Tensor& x_t) {
   return {row(0), row(1), row(2), row(3), row(4), row(5), row(6), row(7)};
 }
 
-// Threads that work on a chain, or on a part of one: some of a warp, or a block.
+// Threads that work on a chain, or on a part of one: some of a warp, or a block, whose threads load
+// twice, so that a multiprocessor has several blocks, of which some load while others draw.
 int team_of(int64_t quads) {
-  const int64_t wanted = ceil_div(quads, kStepQuads);
-  if (wanted > kWarp) {
-    return static_cast<int>(std::min<int64_t>(round_up(wanted, kWarp), kStepThreads));
+  const int64_t loads = ceil_div(quads, kStepQuads);
+  if (loads > kWarp) {
+    return static_cast<int>(std::min<int64_t>(round_up(ceil_div(loads, 2), kWarp), kStepThreads));
   }
   int team = 1;
-  while (team < wanted) {
+  while (team < loads) {
     team *= 2;
   }
   return team;

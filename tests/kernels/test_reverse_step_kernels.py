@@ -106,9 +106,9 @@ def test_reverse_step_of_wide_loads_with_scaled_std(dtypes, scale_dtype, compile
     [
         ((8, 4), 1, 32),
         ((513, 64), 17, 256),
-        ((3, 3, 32, 32), 3, 384),
+        ((3, 3, 32, 32), 3, 192),
         ((3, 4, 64, 64), 3, 512),
-        ((2, 16385), 10, 512),
+        ((2, 16385), 10, 256),
     ],
 )
 def test_chains_are_cut_by_their_size(shape, blocks, threads, recorded_launches):
