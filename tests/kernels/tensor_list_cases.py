@@ -126,13 +126,14 @@ def random_coefficients(n, num_groups=NUM_GROUPS):
     return torch.randn(n, num_groups, generator=generator, dtype=torch.float64).to(DEVICE).T
 
 
-def long_list(length, n, *, seed=0):
-    """Sizes of `length` tensors, some of them 0, and the gradients of n losses, of mixed dtypes; a
-    sixth is missing.
+def long_list(length, n):
+    """Sizes of `length` tensors and of some empty ones between them, and the gradients of n losses,
+    of mixed dtypes; a sixth is missing.
     """
-    generator = torch.Generator().manual_seed(seed)
-    sizes = [(5 * t) % 14 for t in range(length)]
-    gradients = []
+    generator = torch.Generator().manual_seed(0)
+    sizes, gradients = [], []
+    for t in range(length):
+        sizes += [0, t % 13 + 1] if t % 20 == 0 else [t % 13 + 1]
     for i in range(n):
         for t, size in enumerate(sizes):
             values = torch.randn(size, generator=generator).to(DEVICE, (F32, BF16, F16)[t % 3])

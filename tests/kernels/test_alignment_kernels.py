@@ -404,15 +404,17 @@ def test_flat_memory_and_a_list_of_whole_chunks_give_the_same_bits():
     assert_equal_bits([first], [second])
 
 
-# Launches of lists of so many tensors on CUDA: short ones have kernels of less parameters.
-LONG = {2: (88, 89, 740, 741, 829), 3: (53, 54, 450, 451), 8: (38, 39, 325, 326)}
+# Tensors of one launch on CUDA, of the kernels for short lists and of those for long ones, and one
+# more.
+LONG = {2: (88, 89, 740, 741, 829), 3: (65, 66, 542, 543), 8: (42, 43, 354, 355)}
+LONG_GRAM = {2: (108, 109, 904, 905), 3: (75, 76, 627), 8: (46, 47, 388)}
 
 
 @pytest.mark.parametrize(("n", "length"), [(n, length) for n in LONG for length in LONG[n]])
 def test_combine_of_long_lists(n, length, compiled):
     sizes, gradients = long_list(length, n)
     coefficients, weights = random_coefficients(n), [0.7 - 0.2 * i for i in range(n)]
-    groups = [t % (NUM_GROUPS + 1) - 1 for t in range(length)]
+    groups = [t % (NUM_GROUPS + 1) - 1 for t in range(len(sizes))]
     out, expected = (
         [
             torch.full((size,), math.nan, device=DEVICE, dtype=F16 if t % 4 == 0 else F32)
@@ -426,11 +428,11 @@ def test_combine_of_long_lists(n, length, compiled):
 
 
 @pytest.mark.parametrize(
-    ("n", "length"), [(2, 108), (2, 109), (2, 905), (3, 74), (8, 50), (8, 398)]
+    ("n", "length"), [(n, length) for n in LONG_GRAM for length in LONG_GRAM[n]]
 )
 def test_gram_of_long_lists(n, length, compiled):
-    _, gradients = long_list(length, n)
-    groups = [t % NUM_GROUPS for t in range(length)]
+    sizes, gradients = long_list(length, n)
+    groups = [t % NUM_GROUPS for t in range(len(sizes))]
     assert_gram(operators.gram(gradients, n, groups, NUM_GROUPS), gradients, n, groups)
 
 
