@@ -11,6 +11,10 @@ namespace genrep_fast {
 
 constexpr int kWarp = 32;
 
+// Values whose combination is code enough not to be repeated.
+template <typename Value>
+constexpr bool kIsLarge = sizeof(Value) > sizeof(double);
+
 struct Sum {
   template <typename Value>
   __device__ Value operator()(const Value& a, const Value& b) const {
@@ -40,7 +44,8 @@ __device__ Value shuffled(const Value& value, int distance) {
 // their order.
 template <typename Value, typename Combine>
 __device__ Value reduced_over_warp(Value value, int columns, int width, Combine combine) {
-#pragma unroll 1
+  constexpr int kUnroll = kIsLarge<Value> ? 1 : 5;
+#pragma unroll kUnroll
   for (int distance = columns; distance < width; distance *= 2) {
     value = combine(value, shuffled(value, distance));
   }
@@ -67,7 +72,7 @@ __device__ Value reduced_over_rows(Value value, int columns, Combine combine) {
   __syncthreads();
   const int column = place % columns;
   value = values[column];
-  constexpr int kUnroll = sizeof(Value) > sizeof(double) ? 1 : kThreads / kWarp;
+  constexpr int kUnroll = kIsLarge<Value> ? 1 : kThreads / kWarp;
 #pragma unroll kUnroll
   for (int part = 1; part < parts; ++part) {
     value = combine(value, values[part * columns + column]);
