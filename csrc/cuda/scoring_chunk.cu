@@ -8,9 +8,7 @@
 namespace genrep_fast {
 
 constexpr int kWarpRow = 8192;  // elements of a row that is a warp's at most
-// With less of them each is read on its own faster than a few multiprocessors work on tiles.
-constexpr int64_t kTiledRows = 2048;
-constexpr int kSlices = 8;  // that few items are cut into, within a block
+constexpr int kSlices = 8;      // that few items are cut into, within a block
 
 Operand operand_of(const View& view, int64_t inner_size) {
   if (view.data == nullptr) {
@@ -80,6 +78,9 @@ ScoredChunk checked_chunk(
   chunk.per_location &= chunk.locations != 1;  // the one location is the image
   return chunk;
 }
+
+// With less of them each is read on its own faster than a few multiprocessors work on tiles.
+constexpr int64_t kTiledRows = 2048;
 
 bool shares_centers(const DeviceChunk& chunk, bool per_location) {
   const bool shares = chunk.batch > 1 && chunk.output.batch == 0 && chunk.noisy.batch == 0;
