@@ -145,7 +145,25 @@ __device__ void load_batch(
   }
 }
 
-// This thread's part of sum r^2: 16 squares in float32, above that float64.
+// The residuals of a batch, and the sum of their squares: 16 in float32.
+template <typename Access>
+__device__ float batch_squares(
+    const DeviceChunk& chunk, const Row& row, const Residuals<Access> (&batch)[kBatch],
+    float (&residuals)[kBatch * kQuad]) {
+  float sum = 0;
+#pragma unroll
+  for (int q = 0; q < kBatch; ++q) {
+#pragma unroll
+    for (int k = 0; k < kQuad; ++k) {
+      const float r = batch[q].at(chunk, row, k);
+      residuals[q * kQuad + k] = r;
+      sum = __fmaf_rn(r, r, sum);
+    }
+  }
+  return sum;
+}
+
+// This thread's part of sum r^2, the sums of batches in float64.
 template <typename Access>
 __device__ double row_squares(
     const DeviceChunk& chunk, const Row& row, int quads, int lane, int team) {
@@ -153,17 +171,9 @@ __device__ double row_squares(
 #pragma unroll 1
   for (int first = lane; first < quads; first += kBatch * team) {
     Residuals<Access> batch[kBatch];
+    float residuals[kBatch * kQuad];
     load_batch<Access>(chunk, row, quads, first, team, batch);
-    float sum = 0;
-#pragma unroll
-    for (int q = 0; q < kBatch; ++q) {
-#pragma unroll
-      for (int k = 0; k < kQuad; ++k) {
-        const float r = batch[q].at(chunk, row, k);
-        sum = __fmaf_rn(r, r, sum);
-      }
-    }
-    total += sum;
+    total += batch_squares<Access>(chunk, row, batch, residuals);
   }
   return total;
 }

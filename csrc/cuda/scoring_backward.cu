@@ -2,10 +2,10 @@
 //
 //     dl/do = -v_s c_s r,   dL/dl = exp(l - logsumexp l)  or  1/S
 //
-// The gradient of o alone reads o and writes as much: a row is read a second time, from the caches,
-// because its weight needs the whole row. Gradients that are summed over images, classes or steps
-// (that of x; those of o and x_t where they are shared) need the factor of every row first, 4 bytes
-// each, and read the chunk once more.
+// The gradient of o alone reads o and writes as much: the residuals of a row stay in registers until
+// its weight is known, which needs the whole row; rows of more than 8,192 elements are read a second
+// time. Gradients that are summed over images, classes or steps (that of x; those of o and x_t where
+// they are shared) need the factor of every row first, 4 bytes each, and read the chunk once more.
 #include "scoring_backward.cuh"
 
 #include <array>
@@ -18,83 +18,118 @@
 namespace genrep_fast {
 namespace {
 
-// A step without weight passes no gradient, even where its residual is infinite.
-__device__ float gradient(float factor, float r) { return factor == 0 ? 0.f : factor * r; }
-
-// Gradient [B, K, S, outer, inner] of o, contiguous but for the channels that o has beyond x's.
-struct OutputGradient {
-  Operand operand;
-  int inner_size;  // may be less than that of a chunk whose rows are flat
-
-  template <typename Access>
-  __device__ void store(
-      const DeviceChunk& chunk, int64_t row, Place place, const float (&values)[kQuad]) const {
-    const Dtype dtype = Access::output_dtype(chunk);
-    if constexpr (Access::kWhole) {
-      store_aligned(
-          operand.data, dtype, row + place.outer * operand.outer + place.inner,
-          pack(values, dtype));
-      return;
-    }
-    const int element = place.outer * chunk.inner_size + place.inner;
+// The residuals of kHeld batches, and what team_sum makes sum r^2 of the row. Lanes and batches are
+// those of the forward pass, though several warps share what is one warp's there: they exchange the
+// sums of their batches, and each adds up all of them in forward's order.
+template <typename Access, int kHeld>
+__device__ double held_squares(
+    const DeviceChunk& chunk, const Row& row, int quads, const RowThreads& threads,
+    const RowThread& own, float (&residuals)[kHeld][kBatch * kQuad]) {
+  // Of every batch of the block's rows, in their order.
+  __shared__ float sums[kHeld * kThreads / 32][32];
+  float (*own_sums)[32] = sums + own.row * threads.warps * kHeld;
+  double squares = 0;
 #pragma unroll
-    for (int k = 0; k < kQuad; ++k) {
-      if (place.inner + k < chunk.inner_size) {
-        const int outer = (element + k) / inner_size;
-        const int inner = element + k - outer * inner_size;
-        store_element(
-            operand.data, dtype, row + outer * operand.outer + inner * operand.inner, values[k]);
-      }
+  for (int held = 0; held < kHeld; ++held) {
+    Residuals<Access> batch[kBatch];
+    load_batch<Access>(chunk, row, quads, own.first(threads, held), threads.team, batch);
+    const float sum = batch_squares<Access>(chunk, row, batch, residuals[held]);
+    squares += sum;
+    if (threads.warps > 1) {
+      own_sums[own.warp + threads.warps * held][own.lane] = sum;
     }
   }
-};
+  if (threads.warps > 1 && chunk.mixture) {
+    __syncthreads();
+    squares = 0;
+#pragma unroll 1
+    for (int batch = 0; batch < threads.warps * kHeld; ++batch) {
+      squares += own_sums[batch][own.lane];
+    }
+  }
+  return squares;
+}
 
-// A team a row: its factor, and the gradient of o where `output` has memory.
+// The gradients of a batch of residuals, to row `target` of the output's.
 template <typename Access>
-__global__ __launch_bounds__(kThreads, Access::kBlocks) void log_likelihood_backward_rows_kernel(
+__device__ void store_batch(
+    const DeviceChunk& chunk, const Row& row, const OutputGradient& output, int64_t target,
+    int quads, int first, int team, float factor, const float (&residuals)[kBatch * kQuad]) {
+#pragma unroll
+  for (int q = 0; q < kBatch; ++q) {
+    if (first + q * team < quads) {
+      float values[kQuad];
+#pragma unroll
+      for (int j = 0; j < kQuad; ++j) {
+        values[j] = row.output_factor * gradient(factor, residuals[q * kQuad + j]);
+      }
+      output.store<Access>(chunk, target, Access::place(chunk, first + q * team), values);
+    }
+  }
+}
+
+// Of a multiprocessor: two batches of residuals need registers of their own.
+template <typename Access, int kHeld>
+constexpr int kRowBlocks =
+    kHeld == 2 && Access::kBlocks > 2 ? Access::kBlocks - 1 : Access::kBlocks;
+
+// A row's factor, and the gradient of o where `output` has memory. kHeld: batches of a thread, whose
+// residuals stay in registers until the factor is known; 0 for rows that are a block's, which read
+// theirs again.
+template <typename Access, int kHeld>
+__global__
+__launch_bounds__(kThreads, kRowBlocks<Access, kHeld>) void log_likelihood_backward_rows_kernel(
     const __grid_constant__ DeviceChunk chunk, const __grid_constant__ Upstream upstream,
-    const __grid_constant__ OutputGradient output, float* factors, int team) {
-  // Teams are [B, K, S].
-  const int64_t index = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / team;
+    const __grid_constant__ OutputGradient output, float* factors, RowThreads threads) {
+  const RowThread own(threads);
+  // Rows are [B, K, S].
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * (kThreads / threads.number()) + own.row;
   const int64_t pair = index / chunk.steps;
   const int64_t s = index - pair * chunk.steps;
   const bool exists = pair < chunk.batch * chunk.classes;
   const int64_t b = exists ? pair / chunk.classes : 0;
   const int64_t k = exists ? pair % chunk.classes : 0;
-  const int lane = threadIdx.x % team;
   const int quads = exists ? chunk.row_quads() : 0;
   const Row row = row_at(chunk, b, k, s);
+
+  float residuals[kHeld > 0 ? kHeld : 1][kBatch * kQuad];
+  double squares = 0;
+  if constexpr (kHeld > 0) {
+    squares = held_squares<Access, kHeld>(chunk, row, quads, threads, own, residuals);
+  } else if (chunk.mixture) {
+    squares = row_squares<Access>(chunk, row, quads, own.lane, threads.team);
+  }
   double step = 0;
   if (chunk.mixture) {
-    const double squares = team_sum(row_squares<Access>(chunk, row, quads, lane, team), team);
-    step = step_likelihood(chunk, s, squares, chunk.elements);
+    step = step_likelihood(chunk, s, team_sum(squares, threads.team), chunk.elements);
   }
   if (!exists) {
     return;
   }
   const float factor = upstream.factor(chunk, pair, s, step);
-  if (factors != nullptr && lane == 0) {
+  if (factors != nullptr && own.first(threads, 0) == 0) {
     factors[index] = factor;
   }
   if (output.operand.data == nullptr) {
     return;
   }
   const int64_t target = output.operand.row(b, k, s);
-#pragma unroll 1
-  for (int first = lane; first < quads; first += kBatch * team) {
-    Residuals<Access> batch[kBatch];
-    load_batch<Access>(chunk, row, quads, first, team, batch);
+  if constexpr (kHeld > 0) {
 #pragma unroll
-    for (int q = 0; q < kBatch; ++q) {
-      if (first + q * team < quads) {
-        float values[kQuad];
-#pragma unroll
-        for (int j = 0; j < kQuad; ++j) {
-          values[j] = row.output_factor * gradient(factor, batch[q].at(chunk, row, j));
-        }
-        output.store<Access>(chunk, target, Access::place(chunk, first + q * team), values);
-      }
+    for (int held = 0; held < kHeld; ++held) {
+      store_batch<Access>(
+          chunk, row, output, target, quads, own.first(threads, held), threads.team, factor,
+          residuals[held]);
     }
+    return;
+  }
+#pragma unroll 1
+  for (int first = own.lane; first < quads; first += kBatch * threads.team) {
+    Residuals<Access> batch[kBatch];
+    load_batch<Access>(chunk, row, quads, first, threads.team, batch);
+    batch_squares<Access>(chunk, row, batch, residuals[0]);
+    store_batch<Access>(
+        chunk, row, output, target, quads, first, threads.team, factor, residuals[0]);
   }
 }
 
@@ -304,6 +339,29 @@ OutputGradient output_gradient(
   return {operand_of(view, inner_size), static_cast<int>(inner_size)};
 }
 
+// As many threads a row as hold its residuals, where a block's registers can.
+template <typename Access>
+void launch_rows(
+    const DeviceChunk& device, const Upstream& upstream, const OutputGradient& output,
+    float* factors, int64_t rows, cudaStream_t stream) {
+  RowThreads threads{team_of(device.elements), 1};
+  const int64_t quads = int64_t{device.outer_size} * device.inner_quads;
+  const int64_t batches = ceil_div(quads, kBatch * threads.team);
+  // The shorter axis of strided rows may leave quads unfilled, and teams with more batches.
+  const int most = threads.team == 32 ? kThreads / 32 : 1;
+  auto kernel = log_likelihood_backward_rows_kernel<Access, 0>;
+  if (threads.team <= 32 && batches <= 2 * most) {
+    while (threads.warps < batches && threads.warps < most) {
+      threads.warps *= 2;
+    }
+    kernel = batches <= threads.warps ? log_likelihood_backward_rows_kernel<Access, 1>
+                                      : log_likelihood_backward_rows_kernel<Access, 2>;
+  }
+  const unsigned blocks = grid_of(ceil_div(rows * threads.number(), kThreads));
+  kernel<<<blocks, kThreads, 0, stream>>>(device, upstream, output, factors, threads);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
 // Factors of all rows where `factors` is not null, and the gradient of o.
 void launch_row_gradients(
     const ScoredChunk& chunk, const Upstream& upstream, const Target* target, float* factors,
@@ -327,12 +385,8 @@ void launch_row_gradients(
   } else if (shares_centers(device, false)) {
     launch_shared_factors(device, upstream, factors, stream);
   } else {
-    const int team = team_of(device.elements);
     with_access(device, false, whole, [&](auto access) {
-      const unsigned blocks = grid_of(ceil_div(rows * team, kThreads));
-      log_likelihood_backward_rows_kernel<decltype(access)>
-          <<<blocks, kThreads, 0, stream>>>(device, upstream, output, factors, team);
-      STD_CUDA_KERNEL_LAUNCH_CHECK();
+      launch_rows<decltype(access)>(device, upstream, output, factors, rows, stream);
     });
   }
 }
@@ -410,9 +464,14 @@ std::vector<Kernel> scoring_backward_kernels() {
   };
   for_each_access([&](auto access, const char* name) {
     using Access = decltype(access);
-    kernels.push_back(
-        {std::string("log_likelihood_backward_rows_kernel<") + name + ">",
-         reinterpret_cast<const void*>(&log_likelihood_backward_rows_kernel<Access>)});
+    auto add_rows = [&](const char* held, auto* kernel) {
+      kernels.push_back(
+          {std::string("log_likelihood_backward_rows_kernel<") + name + held + ">",
+           reinterpret_cast<const void*>(kernel)});
+    };
+    add_rows(", 0", &log_likelihood_backward_rows_kernel<Access, 0>);
+    add_rows(", 1", &log_likelihood_backward_rows_kernel<Access, 1>);
+    add_rows(", 2", &log_likelihood_backward_rows_kernel<Access, 2>);
     kernels.push_back(
         {std::string("log_likelihood_backward_locations_kernel<") + name + ">",
          reinterpret_cast<const void*>(&log_likelihood_backward_locations_kernel<Access>)});

@@ -1,4 +1,4 @@
-// What gradients are multiplied with: the factor of every row.
+// What gradients are multiplied with, the factor of every row, and where that of o goes.
 #pragma once
 
 #include "scoring.cuh"
@@ -18,6 +18,61 @@ struct Upstream {
       weight = likelihood[index] == -INFINITY ? 0.f : static_cast<float>(exp(step - total));
     }
     return -chunk.inv_var[s] * weight * grad[index];
+  }
+};
+
+// A step without weight passes no gradient, even where its residual is infinite.
+__device__ inline float gradient(float factor, float r) { return factor == 0 ? 0.f : factor * r; }
+
+// Gradient [B, K, S, outer, inner] of o, contiguous but for the channels that o has beyond x's.
+struct OutputGradient {
+  Operand operand;
+  int inner_size;  // may be less than that of a chunk whose rows are flat
+
+  template <typename Access>
+  __device__ void store(
+      const DeviceChunk& chunk, int64_t row, Place place, const float (&values)[kQuad]) const {
+    const Dtype dtype = Access::output_dtype(chunk);
+    if constexpr (Access::kWhole) {
+      store_aligned(
+          operand.data, dtype, row + place.outer * operand.outer + place.inner,
+          pack(values, dtype));
+      return;
+    }
+    const int element = place.outer * chunk.inner_size + place.inner;
+#pragma unroll
+    for (int k = 0; k < kQuad; ++k) {
+      if (place.inner + k < chunk.inner_size) {
+        const int outer = (element + k) / inner_size;
+        const int inner = element + k - outer * inner_size;
+        store_element(
+            operand.data, dtype, row + outer * operand.outer + inner * operand.inner, values[k]);
+      }
+    }
+  }
+};
+
+// The threads of a row: a team, as in the forward pass, or as many whole warps as take its batches.
+struct RowThreads {
+  int team, warps;
+
+  __device__ __host__ int number() const { return team * warps; }
+};
+
+// A thread's place among them; the block is [rows, warps, team].
+struct RowThread {
+  int row, warp, lane;
+
+  __device__ explicit RowThread(const RowThreads& threads) {
+    const int thread = threadIdx.x;
+    row = thread / threads.number();
+    warp = thread / threads.team % threads.warps;
+    lane = thread % threads.team;
+  }
+
+  // The thread's first quad of its batch `held`.
+  __device__ int first(const RowThreads& threads, int held) const {
+    return lane + kBatch * threads.team * (warp + threads.warps * held);
   }
 };
 

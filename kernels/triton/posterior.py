@@ -3,7 +3,8 @@
     log p = log_softmax_y( L / temperature + log prior )
     KL = sum_y p (log p - log q),    dKL/dlogits = q - p
 
-Each reads B K numbers a location once or twice, and writes as much at most: memory bounds them.
+distillation_loss reads both inputs once; the others read theirs a second time, for what they write:
+memory bounds them.
 """
 
 from __future__ import annotations
@@ -172,31 +173,50 @@ def _log_probabilities(scores, normalizer, block, first, CLASSES: tl.constexpr):
 
 
 @triton.jit
-def _divergence_terms(log_p, log_q, mask):
-    """p, and p (log p - log q) with 0 log 0 = 0; 0 outside the mask"""
-    p = tl.where(mask, _exp(log_p), 0.0)
-    return p, tl.where(p == 0, 0.0, p * (log_p - log_q))
+def _divergence(teacher, student, block, CLASSES: tl.constexpr, LOCATIONS: tl.constexpr):
+    """Both normalizers, and KL(p || q) [1, LOCATIONS], of one pass over the scores.
+
+    With w = exp(s - largest s) of the teacher's s and d = (s - largest s) - (r - largest r) of the
+    student's r, KL = sum(w d) / sum(w) - log sum(w) + log sum(exp(r - largest r)).
+    """
+    p_largest = tl.full([CLASSES, LOCATIONS], float("-inf"), tl.float64)
+    q_largest = tl.full([CLASSES, LOCATIONS], float("-inf"), tl.float64)
+    p_total = tl.zeros([CLASSES, LOCATIONS], tl.float64)
+    q_total = tl.zeros([CLASSES, LOCATIONS], tl.float64)
+    weighted = tl.zeros([CLASSES, LOCATIONS], tl.float64)
+    first = 0
+    while first < block.classes:
+        p_values, _, _ = _load_scores(teacher, block, first, CLASSES)
+        q_values, _, _ = _load_scores(student, block, first, CLASSES)
+        p_larger, q_larger = tl.maximum(p_largest, p_values), tl.maximum(q_largest, q_values)
+        p_scale = _exp(p_largest - finite(p_larger))
+        q_scale = _exp(q_largest - finite(q_larger))
+        weighted = _rescaled(weighted, p_total, p_scale, p_largest, q_largest, p_larger, q_larger)
+        p_difference, q_difference = p_values - finite(p_larger), q_values - finite(q_larger)
+        w = _exp(p_difference)
+        weighted += tl.where(w == 0, 0.0, w * (p_difference - q_difference))
+        p_total = p_total * p_scale + w
+        q_total = q_total * q_scale + _exp(q_difference)
+        p_largest, q_largest = p_larger, q_larger
+        first += CLASSES
+    p_overall = finite(tl.max(p_largest, axis=0)[None, :])
+    q_overall = finite(tl.max(q_largest, axis=0)[None, :])
+    p_scale, q_scale = _exp(p_largest - p_overall), _exp(q_largest - q_overall)
+    weighted = _rescaled(weighted, p_total, p_scale, p_largest, q_largest, p_overall, q_overall)
+    p_sum = tl.sum(p_total * p_scale, axis=0)[None, :]
+    p_normalizer = Normalizer(p_overall, tl.log(p_sum))
+    q_normalizer = Normalizer(q_overall, tl.log(tl.sum(q_total * q_scale, axis=0)[None, :]))
+    mean_difference = tl.sum(weighted, axis=0)[None, :] / p_sum
+    divergence = mean_difference - p_normalizer.log_total + q_normalizer.log_total
+    return p_normalizer, q_normalizer, divergence
 
 
 @triton.jit
-def _divergence(
-    p_scores,
-    p_normalizer,
-    q_scores,
-    q_normalizer,
-    block,
-    CLASSES: tl.constexpr,
-    LOCATIONS: tl.constexpr,
-):
-    """KL(p || q) [1, LOCATIONS]."""
-    divergence = tl.zeros([CLASSES, LOCATIONS], tl.float64)
-    first = 0
-    while first < block.classes:
-        log_p, _, mask = _log_probabilities(p_scores, p_normalizer, block, first, CLASSES)
-        log_q, _, _ = _log_probabilities(q_scores, q_normalizer, block, first, CLASSES)
-        divergence += _divergence_terms(log_p, log_q, mask)[1]
-        first += CLASSES
-    return tl.sum(divergence, axis=0)[None, :]
+def _rescaled(weighted, total, scale, p_largest, q_largest, p_larger, q_larger):
+    """`weighted` = sum(w d), with the weights `total`, relative to larger scores."""
+    shift = (finite(p_largest) - finite(p_larger)) - (finite(q_largest) - finite(q_larger))
+    # Weights that vanish take infinite differences with them.
+    return tl.where(scale * total == 0, 0.0, scale * (weighted + total * shift))
 
 
 @triton.jit(
@@ -249,11 +269,7 @@ def distillation_loss_kernel(
         prior_ptr += block.image * prior_stride
     teacher = Scores(likelihood_ptr, prior_ptr, inverse_temperature)
     student = Scores(logits_ptr, None, 1.0)
-    p_normalizer = _normalize(teacher, block, CLASSES, LOCATIONS)
-    q_normalizer = _normalize(student, block, CLASSES, LOCATIONS)
-    divergence = _divergence(
-        teacher, p_normalizer, student, q_normalizer, block, CLASSES, LOCATIONS
-    )
+    _, _, divergence = _divergence(teacher, student, block, CLASSES, LOCATIONS)
     places = block.image * locations + block.location
     tl.store(loss_ptr + places, divergence.to(tl.float32), mask=block.mask)
 
@@ -289,25 +305,26 @@ def distillation_loss_backward_kernel(
         prior_ptr += block.image * prior_stride
     teacher = Scores(likelihood_ptr, prior_ptr, inverse_temperature)
     student = Scores(logits_ptr, None, 1.0)
-    p_normalizer = _normalize(teacher, block, CLASSES, LOCATIONS)
-    q_normalizer = _normalize(student, block, CLASSES, LOCATIONS)
     if grad_likelihood_ptr is not None:
-        divergence = _divergence(
-            teacher, p_normalizer, student, q_normalizer, block, CLASSES, LOCATIONS
+        p_normalizer, q_normalizer, divergence = _divergence(
+            teacher, student, block, CLASSES, LOCATIONS
         )
+    else:
+        p_normalizer = _normalize(teacher, block, CLASSES, LOCATIONS)
+        q_normalizer = _normalize(student, block, CLASSES, LOCATIONS)
     grad_places = block.image * locations + block.location
     grad = tl.load(grad_ptr + grad_places, mask=block.mask, other=0.0)
     first = 0
     while first < classes:
         log_p, places, mask = _log_probabilities(teacher, p_normalizer, block, first, CLASSES)
         log_q, _, _ = _log_probabilities(student, q_normalizer, block, first, CLASSES)
-        p, term = _divergence_terms(log_p, log_q, mask)
+        p = tl.where(mask, _exp(log_p), 0.0)
         if grad_logits_ptr is not None:
             gradient = (grad * (_exp(log_q) - p)).to(tl.float32)
             dtype = grad_logits_ptr.dtype.element_ty
             tl.store(grad_logits_ptr + places, gradient.to(dtype), mask=mask)
         if grad_likelihood_ptr is not None:
-            slope = tl.where(p == 0, 0.0, term - p * divergence)
+            slope = tl.where(p == 0, 0.0, p * (log_p - log_q - divergence))
             gradient = (grad * slope * inverse_temperature).to(tl.float32)
             dtype = grad_likelihood_ptr.dtype.element_ty
             tl.store(grad_likelihood_ptr + places, gradient.to(dtype), mask=mask)

@@ -75,13 +75,24 @@ def test_posterior_and_distillation_of_any_strides(layout):
     )
 
 
-def test_posterior_and_distillation_of_many_classes(compiled):
-    assert_bayes(
-        random(2, 20_011, seed=1),
-        5 * random(2, 20_011, seed=2),
-        prior_of("shared", (2, 20_011)),
-        0.5,
-    )
+# Around what one thread, a warp and a block hold in registers, and beyond.
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (5, 8),
+        (5, 9),
+        (3, 257),
+        (2, 2049),
+        (2, 20_011),
+        (3, 64, 33),
+        (2, 65, 7),
+        (1, 300, 5),
+        (1, 8193, 2, 2),
+    ],
+)
+def test_posterior_and_distillation_of_many_classes(shape, compiled):
+    logits, likelihood = random(*shape, seed=1), 5 * random(*shape, seed=2)
+    assert_bayes(logits, likelihood, prior_of("shared", shape), 0.5)
 
 
 def assert_bayes(logits, likelihood, prior, temperature):
