@@ -2,7 +2,7 @@
 // of a scoring kernel needs.
 //
 // Backward recomputes what forward has summed up and must get the same bits, so both call
-// row_squares and location_squares, in which every operation whose rounding the compiler could
+// batch_squares and location_squares, in which every operation whose rounding the compiler could
 // choose is spelled out. Threads read quads in a fixed order, whatever the memory format.
 #pragma once
 
@@ -131,17 +131,48 @@ struct Residuals {
 
 // ---- sums of squares ----
 
+// kBatch quads of a whole tensor, `team` quads from each to the next: one address and its steps.
+template <typename Access>
+__device__ void load_whole_quads(
+    const Operand& operand, Dtype dtype, int64_t row, int first, int team,
+    Quad Residuals<Access>::* own, Residuals<Access> (&batch)[kBatch]) {
+  const int bytes = dtype == kFloat32 ? 4 : 2;
+  const char* place =
+      static_cast<const char*>(operand.data) + (row + int64_t{kQuad} * first) * bytes;
+#pragma unroll
+  for (int q = 0; q < kBatch; ++q) {
+    batch[q].*own = load_aligned(place, dtype, 0);
+    place += kQuad * team * bytes;
+  }
+}
+
 // The quads of a row that one of `team` threads reads next, beginning with quad `first`; those past
 // the last of `quads` are zeros.
 template <typename Access>
 __device__ void load_batch(
     const DeviceChunk& chunk, const Row& row, int quads, int first, int team,
     Residuals<Access> (&batch)[kBatch]) {
+  using Own = Residuals<Access>;
+  if (Access::kWhole && first + (kBatch - 1) * team < quads) {
+    load_whole_quads(
+        chunk.output, Access::output_dtype(chunk), row.output, first, team, &Own::output, batch);
+    load_whole_quads(chunk.x, Access::other_dtype(chunk.x), row.x, first, team, &Own::x, batch);
+    if (chunk.noisy.data != nullptr) {
+      load_whole_quads(
+          chunk.noisy, Access::other_dtype(chunk.noisy), row.noisy, first, team, &Own::noisy,
+          batch);
+      return;
+    }
+#pragma unroll
+    for (int q = 0; q < kBatch; ++q) {
+      batch[q].noisy = {};
+    }
+    return;
+  }
 #pragma unroll
   for (int q = 0; q < kBatch; ++q) {
     const int quad = first + q * team;
-    batch[q] = quad < quads ? Residuals<Access>::load(chunk, row, Access::place(chunk, quad))
-                            : Residuals<Access>{};
+    batch[q] = quad < quads ? Own::load(chunk, row, Access::place(chunk, quad)) : Own{};
   }
 }
 
@@ -161,21 +192,6 @@ __device__ float batch_squares(
     }
   }
   return sum;
-}
-
-// This thread's part of sum r^2, the sums of batches in float64.
-template <typename Access>
-__device__ double row_squares(
-    const DeviceChunk& chunk, const Row& row, int quads, int lane, int team) {
-  double total = 0;
-#pragma unroll 1
-  for (int first = lane; first < quads; first += kBatch * team) {
-    Residuals<Access> batch[kBatch];
-    float residuals[kBatch * kQuad];
-    load_batch<Access>(chunk, row, quads, first, team, batch);
-    total += batch_squares<Access>(chunk, row, batch, residuals);
-  }
-  return total;
 }
 
 // The channels from `first` on at four locations from `location` on; those past the last are zeros.
@@ -257,9 +273,6 @@ ScoredChunk checked_chunk(
 // Whether images share the outputs, and x_t, and are worth the tiles of shared_centers.cu.
 bool shares_centers(const DeviceChunk& chunk, bool per_location);
 
-// Threads that work on a row.
-int team_of(int elements);
-
 // Threads that share the `terms` of one of `items`: more than one where items are few.
 int slices_of(int64_t items, int64_t terms);
 
@@ -281,6 +294,7 @@ void for_each_access(Function function) {
   function(WholeAccess<kBFloat16, kBFloat16>{}, "bfloat16");
   function(WholeAccess<kBFloat16, kFloat32>{}, "bfloat16, float32");
   function(WholeAccess<kFloat16, kFloat16>{}, "float16");
+  function(WholeAccess<kFloat16, kFloat32>{}, "float16, float32");
   function(AnyAccess{}, "any");
 }
 
@@ -301,6 +315,8 @@ void with_access(
     function(WholeAccess<kBFloat16, kFloat32>{});
   } else if (output.dtype == kFloat16 && x.dtype == kFloat16) {
     function(WholeAccess<kFloat16, kFloat16>{});
+  } else if (output.dtype == kFloat16 && x.dtype == kFloat32) {
+    function(WholeAccess<kFloat16, kFloat32>{});
   } else {
     function(AnyAccess{});
   }

@@ -3,11 +3,13 @@
 //     dl/do = -v_s c_s r,   dL/dl = exp(l - logsumexp l)  or  1/S
 //
 // The gradient of o alone reads o and writes as much: the residuals of a row stay in registers until
-// its weight is known, which needs the whole row; rows of more than 8,192 elements are read a second
-// time. Gradients that are summed over images, classes or steps (that of x; those of o and x_t where
-// they are shared) need the factor of every row first, 4 bytes each, and read the chunk once more.
+// its weight is known, which needs the whole row; those of more than 8,192 elements, whose parts are
+// several blocks', are read twice. Gradients that are summed over images, classes or steps (that of x;
+// those of o and x_t where they are shared) need the factor of every row or location first, 4 bytes
+// each, and read the chunk once more.
 #include "scoring_backward.cuh"
 
+#include <algorithm>
 #include <array>
 #include <string>
 #include <tuple>
@@ -18,36 +20,41 @@
 namespace genrep_fast {
 namespace {
 
-// The residuals of kHeld batches, and what team_sum makes sum r^2 of the row. Lanes and batches are
-// those of the forward pass, though several warps share what is one warp's there: they exchange the
-// sums of their batches, and each adds up all of them in forward's order.
+// The residuals of kHeld batches, and sum r^2 of the part. Where several warps share it they exchange
+// the sums of their batches, and each adds up all of them in forward's order.
 template <typename Access, int kHeld>
 __device__ double held_squares(
-    const DeviceChunk& chunk, const Row& row, int quads, const RowThreads& threads,
-    const RowThread& own, float (&residuals)[kHeld][kBatch * kQuad]) {
-  // Of every batch of the block's rows, in their order.
-  __shared__ float sums[kHeld * kThreads / 32][32];
-  float (*own_sums)[32] = sums + own.row * threads.warps * kHeld;
+    const DeviceChunk& chunk, const Row& row, int quads, const RowLayout& layout,
+    const PartThread& own, float (&residuals)[kHeld][kBatch * kQuad]) {
+  // Of every batch of the block's parts, in their order.
+  __shared__ float sums[kHeld * kWarps][kWarp];
+  float (*own_sums)[kWarp] = sums + own.index * layout.batches();
   double squares = 0;
 #pragma unroll
   for (int held = 0; held < kHeld; ++held) {
-    Residuals<Access> batch[kBatch];
-    load_batch<Access>(chunk, row, quads, own.first(threads, held), threads.team, batch);
-    const float sum = batch_squares<Access>(chunk, row, batch, residuals[held]);
+    const int batch = own.warp + held * kWarps;
+    Residuals<Access> loaded[kBatch];
+    load_batch<Access>(
+        chunk, row, quads, layout.first_quad(own.part, batch, own.lane), layout.team(), loaded);
+    const float sum = batch_squares<Access>(chunk, row, loaded, residuals[held]);
     squares += sum;
-    if (threads.warps > 1) {
-      own_sums[own.warp + threads.warps * held][own.lane] = sum;
+    if (layout.batch_bits > 0) {
+      own_sums[batch][own.lane] = sum;
     }
   }
-  if (threads.warps > 1 && chunk.mixture) {
+  // Sums of one part are its row's.
+  if (!chunk.mixture || layout.parts > 1) {
+    return 0;
+  }
+  if (layout.batch_bits > 0) {
     __syncthreads();
     squares = 0;
 #pragma unroll 1
-    for (int batch = 0; batch < threads.warps * kHeld; ++batch) {
+    for (int batch = 0; batch < layout.batches(); ++batch) {
       squares += own_sums[batch][own.lane];
     }
   }
-  return squares;
+  return lanes_sum(squares, layout.team_bits);
 }
 
 // The gradients of a batch of residuals, to row `target` of the output's.
@@ -73,63 +80,47 @@ template <typename Access, int kHeld>
 constexpr int kRowBlocks =
     kHeld == 2 && Access::kBlocks > 2 ? Access::kBlocks - 1 : Access::kBlocks;
 
-// A row's factor, and the gradient of o where `output` has memory. kHeld: batches of a thread, whose
-// residuals stay in registers until the factor is known; 0 for rows that are a block's, which read
-// theirs again.
+// A row's factor, and the gradient of o where `output` has memory, of a part. A thread keeps kHeld
+// batches of residuals in registers until the factor is known. `squares` [B, K, S, parts], or null
+// where rows are one part.
 template <typename Access, int kHeld>
 __global__
 __launch_bounds__(kThreads, kRowBlocks<Access, kHeld>) void log_likelihood_backward_rows_kernel(
     const __grid_constant__ DeviceChunk chunk, const __grid_constant__ Upstream upstream,
-    const __grid_constant__ OutputGradient output, float* factors, RowThreads threads) {
-  const RowThread own(threads);
-  // Rows are [B, K, S].
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * (kThreads / threads.number()) + own.row;
-  const int64_t pair = index / chunk.steps;
-  const int64_t s = index - pair * chunk.steps;
-  const bool exists = pair < chunk.batch * chunk.classes;
-  const int64_t b = exists ? pair / chunk.classes : 0;
-  const int64_t k = exists ? pair % chunk.classes : 0;
+    const __grid_constant__ OutputGradient output, float* factors, const double* squares,
+    const __grid_constant__ RowLayout layout) {
+  const PartThread own(chunk, layout);
+  const bool exists = own.pair < chunk.batch * chunk.classes;
+  const int64_t b = exists ? own.pair / chunk.classes : 0;
+  const int64_t k = exists ? own.pair - b * chunk.classes : 0;
   const int quads = exists ? chunk.row_quads() : 0;
-  const Row row = row_at(chunk, b, k, s);
+  const Row row = row_at(chunk, b, k, own.s);
 
-  float residuals[kHeld > 0 ? kHeld : 1][kBatch * kQuad];
-  double squares = 0;
-  if constexpr (kHeld > 0) {
-    squares = held_squares<Access, kHeld>(chunk, row, quads, threads, own, residuals);
-  } else if (chunk.mixture) {
-    squares = row_squares<Access>(chunk, row, quads, own.lane, threads.team);
-  }
-  double step = 0;
-  if (chunk.mixture) {
-    step = step_likelihood(chunk, s, team_sum(squares, threads.team), chunk.elements);
+  float residuals[kHeld][kBatch * kQuad];
+  double own_squares = held_squares<Access, kHeld>(chunk, row, quads, layout, own, residuals);
+  const int64_t index = own.pair * chunk.steps + own.s;
+  if (squares != nullptr) {
+    own_squares = row_squares(squares + (exists ? index : 0) * layout.parts, layout);
   }
   if (!exists) {
     return;
   }
-  const float factor = upstream.factor(chunk, pair, s, step);
-  if (factors != nullptr && own.first(threads, 0) == 0) {
+  const double step =
+      chunk.mixture ? step_likelihood(chunk, own.s, own_squares, chunk.elements) : 0;
+  const float factor = upstream.factor(chunk, own.pair, own.s, step);
+  if (factors != nullptr && own.part == 0 && own.warp == 0 && own.lane == 0) {
     factors[index] = factor;
   }
   if (output.operand.data == nullptr) {
     return;
   }
-  const int64_t target = output.operand.row(b, k, s);
-  if constexpr (kHeld > 0) {
+  const int64_t target = output.operand.row(b, k, own.s);
 #pragma unroll
-    for (int held = 0; held < kHeld; ++held) {
-      store_batch<Access>(
-          chunk, row, output, target, quads, own.first(threads, held), threads.team, factor,
-          residuals[held]);
-    }
-    return;
-  }
-#pragma unroll 1
-  for (int first = own.lane; first < quads; first += kBatch * threads.team) {
-    Residuals<Access> batch[kBatch];
-    load_batch<Access>(chunk, row, quads, first, threads.team, batch);
-    batch_squares<Access>(chunk, row, batch, residuals[0]);
+  for (int held = 0; held < kHeld; ++held) {
     store_batch<Access>(
-        chunk, row, output, target, quads, first, threads.team, factor, residuals[0]);
+        chunk, row, output, target, quads,
+        layout.first_quad(own.part, own.warp + held * kWarps, own.lane), layout.team(), factor,
+        residuals[held]);
   }
 }
 
@@ -151,11 +142,12 @@ __device__ void location_factors(
   }
 }
 
-// A thread four locations of a row.
+// A thread four locations of a row: their factors, [B, K, S, locations], where these have memory, and
+// the gradient of o where `output` has.
 template <typename Access>
 __global__ __launch_bounds__(kThreads) void log_likelihood_backward_locations_kernel(
     const __grid_constant__ DeviceChunk chunk, const __grid_constant__ Upstream upstream,
-    const __grid_constant__ OutputGradient output) {
+    const __grid_constant__ OutputGradient output, float* all_factors) {
   // Items are [B, K, S, quads].
   const int64_t item = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t index = item / chunk.inner_quads;
@@ -170,6 +162,17 @@ __global__ __launch_bounds__(kThreads) void log_likelihood_backward_locations_ke
   const Row row = row_at(chunk, b, k, s);
   float factors[kQuad];
   location_factors<Access>(chunk, upstream, row, b, k, s, location, factors);
+  if (all_factors != nullptr) {
+#pragma unroll
+    for (int j = 0; j < kQuad; ++j) {
+      if (location + j < chunk.locations) {
+        all_factors[index * chunk.locations + location + j] = factors[j];
+      }
+    }
+  }
+  if (output.operand.data == nullptr) {
+    return;
+  }
   const int64_t target = output.operand.row(b, k, s);
 #pragma unroll 1
   for (int first = 0; first < chunk.channels; first += kBatch) {
@@ -206,8 +209,8 @@ struct SummedGradient {
   }
 };
 
-// A thread four elements of the gradient, or some of their terms. `factors` [B, K, S], or null
-// where locations have their own.
+// A thread four elements of the gradient, or some of their terms. `factors` [B, K, S], with
+// kPerLocation [B, K, S, locations] or null: then each is made where it is needed.
 template <bool kPerLocation>
 __global__ __launch_bounds__(kThreads, 1) void log_likelihood_backward_sums_kernel(
     const __grid_constant__ DeviceChunk chunk, const __grid_constant__ Upstream upstream,
@@ -239,11 +242,17 @@ __global__ __launch_bounds__(kThreads, 1) void log_likelihood_backward_sums_kern
     const Row row = row_at(chunk, b, k, s);
     const Residuals<AnyAccess> residuals = Residuals<AnyAccess>::load(chunk, row, place);
     float own_factors[kQuad];
-    if constexpr (kPerLocation) {
+    const int64_t index = (b * chunk.classes + k) * chunk.steps + s;
+    if (kPerLocation && factors == nullptr) {
       location_factors<AnyAccess>(chunk, upstream, row, b, k, s, place.inner, own_factors);
     } else {
-      own_factors[0] = own_factors[1] = own_factors[2] = own_factors[3] =
-          factors[(b * chunk.classes + k) * chunk.steps + s];
+#pragma unroll
+      for (int j = 0; j < kQuad; ++j) {
+        own_factors[j] =
+            kPerLocation
+                ? factors[index * chunk.locations + min(place.inner + j, chunk.locations - 1)]
+                : factors[index];
+      }
     }
 #pragma unroll
     for (int j = 0; j < kQuad; ++j) {
@@ -339,33 +348,32 @@ OutputGradient output_gradient(
   return {operand_of(view, inner_size), static_cast<int>(inner_size)};
 }
 
-// As many threads a row as hold its residuals, where a block's registers can.
+// As many threads a part as hold its residuals. Those of a mixture's rows of several parts depend on
+// all of them, whose squares are summed first.
 template <typename Access>
 void launch_rows(
     const DeviceChunk& device, const Upstream& upstream, const OutputGradient& output,
-    float* factors, int64_t rows, cudaStream_t stream) {
-  RowThreads threads{team_of(device.elements), 1};
-  const int64_t quads = int64_t{device.outer_size} * device.inner_quads;
-  const int64_t batches = ceil_div(quads, kBatch * threads.team);
-  // The shorter axis of strided rows may leave quads unfilled, and teams with more batches.
-  const int most = threads.team == 32 ? kThreads / 32 : 1;
-  auto kernel = log_likelihood_backward_rows_kernel<Access, 0>;
-  if (threads.team <= 32 && batches <= 2 * most) {
-    while (threads.warps < batches && threads.warps < most) {
-      threads.warps *= 2;
-    }
-    kernel = batches <= threads.warps ? log_likelihood_backward_rows_kernel<Access, 1>
-                                      : log_likelihood_backward_rows_kernel<Access, 2>;
+    float* factors, const Tensor& x, cudaStream_t stream) {
+  const RowLayout layout = layout_of(device);
+  const int64_t parts = device.batch * device.classes * device.steps * layout.parts;
+  const bool needs_squares = device.mixture && layout.parts > 1;
+  const Tensor memory = new_tensor(x, {needs_squares ? parts : 0}, ScalarType::Double);
+  double* squares = needs_squares ? static_cast<double*>(memory.data_ptr()) : nullptr;
+  if (needs_squares) {
+    launch_row_squares(device, squares, x, stream);
   }
-  const unsigned blocks = grid_of(ceil_div(rows * threads.number(), kThreads));
-  kernel<<<blocks, kThreads, 0, stream>>>(device, upstream, output, factors, threads);
+  const auto kernel = layout.batches() <= kWarps ? log_likelihood_backward_rows_kernel<Access, 1>
+                                                 : log_likelihood_backward_rows_kernel<Access, 2>;
+  const int threads = layout.team() * std::min(layout.batches(), kWarps);
+  const unsigned blocks = grid_of(ceil_div(parts * threads, kThreads));
+  kernel<<<blocks, kThreads, 0, stream>>>(device, upstream, output, factors, squares, layout);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 // Factors of all rows where `factors` is not null, and the gradient of o.
 void launch_row_gradients(
     const ScoredChunk& chunk, const Upstream& upstream, const Target* target, float* factors,
-    cudaStream_t stream) {
+    const Tensor& x, cudaStream_t stream) {
   const DeviceChunk device = device_chunk(chunk, false);
   const OutputGradient output = output_gradient(chunk, device, target);
   const bool whole = target == nullptr || output.operand.quads;
@@ -378,7 +386,8 @@ void launch_row_gradients(
     with_access(device, true, whole, [&](auto access) {
       if (items > 0) {
         log_likelihood_backward_locations_kernel<decltype(access)>
-            <<<grid_of(ceil_div(items, kThreads)), kThreads, 0, stream>>>(device, upstream, output);
+            <<<grid_of(ceil_div(items, kThreads)), kThreads, 0, stream>>>(
+                device, upstream, output, factors);
         STD_CUDA_KERNEL_LAUNCH_CHECK();
       }
     });
@@ -386,7 +395,7 @@ void launch_row_gradients(
     launch_shared_factors(device, upstream, factors, stream);
   } else {
     with_access(device, false, whole, [&](auto access) {
-      launch_rows<decltype(access)>(device, upstream, output, factors, rows, stream);
+      launch_rows<decltype(access)>(device, upstream, output, factors, x, stream);
     });
   }
 }
@@ -433,14 +442,18 @@ std::tuple<Tensor, Tensor, Tensor> log_likelihood_backward(
       target_of(2, x_t ? *x_t : x, chunk.noisy_table)};
   const std::array<bool, 3> summed{output_mask[0], output_mask[1] && !direct, output_mask[2]};
 
-  const bool has_factors = !chunk.per_location && (summed[0] || summed[1] || summed[2]);
-  Tensor factors = new_tensor(
-      x, {has_factors ? chunk.batch * chunk.classes * chunk.steps : 0}, ScalarType::Float);
+  // Of locations, where each channel's gradient would read all channels for a factor of its own.
+  const bool needs_factors =
+      !chunk.per_location || (chunk.mixture && chunk.channels > kBatch && chunk.locations > 0);
+  const bool has_factors = needs_factors && (summed[0] || summed[1] || summed[2]);
+  const int64_t all_factors =
+      chunk.batch * chunk.classes * chunk.steps * (chunk.per_location ? chunk.locations : 1);
+  Tensor factors = new_tensor(x, {has_factors ? all_factors : 0}, ScalarType::Float);
   float* factor_data = has_factors ? static_cast<float*>(factors.data_ptr()) : nullptr;
   const bool writes_output = output_mask[1] && direct;
   if (writes_output || has_factors) {
     launch_row_gradients(
-        chunk, upstream, writes_output ? &targets[1] : nullptr, factor_data, scope.stream());
+        chunk, upstream, writes_output ? &targets[1] : nullptr, factor_data, x, scope.stream());
   }
   for (int i = 0; i < 3; ++i) {
     if (summed[i]) {
@@ -469,7 +482,6 @@ std::vector<Kernel> scoring_backward_kernels() {
           {std::string("log_likelihood_backward_rows_kernel<") + name + held + ">",
            reinterpret_cast<const void*>(kernel)});
     };
-    add_rows(", 0", &log_likelihood_backward_rows_kernel<Access, 0>);
     add_rows(", 1", &log_likelihood_backward_rows_kernel<Access, 1>);
     add_rows(", 2", &log_likelihood_backward_rows_kernel<Access, 2>);
     kernels.push_back(

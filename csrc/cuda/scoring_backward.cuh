@@ -1,7 +1,7 @@
 // What gradients are multiplied with, the factor of every row, and where that of o goes.
 #pragma once
 
-#include "scoring.cuh"
+#include "scoring_rows.cuh"
 
 namespace genrep_fast {
 
@@ -52,27 +52,24 @@ struct OutputGradient {
   }
 };
 
-// The threads of a row: a team, as in the forward pass, or as many whole warps as take its batches.
-struct RowThreads {
-  int team, warps;
+// A thread among those of a part of a row: the block is [parts, warps, team].
+struct PartThread {
+  int index, warp, lane;  // of the block's parts, of the part's warps, of the warp's lanes
+  int64_t pair, s;
+  int part;
 
-  __device__ __host__ int number() const { return team * warps; }
-};
-
-// A thread's place among them; the block is [rows, warps, team].
-struct RowThread {
-  int row, warp, lane;
-
-  __device__ explicit RowThread(const RowThreads& threads) {
+  __device__ PartThread(const DeviceChunk& chunk, const RowLayout& layout) {
     const int thread = threadIdx.x;
-    row = thread / threads.number();
-    warp = thread / threads.team % threads.warps;
-    lane = thread % threads.team;
-  }
-
-  // The thread's first quad of its batch `held`.
-  __device__ int first(const RowThreads& threads, int held) const {
-    return lane + kBatch * threads.team * (warp + threads.warps * held);
+    const int warp_bits = min(layout.batch_bits, kWarpBits);
+    index = thread >> layout.team_bits >> warp_bits;
+    warp = (thread >> layout.team_bits) & ((1 << warp_bits) - 1);
+    lane = thread & (layout.team() - 1);
+    // Parts are [B, K, S, parts].
+    const int64_t first = int64_t{blockIdx.x} * (kThreads >> layout.team_bits >> warp_bits);
+    const int64_t row = (first + index) / layout.parts;
+    part = static_cast<int>(first + index - row * layout.parts);
+    pair = row / chunk.steps;
+    s = row - pair * chunk.steps;
   }
 };
 

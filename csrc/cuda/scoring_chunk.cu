@@ -3,12 +3,11 @@
 #include <algorithm>
 #include <array>
 
-#include "scoring.cuh"
+#include "scoring_rows.cuh"
 
 namespace genrep_fast {
 
-constexpr int kWarpRow = 8192;  // elements of a row that is a warp's at most
-constexpr int kSlices = 8;      // that few items are cut into, within a block
+constexpr int kSlices = 8;  // that few items are cut into, within a block
 
 Operand operand_of(const View& view, int64_t inner_size) {
   if (view.data == nullptr) {
@@ -87,12 +86,19 @@ bool shares_centers(const DeviceChunk& chunk, bool per_location) {
   return !per_location && shares && chunk.batch * chunk.classes * chunk.steps >= kTiledRows;
 }
 
-int team_of(int elements) {
-  int team = elements > kWarpRow ? kThreads : 1;
-  while (team < 32 && team * kBatch * kQuad < elements) {
-    team *= 2;
+RowLayout layout_of(const DeviceChunk& chunk) {
+  const int64_t quads = int64_t{chunk.outer_size} * chunk.inner_quads;
+  RowLayout layout{0, 0, static_cast<int>(std::max<int64_t>(ceil_div(quads, kPartQuads), 1)), 0};
+  while (layout.team() < kWarp && kBatch * layout.team() < quads) {
+    ++layout.team_bits;
   }
-  return team;
+  while (layout.batch_bits < kBatchBits && kBatch * layout.team() * layout.batches() < quads) {
+    ++layout.batch_bits;
+  }
+  while (1 << layout.part_lane_bits < std::min(layout.parts, kWarp)) {
+    ++layout.part_lane_bits;
+  }
+  return layout;
 }
 
 int slices_of(int64_t items, int64_t terms) {

@@ -34,14 +34,8 @@ __global__ __launch_bounds__(kThreads, 4) void log_likelihood_merge_kernel(
 }
 
 __global__ void score_update_count_kernel(
-    int64_t* count, const int64_t* classes, int64_t number, int64_t all_classes, int64_t steps) {
-  const int64_t k = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (k < number) {
-    const int64_t own_class = classes == nullptr ? k : classes[k];
-    if (0 <= own_class && own_class < all_classes) {
-      count[own_class] += steps;
-    }
-  }
+    const __grid_constant__ DeviceChunk chunk, const __grid_constant__ Destination destination) {
+  destination.count_steps(chunk);
 }
 
 }  // namespace
@@ -63,19 +57,17 @@ Tensor new_partials(
 void launch_merge(
     const DeviceChunk& chunk, const Groups& groups, const Destination& destination,
     cudaStream_t stream) {
-  if (groups.number > 1) {
+  if (groups.number != 1) {
     const unsigned blocks = grid_of(ceil_div(chunk.batch * chunk.classes * 32, kThreads));
     log_likelihood_merge_kernel<<<blocks, kThreads, 0, stream>>>(chunk, groups, destination);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 }
 
-void launch_count(
-    const ScoredChunk& chunk, const Destination& destination, int64_t* count, cudaStream_t stream) {
+void launch_count(const DeviceChunk& chunk, const Destination& destination, cudaStream_t stream) {
   if (chunk.classes > 0) {
     const unsigned blocks = grid_of(ceil_div(chunk.classes, kThreads));
-    score_update_count_kernel<<<blocks, kThreads, 0, stream>>>(
-        count, destination.classes, chunk.classes, destination.all_classes, chunk.steps);
+    score_update_count_kernel<<<blocks, kThreads, 0, stream>>>(chunk, destination);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 }

@@ -81,10 +81,33 @@ struct Destination {
   // Null where the streaming update wants the state.
   float *likelihood, *remainder;  // [B, K, *loc]
   double* state;                  // [3 or 2, B, all_classes, *loc]
-  const int64_t *count, *classes;
+  int64_t* count;                 // [all_classes]
+  const int64_t* classes;         // [K], or null
   int64_t all_classes;
+  bool counts_steps;  // in the kernel that makes the states
   // Not null where there are several groups of steps.
   State* partials;  // [B, K, groups]
+
+  __device__ __host__ bool exists() const { return likelihood != nullptr || state != nullptr; }
+
+  // Of a class of the chunk, among all classes; -1 where it is none, as the caller's assertion says
+  // later.
+  __device__ int64_t place_of(int64_t k) const {
+    const int64_t own_class = classes == nullptr ? k : classes[k];
+    return own_class < all_classes ? max(own_class, int64_t{-1}) : -1;
+  }
+
+  // Adds the chunk's steps to the count of every class, by all threads of the grid.
+  __device__ void count_steps(const DeviceChunk& chunk) const {
+    const int64_t threads = int64_t{gridDim.x} * blockDim.x;
+    for (int64_t k = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; k < chunk.classes;
+         k += threads) {
+      const int64_t own_class = place_of(k);
+      if (own_class >= 0) {
+        count[own_class] += chunk.steps;
+      }
+    }
+  }
 
   // Takes the state of a group of steps of an image and class.
   __device__ void take(
@@ -117,9 +140,9 @@ struct Destination {
   __device__ void update(
       const DeviceChunk& chunk, int64_t b, int64_t k, int64_t location, int64_t locations,
       const State& added) const {
-    const int64_t own_class = classes == nullptr ? k : classes[k];
-    if (own_class < 0 || own_class >= all_classes) {
-      return;  // as the caller's assertion says, later
+    const int64_t own_class = place_of(k);
+    if (own_class < 0) {
+      return;
     }
     const int64_t plane = chunk.batch * all_classes * locations;
     double* place = state + (b * all_classes + own_class) * locations + location;
@@ -147,7 +170,7 @@ Groups groups_of(int64_t steps, int64_t share, int64_t blocks, int64_t pairs);
 Tensor new_partials(
     const DeviceChunk& chunk, const Groups& groups, const Tensor& x, Destination& destination);
 
-// Merges the states of the groups, where there are several.
+// Merges the states of the groups, unless there is one.
 void launch_merge(
     const DeviceChunk& chunk, const Groups& groups, const Destination& destination,
     cudaStream_t stream);
@@ -163,7 +186,6 @@ void launch_shared_centers(
     const DeviceChunk& chunk, const Destination& destination, const Tensor& x, cudaStream_t stream);
 
 // Adds the chunk's steps to the count of every class.
-void launch_count(
-    const ScoredChunk& chunk, const Destination& destination, int64_t* count, cudaStream_t stream);
+void launch_count(const DeviceChunk& chunk, const Destination& destination, cudaStream_t stream);
 
 }  // namespace genrep_fast

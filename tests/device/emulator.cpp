@@ -269,6 +269,20 @@ extern "C" __attribute__((visibility("default"))) const char* emulator_launches(
 cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 
+// So few multiprocessors that kernels with as many blocks as run at once have long ranges.
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  if (attribute != cudaDevAttrMultiProcessorCount) {
+    return cudaErrorInvalidValue;
+  }
+  *value = 3;
+  return cudaSuccess;
+}
+
+cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
+  std::memset(data, value, bytes);
+  return cudaSuccess;
+}
+
 cudaError_t cudaMemset2DAsync(
     void* data, size_t pitch, int value, size_t width, size_t height, cudaStream_t) {
   for (size_t i = 0; i < height; ++i) {

@@ -104,6 +104,20 @@ T __shfl_down_sync(unsigned, T value, int distance) {
   return emulator::shuffle(value, distance, false);
 }
 
+// Blocks run one after the other, and memory has no caches.
+inline void __threadfence() {}
+
+inline unsigned atomicAdd(unsigned* number, unsigned added) {
+  const unsigned old = *number;
+  *number += added;
+  return old;
+}
+
+template <typename T>
+T __ldcg(const T* place) {
+  return *place;
+}
+
 inline float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline double __fma_rn(double a, double b, double c) { return __builtin_fma(a, b, c); }
 inline float __fsqrt_rn(float a) { return std::sqrt(a); }

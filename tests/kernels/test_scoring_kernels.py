@@ -24,6 +24,7 @@ from kernel_cases import (
     operators,
     plain_tables,
     random,
+    state_of,
     tables,
     whole_numbers,
 )
@@ -280,6 +281,91 @@ def test_weights_add_up_to_one(shift, per_location, shared, interpreted):
     error = (sums - (2 if shared else 1)).abs().max().item()
     print(f"largest error of a sum {error:.1e}")
     assert error <= 1e-6 * (2 if shared else 1)
+
+
+@pytest.mark.parametrize("channels", [600, 2051, 9001])
+def test_weights_of_wide_rows_add_up_to_one(channels, compiled):
+    """Rows of several warps, and of several parts, whose sums have an order of their own."""
+    model_output = random(2, 2, 5, channels, 2, seed=1) * 1e-2 + 1e2
+    model_output[:, :, :, 0] = 1
+    arguments = (
+        torch.zeros(2, channels, 2, device=DEVICE),
+        model_output,
+        None,
+        plain_tables(5),
+    )
+    outputs = operators.log_likelihood(*arguments, "mixture", False)
+    gradient = operators.log_likelihood_backward(
+        torch.ones_like(outputs[0]), *outputs, *arguments, "mixture", False, [False, True, False]
+    )[1]
+    assert (gradient[:, :, :, 0].double().sum(2) + 1).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("steps", [1, 7, 70])
+@pytest.mark.parametrize("elements", [3, 100, 513, 4096, 9000])
+def test_an_image_has_the_bits_that_it_has_alone(elements, steps, backend, compiled):
+    """Which blocks share its rows depends on what else there is; the order of sums does not."""
+    if backend != "cuda":
+        pytest.skip("others cut into groups by how many images and classes there are")
+    x, model_output, x_t, columns = chunk(5, 7, steps, elements)
+    together = operators.log_likelihood(x, model_output, x_t, columns, "mixture", False)
+    for b, k in ((0, 0), (2, 6), (4, 3)):
+        alone = operators.log_likelihood(
+            x[b : b + 1],
+            model_output[b : b + 1, k : k + 1],
+            x_t[b : b + 1],
+            columns,
+            "mixture",
+            False,
+        )
+        assert_equal_bits(alone, [result[b : b + 1, k : k + 1] for result in together])
+
+
+# Rows, elements of each, and how many blocks there are: as many as run at once on the three
+# multiprocessors of the emulator, and none without a batch for each of its threads.
+EXTREME_SHAPES = [
+    ((1, 2, 1), 300_000, 9),
+    ((64, 400, 1), 16, 9),
+    ((1, 2000, 2), 4, 9),
+    ((1, 40, 2), 4, 1),
+    ((1, 2, 2), 16, 1),
+    ((1, 1, 5), 4096, 5),
+]
+
+
+@pytest.mark.parametrize(("rows", "elements", "blocks"), EXTREME_SHAPES)
+def test_launches_of_extreme_shapes(rows, elements, blocks, recorded_launches):
+    x = random(rows[0], elements, seed=1)
+    model_output = random(*rows, elements, seed=2)
+    arguments = (x, model_output, None, tables(rows[2], elements))
+    state = state_of(rows[0], rows[1], (), "mixture", False)
+    with recorded_launches() as launches:
+        likelihood = operators.log_likelihood(*arguments, "mixture", False)[0]
+        operators.score_update(*arguments, None, "mixture", False, *state)
+    # The count of steps has no launch of its own, nor have partial states.
+    assert [launch.kernel.partition("<")[0] for launch in launches] == (
+        ["log_likelihood_rows_kernel"] * 2
+    )
+    assert {(launch.blocks, launch.threads) for launch in launches} == {(blocks, 256)}
+    expected = reference.log_likelihood(*arguments, "mixture", False)[0]
+    torch.testing.assert_close(likelihood, expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        reference.state_log_likelihood(*state, "mixture").float(), expected, rtol=1e-5, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("channels", [4, 128])
+def test_gradients_of_many_channels_at_a_location_share_its_factor(channels, recorded_launches):
+    """Each channel's would read all channels otherwise."""
+    arguments = chunk(2, 2, 3, channels, 0, (5,), x_t_axes=None)
+    outputs = operators.log_likelihood(*arguments, "mixture", True)
+    with recorded_launches() as launches:
+        operators.log_likelihood_backward(
+            torch.ones_like(outputs[0]), *outputs, *arguments, "mixture", True, [True, False, False]
+        )
+    kernels = [launch.kernel.partition("<")[0] for launch in launches]
+    expected = ["log_likelihood_backward_locations_kernel"] if channels > 4 else []
+    assert kernels[:-1] == expected
 
 
 @pytest.mark.parametrize("per_location", [False, True])
