@@ -9,7 +9,8 @@ name one: `genrep_fast.dispatch.selection` picks it at each call.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -85,7 +86,7 @@ def define_operator(
 
     on_backend = _on_selected_backend(name, dtype_from)
     _library.impl(name, on_backend, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"genrep_fast::{name}", fake, lib=_library)
+    torch.library.register_fake(f"genrep_fast::{name}", _on_one_device(name, fake), lib=_library)
     if backward is not None:
         torch.library.register_autograd(
             f"genrep_fast::{name}", backward, setup_context=setup_context, lib=_library
@@ -112,6 +113,24 @@ def define_operator(
         return on_backend(*args)
 
     return call
+
+
+def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """`fake`, which refuses tensors on several devices, as kernels do.
+
+    PyTorch's dispatcher takes a call for one without values where any tensor has none.
+    """
+
+    @functools.wraps(fake)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        devices = sorted({tensor.device.type for tensor in _tensors((*args, *kwargs.values()))})
+        if len(devices) > 1:
+            raise RuntimeError(
+                f"{name} wants all tensors on one device, got {' and '.join(devices)}"
+            )
+        return fake(*args, **kwargs)
+
+    return checked
 
 
 def _on_selected_backend(name: str, dtype_from: tuple[int, ...]) -> Callable[..., Any]:
@@ -170,11 +189,17 @@ def _requires_grad(argument: Any) -> bool:
     return isinstance(argument, torch.Tensor) and argument.requires_grad
 
 
-def _first_tensor(arguments: tuple[Any, ...]) -> torch.Tensor:
+def _tensors(arguments: tuple[Any, ...]) -> Iterator[torch.Tensor]:
+    """Those of the arguments and of the lists among them."""
     for argument in arguments:
         for value in argument if isinstance(argument, (list, tuple)) else (argument,):
             if isinstance(value, torch.Tensor):
-                return value
+                yield value
+
+
+def _first_tensor(arguments: tuple[Any, ...]) -> torch.Tensor:
+    for tensor in _tensors(arguments):
+        return tensor
     raise ValueError("an operator needs at least one tensor, got none")
 
 

@@ -288,3 +288,14 @@ def test_memory_does_not_hold_steps(case, compiled):
     extra = peak_bytes(run) - (output.nbytes if case == "backward" else 0)
     print(f"{extra} bytes beyond the gradient" if case == "backward" else f"{extra} bytes")
     assert extra <= 2 * batch * classes * 8 + 2**20
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if name not in LEFT_OUT])
+def test_tensors_on_two_devices(name):
+    operator, arguments = CALLS[name]()
+    for position, tensor in enumerate(arguments):
+        if isinstance(tensor, torch.Tensor):
+            moved = list(arguments)
+            moved[position] = tensor.to("cpu" if HAS_GPU else "meta")
+            with pytest.raises((RuntimeError, ValueError), match="device|cpu|CPU"):
+                operator(*moved)
