@@ -45,7 +45,7 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "small": Size(4, 10, 10, (4, 16, 16)),
+    "small": Size(4, 10, 10, (4, 16, 16), dtypes=tuple(DTYPES)),
     "latent": Size(8, 10, 50, (4, 32, 32), dtypes=tuple(DTYPES)),
     "imagenet": Size(1, 1000, 50, (4, 32, 32), directions=("streamed",), large=True),
     "segmentation": Size(

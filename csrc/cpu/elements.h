@@ -73,8 +73,8 @@ inline bool is_streamed(const Tensor& tensor, int64_t bytes) {
 
 // Integer arithmetic, because the baseline has no instructions for float16 and the others spend
 // less time on it than on memory.
-GENREP_FAST_INLINE Floats widen(HalfWords words, Element element) {
-  Words bits = __builtin_convertvector(words, Words);
+// `bits` are 16 in the lower half of each word.
+GENREP_FAST_INLINE Floats widen(Words bits, Element element) {
   if (element == Element::kBFloat16) {
     return as<Floats>(bits << 16);
   }
@@ -85,25 +85,106 @@ GENREP_FAST_INLINE Floats widen(HalfWords words, Element element) {
   return as<Floats>(magnitude | (bits & 0x8000) << 16);
 }
 
-GENREP_FAST_INLINE HalfWords narrow(Floats values, Element element) {
-  Words bits = as<Words>(values), magnitude = bits & 0x7fffffff, sign = bits >> 16 & 0x8000;
+GENREP_FAST_INLINE Floats widen(HalfWords words, Element element) {
+  return widen(__builtin_convertvector(words, Words), element);
+}
+
+// The 16 bits of each number: bfloat16 in the upper half of its word, the lower one arbitrary;
+// float16 in the lower half, below zeros.
+GENREP_FAST_INLINE Words narrow_bits(Floats values, Element element) {
+  Words bits = as<Words>(values);
   if (element == Element::kBFloat16) {
-    Words rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    Words rounded = bits + 0x7fff + (bits >> 16 & 1);
     // Rounding would carry some NaNs over to infinity or zero.
-    return __builtin_convertvector(magnitude > 0x7f800000 ? bits >> 16 | 0x40 : rounded, HalfWords);
+    return values != values ? bits | 0x400000 : rounded;
   }
+  Words magnitude = bits & 0x7fffffff, sign = bits >> 16 & 0x8000;
   Words normal = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
   // Below 2^-14, adding 1/2 leaves the rounded multiple of 2^-24 in the last bits of the sum.
   Words subnormal = as<Words>(as<Floats>(magnitude) + 0.5f) - 0x3f000000;
   Words half = magnitude < 0x38800000 ? subnormal : normal;
   half = magnitude >= 0x47800000 ? Words{} + 0x7c00 : half;
   half = magnitude > 0x7f800000 ? Words{} + 0x7e00 : half;
-  return __builtin_convertvector(half | sign, HalfWords);
+  return half | sign;
+}
+
+GENREP_FAST_INLINE HalfWords narrow(Floats values, Element element) {
+  Words bits = narrow_bits(values, element);
+  return __builtin_convertvector(element == Element::kBFloat16 ? bits >> 16 : bits, HalfWords);
+}
+
+// 16 elements as float32.
+template <Element kElement>
+GENREP_FAST_INLINE Floats load_as(const char* source, int64_t i) {
+  if constexpr (kElement == Element::kFloat) {
+    return load<Floats>(source + 4 * i);
+  } else {
+    return widen(load<HalfWords>(source + 2 * i), kElement);
+  }
+}
+
+// 32 elements as float32: the first and the second 16, or of half-precision ones the even and the
+// odd ones, which lie in the halves of 16 words and so need not be moved between the lanes.
+template <Element kElement>
+GENREP_FAST_INLINE void load_pair(const char* source, int64_t i, Floats (&values)[2]) {
+  if constexpr (kElement == Element::kFloat) {
+    values[0] = load<Floats>(source + 4 * i);
+    values[1] = load<Floats>(source + 4 * (i + kLanes));
+  } else {
+    Words words = load<Words>(source + 2 * i);
+    if constexpr (kElement == Element::kBFloat16) {
+      values[0] = as<Floats>(words << 16);
+      values[1] = as<Floats>(words & 0xffff0000);
+    } else {
+      values[0] = widen(words & 0xffff, kElement);
+      values[1] = widen(words >> 16, kElement);
+    }
+  }
+}
+
+// Stores 32 elements in the order of `load_pair`, rounded to the nearest, ties to even; `streaming`
+// does so past the caches, where the address must be a multiple of 16.
+template <Element kElement>
+GENREP_FAST_INLINE void store_pair(
+    char* target, int64_t i, const Floats (&values)[2], bool streaming) {
+  auto put = [&](char* place, Floats value) GENREP_FAST_LAMBDA {
+    streaming ? stream(reinterpret_cast<float*>(place), value) : store(place, value);
+  };
+  if constexpr (kElement == Element::kFloat) {
+    put(target + 4 * i, values[0]);
+    put(target + 4 * (i + kLanes), values[1]);
+  } else {
+    const Words even = narrow_bits(values[0], kElement), odd = narrow_bits(values[1], kElement);
+    if constexpr (kElement == Element::kBFloat16) {
+      put(target + 2 * i, as<Floats>(even >> 16 | (odd & 0xffff0000)));
+    } else {
+      put(target + 2 * i, as<Floats>(even | odd << 16));
+    }
+  }
+}
+
+// Stores the first `count` <= 16 elements.
+template <Element kElement>
+GENREP_FAST_INLINE void store_rest(char* target, int64_t i, int64_t count, Floats values) {
+  if constexpr (kElement == Element::kFloat) {
+    std::memcpy(target + 4 * i, &values, 4 * count);
+  } else {
+    HalfWords words = narrow(values, kElement);
+    std::memcpy(target + 2 * i, &words, 2 * count);
+  }
 }
 
 template <Element kElement>
 GENREP_FAST_INLINE void widen_all(const char* source, int64_t count, float* target) {
   int64_t i = 0;
+  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+    // GCC widens 32 words with an instruction for each register, but takes 16 apart.
+    WordPair pair = __builtin_convertvector(load<HalfWordPair>(source + 2 * i), WordPair);
+    Words bits[2];
+    std::memcpy(bits, &pair, sizeof(pair));
+    store(target + i, widen(bits[0], kElement));
+    store(target + i + kLanes, widen(bits[1], kElement));
+  }
   for (; i + kLanes <= count; i += kLanes) {
     store(target + i, widen(load<HalfWords>(source + 2 * i), kElement));
   }
@@ -138,8 +219,7 @@ GENREP_FAST_INLINE void narrow_all(char* target, int64_t count, const float* sou
   if (i < count) {
     Floats rest{};
     std::memcpy(&rest, source + i, 4 * (count - i));
-    HalfWords values = narrow(rest, kElement);
-    std::memcpy(target + 2 * i, &values, 2 * (count - i));
+    store_rest<kElement>(target, i, count - i, rest);
   }
 }
 
@@ -150,16 +230,6 @@ GENREP_FAST_INLINE void write(Buffer buffer, int64_t index, int64_t count, const
     narrow_all<Element::kBFloat16>(buffer.at(index), count, source);
   } else {
     narrow_all<Element::kHalf>(buffer.at(index), count, source);
-  }
-}
-
-// 16 elements as float32.
-template <Element kElement>
-GENREP_FAST_INLINE Floats load_as(const char* source, int64_t i) {
-  if constexpr (kElement == Element::kFloat) {
-    return load<Floats>(source + 4 * i);
-  } else {
-    return widen(load<HalfWords>(source + 2 * i), kElement);
   }
 }
 

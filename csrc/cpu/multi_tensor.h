@@ -101,6 +101,7 @@ inline std::vector<float> factors_of(
 // All elements of all tensors, in order.
 inline std::vector<Chunk> chunks_of(const std::vector<int64_t>& numel) {
   std::vector<Chunk> chunks;
+  chunks.reserve(numel.size());
   for (size_t t = 0; t < numel.size(); ++t) {
     for (int64_t begin = 0; begin < numel[t]; begin += kChunk) {
       chunks.push_back({static_cast<int64_t>(t), begin, std::min(kChunk, numel[t] - begin)});

@@ -52,14 +52,14 @@ GENREP_FAST_INLINE void update(
     const Step& s, const float* factors, int64_t n, Element param_element, const Block& block,
     int64_t i) {
   Floats h = factors[0] * load<Floats>(block.gradients[0] + i);
-  prefetch(block.gradients[0] + i, kPrefetch);
+  prefetch_to_second_level(block.gradients[0] + i, kPrefetch);
   for (int64_t j = 1; j < n; ++j) {
     h += factors[j] * load<Floats>(block.gradients[j] + i);
-    prefetch(block.gradients[j] + i, kPrefetch);
+    prefetch_to_second_level(block.gradients[j] + i, kPrefetch);
   }
-  prefetch(block.param + i, kPrefetch);
-  prefetch(block.exp_avg + i, kPrefetch);
-  prefetch(block.exp_avg_sq + i, kPrefetch);
+  prefetch_to_second_level(block.param + i, kPrefetch);
+  prefetch_to_second_level(block.exp_avg + i, kPrefetch);
+  prefetch_to_second_level(block.exp_avg_sq + i, kPrefetch);
   Floats first = lerp(load<Floats>(block.exp_avg + i), h, s.beta1_complement);
   Floats second = s.beta2 * load<Floats>(block.exp_avg_sq + i) + s.beta2_complement * h * h;
   Floats denominator = square_root(second) * s.inverse_sqrt_correction + s.eps;
@@ -68,7 +68,7 @@ GENREP_FAST_INLINE void update(
   store(block.exp_avg_sq + i, second);
   store(block.param + i, param);
   if (block.ema) {
-    prefetch(block.ema + i, kPrefetch);
+    prefetch_to_second_level(block.ema + i, kPrefetch);
     if (param_element != Element::kFloat) {
       param = widen(narrow(param, param_element), param_element);  // as it is stored
     }

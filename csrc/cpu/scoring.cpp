@@ -25,14 +25,19 @@ GENREP_FAST_INLINE void score_rows_kernel(
   alignas(64) double steps[kSteps];
   for (int64_t begin = first; begin < last; begin += kSteps) {
     int64_t count = std::min(kSteps, last - begin);
-    for (int64_t i = 0; i < count; i += kRows) {
+    const int64_t stride = ceil_div(count, kRows);
+    for (int64_t i = 0; i < stride; ++i) {
       Row rows[kRows];
+      double together[kRows];
       for (int64_t q = 0; q < kRows; ++q) {
-        const int64_t row = std::min(begin + i + q, last - 1);
+        const int64_t row = std::min(begin + q * stride + i, last - 1);
         const int64_t pair = row / chunk.steps;
         rows[q] = {pair / chunk.classes, pair % chunk.classes, row % chunk.steps};
       }
-      step_log_likelihoods(problem, rows, l + i);
+      step_log_likelihoods(problem, rows, together);
+      for (int64_t q = 0; q < kRows; ++q) {
+        l[q * stride + i] = together[q];
+      }
     }
     for (int64_t i = 0; i < count;) {
       const int64_t pair = (begin + i) / chunk.steps;

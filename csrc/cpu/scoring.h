@@ -9,8 +9,15 @@ namespace genrep_fast {
 
 constexpr int64_t kParallelElements = 32768;  // a thread's least share
 constexpr int64_t kTasks = 32;  // that the steps of few images and classes are cut into
-// Rows that are read together: memory delivers a fourth more to four streams than to one.
+// Rows that are read together: memory delivers a fourth more to four streams than to one, and again
+// a fifth more where each goes on to the row that lies behind its last one.
 constexpr int64_t kRows = 4;
+
+// Whether images share the outputs, and x_t.
+inline bool shares_centers(const ScoredChunk& chunk) {
+  return !chunk.per_location && chunk.batch > 1 && chunk.output.batch == 0 &&
+         (!chunk.noisy.data || chunk.noisy.batch == 0);
+}
 
 struct __attribute__((visibility("hidden"))) Problem {
   ScoredChunk chunk;
@@ -18,7 +25,10 @@ struct __attribute__((visibility("hidden"))) Problem {
   const float* x;
   int64_t x_stride;
   Source output, noisy;  // noisy.buffer.data is null where there is none
-  bool in_place;         // no block of a row is copied
+  // Half-precision outputs, and x_t, are read as they lie in memory, 32 at a time, the even ones
+  // apart from the odd ones (see load_pair); `floats` is in that order, up to the last elements.
+  bool paired;
+  bool in_place;  // no block of a row is copied
 
   explicit Problem(ScoredChunk arguments);
 
@@ -26,6 +36,9 @@ struct __attribute__((visibility("hidden"))) Problem {
   int64_t groups(int64_t tasks, int64_t most) const {
     return std::max<int64_t>(1, std::min(ceil_div(kTasks, std::max<int64_t>(tasks, 1)), most));
   }
+
+ private:
+  void copy_images(const Source& images);
 };
 
 inline Problem::Problem(ScoredChunk arguments) : chunk(std::move(arguments)) {
@@ -33,24 +46,40 @@ inline Problem::Problem(ScoredChunk arguments) : chunk(std::move(arguments)) {
   if (chunk.noisy.data) {
     noisy = source_of(chunk.noisy, chunk.outer_size, chunk.inner_size);
   }
-  in_place = output.flat &&
-             (!noisy.buffer.data || (noisy.flat && noisy.buffer.element == Element::kFloat));
+  const bool as_it_lies =
+      output.flat &&
+      (!noisy.buffer.data || (noisy.flat && noisy.buffer.element == output.buffer.element));
+  const bool half = output.buffer.element != Element::kFloat;
+  paired = as_it_lies && half && !chunk.per_location && !shares_centers(chunk);
+  in_place = as_it_lies && (paired || !half);
   Source images = source_of(chunk.x, chunk.outer_size, chunk.inner_size);
   x = reinterpret_cast<const float*>(images.buffer.data);
   x_stride = chunk.x.batch;
-  if (!images.flat || images.buffer.element != Element::kFloat) {
-    // A K S-th of the outputs: less work than converting it again for every row.
-    floats.resize(chunk.batch * chunk.elements());
-    x = floats.data();
-    x_stride = chunk.elements();
-    float scratch[kBlock];
-    for (int64_t b = 0; b < chunk.batch; ++b) {
-      for (int64_t begin = 0; begin < chunk.elements(); begin += kBlock) {
-        int64_t count = std::min(kBlock, chunk.elements() - begin);
-        const float* block =
-            read_row(images, images.offset(b, 0, 0), chunk.inner_size, begin, count, scratch);
-        std::copy_n(block, count, floats.data() + b * x_stride + begin);
+  if (paired || !images.flat || images.buffer.element != Element::kFloat) {
+    copy_images(images);
+  }
+}
+
+// A K S-th of the outputs: less work than converting it again for every row.
+inline void Problem::copy_images(const Source& images) {
+  floats.resize(chunk.batch * chunk.elements());
+  x = floats.data();
+  x_stride = chunk.elements();
+  float scratch[kBlock];
+  for (int64_t b = 0; b < chunk.batch; ++b) {
+    for (int64_t begin = 0; begin < chunk.elements(); begin += kBlock) {
+      const int64_t count = std::min(kBlock, chunk.elements() - begin);
+      const float* block =
+          read_row(images, images.offset(b, 0, 0), chunk.inner_size, begin, count, scratch);
+      float* target = floats.data() + b * x_stride + begin;
+      int64_t i = 0;
+      for (; paired && i + 2 * kLanes <= count; i += 2 * kLanes) {
+        for (int64_t lane = 0; lane < kLanes; ++lane) {
+          target[i + lane] = block[i + 2 * lane];
+          target[i + kLanes + lane] = block[i + 2 * lane + 1];
+        }
       }
+      std::copy(block + i, block + count, target + i);
     }
   }
 }
@@ -59,14 +88,32 @@ inline Problem::Problem(ScoredChunk arguments) : chunk(std::move(arguments)) {
 struct Residual {
   const float* x;
   const char* output;  // as it lies in memory, or gathered
-  Element element;     // of output
-  const float* noisy;  // null where there is none
+  const char* noisy;   // of the output's element; null where there is none
+  Element element;     // half precision where the problem is paired
   float data_factor, output_factor, noisy_factor;
 
+  // Of 16 elements.
   template <Element kElement, bool kNoisy>
   GENREP_FAST_INLINE Floats at(int64_t i) const {
     Floats r = load<Floats>(x + i) * data_factor + load_as<kElement>(output, i) * output_factor;
-    return kNoisy ? r + load<Floats>(noisy + i) * noisy_factor : r;
+    return kNoisy ? r + load_as<kElement>(noisy, i) * noisy_factor : r;
+  }
+
+  // Of 32 elements, in the order of load_pair.
+  template <Element kElement, bool kNoisy>
+  GENREP_FAST_INLINE void pair_at(int64_t i, Floats (&r)[2]) const {
+    Floats outputs[2], noise[2];
+    load_pair<kElement>(output, i, outputs);
+    if (kNoisy) {
+      load_pair<kElement>(noisy, i, noise);
+    }
+#pragma GCC unroll 2
+    for (int64_t u = 0; u < 2; ++u) {
+      r[u] = load<Floats>(x + i + u * kLanes) * data_factor + outputs[u] * output_factor;
+      if (kNoisy) {
+        r[u] += noise[u] * noisy_factor;
+      }
+    }
   }
 
   // Of the last `count` < 16 elements.
@@ -77,11 +124,13 @@ struct Residual {
     std::memcpy(&parts[0], x + i, 4 * count);
     std::memcpy(&parts[1], output + kBytes * i, kBytes * count);
     if (kNoisy) {
-      std::memcpy(&parts[2], noisy + i, 4 * count);
+      std::memcpy(&parts[2], noisy + kBytes * i, kBytes * count);
     }
-    Floats r = parts[0] * data_factor +
-               load_as<kElement>(reinterpret_cast<const char*>(&parts[1]), 0) * output_factor;
-    return kNoisy ? r + parts[2] * noisy_factor : r;
+    auto part = [&](int index) GENREP_FAST_LAMBDA {
+      return load_as<kElement>(reinterpret_cast<const char*>(&parts[index]), 0);
+    };
+    Floats r = parts[0] * data_factor + part(1) * output_factor;
+    return kNoisy ? r + part(2) * noisy_factor : r;
   }
 };
 
@@ -114,25 +163,25 @@ residual(const Problem& problem, const Row& row, int64_t begin, int64_t count, S
   const int64_t inner = chunk.inner_size;
   Residual result;
   result.x = problem.image(b) + begin;
-  const int64_t output = problem.output.offset(b, k, s);
-  if (problem.output.flat) {
-    result.output = problem.output.buffer.at(output + begin);
-    result.element = problem.output.buffer.element;
-  } else {
-    result.output = reinterpret_cast<const char*>(
-        read_row(problem.output, output, inner, begin, count, scratch.output));
-    result.element = Element::kFloat;
-  }
-  result.noisy = nullptr;
-  if (problem.noisy.buffer.data) {
-    result.noisy =
-        read_row(problem.noisy, problem.noisy.offset(b, k, s), inner, begin, count, scratch.noisy);
-  }
+  result.element = problem.paired ? problem.output.buffer.element : Element::kFloat;
+  auto read = [&](const Source& source, float* copy) GENREP_FAST_LAMBDA {
+    const int64_t offset = source.offset(b, k, s);
+    if (problem.paired) {
+      return static_cast<const char*>(source.buffer.at(offset + begin));
+    }
+    return reinterpret_cast<const char*>(read_row(source, offset, inner, begin, count, copy));
+  };
+  result.output = read(problem.output, scratch.output);
+  result.noisy = problem.noisy.buffer.data ? read(problem.noisy, scratch.noisy) : nullptr;
   result.data_factor = chunk.data_table[s];
   result.output_factor = chunk.output_table[s];
   result.noisy_factor = chunk.noisy_table[s];
   return result;
 }
+
+// Memory of so many float32 numbers is asked for ahead of the use of half-precision rows, in the
+// next row where there is one behind: they are so short that the processor foresees too little.
+constexpr int64_t kAhead = 1024;
 
 // Sums of squares of kRows rows, in float32 over kBlock elements and in float64 above.
 template <Element kElement, bool kNoisy>
@@ -147,11 +196,25 @@ GENREP_FAST_INLINE void add_squares(
     for (; i + kUnroll * kLanes <= end; i += kUnroll * kLanes) {
 #pragma GCC unroll 4
       for (int64_t row = 0; row < kRows; ++row) {
-#pragma GCC unroll 4
-        for (int64_t u = 0; u < kUnroll; ++u) {
-          Floats r = blocks[row].at<kElement, kNoisy>(i + u * kLanes);
-          partial[row][u] += r * r;
+        if constexpr (kElement != Element::kFloat) {
+          prefetch_to_second_level(blocks[row].output + 2 * i, kAhead);
+          prefetch_to_second_level(blocks[row].output + 2 * (i + 2 * kLanes), kAhead);
         }
+#pragma GCC unroll 2
+        for (int64_t u = 0; u < kUnroll; u += 2) {
+          Floats r[2];
+          blocks[row].pair_at<kElement, kNoisy>(i + u * kLanes, r);
+          partial[row][u] += r[0] * r[0];
+          partial[row][u + 1] += r[1] * r[1];
+        }
+      }
+    }
+    for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
+      for (int64_t row = 0; row < kRows; ++row) {
+        Floats r[2];
+        blocks[row].pair_at<kElement, kNoisy>(i, r);
+        partial[row][0] += r[0] * r[0];
+        partial[row][0] += r[1] * r[1];
       }
     }
     for (; i < end; i += kLanes) {
@@ -209,12 +272,6 @@ void parallel(int64_t tasks, int64_t elements, const Work& work) {
       work(task);
     }
   });
-}
-
-// Whether images share the outputs, and x_t.
-inline bool shares_centers(const ScoredChunk& chunk) {
-  return !chunk.per_location && chunk.batch > 1 && chunk.output.batch == 0 &&
-         (!chunk.noisy.data || chunk.noisy.batch == 0);
 }
 
 // First step of group `group` of `groups`.

@@ -16,6 +16,8 @@
 namespace genrep_fast {
 namespace {
 
+constexpr int64_t kMostTogether = 32;  // rows that one thread writes one after the other
+
 // Gradient of one of the operator's inputs, and the table that its part of the residual is
 // multiplied with.
 struct Target {
@@ -114,20 +116,95 @@ GENREP_FAST_INLINE void write_row(
   }
 }
 
-// factor times the residual, for `count` <= kBlock elements; 16 more may be written.
+// What a row's residual is multiplied with.
+struct RowFactor {
+  float factor;
+
+  GENREP_FAST_INLINE Floats times(int64_t, Floats r) const { return r * factor; }
+};
+
+// What the residual of a location is multiplied with, one after the other; 0 makes a zero of
+// everything, even of infinities.
+struct LocationFactors {
+  float factor;
+  const float* scales;  // up to 15 more are read
+
+  GENREP_FAST_INLINE Floats times(int64_t i, Floats r) const {
+    Floats scale = load<Floats>(scales + i);
+    return scale == 0.0f ? Floats{} : r * factor * scale;
+  }
+};
+
+// Scaled residuals of `count` <= kBlock elements; 15 more may be written.
+template <typename Factors>
 GENREP_FAST_INLINE void scaled_residual(
-    const Residual& block, float factor, int64_t count, float* values) {
+    const Residual& block, const Factors& factors, int64_t count, float* values) {
   with_layout(block, [&](auto element, auto has_noisy) GENREP_FAST_LAMBDA {
     constexpr Element kElement = decltype(element)::value;
     constexpr bool kNoisy = decltype(has_noisy)::value;
     int64_t i = 0;
+    for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+      Floats r[2];
+      block.pair_at<kElement, kNoisy>(i, r);
+      r[0] = factors.times(i, r[0]);
+      r[1] = factors.times(i + kLanes, r[1]);
+      if constexpr (kElement == Element::kFloat) {
+        std::memcpy(values + i, r, sizeof(r));
+      } else {
+        for (int64_t lane = 0; lane < kLanes; ++lane) {
+          values[i + 2 * lane] = r[0][lane];
+          values[i + 2 * lane + 1] = r[1][lane];
+        }
+      }
+    }
     for (; i + kLanes <= count; i += kLanes) {
-      store(values + i, block.at<kElement, kNoisy>(i) * factor);
+      store(values + i, factors.times(i, block.at<kElement, kNoisy>(i)));
     }
     if (i < count) {
-      store(values + i, block.rest<kElement, kNoisy>(i, count - i) * factor);
+      store(values + i, factors.times(i, block.rest<kElement, kNoisy>(i, count - i)));
     }
   });
+}
+
+// The same for a gradient of the output's dtype and order.
+template <typename Factors>
+GENREP_FAST_INLINE void write_scaled_residual(
+    const Residual& block, const Factors& factors, int64_t count, char* target, bool streaming) {
+  streaming = streaming && reinterpret_cast<uintptr_t>(target) % 16 == 0;
+  with_layout(block, [&](auto element, auto has_noisy) GENREP_FAST_LAMBDA {
+    constexpr Element kElement = decltype(element)::value;
+    constexpr bool kNoisy = decltype(has_noisy)::value;
+    int64_t i = 0;
+    for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+      if constexpr (kElement != Element::kFloat) {
+        prefetch_to_second_level(block.output + 2 * i, kAhead);
+      }
+      Floats r[2];
+      block.pair_at<kElement, kNoisy>(i, r);
+      const Floats values[2] = {factors.times(i, r[0]), factors.times(i + kLanes, r[1])};
+      store_pair<kElement>(target, i, values, streaming);
+    }
+    for (; i < count; i += kLanes) {
+      const int64_t rest = std::min(kLanes, count - i);
+      const Floats value = factors.times(i, block.rest<kElement, kNoisy>(i, rest));
+      store_rest<kElement>(target, i, rest, value);
+    }
+  });
+}
+
+// Writes a block of a gradient's row, which begins at `row`: scaled residuals of `count` <= kBlock
+// elements.
+template <typename Factors>
+GENREP_FAST_INLINE void write_block(
+    const ScoredChunk& chunk, const Residual& block, const Factors& factors, const Target& target,
+    int64_t row, int64_t begin, int64_t count) {
+  if (block.element == target.gradient.element && !chunk.channels_inner) {
+    char* place = target.gradient.at(row + begin);
+    return write_scaled_residual(block, factors, count, place, target.streaming);
+  }
+  alignas(64) float values[kBlock + kLanes];
+  scaled_residual(block, factors, count, values);
+  write_row(chunk, target.gradient, row, begin, count, values, target.streaming);
 }
 
 // The row's residual times scale and the target's factor, a block from `begin` on; zeros where the
@@ -141,34 +218,53 @@ GENREP_FAST_INLINE void gradient_block(
   }
   Scratch scratch;
   float factor = static_cast<float>(scale * target.table[row.s]);
-  scaled_residual(residual(backward.problem, row, begin, count, scratch), factor, count, values);
+  const Residual block = residual(backward.problem, row, begin, count, scratch);
+  scaled_residual(block, RowFactor{factor}, count, values);
 }
 
-// Gradients of kRows rows from `first` on, or fewer at the end, that have one contribution each.
-GENREP_FAST_INLINE void write_gradients_kernel(
-    const Backward& backward, const Target& target, int64_t first) {
+// The gradient of one row, at `place`.
+GENREP_FAST_INLINE void write_row_gradient(
+    const Backward& backward, const Target& target, const Row& row, double scale, int64_t place) {
   const ScoredChunk& chunk = backward.problem.chunk;
-  alignas(64) float values[kBlock + kLanes];
-  Row rows[kRows];
-  double scales[kRows];
-  for (int64_t q = 0; q < kRows; ++q) {
-    rows[q] = owner_of(chunk, target, std::min(first + q, target.rows() - 1)).at(0);
-  }
-  backward.scale(rows, scales);
-  for (int64_t q = 0; q < std::min(kRows, target.rows() - first); ++q) {
+  if (scale == 0) {  // even of infinities
+    alignas(64) static constexpr float kZeros[kBlock]{};
     for (int64_t begin = 0; begin < chunk.elements(); begin += kBlock) {
-      int64_t count = std::min(kBlock, chunk.elements() - begin);
-      gradient_block(backward, target, rows[q], scales[q], begin, count, values);
-      write_row(
-          chunk, target.gradient, (first + q) * target.channels * chunk.locations, begin, count,
-          values, target.streaming);
+      const int64_t count = std::min(kBlock, chunk.elements() - begin);
+      write_row(chunk, target.gradient, place, begin, count, kZeros, target.streaming);
+    }
+    return;
+  }
+  Scratch scratch;
+  const RowFactor factor{static_cast<float>(scale * target.table[row.s])};
+  for (int64_t begin = 0; begin < chunk.elements(); begin += kBlock) {
+    const int64_t count = std::min(kBlock, chunk.elements() - begin);
+    const Residual block = residual(backward.problem, row, begin, count, scratch);
+    write_block(chunk, block, factor, target, place, begin, count);
+  }
+}
+
+// Gradients of the rows from `first` to `last`, that have one contribution each.
+GENREP_FAST_INLINE void write_gradients_kernel(
+    const Backward& backward, const Target& target, int64_t first, int64_t last) {
+  const ScoredChunk& chunk = backward.problem.chunk;
+  const int64_t row_elements = target.channels * chunk.locations;
+  const int64_t stride = ceil_div(last - first, kRows);
+  for (int64_t i = first; i < first + stride; ++i) {
+    Row rows[kRows];
+    double scales[kRows];
+    for (int64_t q = 0; q < kRows; ++q) {
+      rows[q] = owner_of(chunk, target, std::min(i + q * stride, last - 1)).at(0);
+    }
+    backward.scale(rows, scales);
+    for (int64_t q = 0; q < kRows && i + q * stride < last; ++q) {
+      write_row_gradient(backward, target, rows[q], scales[q], (i + q * stride) * row_elements);
     }
   }
 }
 
 GENREP_FAST_CLONES(
-    write_gradients, (const Backward& backward, const Target& target, int64_t first),
-    write_gradients_kernel, (backward, target, first))
+    write_gradients, (const Backward& backward, const Target& target, int64_t first, int64_t last),
+    write_gradients_kernel, (backward, target, first, last))
 
 // Adds contributions from `first` to `last` to `sums` [D].
 GENREP_FAST_INLINE void add_gradients_kernel(
@@ -229,18 +325,14 @@ GENREP_FAST_INLINE void write_location_gradient_kernel(
     const Backward& backward, const Target& target, const Row& from, int64_t row, int64_t begin,
     int64_t count) {
   const ScoredChunk& chunk = backward.problem.chunk;
-  alignas(64) float scales[kBlock], values[kBlock + kLanes];
+  alignas(64) float scales[kBlock];
   Scratch scratch;
   location_scales(backward, from, begin, count, scales);
+  const LocationFactors factors{target.table[from.s], scales};
   for (int64_t c = 0; c < chunk.channels; ++c) {
-    int64_t place = c * chunk.locations + begin;
-    Residual block = residual(backward.problem, from, place, count, scratch);
-    scaled_residual(block, target.table[from.s], count, values);
-    for (int64_t i = 0; i < count; i += kLanes) {
-      Floats scale = load<Floats>(scales + i);
-      store(values + i, scale == 0.0f ? Floats{} : load<Floats>(values + i) * scale);
-    }
-    write_row(chunk, target.gradient, row, place, count, values, target.streaming);
+    const int64_t place = c * chunk.locations + begin;
+    const Residual block = residual(backward.problem, from, place, count, scratch);
+    write_block(chunk, block, factors, target, row, place, count);
   }
 }
 
@@ -263,9 +355,9 @@ GENREP_FAST_INLINE void add_location_gradients_kernel(
     for (int64_t c = 0; c < chunk.channels; ++c) {
       Residual block =
           residual(backward.problem, from, c * chunk.locations + begin, count, scratch);
-      scaled_residual(block, target.table[from.s], count, values);
+      scaled_residual(block, LocationFactors{target.table[from.s], scales}, count, values);
       for (int64_t i = 0; i < count; ++i) {
-        sums[c * count + i] += scales[i] == 0 ? 0.0f : values[i] * scales[i];
+        sums[c * count + i] += values[i];
       }
     }
   }
@@ -356,10 +448,13 @@ void differentiate_shared(const Backward& backward, const Target& target) {
 
 void differentiate_rows(const Backward& backward, const Target& target) {
   const ScoredChunk& chunk = backward.problem.chunk;
-  const int64_t row_elements = target.channels * chunk.locations;
-  parallel(ceil_div(target.rows(), kRows), kRows * row_elements, [&](int64_t task) {
-    write_gradients(backward, target, task * kRows);
-    for (int64_t row = task * kRows; row < std::min((task + 1) * kRows, target.rows()); ++row) {
+  const int64_t rows = target.rows(), row_elements = target.channels * chunk.locations;
+  const int64_t fair = round_up(ceil_div(rows, kTasks), kRows);
+  const int64_t together = std::min(fair, kMostTogether);
+  parallel(ceil_div(rows, together), together * row_elements, [&](int64_t task) {
+    const int64_t first = task * together, last = std::min(rows, first + together);
+    write_gradients(backward, target, first, last);
+    for (int64_t row = first; row < last; ++row) {
       zero_further_channels(chunk, target, row * row_elements);
     }
     stream_fence();
@@ -376,8 +471,8 @@ Tensor gradient_of(
   if (gradient.numel() == 0) {
     return gradient;
   }
-  target.streaming =
-      gradient.scalar_type() == ScalarType::Float && is_streamed(gradient, 4 * gradient.numel());
+  const int64_t element_bytes = gradient.scalar_type() == ScalarType::Float ? 4 : 2;
+  target.streaming = is_streamed(gradient, element_bytes * gradient.numel());
   if (chunk.per_location) {
     differentiate_locations(backward, target);
   } else if (owner_of(chunk, target, 0).contributions() == 1) {

@@ -7,15 +7,15 @@ namespace genrep_fast {
 
 constexpr int64_t kChannels = 4;  // whose squares at a location are added up together
 
-// Adds the squared residuals of `channels` <= kChannels channels to `sums`.
-template <Element kElement, bool kNoisy>
+// Adds the squared residuals of `channels` <= kChannels channels, which are float32 here, to `sums`.
+template <bool kNoisy>
 GENREP_FAST_INLINE void add_channels(
     const Residual* blocks, int64_t channels, int64_t count, float* sums) {
   for (int64_t i = 0; i < count; i += kLanes) {
     Floats sum = load<Floats>(sums + i);
     for (int64_t c = 0; c < channels; ++c) {
-      Floats r = count - i < kLanes ? blocks[c].rest<kElement, kNoisy>(i, count - i)
-                                    : blocks[c].at<kElement, kNoisy>(i);
+      Floats r = count - i < kLanes ? blocks[c].rest<Element::kFloat, kNoisy>(i, count - i)
+                                    : blocks[c].at<Element::kFloat, kNoisy>(i);
       sum += r * r;
     }
     store(sums + i, sum);
@@ -34,14 +34,15 @@ GENREP_FAST_INLINE void location_log_likelihoods(
     for (int64_t c = 0; c < channels; ++c) {
       blocks[c] = residual(problem, row, (first + c) * chunk.locations + begin, count, scratch[c]);
     }
-    with_layout(blocks[0], [&](auto element, auto has_noisy) GENREP_FAST_LAMBDA {
+    auto add = [&](auto has_noisy) GENREP_FAST_LAMBDA {
       constexpr bool kNoisy = decltype(has_noisy)::value;
       if (channels == kChannels) {  // unrolled by the compiler
-        add_channels<decltype(element)::value, kNoisy>(blocks, kChannels, count, l);
+        add_channels<kNoisy>(blocks, kChannels, count, l);
       } else {
-        add_channels<decltype(element)::value, kNoisy>(blocks, channels, count, l);
+        add_channels<kNoisy>(blocks, channels, count, l);
       }
-    });
+    };
+    blocks[0].noisy ? add(std::true_type{}) : add(std::false_type{});
   }
   Floats factor = broadcast(-0.5f * chunk.inv_var[row.s]);
   Floats shift = broadcast(chunk.log_norm[row.s] * static_cast<float>(chunk.channels));

@@ -21,6 +21,8 @@ constexpr int64_t kLanes = 16;
 using Floats = float __attribute__((vector_size(64)));
 using Words = uint32_t __attribute__((vector_size(64)));
 using HalfWords = uint16_t __attribute__((vector_size(32)));
+using WordPair = uint32_t __attribute__((vector_size(128)));
+using HalfWordPair = uint16_t __attribute__((vector_size(64)));
 using HalfFloats =
     float __attribute__((vector_size(32)));  // 8 of them fill one register of doubles
 using Doubles = double __attribute__((vector_size(64)));
@@ -47,6 +49,13 @@ GENREP_FAST_INLINE Vector as(Other bits) {
 GENREP_FAST_INLINE void prefetch(const void* pointer, int64_t elements) {
   __builtin_prefetch(
       reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(pointer) + 4 * elements));
+}
+
+// The same into the second-level cache, on the way to which more requests can be than to the first:
+// for more than two streams, and half-precision ones.
+GENREP_FAST_INLINE void prefetch_to_second_level(const void* pointer, int64_t elements) {
+  __builtin_prefetch(
+      reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(pointer) + 4 * elements), 0, 2);
 }
 
 // Past the caches, so that the line that is overwritten need not be read first; `target` is aligned

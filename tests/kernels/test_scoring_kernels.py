@@ -177,6 +177,24 @@ def test_rows_of_whole_blocks(elements, steps, extra, compiled):
     )
 
 
+@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (F32, BF16), (F16, F16)])
+def test_large_gradients_are_those_of_their_rows(dtypes):
+    """A megabyte is written past the caches, in fewer pieces; a class alone is not."""
+    x, outputs = random(1, 50024, dtype=dtypes[0]), random(1, 4, 3, 50024, dtype=dtypes[1])
+    one = torch.ones(3, device=DEVICE)
+    inv_var = torch.linspace(0.99, 1.01, 3, device=DEVICE) / (2 * 50024) ** 0.5
+    coefficients = gf.StepCoefficients(one, 0 * one, -one, inv_var, 0 * one)
+
+    def gradient(model_output):
+        leaf = model_output.clone().requires_grad_()
+        return torch.autograd.grad(gf.log_likelihood(x, leaf, coefficients).sum(), leaf)[0]
+
+    expected = torch.cat([gradient(outputs[:, k : k + 1]) for k in range(4)], 1)
+    # The second time the memory is not new any more.
+    for _ in range(2):
+        assert_equal_bits([gradient(outputs)], [expected])
+
+
 @pytest.mark.parametrize("axes", [(0,), (1,), (2,), (0, 1), (0, 1, 2)])
 def test_expanded_outputs(axes, size, interpreted):
     x, model_output, x_t, columns = chunk(*size, x_t_axes=(None, None, None))
