@@ -21,6 +21,8 @@ namespace genrep_fast {
 
 // Size and stride of an axis.
 using Axis = std::pair<int64_t, int64_t>;
+// Type and index of a device.
+using Device = std::pair<int32_t, int32_t>;
 
 // The tensors of an argument Tensor[] or Tensor?[], which it owns; some may be missing.
 class TensorList {
@@ -56,19 +58,67 @@ class TensorList {
     return contiguous;
   }
 
-  Buffer buffer(int64_t i) const {
+  bool is_strided(int64_t i) const {
+    static const int32_t kStrided = aoti_torch_layout_strided();
+    int32_t layout = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensors_[i], &layout));
+    return layout == kStrided;
+  }
+
+  Device device(int64_t i) const {
+    Device device;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensors_[i], &device.first));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensors_[i], &device.second));
+    return device;
+  }
+
+  char* address(int64_t i) const {
     void* data = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensors_[i], &data));
-    return {static_cast<char*>(data), element(i)};
+    return static_cast<char*>(data);
+  }
+
+  int32_t dtype(int64_t i) const {
+    int32_t dtype = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensors_[i], &dtype));
+    return dtype;
+  }
+
+  // Of an element; 0 for dtypes that no operator takes.
+  int64_t element_bytes(int64_t i) const {
+    static const int32_t kFloat64 = aoti_torch_dtype_float64();
+    const int32_t own = dtype(i);
+    if (own == kFloat64) {
+      return 8;
+    }
+    const std::optional<Element> element = element_of_dtype(own);
+    if (!element) {
+      return 0;
+    }
+    return *element == Element::kFloat ? 4 : 2;
+  }
+
+  Buffer buffer(int64_t i) const {
+    const std::optional<Element> element = element_of_dtype(dtype(i));
+    STD_TORCH_CHECK(element.has_value(), "tensors must be float32, bfloat16 or float16");
+    return {address(i), *element};
+  }
+
+  bool same_shape(int64_t i, int64_t j) const {
+    int64_t dims[2], *sizes[2];
+    const int64_t places[2] = {i, j};
+    for (int k = 0; k < 2; ++k) {
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensors_[places[k]], &dims[k]));
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensors_[places[k]], &sizes[k]));
+    }
+    return dims[0] == dims[1] && std::equal(sizes[0], sizes[0] + dims[0], sizes[1]);
   }
 
   // Number `place` of the tensor, which may be float64.
   double number(int64_t i, int64_t place) const {
     static const int32_t kFloat64 = aoti_torch_dtype_float64();
     if (dtype(i) == kFloat64) {
-      void* data = nullptr;
-      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensors_[i], &data));
-      return static_cast<const double*>(data)[place];
+      return reinterpret_cast<const double*>(address(i))[place];
     }
     float value;
     return *read(buffer(i), place, 1, &value);
@@ -109,24 +159,17 @@ class TensorList {
     return result;
   }
 
-  Element element(int64_t i) const {
+  static std::optional<Element> element_of_dtype(int32_t dtype) {
     static const int32_t kFloat32 = aoti_torch_dtype_float32();
     static const int32_t kBFloat16 = aoti_torch_dtype_bfloat16();
     static const int32_t kFloat16 = aoti_torch_dtype_float16();
-    const int32_t own = dtype(i);
-    STD_TORCH_CHECK(
-        own == kFloat32 || own == kBFloat16 || own == kFloat16,
-        "tensors must be float32, bfloat16 or float16");
-    if (own == kFloat32) {
+    if (dtype == kFloat32) {
       return Element::kFloat;
     }
-    return own == kBFloat16 ? Element::kBFloat16 : Element::kHalf;
-  }
-
-  int32_t dtype(int64_t i) const {
-    int32_t dtype = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensors_[i], &dtype));
-    return dtype;
+    if (dtype == kBFloat16) {
+      return Element::kBFloat16;
+    }
+    return dtype == kFloat16 ? std::optional<Element>(Element::kHalf) : std::nullopt;
   }
 
   std::vector<AtenTensorHandle> tensors_;

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .flat_memory import on_flat_memory, refusing_kernel
+from .list_checks import LISTS_FIT, register_list_check
 from .operators import schemas
 from .selection import register_implementation, set_unavailable
 
@@ -88,6 +89,8 @@ def _load(backend: str) -> str | None:
     definitions = torch.library.Library(namespace, "FRAGMENT")
     for schema in schemas.values():
         definitions.define(schema)
+    if backend == "cpu":
+        definitions.define(LISTS_FIT)
     try:
         torch.ops.load_library(_library(backend))
     except OSError as error:
@@ -104,6 +107,8 @@ def _load(backend: str) -> str | None:
             # The kernels of tensor lists in csrc/cpu check the layouts themselves.
             adapted = refusing_kernel if backend == "cpu" else on_flat_memory
             register_implementation(name, backend, adapted(name, kernel))
+    if backend == "cpu" and has_kernel(f"{namespace}::lists_fit", "CPU"):
+        register_list_check(torch.ops.genrep_fast_cpu.lists_fit.default)
     return None
 
 

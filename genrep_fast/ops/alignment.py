@@ -19,6 +19,7 @@ from ..checks import (
     check_weights,
     check_writable,
 )
+from ..dispatch.list_checks import lists_fit
 from ..dispatch.operators import define_operator
 from ..memory_overlap import check_no_overlap
 from ..reference import alignment as reference
@@ -152,10 +153,12 @@ def align_gradients(
             an output that overlaps itself, a gradient or another output; nothing is written then.
     """
     gradients = (perception, generation)
-    layout = check_gradients(gradients, ("perception", "generation"), groups)
+    fit = _are_fit(gradients, out)
+    layout = check_gradients(gradients, ("perception", "generation"), groups, fit=fit)
     weights = check_weights(weights, 2)
     power = check_power(power)
-    _check_out(out, layout, {"perception": perception, "generation": generation})
+    if not fit:
+        _check_out(out, layout, {"perception": perception, "generation": generation})
     grouped = layout.grouped
     own_groups = [layout.groups[t] for t in grouped]
     rows = list(range(len(grouped)))
@@ -186,7 +189,8 @@ def gram(*gradients: Gradients, groups: Sequence[int | None] | None = None) -> T
         TypeError: for an argument of a wrong type, or a gradient of a wrong dtype.
         ValueError: for a wrong number of gradients, length, shape, device, layout or group index.
     """
-    layout = check_gradients(gradients, numbered(gradients), groups)
+    fit = _are_fit(gradients)
+    layout = check_gradients(gradients, numbered(gradients), groups, fit=fit)
     grouped = layout.grouped
     own_groups = [layout.groups[t] for t in grouped]
     return _gram_matrices(gradients, grouped, own_groups, layout.num_groups, layout.device)
@@ -226,10 +230,12 @@ def combine(
             for `weights` that are missing, and for an output that overlaps itself, another argument
             or another output; nothing is written then.
     """
-    layout = check_gradients(gradients, numbered(gradients), groups)
+    names = numbered(gradients)
+    fit = _are_fit(gradients, out, coefficients)
+    layout = check_gradients(gradients, names, groups, fit=fit)
     table, weights = check_coefficients(coefficients, weights, len(gradients), layout)
-    named = dict(zip(numbered(gradients), gradients, strict=True))
-    _check_out(out, layout, named, coefficients)
+    if not fit:
+        _check_out(out, layout, dict(zip(names, gradients, strict=True)), coefficients)
     rows = [layout.groups[t] for t in layout.reached]
     return _weighted_sums(gradients, table, rows, layout, weights, out)
 
@@ -259,12 +265,36 @@ class GradientLayout(NamedTuple):
         return [t for t, group in enumerate(self.groups) if group >= 0]
 
 
+def _are_fit(
+    gradients: Sequence[Gradients],
+    out: Gradients | None = None,
+    coefficients: Tensor | None = None,
+) -> bool:
+    """Whether nothing is wrong with the tensors of these arguments; False where it is not known.
+
+    `out` may be in the place of gradients, and overlaps nothing else.
+    """
+    lists = list(gradients) if out is None else [out, *gradients]
+    if not all([isinstance(tensors, (list, tuple)) for tensors in lists]):
+        return False
+    if not 2 <= len(gradients) <= MAX_LOSSES or len({len(tensors) for tensors in lists}) > 1:
+        return False
+    others = () if coefficients is None or out is None else (coefficients,)
+    if not all([isinstance(other, Tensor) for other in others]):
+        return False
+    return lists_fit([] if out is None else [out], gradients, others)
+
+
 def check_gradients(
-    gradients: Sequence[Gradients], names: Sequence[str], groups: Sequence[int | None] | None
+    gradients: Sequence[Gradients],
+    names: Sequence[str],
+    groups: Sequence[int | None] | None,
+    *,
+    fit: bool = False,
 ) -> GradientLayout:
     """Check gradients of 2 to 8 losses, called `names` in messages, and their groups.
 
-    What raises: see `align_gradients`.
+    Nothing is wrong with their tensors where they are `fit`. What raises: see `align_gradients`.
     """
     if gradients and not isinstance(gradients[0], Sequence):
         check_length(gradients[0], names[0], 0)
@@ -278,7 +308,7 @@ def check_gradients(
     for name, tensors in zip(names, gradients, strict=True):
         # Asking every tensor of a long list for one property after the other takes half as long as
         # one tensor for all of them.
-        alike = _are_alike(tensors, samples, device)
+        alike = fit or _are_alike(tensors, samples, device)
         for t, gradient in enumerate(tensors):
             if gradient is None:
                 indices[t] = -1
@@ -444,8 +474,8 @@ def _weighted_sums(
         if result is None:
             own = [loss_gradients[t] for loss_gradients in gradients]
             present = [gradient for gradient in own if gradient is not None]
-            dtype = reduce(torch.promote_types, [gradient.dtype for gradient in present])
-            result = torch.empty_like(present[-1], dtype=dtype)
+            dtypes = {gradient.dtype for gradient in present}
+            result = torch.empty_like(present[-1], dtype=reduce(torch.promote_types, dtypes))
         results[t] = result
         written.append(result)
     if reached:
