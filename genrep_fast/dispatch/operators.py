@@ -92,6 +92,9 @@ def define_operator(
             f"genrep_fast::{name}", backward, setup_context=setup_context, lib=_library
         )
     overload = getattr(torch.ops.genrep_fast, name).default
+    differentiable = None
+    if backward is not None and setup_context is not None:
+        differentiable = _autograd_function(name, on_backend, setup_context, backward)
 
     def call(*args: Any) -> Any:
         # The dispatcher, and autograd's part in Python, take longer than a small operator: only
@@ -108,9 +111,13 @@ def define_operator(
             return reference(*args)
         if _is_traced(args):
             return overload(*args)
-        if backward is not None and torch.is_grad_enabled() and any(map(_requires_grad, args)):
+        if differentiable is None or not (
+            torch.is_grad_enabled() and any(map(requires_grad, args))
+        ):
+            return on_backend(*args)
+        if torch.jit.is_tracing() or not all(map(_is_plain, args)):
             return overload(*args)
-        return on_backend(*args)
+        return differentiable.apply(*args)
 
     return call
 
@@ -133,11 +140,31 @@ def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
+def _autograd_function(
+    name: str,
+    on_backend: Callable[..., Any],
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+) -> type[torch.autograd.Function]:
+    """What `torch.library.register_autograd` makes of the operator `name`, but for the dispatcher.
+
+    The dispatcher's part takes longer than a small operator.
+    """
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = on_backend(*args)
+        setup_context(ctx=ctx, inputs=args, output=output)
+        return output
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(name, (torch.autograd.Function,), members)
+
+
 def _on_selected_backend(name: str, dtype_from: tuple[int, ...]) -> Callable[..., Any]:
     """The operator `name` on the backend that is selected at each call."""
 
     def on_backend(*args: Any, **kwargs: Any) -> Any:
-        arguments = (*args, *kwargs.values())
+        arguments = (*args, *kwargs.values()) if kwargs else args
         first = _first_tensor(arguments)
         device_type = first.device.type
         fastest = None
@@ -185,14 +212,21 @@ def _is_traced(arguments: tuple[Any, ...]) -> bool:
     return type(_first_tensor(arguments)) not in _PLAIN_TENSORS
 
 
-def _requires_grad(argument: Any) -> bool:
+def requires_grad(argument: Any) -> bool:
+    """Whether `argument` is a tensor that requires a gradient."""
     return isinstance(argument, torch.Tensor) and argument.requires_grad
+
+
+def _is_plain(argument: Any) -> bool:
+    return not isinstance(argument, torch.Tensor) or type(argument) in _PLAIN_TENSORS
 
 
 def _tensors(arguments: tuple[Any, ...]) -> Iterator[torch.Tensor]:
     """Those of the arguments and of the lists among them."""
     for argument in arguments:
-        for value in argument if isinstance(argument, (list, tuple)) else (argument,):
+        if isinstance(argument, torch.Tensor):
+            yield argument
+        for value in argument if isinstance(argument, (list, tuple)) else ():
             if isinstance(value, torch.Tensor):
                 yield value
 
@@ -207,6 +241,10 @@ def _hold_float64(arguments: tuple[Any, ...], positions: tuple[int, ...]) -> boo
     """Whether a tensor of the arguments at `positions` is float64."""
     for position in positions:
         argument = arguments[position]
+        if isinstance(argument, torch.Tensor):
+            if argument.dtype == torch.float64:
+                return True
+            continue
         tensors = argument if isinstance(argument, (list, tuple)) else (argument,)
         if torch.float64 in [tensor.dtype for tensor in tensors if tensor is not None]:
             return True

@@ -10,9 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_dense, check_device, check_float64_like, check_in_range, require
+from ..checks import (
+    check_dense,
+    check_device,
+    check_float64_like,
+    check_floating,
+    check_in_range,
+    require,
+)
 from ..coefficients.tables import StepCoefficients
-from ..dispatch.operators import define_operator
+from ..dispatch.operators import define_operator, in_function_transform, requires_grad
 from ..reference import reverse_step as reference
 from ..reference.scoring import accumulation_dtype
 
@@ -58,7 +65,7 @@ def reverse_step(
             an index out of range, and for `x` where the row's standard deviation is too small to
             score.
     """
-    _check_sample("x_t", x_t, x_t)
+    check_floating(x_t, "x_t")
     if x_t.ndim < 2:
         raise ValueError(f"x_t must be [B, C, *spatial], got {tuple(x_t.shape)}")
     _check_model_output(model_output, x_t)
@@ -78,17 +85,24 @@ def reverse_step(
     if signed_seed >= 2**63:
         signed_seed -= 2**64
     tables = coefficients.tables
-    if tables.dtype != accumulation_dtype(x_t):
-        tables = tables.to(accumulation_dtype(x_t))
-    with torch.no_grad():
-        x_prev, score = _reverse_step(
-            x_t, model_output, tables, int(step), signed_seed, chain_ids, x, std_scale
-        )
+    dtype = accumulation_dtype(x_t)
+    if tables.dtype != dtype:
+        tables = tables.to(dtype)
+    arguments = (x_t, model_output, tables, int(step), signed_seed, chain_ids, x, std_scale)
+    # Switching gradients off takes a third as long as a small step.
+    samples = (x_t, model_output, tables, x, std_scale)
+    if torch.is_grad_enabled() and any(map(requires_grad, samples)):
+        with torch.no_grad():
+            x_prev, score = _reverse_step(*arguments)
+    else:
+        x_prev, score = _reverse_step(*arguments)
     return x_prev, None if x is None else score
 
 
 def _check_model_output(model_output: Tensor, x_t: Tensor) -> None:
     _check_sample("model_output", model_output, x_t)
+    if model_output.shape == x_t.shape:
+        return
     fits = model_output.ndim == x_t.ndim and model_output.shape[0] == x_t.shape[0]
     if not fits or model_output.shape[2:] != x_t.shape[2:]:
         raise ValueError(
@@ -115,7 +129,8 @@ def _check_std_scale(std_scale: Tensor, x_t: Tensor) -> None:
 
 def _check_sample(name: str, tensor: Tensor, x_t: Tensor) -> None:
     check_float64_like(tensor, name, x_t, "x_t")
-    check_device(x_t.device, **{name: tensor})
+    if tensor.device != x_t.device:
+        check_device(x_t.device, **{name: tensor})
 
 
 def _check_coefficients(coefficients: StepCoefficients, step: int, x_t: Tensor) -> None:
@@ -135,6 +150,12 @@ def _check_chain_ids(chain_ids: Tensor, x_t: Tensor) -> None:
             f"chain_ids must be [{x_t.shape[0]}], one a chain, got {tuple(chain_ids.shape)}"
         )
     check_device(x_t.device, chain_ids=chain_ids)
+    # Reading the smallest and the largest one takes half as long as the operations below.
+    on_cpu = type(chain_ids) is Tensor and chain_ids.device.type == "cpu" and len(chain_ids) > 0
+    if on_cpu and not torch.compiler.is_compiling() and not in_function_transform():
+        low, high = torch.aminmax(chain_ids)
+        if low.item() >= 0 and high.item() < 2**32:
+            return
     # Of a number in [0, 2³²) the upper half of the bits is 0, and of no other one.
     require(((chain_ids >> 32) == 0).all(), "chain_ids must lie in [0, 2**32)")
 

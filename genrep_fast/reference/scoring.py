@@ -31,8 +31,9 @@ from torch import Tensor
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 where any of `tensors` is float64, else float32."""
-    if any(tensor.dtype == torch.float64 for tensor in tensors):
-        return torch.float64
+    for tensor in tensors:
+        if tensor.dtype == torch.float64:
+            return torch.float64
     return torch.float32
 
 

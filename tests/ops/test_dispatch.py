@@ -296,3 +296,27 @@ def test_the_committed_table_names_operators_and_backends():
             assert {backend for _, backend in steps} <= {"triton", "cuda"}
             *limits, last = [most for most, _ in steps]
             assert last is None and limits == sorted(limits)
+
+
+def test_gradients_go_around_the_dispatcher():
+    leaf = SCORES.clone().requires_grad_()
+    weights = torch.tensor([[1.0, -2.0, 0.5]])
+    around, through = gf.posterior(leaf), torch.ops.genrep_fast.posterior(leaf, None, 1.0)
+    assert around.grad_fn.name() == "posteriorBackward"
+    gradients = [torch.autograd.grad((weights * one).sum(), leaf)[0] for one in (around, through)]
+    assert torch.equal(*gradients) and gradients[0].any()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_traced_program_has_differentiable_operators_under_their_names():
+    traced = torch.jit.trace(gf.posterior, SCORES.clone().requires_grad_(), check_trace=False)
+    assert "genrep_fast::posterior" in str(traced.graph)
+
+
+def test_a_subclass_beside_a_plain_tensor_meets_the_dispatcher():
+    class Marked(torch.Tensor):
+        pass
+
+    prior = SCORES.log_softmax(1).as_subclass(Marked)
+    result = gf.posterior(SCORES.clone().requires_grad_(), log_prior=prior)
+    assert type(result) is Marked
