@@ -313,10 +313,18 @@ def test_a_traced_program_has_differentiable_operators_under_their_names():
     assert "genrep_fast::posterior" in str(traced.graph)
 
 
-def test_a_subclass_beside_a_plain_tensor_meets_the_dispatcher():
-    class Marked(torch.Tensor):
-        pass
+def test_a_subclass_beside_a_plain_tensor_meets_the_operator_itself():
+    seen = []
 
-    prior = SCORES.log_softmax(1).as_subclass(Marked)
-    result = gf.posterior(SCORES.clone().requires_grad_(), log_prior=prior)
-    assert type(result) is Marked
+    class Recorded(torch.Tensor):
+        @classmethod
+        def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+            seen.append(function.namespace)
+            plain = [logits if type(arg) is cls else arg for arg in args]
+            return function(*plain, **(kwargs or {}))
+
+    logits = SCORES.log_softmax(1)
+    prior = torch.Tensor._make_subclass(Recorded, logits)
+    leaf = SCORES.clone().requires_grad_()
+    gf.posterior(leaf, log_prior=prior)
+    assert "genrep_fast" in seen
