@@ -154,6 +154,7 @@ void combine(
       out.size() == num_tensors, "out must have ", num_tensors, " entries, got ", out.size());
   const int64_t n = number_of_losses(gradients, num_tensors);
   DeviceScope scope(out[0]);
+  scope.check(coefficients);
   Tensor rows = torch::stable::contiguous(coefficients);
   const Coefficients factors = coefficients_of(rows, groups, weights, n);
   with_compiled_losses(n, [&](auto losses) {
@@ -162,8 +163,8 @@ void combine(
     for (size_t t = 0; t < num_tensors; ++t) {
       if (int64_t numel = out[t].numel(); numel > 0) {
         entries.push_back(empty_entry<TensorEntry<N + 1>>(numel, groups[t]));
-        set_gradients(entries.back(), gradients, num_tensors, t);
-        set_tensor(entries.back(), N, out[t]);
+        set_gradients(entries.back(), gradients, num_tensors, t, scope);
+        set_tensor(entries.back(), N, out[t], scope);
       }
     }
     for_each_table(entries, kCombineChunk, [&](const auto& table) {

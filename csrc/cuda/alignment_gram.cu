@@ -309,7 +309,7 @@ Tensor gram(
     for (size_t t : sorted_by_group(groups)) {
       if (int64_t numel = numel_of(gradients, num_tensors, t); numel > 0) {
         entries.push_back(empty_entry<TensorEntry<N>>(numel, groups[t]));
-        set_gradients(entries.back(), gradients, num_tensors, t);
+        set_gradients(entries.back(), gradients, num_tensors, t, scope);
       }
     }
     double* slots = static_cast<double*>(partials.data_ptr());

@@ -168,25 +168,6 @@ __device__ inline float read_element(const void* pointer, Dtype dtype, int64_t o
   return unpack(quad, dtype, 0);
 }
 
-// ---- reductions ----
-
-// The one of posterior.cu and scoring.cu; reductions.cuh has those of all other kernels.
-//
-// combine(a, b) over the first `size` of `values` in shared memory, in a fixed order.
-template <typename Value, typename Combine>
-__device__ Value reduced_over_block(Value* values, int size, Combine combine) {
-  __syncthreads();
-  while (size > 1) {
-    const int half = (size + 1) / 2, other = static_cast<int>(threadIdx.x) + half;
-    if (other < size) {
-      values[threadIdx.x] = combine(values[threadIdx.x], values[other]);
-    }
-    __syncthreads();
-    size = half;
-  }
-  return values[0];
-}
-
 // ---- launches ----
 
 inline unsigned grid_of(int64_t blocks) {
@@ -197,7 +178,8 @@ inline unsigned grid_of(int64_t blocks) {
 // Makes a tensor's device current and gives its current stream.
 class DeviceScope {
  public:
-  explicit DeviceScope(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+  explicit DeviceScope(const Tensor& tensor)
+      : device_(tensor.device()), guard_(tensor.get_device_index()) {
     // torch sets the device in its own CUDA runtime; this library's is linked statically and has a
     // current device of its own.
     STD_CUDA_CHECK(cudaSetDevice(tensor.get_device_index()));
@@ -208,7 +190,13 @@ class DeviceScope {
 
   cudaStream_t stream() const { return stream_; }
 
+  // A kernel would read the memory of another device, or of the host.
+  void check(const Tensor& tensor) const {
+    STD_TORCH_CHECK(tensor.device() == device_, "tensors must be on one device");
+  }
+
  private:
+  torch::stable::Device device_;
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_ = nullptr;
 };

@@ -86,7 +86,8 @@ Entry empty_entry(int64_t numel, int64_t group) {
 }
 
 template <typename Entry>
-void set_tensor(Entry& entry, int slot, const Tensor& tensor) {
+void set_tensor(Entry& entry, int slot, const Tensor& tensor, const DeviceScope& scope) {
+  scope.check(tensor);
   Dtype dtype = dtype_of(tensor);
   STD_TORCH_CHECK(dtype != kFloat64, "tensors must be float32, bfloat16 or float16, got float64");
   const int64_t numel = tensor.numel();
@@ -111,11 +112,13 @@ inline int64_t number_of_losses(const OptionalTensors& gradients, size_t num_ten
 }
 
 template <typename Entry>
-void set_gradients(Entry& entry, const OptionalTensors& gradients, size_t num_tensors, size_t t) {
+void set_gradients(
+    Entry& entry, const OptionalTensors& gradients, size_t num_tensors, size_t t,
+    const DeviceScope& scope) {
   for (size_t i = 0; i * num_tensors < gradients.size(); ++i) {
     const std::optional<Tensor>& gradient = gradients[i * num_tensors + t];
     if (gradient.has_value()) {
-      set_tensor(entry, static_cast<int>(i), *gradient);
+      set_tensor(entry, static_cast<int>(i), *gradient, scope);
     } else {
       entry.uniform = 0;
     }

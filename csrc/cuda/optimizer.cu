@@ -158,12 +158,15 @@ double host_value(const Tensor& tensor, Dtype dtype) {
   }
 }
 
-Scalar scalar_of(const Tensor& tensor) {
+Scalar scalar_of(const Tensor& tensor, const DeviceScope& scope) {
   STD_TORCH_CHECK(
       tensor.numel() == 1, "step, lr and found_inf must have one element, got ", tensor.numel());
   const Dtype dtype = dtype_of(tensor);
-  return tensor.is_cpu() ? Scalar{host_value(tensor, dtype), nullptr, dtype}
-                         : Scalar{0, tensor.data_ptr(), dtype};
+  if (tensor.is_cpu()) {
+    return {host_value(tensor, dtype), nullptr, dtype};
+  }
+  scope.check(tensor);
+  return {0, tensor.data_ptr(), dtype};
 }
 
 void adamw_step(
@@ -183,11 +186,12 @@ void adamw_step(
   }
   const int64_t n = number_of_losses(gradients, num_tensors);
   DeviceScope scope(params[0]);
+  scope.check(coefficients);
   Tensor rows = torch::stable::contiguous(coefficients);
   const AdamWArguments arguments{
       coefficients_of(rows, groups, weights, n),
-      scalar_of(lr),
-      found_inf.has_value() ? scalar_of(*found_inf) : Scalar{},
+      scalar_of(lr, scope),
+      found_inf.has_value() ? scalar_of(*found_inf, scope) : Scalar{},
       beta1,
       beta2,
       weight_decay,
@@ -205,14 +209,14 @@ void adamw_step(
         continue;
       }
       Entry entry = empty_entry<Entry>(params[t].numel(), groups[t]);
-      set_gradients(entry, gradients, num_tensors, t);
-      set_tensor(entry, Entry::kParam, params[t]);
-      set_tensor(entry, Entry::kExpAvg, exp_avgs[t]);
-      set_tensor(entry, Entry::kExpAvgSq, exp_avg_sqs[t]);
+      set_gradients(entry, gradients, num_tensors, t, scope);
+      set_tensor(entry, Entry::kParam, params[t], scope);
+      set_tensor(entry, Entry::kExpAvg, exp_avgs[t], scope);
+      set_tensor(entry, Entry::kExpAvgSq, exp_avg_sqs[t], scope);
       if (!emas.empty()) {
-        set_tensor(entry, Entry::kEma, emas[t]);
+        set_tensor(entry, Entry::kEma, emas[t], scope);
       }
-      entry.step = scalar_of(steps[t]);
+      entry.step = scalar_of(steps[t], scope);
       entries.push_back(entry);
     }
     for_each_table(entries, kAdamWChunk, [&](const auto& table) {

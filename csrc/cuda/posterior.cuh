@@ -8,7 +8,7 @@
 // follows from it is float32. Consumer GPUs have one float64 unit for 64 of float32.
 #pragma once
 
-#include "elements.cuh"
+#include "reductions.cuh"
 
 #include <cmath>
 
@@ -83,17 +83,14 @@ struct Team {
   // The team's threads are neighbours, in a warp or in several.
   template <typename Combine>
   __device__ double reduced_over_neighbours(double own, Combine combine) const {
-    __shared__ double values[kThreads / 32];
-#pragma unroll 1
-    for (int distance = 1; distance < min(sizes.slices(), 32); distance *= 2) {
-      own = combine(own, __shfl_xor_sync(0xffffffff, own, distance));
-    }
-    if (sizes.slices() <= 32) {
+    __shared__ double values[kThreads / kWarp];
+    own = reduced_over_warp(own, 1, min(sizes.slices(), kWarp), combine);
+    if (sizes.slices() <= kWarp) {
       return own;
     }
-    const int warp = threadIdx.x / 32, warps = sizes.slices() / 32;
+    const int warp = threadIdx.x / kWarp, warps = sizes.slices() / kWarp;
     __syncthreads();  // until the last result has been read
-    if (threadIdx.x % 32 == 0) {
+    if (threadIdx.x % kWarp == 0) {
       values[warp] = own;
     }
     __syncthreads();

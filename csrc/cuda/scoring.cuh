@@ -231,27 +231,6 @@ __device__ void location_squares(
   }
 }
 
-// Teams of threads work on a row each: 1 to 32 neighbours in a warp, or the whole block.
-__device__ inline double team_sum(double value, int team) {
-#pragma unroll 1
-  for (int distance = min(team, 32) / 2; distance > 0; distance /= 2) {
-    value += __shfl_xor_sync(0xffffffff, value, distance);
-  }
-  if (team > 32) {
-    __shared__ double warps[kThreads / 32];
-    __syncthreads();  // until the last sum has been read
-    if (threadIdx.x % 32 == 0) {
-      warps[threadIdx.x / 32] = value;
-    }
-    __syncthreads();
-    value = 0;
-    for (int warp = 0; warp < kThreads / 32; ++warp) {
-      value += warps[warp];
-    }
-  }
-  return value;
-}
-
 // l = -1/2 v sum r^2 + n of `elements` elements
 __device__ inline double step_likelihood(
     const DeviceChunk& chunk, int64_t s, double squares, int elements) {

@@ -6,11 +6,11 @@
 // A lane adds up its batches in their order, then the lanes their sums, then the parts theirs.
 #pragma once
 
+#include "reductions.cuh"
 #include "scoring.cuh"
 
 namespace genrep_fast {
 
-constexpr int kWarp = 32;
 constexpr int kWarps = kThreads / kWarp;  // of a block
 constexpr int kWarpBits = 3;
 static_assert(1 << kWarpBits == kWarps);

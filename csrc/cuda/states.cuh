@@ -2,6 +2,7 @@
 // center, weight and squares are those of genrep_fast/reference/scoring.py.
 #pragma once
 
+#include "reductions.cuh"
 #include "scoring.cuh"
 
 namespace genrep_fast {
@@ -53,21 +54,11 @@ __device__ inline State merged(const State& a, const State& b, bool mixture) {
   return {(a.weight * a.center + b.weight * b.center) / weight, weight, squares};
 }
 
-__device__ inline State shuffled(const State& state, int distance) {
-  return {
-      __shfl_xor_sync(0xffffffff, state.center, distance),
-      __shfl_xor_sync(0xffffffff, state.weight, distance),
-      __shfl_xor_sync(0xffffffff, state.squares, distance)};
-}
-
 // Merges with the threads of the warp whose numbers differ below `width`, a power of two; the
 // result of the first is in their order.
-__device__ inline State merged_over_warp(State state, int width, bool mixture) {
-#pragma unroll 1
-  for (int distance = 1; distance < width; distance *= 2) {
-    state = merged(state, shuffled(state, distance), mixture);
-  }
-  return state;
+__device__ inline State merged_over_warp(const State& state, int width, bool mixture) {
+  return reduced_over_warp(
+      state, 1, width, [mixture](const State& a, const State& b) { return merged(a, b, mixture); });
 }
 
 // Steps in groups, a block each.
