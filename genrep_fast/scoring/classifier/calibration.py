@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...ops.posterior import fit_temperature, posterior
 from .contest import Contest, KnownVariance, Rule, Steps
+from .members import Members
 from .noise import ForwardNoise
 from .strategies import low_discrepancy_order
 
@@ -193,13 +194,15 @@ class Calibration:
                     found[image] = max(found[image], -rule.log_chance(gaps, both)[0])
         return found
 
-    def replay(self, steps: Steps, rule: Rule, null_classes: int = 0) -> Iterator[Contest]:
-        """What a strategy would have made of each image, with as many null classes beside."""
+    def replay(self, steps: Steps, rule: Rule, members: Members | None = None) -> Iterator[Contest]:
+        """What a strategy would have made of each image; None: every class is one row."""
+        if members is None:
+            members = Members((1,) * self.errors.shape[2])
         for image, errors in enumerate(self.errors.astype(np.float64)):
             contest = Contest(image, 0, None, errors.shape[1])
             for look in steps.looks:
                 taken = steps.order[len(contest) : look]
-                contest.evaluations += len(taken) * (len(contest.live) + null_classes)
+                contest.evaluations += len(taken) * members.rows(contest.live)
                 contest.add(errors[taken][:, contest.live], np.empty(0), steps)
                 if isinstance(rule, KnownVariance):
                     contest.add_distances(self._distances(image)[taken][:, contest.live])

@@ -19,8 +19,10 @@ from .contest import Contest
 from .engine import Arrival, Engine, Plan
 from .file import SavedClassifier, read_classifier, write_classifier
 from .images import ImageStream
+from .members import Members
 from .network import Network
 from .noise import ForwardNoise
+from .pipelines.denoiser import PipelineDenoiser, denoiser_of_pipeline
 from .plans import Planner, Prepared
 from .progress import CostEstimate, Progress
 from .result import ClassifierResult
@@ -96,12 +98,72 @@ class DiffusionClassifier:
         self.scheduler = scheduler
         self.num_classes = int(num_classes)
         self.null_class = None if null_class is None else int(null_class)
+        self._members = Members((1,) * self.num_classes, self.null_class)
+        if isinstance(denoiser, PipelineDenoiser):
+            self._members = denoiser.members
         self.batch_size = int(batch_size)
         self.parameterization = parameterization
         self.pad_to = pad_to
         self._calibration: Calibration | None = None
         self._prepared: dict[tuple, Prepared] = {}
         self._evaluations_a_second: float | None = None
+
+    @classmethod
+    def from_pipeline(
+        cls,
+        pipe: Any,
+        prompts: Sequence[str | Sequence[str]],
+        *,
+        null_prompt: str | None = "",
+        batch_size: int = 64,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        pad_to: int | None = None,
+    ) -> DiffusionClassifier:
+        """A zero-shot classifier of a pipeline of diffusers, by prompts.
+
+        It keeps the pipeline's network, VAE and scheduler, and encodes the prompts once, by its
+        own ``encode_prompt``: text encoders may be freed afterwards.
+
+        Args:
+            pipe: StableDiffusion-, StableDiffusionXL-, StableDiffusion3-, Flux-, PixArtAlpha-,
+                PixArtSigma-, Sana- or DiTPipeline.
+            prompts: a string for each class, or a list of strings, whose errors are averaged; each
+                costs an evaluation. For DiTPipeline names among `pipe.labels`, or class numbers.
+            null_prompt: stands for no class, at one more evaluation a step of an image, for the
+                result's `lift`; "" is the pipeline's own. None: there is none.
+            batch_size, pad_to: as of the class.
+            device, dtype: as of the class; None takes those of the pipeline's network.
+
+        Raises:
+            TypeError, ValueError: for pipelines of other families and consistency models, and for
+                prompts that are none, or that the pipeline would cut or read as the same.
+        """
+        denoiser = denoiser_of_pipeline(pipe, prompts, null_prompt)
+        num_classes = len(denoiser.members.counts)
+        return cls(
+            denoiser,
+            denoiser.adapter.scheduler(pipe.scheduler),
+            num_classes,
+            vae=pipe.vae,
+            null_class=None if null_prompt is None else num_classes,
+            batch_size=batch_size,
+            device=device,
+            dtype=dtype,
+            pad_to=pad_to,
+        )
+
+    @property
+    def prompts(self) -> tuple[tuple[str, ...], ...] | None:
+        """Of each class, where the classifier was made from a pipeline."""
+        denoiser = self._network.denoiser
+        return denoiser.prompts.classes if isinstance(denoiser, PipelineDenoiser) else None
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """(height, width) of the images that its pipeline makes by default, in pixels."""
+        denoiser = self._network.denoiser
+        return denoiser.adapter.image_size if isinstance(denoiser, PipelineDenoiser) else None
 
     @property
     def calibration(self) -> Calibration | None:
@@ -307,9 +369,7 @@ class DiffusionClassifier:
         return classifier
 
     def _planner(self, calibration: Calibration | None) -> Planner:
-        return Planner(
-            self.scheduler, self.parameterization, self.num_classes, self.null_class, calibration
-        )
+        return Planner(self.scheduler, self.parameterization, self._members, calibration)
 
     def _stream(self, images: Any, image_ids: Any, labels: Any) -> ImageStream:
         pixels = self._network.vae is not None
@@ -332,23 +392,10 @@ class DiffusionClassifier:
                 images = batch.images[start : start + _ENCODED]
                 ids = batch.ids[start : start + _ENCODED]
                 latents = self._network.encode(images.to(device)).to(device)
-                self._check_latents(latents, len(images))
+                self._network.check_latents(latents, ids, index)
                 for latent, image_id in zip(latents, ids, strict=True):
                     yield Arrival(index, image_id, latent)
                     index += 1
-
-    def _check_latents(self, latents: Tensor, count: int) -> None:
-        shape = self._network.sample_shape()
-        fits = len(latents) == count and (shape is None or latents.shape[1:] == shape)
-        if not fits:
-            wanted = "one an image" if shape is None else f"{[count, *shape]}"
-            raise ValueError(
-                f"images must give latents {wanted}, got {list(latents.shape)}: "
-                "another size of images, or another VAE, than the denoiser's"
-            )
-        # Images that go through no VAE were checked when they were read.
-        if self._network.vae is not None and not latents.isfinite().all():
-            raise ValueError("vae must return finite latents, got NaN or infinity")
 
     def _run(
         self,
@@ -363,8 +410,7 @@ class DiffusionClassifier:
         engine = Engine(
             self._network,
             plan,
-            self.num_classes,
-            self.null_class,
+            self._members,
             batch_size=self.batch_size,
             pad_to=self.pad_to,
             seed=int(seed),
@@ -383,7 +429,7 @@ class DiffusionClassifier:
         steps = planner.default_steps
         if strategy.max_steps is not None:
             steps = max(steps, strategy.max_steps)
-        needed = steps * planner.columns
+        needed = steps * self._members.all_rows
         if budget is not None and budget < needed:
             raise ValueError(
                 "strategy: this race is not calibrated, and to calibrate itself takes "
@@ -402,10 +448,11 @@ class DiffusionClassifier:
         if budget is None:
             return
         check_integer(budget, "budget")
-        columns = self._planner(None).columns
-        if budget < columns:
+        least = self._members.all_rows
+        if budget < least:
+            each = "prompt" if self._members.is_ensemble else "class"
             raise ValueError(
-                f"budget must be at least {columns} evaluations an image, one a class, got {budget}"
+                f"budget must be at least {least} evaluations an image, one a {each}, got {budget}"
             )
 
     def _prepare(self, strategy: Strategy, confidence: float, budget: int | None) -> Prepared:

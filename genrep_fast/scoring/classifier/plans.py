@@ -13,6 +13,7 @@ import numpy as np
 from .calibration import Calibration
 from .contest import KeepBest, Rule, Steps
 from .engine import SKETCH, Plan
+from .members import Members
 from .noise import ForwardNoise
 from .strategies import (
     DEFAULT_STEPS,
@@ -43,20 +44,14 @@ class Planner:
 
     Attributes:
         scheduler, parameterization: as of `ForwardNoise`.
-        num_classes, null_class: K, and the label of the null class or None.
+        members: of the K classes and the null class.
         calibration: or None.
     """
 
     scheduler: Any
     parameterization: str | None
-    num_classes: int
-    null_class: int | None
+    members: Members
     calibration: Calibration | None = None
-
-    @property
-    def columns(self) -> int:
-        """Evaluations of a step of all classes."""
-        return self.num_classes + (self.null_class is not None)
 
     @property
     def default_steps(self) -> int:
@@ -85,7 +80,7 @@ class Planner:
             weights = calibration.weights(strategy.weights, calibration.timesteps)
             steps = Steps(low_discrepancy_order(held)[:number], weights, (number,))
             rule = KeepBest()
-        contests = list(calibration.replay(steps, rule, self.columns - self.num_classes))
+        contests = list(calibration.replay(steps, rule, self.members))
         evidence = np.stack([contest.outcome(steps, rule).evidence for contest in contests])
         evaluations = float(np.mean([contest.evaluations for contest in contests]))
         mean = min(evaluations, most) if known else most
@@ -101,11 +96,12 @@ class Planner:
             return self._race(strategy, confidence, budget)
         if isinstance(strategy, Staged):
             looks = tuple(strategy.steps)
-            keep = tuple(min(number, self.num_classes) for number in strategy.keep)
+            num_classes = len(self.members.counts)
+            keep = tuple(min(number, num_classes) for number in strategy.keep)
             return self._fixed(looks, KeepBest(keep), strategy.weights, budget)
         steps = strategy.steps
         if steps is None and isinstance(strategy, Stratified):
-            steps = _STRATIFIED_STEPS if budget is None else budget // self.columns
+            steps = _STRATIFIED_STEPS if budget is None else budget // self.members.all_rows
             steps = min(steps, ForwardNoise.most_steps(self.scheduler))
         elif steps is None:
             steps = self.default_steps
@@ -114,20 +110,21 @@ class Planner:
     def prepare_calibration(self, steps: int) -> Prepared:
         """The full budget, with distances to its winner."""
         plan = self._fixed((steps,), KeepBest(), "uniform", None)
-        size = _CALIBRATION_SKETCHES // (steps * self.columns)
+        evaluations = steps * self.members.all_rows
+        size = _CALIBRATION_SKETCHES // evaluations
         plan = dataclasses.replace(plan, sketch=min(max(size, 64), SKETCH))
-        return Prepared(plan, 1.0, steps * self.columns, steps * self.columns)
+        return Prepared(plan, 1.0, evaluations, evaluations)
 
     def most_evaluations(self, plan: Plan) -> int:
         """Evaluations of an image of which no class leaves before it must."""
-        most, taken, columns = 0, 0, self.columns
+        most, taken, rows = 0, 0, self.members.all_rows
         looks = plan.steps.looks
         keep = plan.rule.keep if isinstance(plan.rule, KeepBest) else ()
         for stage, look in enumerate(looks):
-            most += (look - taken) * columns
+            most += (look - taken) * rows
             taken = look
             if keep:
-                columns = keep[stage] + self.columns - self.num_classes
+                rows = self.members.most_rows(keep[stage])
         return most if plan.budget is None else min(most, plan.budget)
 
     def _race(self, strategy: Race, confidence: float, budget: int | None) -> Plan:
