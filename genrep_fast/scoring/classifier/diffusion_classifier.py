@@ -17,7 +17,7 @@ from .calibration import Calibration, of_contests
 from .collector import Collector
 from .contest import Contest
 from .engine import Arrival, Engine, Plan
-from .file import SavedClassifier, read_classifier, write_classifier
+from .file import SavedClassifier, SavedPipeline, read_classifier, write_classifier
 from .images import ImageStream
 from .members import Members
 from .network import Network
@@ -120,10 +120,7 @@ class DiffusionClassifier:
         dtype: torch.dtype | None = None,
         pad_to: int | None = None,
     ) -> DiffusionClassifier:
-        """A zero-shot classifier of a pipeline of diffusers, by prompts.
-
-        It keeps the pipeline's network, VAE and scheduler, and encodes the prompts once, by its
-        own ``encode_prompt``: text encoders may be freed afterwards.
+        """A zero-shot classifier of one of diffusers' pipelines; text encoders are needed no more.
 
         Args:
             pipe: StableDiffusion-, StableDiffusionXL-, StableDiffusion3-, Flux-, PixArtAlpha-,
@@ -132,21 +129,19 @@ class DiffusionClassifier:
                 costs an evaluation. For DiTPipeline names among `pipe.labels`, or class numbers.
             null_prompt: stands for no class, at one more evaluation a step of an image, for the
                 result's `lift`; "" is the pipeline's own. None: there is none.
-            batch_size, pad_to: as of the class.
-            device, dtype: as of the class; None takes those of the pipeline's network.
+            batch_size, device, dtype, pad_to: as of the class.
 
         Raises:
             TypeError, ValueError: for pipelines of other families and consistency models, and for
                 prompts that are none, or that the pipeline would cut or read as the same.
         """
         denoiser = denoiser_of_pipeline(pipe, prompts, null_prompt)
-        num_classes = len(denoiser.members.counts)
         return cls(
             denoiser,
             denoiser.adapter.scheduler(pipe.scheduler),
-            num_classes,
+            len(prompts),
             vae=pipe.vae,
-            null_class=None if null_prompt is None else num_classes,
+            null_class=None if null_prompt is None else len(prompts),
             batch_size=batch_size,
             device=device,
             dtype=dtype,
@@ -323,9 +318,9 @@ class DiffusionClassifier:
         return self._cost(self._prepare(strategy, confidence, budget), num_images)
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Write the settings, the scheduler's configuration and the calibration into a folder.
+        """Write settings, prompts, the scheduler's configuration and calibration into a folder.
 
-        Not the denoiser, the VAE, and where they run.
+        Not the denoiser or pipeline, the VAE, and where they run.
 
         Args:
             path: a folder, which is made where it is missing; what it holds of another classifier
@@ -339,14 +334,18 @@ class DiffusionClassifier:
             "null_class": self.null_class,
             "parameterization": self.parameterization,
         }
-        write_classifier(path, SavedClassifier(settings, self.scheduler, self.calibration))
+        pipeline = SavedPipeline.of(self._network.denoiser)
+        saved = SavedClassifier(settings, self.scheduler, self.calibration, pipeline)
+        write_classifier(path, saved)
 
     @classmethod
     def from_pretrained(
         cls,
         path: str | os.PathLike[str],
-        denoiser: Callable[..., Any],
+        denoiser: Callable[..., Any] | None = None,
         *,
+        pipe: Any = None,
+        prompts: Sequence[str | Sequence[str]] | None = None,
         scheduler: Any = None,
         **options: Any,
     ) -> DiffusionClassifier:
@@ -355,14 +354,27 @@ class DiffusionClassifier:
         Args:
             path: the folder.
             denoiser: that was calibrated.
-            scheduler: None: one of diffusers, by the configuration that was saved.
-            options: vae, batch_size, device, dtype, pad_to of the class.
+            pipe: in its place, the pipeline of a classifier that `from_pipeline` made.
+            prompts: of the pipeline, which have to be the saved ones; None: those.
+            scheduler: None: one of diffusers, by the configuration that was saved, or the
+                pipeline's.
+            options: batch_size, device, dtype, pad_to of the class, and vae beside a denoiser.
 
         Raises:
             FileNotFoundError: where there is no saved classifier.
-            ValueError: where its files are damaged; the message names the file.
+            TypeError: for a denoiser where a pipeline is wanted, and the other way round.
+            ValueError: where its files are damaged, which the message names, and for a pipeline of
+                another family, prompts or noise levels.
         """
         saved = read_classifier(path, scheduler)
+        saved.check_source(denoiser, pipe, prompts)
+        if saved.pipeline is not None:
+            classes, null_prompt = saved.pipeline.prompts
+            classifier = cls.from_pipeline(pipe, classes, null_prompt=null_prompt, **options)
+            saved.check_scheduler(classifier.scheduler)
+            classifier.calibration = saved.calibration
+            return classifier
+        assert denoiser is not None
         classifier = cls(denoiser, saved.scheduler, **saved.settings, **options)
         if saved.calibration is not None:
             classifier.calibration = saved.calibration

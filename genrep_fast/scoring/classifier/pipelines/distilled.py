@@ -52,7 +52,7 @@ def refuse_distilled(pipe: Any, adapter: Adapter) -> None:
 def _looks_distilled(pipe: Any, adapter: Adapter) -> str | None:
     """Why the pipeline looks so, or None."""
     for config in (pipe.config, adapter.config):
-        name = _published_name(config.get("_name_or_path", None) or "")
+        name = _published_name(str(config.get("_name_or_path", None) or ""))
         found = _NAMES.search(name.lower())
         if found:
             return f"its name is {name}"

@@ -14,9 +14,7 @@ class PixArtSigma(Adapter):
     """PixArtSigmaPipeline: the tokens of T5 and their mask."""
 
     def tokens(self, pipe: Any, prompts: list[Any]) -> list[Tokens]:
-        cleaned = pipe._text_preprocessing(
-            prompts, clean_caption=default_of_call(pipe, "clean_caption")
-        )
+        cleaned = pipe._text_preprocessing(prompts, clean_caption=_cleans(pipe))
         limit = default_of_call(pipe, "max_sequence_length")
         return [Tokens("tokenizer", token_ids(pipe, "tokenizer", cleaned), limit)]
 
@@ -25,7 +23,7 @@ class PixArtSigma(Adapter):
             prompts,
             do_classifier_free_guidance=False,
             device=device,
-            clean_caption=default_of_call(pipe, "clean_caption"),
+            clean_caption=_cleans(pipe),
             max_sequence_length=default_of_call(pipe, "max_sequence_length"),
         )
         return {"encoder_hidden_states": embeddings, "encoder_attention_mask": mask}
@@ -55,3 +53,11 @@ class PixArtAlpha(PixArtSigma):
             "resolution": x_t.new_tensor([height, width]).expand(len(x_t), -1),
             "aspect_ratio": x_t.new_tensor([height / width]).expand(len(x_t), -1),
         }
+
+
+def _cleans(pipe: Any) -> bool:
+    """Whether the pipeline cleans prompts, which it does where two packages are there."""
+    from diffusers.utils import is_bs4_available, is_ftfy_available
+
+    wanted = default_of_call(pipe, "clean_caption")
+    return wanted and is_bs4_available() and is_ftfy_available()
