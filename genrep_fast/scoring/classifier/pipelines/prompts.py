@@ -79,15 +79,21 @@ def check_tokens(pipe: Any, adapter: Adapter, prompts: Prompts) -> None:
         ValueError: for a prompt that would be cut, and for prompts of the same tokens.
     """
     read: list[tuple[Any, ...]] = [() for _ in prompts.flat]
+    cut: dict[str, str] = {}
     for name, ids, limit, is_cut_silently in adapter.tokens(pipe, prompts.flat):
         for number, tokens in enumerate(ids):
             read[number] += (tuple(tokens),)
             if len(tokens) <= limit:
                 continue
-            cut = f"{prompts.where(number)} has {len(tokens)} tokens, of which pipe.{name}"
+            where = prompts.where(number)
+            found = f"{where} has {len(tokens)} tokens, of which pipe.{name} takes {limit}"
             if is_cut_silently:
-                raise ValueError(f"{cut} takes {limit}: shorten it")
-            warnings.warn(f"{cut} reads {limit}; the other encoder reads all", stacklevel=4)
+                raise ValueError(f"{found}: shorten it")
+            cut.setdefault(where, found)
+    if cut:
+        others = f" (and {len(cut) - 1} others)" if len(cut) > 1 else ""
+        first = next(iter(cut.values()))
+        warnings.warn(f"{first}{others}; another encoder reads it whole", stacklevel=4)
     _check_distinct(prompts, read)
 
 
