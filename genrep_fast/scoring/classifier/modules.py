@@ -32,8 +32,7 @@ def execution_device(module: nn.Module) -> torch.device | None:
         if group is not None and (found := group.get_hook("group_offloading")) is not None:
             device = found.config.onload_device
         if device is not None:
-            # Accelerate numbers its GPUs.
-            return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+            return torch.device(device)
     parameter = next(module.parameters(), None)
     return None if parameter is None else parameter.device
 

@@ -44,7 +44,7 @@ class StableDiffusionXL(StableDiffusion):
         super().__init__(pipe)
         # Sizes are six numbers, and a refiner's five.
         pooled = pipe.text_encoder_2.config.projection_dim
-        width = self.config.addition_time_embed_dim * 6 + pooled
+        width = (self.config.addition_time_embed_dim or 0) * 6 + pooled
         if self.config.projection_class_embeddings_input_dim != width:
             raise ValueError(
                 "pipe.unet does not take the image's sizes and the pooled prompt that "
