@@ -18,8 +18,8 @@ from diffusers import (
 import genrep_fast as gf
 from genrep_fast.reference.reverse_step import chain_noise
 from genrep_fast.scoring.classifier.members import mean_errors, mean_outputs
+from genrep_fast.scoring.classifier.pipelines import denoiser
 from genrep_fast.scoring.classifier.pipelines.adapter import Adapter
-from genrep_fast.scoring.classifier.pipelines.denoiser import PipelineDenoiser
 from genrep_fast.scoring.classifier.pipelines.prompts import Prompts
 from genrep_fast.scoring.classifier.strategies import low_discrepancy_order
 
@@ -61,9 +61,9 @@ def pipe(pipe_of):
     return pipe_of("StableDiffusionPipeline")
 
 
-def pictures(count=3, size=16, seed=0):
+def pictures(count=3, size=16, seed=0, width=None):
     generator = torch.Generator().manual_seed(seed)
-    return 2 * torch.rand(count, 3, size, size, generator=generator) - 1
+    return 2 * torch.rand(count, 3, size, width or size, generator=generator) - 1
 
 
 # The plain loops: latents, noise levels and the network's output, as each pipeline has them.
@@ -116,7 +116,7 @@ def predict_stable_diffusion_xl(pipe, x, t, prompt):
         states, _, pooled, _ = pipe.encode_prompt(prompt, do_classifier_free_guidance=False)
     else:
         _, states, _, pooled = pipe.encode_prompt("a cat", do_classifier_free_guidance=True)
-    time_ids = pipe._get_add_time_ids((16, 16), (0, 0), (16, 16), x.dtype, 12)
+    time_ids = pipe._get_add_time_ids((16, 24), (0, 0), (16, 24), x.dtype, 12)
     added = {"text_embeds": pooled, "time_ids": time_ids}
     return pipe.unet(x, t, encoder_hidden_states=states, added_cond_kwargs=added).sample
 
@@ -130,9 +130,9 @@ def predict_stable_diffusion_3(pipe, x, t, prompt):
 
 def predict_flux(pipe, x, t, prompt):
     states, pooled, text_ids = pipe.encode_prompt(prompt, prompt)
-    image_ids = pipe._prepare_latent_image_ids(1, 4, 4, "cpu", x.dtype)
+    image_ids = pipe._prepare_latent_image_ids(1, 4, 6, "cpu", x.dtype)
     output = pipe.transformer(
-        hidden_states=pipe._pack_latents(x, 1, 4, 8, 8),
+        hidden_states=pipe._pack_latents(x, 1, 4, 8, 12),
         timestep=t / 1000,
         guidance=torch.tensor([1.0]),
         pooled_projections=pooled,
@@ -140,14 +140,15 @@ def predict_flux(pipe, x, t, prompt):
         txt_ids=text_ids,
         img_ids=image_ids,
     ).sample
-    return pipe._unpack_latents(output, 16, 16, pipe.vae_scale_factor)
+    return pipe._unpack_latents(output, 16, 24, pipe.vae_scale_factor)
 
 
 def predict_pixart(pipe, x, t, prompt):
     states, mask, _, _ = pipe.encode_prompt(prompt, do_classifier_free_guidance=False)
     added = {"resolution": None, "aspect_ratio": None}
     if type(pipe).__name__ == "PixArtAlphaPipeline":
-        added = {"resolution": torch.tensor([[16.0, 16]]), "aspect_ratio": torch.tensor([[1.0]])}
+        ratio = torch.tensor([[16 / 24]])
+        added = {"resolution": torch.tensor([[16.0, 24]]), "aspect_ratio": ratio}
     return pipe.transformer(
         x, states, timestep=t, added_cond_kwargs=added, encoder_attention_mask=mask
     ).sample
@@ -200,7 +201,8 @@ def plain_errors(pipe, images, prompts, steps=STEPS, seed=SEED):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_pipeline_and_a_plain_loop_agree(family, pipe_of):
-    pipe, images = pipe_of(family), pictures()
+    pipe = pipe_of(family)
+    images = pictures(width=16 if family == "DiTPipeline" else 24)
     classifier = gf.DiffusionClassifier.from_pipeline(pipe, PROMPTS, batch_size=7)
     result = classifier(images, strategy=gf.Full(STEPS), seed=SEED, **QUIET)
     flat = ["a cat", "a dog", "sun", "bed", "a sea", ""]
@@ -296,9 +298,9 @@ class GaussianEnsembles(Adapter):
         counts = torch.bincount(self.classes).tolist()
         prompts = Prompts(tuple((f"{place}",) * count for place, count in enumerate(counts)), "")
         rows = {"row": torch.arange(len(self.means))}
-        denoiser = PipelineDenoiser(self, "Gaussian", prompts, rows)
+        of_rows = denoiser.PipelineDenoiser(self, "Gaussian", prompts, rows)
         return gf.DiffusionClassifier(
-            denoiser, self.levels, len(counts), null_class=len(counts), **options
+            of_rows, self.levels, len(counts), null_class=len(counts), **options
         )
 
 
@@ -472,6 +474,9 @@ def test_prompts_that_are_none(prompts, error, message, pipe):
 def test_a_null_prompt_that_is_none(pipe, pipe_of):
     with pytest.raises(TypeError, match="null_prompt must be a string or None, got int"):
         gf.DiffusionClassifier.from_pipeline(pipe, ["a cat", "a dog"], null_prompt=0)
+    with pytest.raises(ValueError, match="null_prompt has 21 tokens, of which pipe.tokenizer"):
+        null_prompt = "nothing to be seen here"
+        gf.DiffusionClassifier.from_pipeline(pipe, ["a cat", "a dog"], null_prompt=null_prompt)
     with pytest.raises(ValueError, match='null_prompt must be "" or None for DiTPipeline'):
         dit = pipe_of("DiTPipeline")
         gf.DiffusionClassifier.from_pipeline(dit, ["a cat", "a dog"], null_prompt="nothing")
@@ -507,7 +512,7 @@ def test_labels_of_a_class_conditional_pipeline(pipe_of):
     with pytest.raises(ValueError, match="prompts must tell the classes apart"):
         gf.DiffusionClassifier.from_pipeline(pipe, ["a cat", "tabby"])
     with pytest.raises(ValueError, match=r"images must give latents \[1, 4, 8, 8\]"):
-        by_name(pictures(1, size=32), **QUIET)
+        by_name(pictures(1, size=32), strategy=gf.Full(1), **QUIET)
 
 
 def test_other_pipelines_are_refused(pipe):
@@ -523,8 +528,12 @@ def test_other_pipelines_are_refused(pipe):
         assert name in str(caught.value)
     with pytest.raises(TypeError, match="got str: load it with from_pretrained"):
         gf.DiffusionClassifier.from_pipeline("stable-diffusion", ["a cat", "a dog"])
+
     # Of one's own, which is one of them.
-    pipe.__class__ = type("MyPipeline", (type(pipe),), {})
+    def call(self, *arguments, **options):
+        return super(type(self), self).__call__(*arguments, **options)
+
+    pipe.__class__ = type("MyPipeline", (type(pipe),), {"__call__": call})
     assert gf.DiffusionClassifier.from_pipeline(pipe, ["a cat", "a dog"]).num_classes == 2
 
 
@@ -660,6 +669,15 @@ def test_a_compiled_network_classifies_the_same(pipe):
     first, second = (each(pictures(2), strategy=gf.Full(1), **QUIET) for each in (plain, compiled))
     torch.testing.assert_close(first.log_likelihood, second.log_likelihood)
     assert unet.training
+
+
+def test_prompts_are_encoded_in_parts(pipe, monkeypatch):
+    whole = gf.DiffusionClassifier.from_pipeline(pipe, PROMPTS)
+    monkeypatch.setattr(denoiser, "_ENCODED", 2)
+    in_parts = gf.DiffusionClassifier.from_pipeline(pipe, PROMPTS)
+    first, second = (each(pictures(2), strategy=gf.Full(1), **QUIET) for each in (whole, in_parts))
+    torch.testing.assert_close(first.log_likelihood, second.log_likelihood, rtol=1e-5, atol=0)
+    torch.testing.assert_close(first.lift, second.lift, rtol=0, atol=2e-3)
 
 
 def test_text_encoders_may_be_freed(pipe):

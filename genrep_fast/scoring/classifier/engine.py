@@ -149,7 +149,7 @@ class Engine:
         """Put the rows up to the next look in front of the queue."""
         steps, taken = self._plan.steps, len(contest)
         look = next(look for look in steps.looks if look > taken)
-        labels, counts = self._members.of(contest.live)
+        labels, counts = self._members.labels_of(contest.live)
         end = taken + min(look - taken, self._affordable(contest))
         rows = (end - taken) * len(labels)
         errors = np.empty((end - taken, len(labels)))

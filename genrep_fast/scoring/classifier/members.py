@@ -35,7 +35,7 @@ class Members:
         """Whether a class has several members."""
         return max(self.counts) > 1
 
-    def of(self, classes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def labels_of(self, classes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Labels of the rows of some classes and then the null class, and how many each has.
 
         Args:

@@ -64,29 +64,12 @@ class Adapter:
                     "is made"
                 )
         self.network: nn.Module = getattr(pipe, self.network_name)
-        config = self.config
-        self.patch = getattr(config, "patch_size", None) or self.patch
+        self.patch = getattr(self.config, "patch_size", None) or self.patch
         self.pixels = _pixels_of_latent(pipe)
         size = self._sample_size()
         height, width = (size, size) if isinstance(size, int) else size
         self.image_size = (height * self.pixels, width * self.pixels)
-        wanted = pipe.vae.config.latent_channels * self.packing
-        if config.in_channels != wanted:
-            raise ValueError(
-                f"pipe.{self.network_name} takes {config.in_channels} channels, not the "
-                f"{wanted} of the VAE's latents: it needs further inputs, as for inpainting"
-            )
-        if getattr(self.network, "is_cache_enabled", False):
-            raise ValueError(
-                f"pipe.{self.network_name} caches from step to step, where a classifier takes "
-                "steps and images in any order: call its disable_cache() first"
-            )
-        takes_images = getattr(config, "encoder_hid_dim_type", None) == "ip_image_proj"
-        for name in ("image_proj", "encoder_hid_proj"):
-            is_unet = self.network_name == "unet"
-            takes_images |= not is_unet and getattr(self.network, name, None) is not None
-        if takes_images:
-            raise ValueError("pipe has an IP-Adapter: call pipe.unload_ip_adapter() first")
+        self._check_network(pipe.vae.config.latent_channels * self.packing)
 
     @property
     def config(self) -> Any:
@@ -157,6 +140,28 @@ class Adapter:
         """(C, h, w) of latents, None where the network takes several sizes."""
         return None
 
+    def _check_network(self, channels: int) -> None:
+        """Refuse a network that takes more than latents of these channels and prompts."""
+        name, config = f"pipe.{self.network_name}", self.config
+        if config.in_channels != channels:
+            raise ValueError(
+                f"{name} takes {config.in_channels} channels, not the {channels} of the VAE's "
+                "latents: it needs further inputs, as for inpainting"
+            )
+        if getattr(self.network, "is_cache_enabled", False):
+            raise ValueError(
+                f"{name} caches from step to step, where a classifier takes steps and images in "
+                "any order: call its disable_cache() first"
+            )
+        is_adapted = getattr(config, "encoder_hid_dim_type", None) == "ip_image_proj"
+        if self.network_name == "transformer":
+            adapters = (
+                getattr(self.network, of, None) for of in ("image_proj", "encoder_hid_proj")
+            )
+            is_adapted = any(adapter is not None for adapter in adapters)
+        if is_adapted:
+            raise ValueError("pipe has an IP-Adapter: call pipe.unload_ip_adapter() first")
+
     def _sample_size(self) -> Any:
         """Of the latents that the pipeline makes by default: a side, or both."""
         return self.config.sample_size
@@ -164,7 +169,12 @@ class Adapter:
 
 def default_of_call(pipe: Any, name: str) -> Any:
     """What the pipeline's ``__call__`` takes where `name` is not given."""
-    return inspect.signature(type(pipe).__call__).parameters[name].default
+    # That of a user's subclass may hand its arguments on.
+    for ancestor in type(pipe).__mro__:
+        parameters = inspect.signature(ancestor.__call__).parameters
+        if name in parameters:
+            return parameters[name].default
+    raise TypeError(f"pipe must be called with {name}, got {type(pipe).__name__}")
 
 
 def token_ids(pipe: Any, tokenizer: str, prompts: list[str]) -> list[list[int]]:

@@ -90,9 +90,8 @@ def _encoded(pipe: Any, adapter: Adapter, prompts: Prompts) -> dict[str, Tensor]
         finite = value.flatten(1).isfinite().all(1) if value.ndim > 1 else value.isfinite()
         if not finite.all():
             bad = int((~finite).nonzero()[0])
-            where = "null_prompt" if bad == len(flat) else prompts.where(bad)
             raise ValueError(
-                f"pipe must encode prompts to finite numbers, got NaN or infinity for {where}: "
-                "keep its text encoders in bfloat16 or float32"
+                "pipe must encode prompts to finite numbers, got NaN or infinity for "
+                f"{prompts.where(bad)}: keep its text encoders in bfloat16 or float32"
             )
     return found

@@ -33,12 +33,12 @@ class Prompts(NamedTuple):
         return hashlib.sha256(json.dumps(self).encode()).hexdigest()
 
     def where(self, number: int) -> str:
-        """The argument that holds a prompt of `flat`."""
+        """The argument that holds a prompt of `flat`, or the null prompt, which follows."""
         for place, prompts in enumerate(self.classes):
             if number < len(prompts):
                 return f"prompts[{place}]" if len(prompts) == 1 else f"prompts[{place}][{number}]"
             number -= len(prompts)
-        raise IndexError(number)
+        return "null_prompt"
 
 
 def check_prompts(prompts: Any, null_prompt: Any, adapter: Adapter) -> Prompts:
@@ -78,9 +78,10 @@ def check_tokens(pipe: Any, adapter: Adapter, prompts: Prompts) -> None:
     Raises:
         ValueError: for a prompt that would be cut, and for prompts of the same tokens.
     """
-    read: list[tuple[Any, ...]] = [() for _ in prompts.flat]
+    flat = prompts.flat + ([prompts.null] if prompts.null else [])
+    read: list[tuple[Any, ...]] = [() for _ in flat]
     cut: dict[str, str] = {}
-    for name, ids, limit, is_cut_silently in adapter.tokens(pipe, prompts.flat):
+    for name, ids, limit, is_cut_silently in adapter.tokens(pipe, flat):
         for number, tokens in enumerate(ids):
             read[number] += (tuple(tokens),)
             if len(tokens) <= limit:
