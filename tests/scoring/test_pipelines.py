@@ -337,8 +337,9 @@ def test_an_ensemble_costs_what_it_says():
     assert (result.evaluations <= 2 * 17 + 2 * 10).all()
     with pytest.raises(ValueError, match="at least 17 evaluations an image, one a prompt, got 16"):
         classifier(images, budget=16, **QUIET)
-    limited = classifier(images, strategy="stratified", budget=40, **QUIET)
-    assert limited.evaluations.tolist() == [34] * 5
+    for strategy in ("stratified", gf.Full(4)):
+        limited = classifier(images, strategy=strategy, budget=40, **QUIET)
+        assert limited.evaluations.tolist() == [34] * 5
 
 
 def test_outputs_of_an_ensemble_are_averaged_for_distances():
@@ -593,6 +594,7 @@ def test_images_that_would_be_cut_are_refused(pipe_of):
 def test_a_vae_that_overflows_in_half_precision_runs_in_float32(pipe):
     with torch.no_grad():
         pipe.vae.encoder.conv_in.weight.mul_(3e5)
+    pipe.vae.register_to_config(force_upcast=False)
     images = pictures(3)
     images[1] = 1e-4
     expected = gf.DiffusionClassifier.from_pipeline(pipe, ["a cat", "a dog"])(
@@ -605,6 +607,21 @@ def test_a_vae_that_overflows_in_half_precision_runs_in_float32(pipe):
     result = classifier(images, strategy=gf.Full(1), **QUIET)
     assert pipe.vae.dtype == torch.float16
     torch.testing.assert_close(result.log_likelihood, expected.log_likelihood, rtol=0.02, atol=0)
+
+
+def test_large_images_go_through_a_vae_by_twos(pipe):
+    seen = []
+
+    def vae(images):
+        seen.append(len(images))
+        return images[:, :1, ::128, ::128]
+
+    classifier = gf.DiffusionClassifier(lambda x_t, t, y: x_t, DDPMScheduler(), 2, vae=vae)
+    for size in (16, 1024):
+        classifier(
+            torch.zeros(1, 3, size, size).expand(9, -1, -1, -1), strategy=gf.Full(1), **QUIET
+        )
+    assert seen == [8, 1, 2, 2, 2, 2, 1]
 
 
 def test_latents_that_are_nan_name_their_image(pipe):
@@ -680,18 +697,22 @@ def test_prompts_are_encoded_in_parts(pipe, monkeypatch):
     torch.testing.assert_close(first.lift, second.lift, rtol=0, atol=2e-3)
 
 
-def test_text_encoders_may_be_freed(pipe):
-    # In training mode T5 and CLIP would drop units.
+def test_text_encoders_are_in_eval_mode_once_and_may_be_freed(pipe_of):
+    pipe, prompts = pipe_of("PixArtSigmaPipeline"), ["a cat", "a dog"]
+
+    def found(classifier):
+        return classifier(pictures(1), strategy=gf.Full(1), **QUIET).log_likelihood
+
+    expected = found(gf.DiffusionClassifier.from_pipeline(pipe, prompts))
+    # In training mode T5 drops units.
     pipe.text_encoder.train()
-    classifier = gf.DiffusionClassifier.from_pipeline(pipe, ["a cat", "a dog"])
+    classifier = gf.DiffusionClassifier.from_pipeline(pipe, prompts)
     assert pipe.text_encoder.training
-    expected = classifier(pictures(1), strategy=gf.Full(1), **QUIET)
     encoder = weakref.ref(pipe.text_encoder)
     pipe.text_encoder = None
     gc.collect()
     assert encoder() is None
-    found = classifier(pictures(1), strategy=gf.Full(1), **QUIET)
-    assert torch.equal(found.log_likelihood, expected.log_likelihood)
+    assert torch.equal(found(classifier), expected)
 
 
 # Saved

@@ -30,8 +30,6 @@ from .strategies import Race, Strategy, require_strategy
 
 # Images on which a race that has no calibration calibrates itself.
 SELF_CALIBRATION = 32
-# Images that go through a VAE together.
-_ENCODED = 8
 
 
 class DiffusionClassifier:
@@ -400,9 +398,10 @@ class DiffusionClassifier:
         for batch in stream:
             collector.see(batch)
             device = self._network.device(batch.images)
-            for start in range(0, len(batch.images), _ENCODED):
-                images = batch.images[start : start + _ENCODED]
-                ids = batch.ids[start : start + _ENCODED]
+            together = self._network.encoded_together(batch.images)
+            for start in range(0, len(batch.images), together):
+                images = batch.images[start : start + together]
+                ids = batch.ids[start : start + together]
                 latents = self._network.encode(images.to(device)).to(device)
                 self._network.check_latents(latents, ids, index)
                 for latent, image_id in zip(latents, ids, strict=True):

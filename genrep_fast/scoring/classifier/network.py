@@ -16,6 +16,9 @@ from ..chains import network_output
 from .modules import eval_mode, execution_device, first_parameter
 from .pipelines.denoiser import PipelineDenoiser
 
+# Images that go through a VAE together, at most, and their pixels: two images of 1024 × 1024.
+_ENCODED, _ENCODED_PIXELS = 8, 2 * 1024**2
+
 
 class Network:
     """A denoiser ``denoiser(x_t, t, labels)`` and a VAE, in eval mode while they are used.
@@ -86,6 +89,10 @@ class Network:
             TypeError, ValueError: for an output of another kind or shape.
         """
         return network_output(self.denoiser, x_t, timesteps, labels)
+
+    def encoded_together(self, images: Tensor) -> int:
+        """How many of these images [B, C, H, W] memory allows to be encoded at a time."""
+        return max(1, min(_ENCODED, _ENCODED_PIXELS // images.shape[2:].numel()))
 
     def encode(self, images: Tensor) -> Tensor:
         """Latents of images in −1…1, scaled as diffusers' pipelines do; the images without a VAE.

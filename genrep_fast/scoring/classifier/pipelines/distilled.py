@@ -22,7 +22,8 @@ _REFUSED = (
 )
 # As words of the names under which such models are published.
 _NAMES = re.compile(
-    r"(?<![a-z])(turbo|lightning|lcm|tcd|pcm|hyper|schnell|sprint|dmd2?|flash|meanflow)(?![a-z])"
+    r"(?<![a-z])(turbo|lightning|lcm|tcd|pcm|hyper|schnell|sprint|dmd2?|flash|meanflow|instaflow)"
+    r"(?![a-z])"
 )
 
 
