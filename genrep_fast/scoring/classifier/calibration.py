@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from ...ops.posterior import fit_temperature, posterior
 from .contest import Contest, KnownVariance, Rule, Steps
 from .noise import ForwardNoise
+from .screening import Screened
 from .strategies import low_discrepancy_order
 
 # Powers of 1/s²(t) among which the labels choose the weights; 0 is uniform.
@@ -38,12 +39,14 @@ class Calibration:
         errors: e = ‖target − o‖², float32 [N, S, K].
         roots: √D to the output under the image's winner, float32 [N, S, K].
         labels: int64 [N], or None: the winners serve as labels.
+        scores: of candidates, float32 [N, K], or None.
     """
 
     timesteps: np.ndarray
     errors: np.ndarray
     roots: np.ndarray
     labels: np.ndarray | None = None
+    scores: np.ndarray | None = None
 
     def __str__(self) -> str:
         pairs = ~np.eye(len(self.timesteps), dtype=bool)
@@ -113,6 +116,10 @@ class Calibration:
             found.append(-log_p[torch.arange(len(labels)), labels].sum().item())
         near_best = [loss <= min(found) + 0.5 for loss in found]
         return _POWERS[near_best.index(True)]
+
+    def full_winners(self, kind: str) -> np.ndarray:
+        """Class that the full budget chooses with weights of a kind, int64 [N]."""
+        return self._weighted(self.weights(kind, self.timesteps)).argmin(1)
 
     def weights(self, kind: str, timesteps: np.ndarray) -> np.ndarray:
         """Weights of timesteps, interpolated between those of the calibration, with mean 1 [S']."""
@@ -193,10 +200,23 @@ class Calibration:
                     found[image] = max(found[image], -rule.log_chance(gaps, both)[0])
         return found
 
-    def replay(self, steps: Steps, rule: Rule, null_classes: int = 0) -> Iterator[Contest]:
-        """What a strategy would have made of each image, with as many null classes beside."""
+    def replay(
+        self,
+        steps: Steps,
+        rule: Rule,
+        null_classes: int = 0,
+        screened: Sequence[Screened] | None = None,
+    ) -> Iterator[Contest]:
+        """What a strategy would have made of each image.
+
+        Args:
+            steps, rule: of the strategy.
+            null_classes: evaluations of a step besides those of the classes.
+            screened: what precedes the strategy, of each image.
+        """
         for image, errors in enumerate(self.errors.astype(np.float64)):
-            contest = Contest(image, 0, None, errors.shape[1])
+            before = None if screened is None else screened[image]
+            contest = Contest(image, 0, None, errors.shape[1], None, before)
             for look in steps.looks:
                 taken = steps.order[len(contest) : look]
                 contest.evaluations += len(taken) * (len(contest.live) + null_classes)
@@ -209,9 +229,17 @@ class Calibration:
             yield contest
 
     def temperature(self, evidence: np.ndarray) -> float:
-        """τ of the posterior of the evidence that a strategy found [N, K]."""
+        """τ of the posterior of the evidence that a strategy found [N, K].
+
+        NaN of classes that never ran. Images whose label is one of them say nothing.
+        """
         labels = self.winners if self.labels is None else self.labels
-        return fit_temperature(torch.from_numpy(evidence), torch.from_numpy(labels))
+        ran = ~np.isnan(evidence)
+        told = np.flatnonzero(ran[np.arange(len(labels)), labels])
+        if len(told) == 0:
+            return 1.0
+        known = torch.from_numpy(np.where(ran, evidence, -np.inf)[told])
+        return fit_temperature(known, torch.from_numpy(labels[told]))
 
     def _distances(self, image: int) -> np.ndarray:
         """D to the output under the image's winner [S, K]."""
@@ -296,7 +324,13 @@ def of_contests(
         np.stack([contest.errors[rows] for contest in contests]).astype(np.float32),
         np.sqrt([contest.distances[rows] for contest in contests]).astype(np.float32),
         None if labels is None else labels.numpy(),
+        _scores(contests),
     )
+
+
+def _scores(contests: list[Contest]) -> np.ndarray | None:
+    scores = [contest.scores for contest in contests if contest.scores is not None]
+    return np.stack(scores).astype(np.float32) if scores else None
 
 
 def _power_weights(variance: np.ndarray, power: float) -> np.ndarray:

@@ -18,6 +18,7 @@ from ...ops.scoring import log_likelihood
 from .contest import Contest, Rule, Steps
 from .network import Network
 from .noise import ForwardNoise
+from .screening import Screened
 
 # Numbers of an output that its distances to others are measured by.
 SKETCH = 1024
@@ -43,11 +44,21 @@ class Plan:
 
 
 class Arrival(NamedTuple):
-    """An image that joins: its place in the call, the id of its noise, and itself."""
+    """An image that joins.
+
+    Attributes:
+        place: in the call.
+        image_id: of its noise.
+        image: [C, *spatial].
+        scores: of the candidates, float64 [K], or None.
+        screened: what precedes the strategy; None: every class is compared.
+    """
 
     place: int
     image_id: int
     image: Tensor
+    scores: np.ndarray | None = None
+    screened: Screened | None = None
 
 
 @dataclasses.dataclass(eq=False)
@@ -130,8 +141,13 @@ class Engine:
             while arriving and not late and self._waiting_rows < self._batch_size:
                 arrival = next(arrivals, None)
                 arriving = arrival is not None
-                if arrival is not None:
-                    self._join(Contest(*arrival, num_classes=self._num_classes))
+                if arrival is None:
+                    break
+                contest = self._contest(arrival)
+                if self._affordable(contest):
+                    self._join(contest)
+                else:
+                    yield contest
             if late or not self._waiting:
                 yield from self._in_flight.values()
                 return
@@ -143,6 +159,10 @@ class Engine:
                 else:
                     del self._in_flight[contest.index]
                     yield contest
+
+    def _contest(self, arrival: Arrival) -> Contest:
+        place, image_id, image, scores, screened = arrival
+        return Contest(place, image_id, image, self._num_classes, scores, screened)
 
     def _join(self, contest: Contest) -> None:
         """Put the rows up to the next look in front of the queue."""
@@ -178,7 +198,7 @@ class Engine:
         if self._plan.budget is None:
             return len(self._plan.steps.order)
         columns = len(contest.live) + (self._null_class is not None)
-        return (self._plan.budget - contest.evaluations) // columns
+        return max(self._plan.budget - contest.evaluations, 0) // columns
 
     def _take(self) -> list[_Segment]:
         """The rows of the next batch."""

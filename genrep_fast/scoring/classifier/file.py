@@ -25,6 +25,8 @@ from .noise import ForwardNoise
 
 _SETTINGS = "classifier.json"
 _FORMAT = 1
+# Of a calibration, where there are any.
+_OPTIONAL = ("labels", "scores")
 _SETTING_NAMES = ("num_classes", "null_class", "parameterization")
 
 
@@ -156,8 +158,10 @@ def calibration_tensors(calibration: Calibration) -> dict[str, Tensor]:
         "errors": calibration.errors,
         "roots": calibration.roots,
     }
-    if calibration.labels is not None:
-        arrays["labels"] = calibration.labels
+    for name in _OPTIONAL:
+        array = getattr(calibration, name)
+        if array is not None:
+            arrays[name] = array
     return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
 
 
@@ -201,7 +205,7 @@ def restored_calibration(
 def _checked_calibration(tensors: dict[str, Tensor], num_classes: int) -> Calibration:
     names = set(tensors)
     required = {"timesteps", "errors", "roots"}
-    if not required <= names <= required | {"labels"}:
+    if not required <= names <= required | set(_OPTIONAL):
         raise ValueError(f"it must hold {', '.join(sorted(required))}, got {sorted(names)}")
     errors = tensors["errors"]
     if errors.ndim != 3 or errors.shape[2] != num_classes or min(errors.shape) == 0:
@@ -212,12 +216,18 @@ def _checked_calibration(tensors: dict[str, Tensor], num_classes: int) -> Calibr
         "errors": (torch.float32, tuple(errors.shape)),
         "roots": (torch.float32, tuple(errors.shape)),
         "labels": (torch.int64, (count,)),
+        "scores": (torch.float32, (count, num_classes)),
     }
     for name, tensor in tensors.items():
         dtype, shape = expected[name]
         if tensor.dtype != dtype or tuple(tensor.shape) != shape:
             found = f"{tensor.dtype} {list(tensor.shape)}"
             raise ValueError(f"{name} must be {dtype} {list(shape)}, got {found}")
+        if name == "scores":
+            # −inf rules a class out.
+            if tensor.isnan().any() or tensor.isposinf().any():
+                raise ValueError("scores must lie below infinity")
+            continue
         # Timesteps may be logarithms.
         if not tensor.isfinite().all() or (name != "timesteps" and (tensor < 0).any()):
             raise ValueError(f"{name} must be finite and not negative")
@@ -230,5 +240,5 @@ def _checked_calibration(tensors: dict[str, Tensor], num_classes: int) -> Calibr
         tensors["timesteps"].numpy(),
         errors.numpy(),
         tensors["roots"].numpy(),
-        None if labels is None else labels.numpy(),
+        **{name: tensors[name].numpy() for name in _OPTIONAL if name in tensors},
     )

@@ -70,10 +70,10 @@ class Network:
         return images.dtype
 
     @contextlib.contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Eval mode without gradients; every module gets its own mode back."""
+    def evaluating(self, *others: Any) -> Iterator[None]:
+        """Eval mode without gradients, of `others` too; every module gets its own mode back."""
         modules: list[nn.Module] = []
-        for used in (self.denoiser, self.vae):
+        for used in (self.denoiser, self.vae, *others):
             module = _module_of(used)
             if module is not None:
                 modules += [part for part in module.modules() if part.training]

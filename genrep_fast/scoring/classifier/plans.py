@@ -13,6 +13,7 @@ import numpy as np
 from .calibration import Calibration
 from .contest import KeepBest, Rule, Steps
 from .engine import SKETCH, Plan
+from .funnel import Funnel, Screens
 from .noise import ForwardNoise
 from .strategies import (
     DEFAULT_STEPS,
@@ -29,12 +30,13 @@ _CALIBRATION_SKETCHES = 2**24
 
 
 class Prepared(NamedTuple):
-    """A plan with the temperature of its posterior, and evaluations an image."""
+    """A plan with the temperature of its posterior, evaluations an image, and what precedes it."""
 
     plan: Plan
     temperature: float
     mean_evaluations: float
     most_evaluations: int
+    screens: Screens = Screens()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Planner:
         scheduler, parameterization: as of `ForwardNoise`.
         num_classes, null_class: K, and the label of the null class or None.
         calibration: or None.
+        reaching: the most classes that reach the strategy; None: all of them.
     """
 
     scheduler: Any
@@ -52,11 +55,18 @@ class Planner:
     num_classes: int
     null_class: int | None
     calibration: Calibration | None = None
+    reaching: int | None = None
+
+    @property
+    def null_classes(self) -> int:
+        """Evaluations of a step besides those of the classes."""
+        return int(self.null_class is not None)
 
     @property
     def columns(self) -> int:
-        """Evaluations of a step of all classes."""
-        return self.num_classes + (self.null_class is not None)
+        """Evaluations of a step of all classes that reach the strategy."""
+        classes = self.num_classes if self.reaching is None else self.reaching
+        return classes + self.null_classes
 
     @property
     def default_steps(self) -> int:
@@ -65,17 +75,37 @@ class Planner:
             return len(self.calibration.timesteps)
         return min(DEFAULT_STEPS, ForwardNoise.most_steps(self.scheduler))
 
-    def prepare(self, strategy: Strategy, confidence: float, budget: int | None) -> Prepared:
-        """The plan of a strategy, and what the calibration images say of it.
+    def prepare(
+        self, strategy: Strategy, confidence: float, budget: int | None, funnel: Funnel
+    ) -> Prepared:
+        """The plan of a strategy and of what precedes it, and what the calibration says of them.
+
+        A race and the screens before it share what the confidence leaves.
 
         Raises:
-            ValueError: as `plan`.
+            ValueError: as `plan`, and as `Funnel.screens`.
         """
+        error = 1 - confidence
+        if isinstance(strategy, Race) and funnel.shares:
+            error /= 2
+            confidence = 1 - error
+        screens = funnel.screens(self.calibration, strategy.weights, error)
+        planner = dataclasses.replace(self, reaching=screens.reaching)
+        return planner._prepared(strategy, confidence, budget, screens)
+
+    def _prepared(
+        self, strategy: Strategy, confidence: float, budget: int | None, screens: Screens
+    ) -> Prepared:
+        if budget is not None and self.reaching is not None and budget < self.columns:
+            raise ValueError(
+                f"budget must be at least {self.columns} evaluations an image, one a class that "
+                f"is compared, got {budget}"
+            )
         plan = self.plan(strategy, confidence, budget)
         most = self.most_evaluations(plan)
         calibration = self.calibration
         if calibration is None:
-            return Prepared(plan, 1.0, most, most)
+            return Prepared(plan, 1.0, most, most, screens)
         steps, rule = plan.steps, plan.rule
         held = len(calibration.timesteps)
         known = len(plan.noise) == held
@@ -85,11 +115,11 @@ class Planner:
             weights = calibration.weights(strategy.weights, calibration.timesteps)
             steps = Steps(low_discrepancy_order(held)[:number], weights, (number,))
             rule = KeepBest()
-        contests = list(calibration.replay(steps, rule, self.columns - self.num_classes))
+        contests = list(calibration.replay(steps, rule, self.null_classes, screens.screened))
         evidence = np.stack([contest.outcome(steps, rule).evidence for contest in contests])
         evaluations = float(np.mean([contest.evaluations for contest in contests]))
         mean = min(evaluations, most) if known else most
-        return Prepared(plan, calibration.temperature(evidence), mean, most)
+        return Prepared(plan, calibration.temperature(evidence), mean, most, screens)
 
     def plan(self, strategy: Strategy, confidence: float, budget: int | None) -> Plan:
         """The plan of a strategy.
@@ -105,7 +135,7 @@ class Planner:
             return self._fixed(looks, KeepBest(keep), strategy.weights, budget)
         steps = strategy.steps
         if steps is None and isinstance(strategy, Stratified):
-            steps = _STRATIFIED_STEPS if budget is None else budget // self.columns
+            steps = _STRATIFIED_STEPS if budget is None else max(budget // self.columns, 1)
             steps = min(steps, ForwardNoise.most_steps(self.scheduler))
         elif steps is None:
             steps = self.default_steps
@@ -127,7 +157,7 @@ class Planner:
             most += (look - taken) * columns
             taken = look
             if keep:
-                columns = keep[stage] + self.columns - self.num_classes
+                columns = min(keep[stage] + self.null_classes, columns)
         return most if plan.budget is None else min(most, plan.budget)
 
     def _race(self, strategy: Race, confidence: float, budget: int | None) -> Plan:
