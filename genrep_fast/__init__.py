@@ -24,6 +24,7 @@ from .ops.reverse_step import reverse_step
 from .ops.scoring import log_likelihood
 from .scoring.chain_bank import ChainBank
 from .scoring.classifier.candidates import Candidates
+from .scoring.classifier.coarse import Coarse
 from .scoring.classifier.diffusion_classifier import DiffusionClassifier
 from .scoring.classifier.strategies import Full, Race, Staged, Stratified
 from .scoring.scorer import PosteriorScorer
@@ -46,6 +47,7 @@ __all__ = [
     "BackendUnavailableError",
     "Candidates",
     "ChainBank",
+    "Coarse",
     "DiffusionClassifier",
     "ForwardProcess",
     "Full",

@@ -31,6 +31,61 @@ class SameOutputs(ValueError):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class CoarseErrors:
+    """Errors of N images under every class at lower resolution.
+
+    Attributes:
+        errors: float32 [N, n, K].
+        rows: of the full budget's timesteps, in the order of the pass, int64 [n].
+        factor: by which height and width shrink.
+        share: cost of a coarse evaluation, of a full one.
+    """
+
+    errors: np.ndarray
+    rows: np.ndarray
+    factor: int
+    share: float
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What `of_arrays` takes, by name."""
+        cost = np.array([self.factor, self.share], dtype=np.float64)
+        return {"coarse_errors": self.errors, "coarse_rows": self.rows, "coarse_cost": cost}
+
+    @classmethod
+    def of_arrays(
+        cls, arrays: dict[str, np.ndarray], shape: tuple[int, ...]
+    ) -> CoarseErrors | None:
+        """Those of a calibration whose errors have the shape [N, S, K]; None where there are none.
+
+        Raises:
+            ValueError: for arrays that are none.
+        """
+        names = ("coarse_errors", "coarse_rows", "coarse_cost")
+        found = [arrays[name] for name in names if name in arrays]
+        if not arrays:
+            return None
+        if set(arrays) != set(names):
+            raise ValueError(f"{', '.join(names)} must come together, got {sorted(arrays)}")
+        count, steps, num_classes = shape
+        errors, rows, cost = found
+        fits = errors.shape == (count, rows.size, num_classes) and cost.shape == (2,)
+        kinds = (errors.dtype, rows.dtype, cost.dtype) == (np.float32, np.int64, np.float64)
+        if not fits or not kinds or rows.ndim != 1 or rows.size == 0:
+            raise ValueError(
+                f"coarse_errors must be float32 [{count}, n, {num_classes}], got {errors.dtype} "
+                f"{list(errors.shape)} with {rows.dtype} {list(rows.shape)}"
+            )
+        if not np.isfinite(errors).all() or (errors < 0).any():
+            raise ValueError("coarse_errors must be finite and not negative")
+        if len(set(rows.tolist())) < len(rows) or rows.min() < 0 or rows.max() >= steps:
+            raise ValueError(f"coarse_rows must be distinct, from 0 to {steps - 1}")
+        factor, share = cost.tolist()
+        if not (factor >= 2 and factor.is_integer() and 0 < share < np.inf):
+            raise ValueError(f"coarse_cost must be a factor and a share, got {cost.tolist()}")
+        return cls(errors, rows, int(factor), share)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Calibration:
     """Errors of N images under every class at the S timesteps of a full budget.
 
@@ -40,6 +95,7 @@ class Calibration:
         roots: √D to the output under the image's winner, float32 [N, S, K].
         labels: int64 [N], or None: the winners serve as labels.
         scores: of candidates, float32 [N, K], or None.
+        coarse: at lower resolution, or None.
     """
 
     timesteps: np.ndarray
@@ -47,6 +103,7 @@ class Calibration:
     roots: np.ndarray
     labels: np.ndarray | None = None
     scores: np.ndarray | None = None
+    coarse: CoarseErrors | None = None
 
     def __str__(self) -> str:
         pairs = ~np.eye(len(self.timesteps), dtype=bool)

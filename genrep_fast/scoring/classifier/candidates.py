@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from ...checks import check_at_least
 from .calibration import Calibration
 from .engine import Arrival
-from .screening import Screened, miss_rate, upper_quantile
+from .screening import Screened, keep_for, miss_rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,9 +118,13 @@ class BestScores:
             before = arrival.screened or Screened.of_all(len(arrival.scores))
             yield arrival._replace(screened=self.select(arrival.scores, before))
 
-    def most(self, reaching: int) -> int:
+    def most(self, reaching: int | None) -> int:
         """The most classes that pass it."""
-        return min(reaching, self.keep)
+        return self.keep if reaching is None else min(reaching, self.keep)
+
+    def most_cost(self, reaching: int) -> float:
+        """Evaluations' worth of an image: none."""
+        return 0.0
 
     def select(self, scores: np.ndarray, screened: Screened) -> Screened:
         """Those of the live classes that go on, by the scores of all classes [K]."""
@@ -160,9 +163,7 @@ def best_scores(
     ranks = winner_ranks(scores, winners)
     if keep is not None:
         return BestScores(keep, miss_rate(ranks > keep))
-    # The first rank is no surprise; a class further is the smallest one.
-    needed = 1 + math.ceil(upper_quantile(ranks - 1.0, error, 1.0))
-    keep = min(needed, num_classes)
+    keep = keep_for(ranks, error, num_classes)
     return BestScores(keep, miss_rate(ranks > keep, error))
 
 

@@ -52,18 +52,23 @@ class Collector:
         """Keep the outcome of a contest; the predicted class, −1 where nothing is known."""
         outcome = contest.outcome(plan.steps, plan.rule)
         self._found[contest.index] = _Found(
-            _in_float32(outcome), plan.rule.ended(contest, plan.steps), contest.evaluations
+            _in_float32(outcome),
+            plan.rule.ended(contest, plan.steps),
+            contest.evaluations,
+            contest.screened.coarse_evaluations,
         )
         return outcome.prediction
 
-    def result(self, temperature: float, total: int | None) -> ClassifierResult:
+    def result(
+        self, temperature: float, total: int | None, coarse_share: float = 0.0
+    ) -> ClassifierResult:
         """Of all images; `total` of them where the deadline left some unread."""
         count = self.images if total is None else max(total, self.images)
         unknown = np.full(self._num_classes, np.nan, dtype=np.float32)
         no_steps = np.zeros(self._num_classes, dtype=np.int64)
         no_mass = np.full(self._num_classes, -np.inf, dtype=np.float32)
         outcome = Outcome(-1, unknown, unknown, no_steps, unknown, unknown, no_mass)
-        nothing = _Found(outcome, False, 0)
+        nothing = _Found(outcome, False, 0, 0)
         found = [self._found.get(index, nothing) for index in range(count)]
         prediction = torch.tensor([image.outcome.prediction for image in found])
         names = ("log_likelihood", "evidence", "steps", "standard_error", "lift", "log_mass")
@@ -92,6 +97,8 @@ class Collector:
             lift=lift if self._has_null else None,
             temperature=temperature,
             labels=labels,
+            coarse_evaluations=torch.tensor([image.coarse_evaluations for image in found]),
+            coarse_share=coarse_share,
         )
         return result if self._device is None else result.to(self._device)
 
@@ -102,6 +109,7 @@ class _Found(NamedTuple):
     outcome: Outcome
     decided: bool
     evaluations: int
+    coarse_evaluations: int
 
 
 def _in_float32(outcome: Outcome) -> Outcome:

@@ -16,7 +16,7 @@ from ...checks import check_at_least, check_in_range, check_integer, check_numbe
 from .calibration import Calibration, of_contests
 from .collector import Collector
 from .contest import Contest
-from .engine import Arrival, Engine, Plan
+from .engine import Arrival, Engines
 from .file import SavedClassifier, read_classifier, write_classifier
 from .funnel import Funnel
 from .images import ImageStream
@@ -128,6 +128,7 @@ class DiffusionClassifier:
         labels: Sequence[int] | Tensor | None = None,
         *,
         candidates: Any = None,
+        coarse: Any = None,
         steps: int | None = None,
         seed: int = 1,
         progress: bool = True,
@@ -138,7 +139,8 @@ class DiffusionClassifier:
             images: as of a call; some 50 to 200 that the denoiser was not trained on.
             labels: one an image, for temperatures and the weights of timesteps; without them the
                 full budget's winners serve, and weights stay uniform. A stream may hold them.
-            candidates: scorer of the calls that will have one, see `Candidates`.
+            candidates, coarse: of the calls that will have them, see `gf.Candidates` and
+                `gf.Coarse`. A tree needs nothing here.
             steps: timesteps of the full budget; None: 24.
             seed: of the noise; another one than that of calls.
             progress: show a bar, where tqdm is installed.
@@ -154,7 +156,7 @@ class DiffusionClassifier:
         steps = planner.default_steps if steps is None else steps
         check_at_least(1, steps=steps)
         check_in_range(seed, "seed", 2**64, "2**64")
-        funnel = Funnel.of(self.num_classes, candidates)
+        funnel = Funnel.of(self.num_classes, candidates, coarse=coarse)
         prepared = planner.prepare_calibration(steps)
         plan = prepared.plan
         stream = self._stream(images, None, labels)
@@ -163,9 +165,10 @@ class DiffusionClassifier:
         bar = Progress(progress, "calibrate", self._cost(prepared, stream.total))
         with self._network.evaluating(funnel.scorer), bar:
             contests = list(self._run(prepared, arrivals, collector, bar, seed, None))
-        if len(contests) < 2:
-            raise ValueError(f"images must be at least two to calibrate, got {len(contests)}")
-        found = of_contests(plan.noise, contests, plan.steps, collector.labels())
+            if len(contests) < 2:
+                raise ValueError(f"images must be at least two to calibrate, got {len(contests)}")
+            found = of_contests(plan.noise, contests, plan.steps, collector.labels())
+            found = funnel.measured(found, plan.noise, contests, self._engines(seed))
         self.calibration = found
         return found
 
@@ -175,6 +178,8 @@ class DiffusionClassifier:
         *,
         strategy: str | Strategy = "race",
         candidates: Any = None,
+        tree: Any = None,
+        coarse: Any = None,
         confidence: float = 0.99,
         budget: int | None = None,
         deadline: float | None = None,
@@ -197,7 +202,10 @@ class DiffusionClassifier:
             strategy: "race", "full", "stratified" or "staged", or one of gf.Race, gf.Full,
                 gf.Stratified and gf.Staged with settings.
             candidates: a scorer, ``images -> scores [B, K]``, a GenRep, or `gf.Candidates`: its
-                best classes alone go on to the strategy.
+                best classes alone go on.
+            tree: nested dictionaries or lists whose leaves are all the classes: whole branches
+                leave. Branches had better have the same order of classes, where there is one.
+            coarse: True or `gf.Coarse`: the best classes at lower resolution go on.
             confidence: of a race and of what precedes the strategy, that the full budget's winner
                 is not dropped.
             budget: evaluations an image, at least one a class that is compared; an image that it
@@ -215,7 +223,7 @@ class DiffusionClassifier:
         strategy = require_strategy(strategy)
         _check_confidence(confidence)
         check_in_range(seed, "seed", 2**64, "2**64")
-        funnel = Funnel.of(self.num_classes, candidates)
+        funnel = Funnel.of(self.num_classes, candidates, tree, coarse)
         self._check_budget(budget, funnel)
         if deadline is not None:
             check_positive(deadline, "deadline")
@@ -226,7 +234,7 @@ class DiffusionClassifier:
         calibrates = False
         if isinstance(strategy, Race) and self.calibration is None:
             calibrates = True
-            prepared = self._own_calibration(strategy, budget)
+            prepared = self._own_calibration(strategy, budget, funnel)
         else:
             prepared = self._prepare(strategy, confidence, budget, funnel)
         bar = Progress(progress, "classify", self._cost(prepared, stream.total))
@@ -243,7 +251,7 @@ class DiffusionClassifier:
             for _ in self._run(prepared, arrivals, collector, bar, seed, end):
                 pass
         total = self._unread(stream, collector)
-        return collector.result(prepared.temperature, total)
+        return collector.result(prepared.temperature, total, prepared.screens.coarse_share)
 
     def estimate(
         self,
@@ -251,6 +259,8 @@ class DiffusionClassifier:
         *,
         strategy: str | Strategy = "race",
         candidates: Any = None,
+        tree: Any = None,
+        coarse: Any = None,
         confidence: float = 0.99,
         budget: int | None = None,
     ) -> CostEstimate:
@@ -258,14 +268,14 @@ class DiffusionClassifier:
 
         Args:
             num_images: of the call, or None.
-            strategy, candidates, confidence, budget: of the call.
+            strategy, candidates, tree, coarse, confidence, budget: of the call.
 
         Raises:
             TypeError, ValueError: as a call; for a race without a calibration.
         """
         strategy = require_strategy(strategy)
         _check_confidence(confidence)
-        funnel = Funnel.of(self.num_classes, candidates)
+        funnel = Funnel.of(self.num_classes, candidates, tree, coarse)
         self._check_budget(budget, funnel)
         if num_images is not None:
             check_at_least(0, num_images=num_images)
@@ -375,22 +385,10 @@ class DiffusionClassifier:
         end: float | None,
     ) -> Iterator[Contest]:
         """Images as they finish, which the collector has noted."""
-
-        def engine_of(plan: Plan) -> Engine:
-            return Engine(
-                self._network,
-                plan,
-                self.num_classes,
-                self.null_class,
-                batch_size=self.batch_size,
-                pad_to=self.pad_to,
-                seed=int(seed),
-            )
-
-        plan = prepared.plan
-        arrivals = prepared.screens.run(arrivals, engine_of, end)
+        plan, engines = prepared.plan, self._engines(seed)
+        arrivals = prepared.screens.run(arrivals, engines, end)
         start, evaluations = time.monotonic(), 0
-        for contest in engine_of(plan).run(arrivals, end):
+        for contest in engines(plan, null_class=self.null_class).run(arrivals, end):
             prediction = collector.add(contest, plan)
             label = collector.label_of(contest.index)
             bar.add(contest.evaluations, None if label is None else prediction == label)
@@ -399,7 +397,12 @@ class DiffusionClassifier:
         if evaluations:
             self._evaluations_a_second = evaluations / (time.monotonic() - start)
 
-    def _own_calibration(self, strategy: Race, budget: int | None) -> Prepared:
+    def _engines(self, seed: int) -> Engines:
+        return Engines(self._network, self.num_classes, self.batch_size, self.pad_to, int(seed))
+
+    def _own_calibration(self, strategy: Race, budget: int | None, funnel: Funnel) -> Prepared:
+        if funnel.coarse is not None:
+            raise ValueError("coarse needs a calibration; call calibrate with coarse first")
         planner = self._planner(None)
         steps = planner.default_steps
         if strategy.max_steps is not None:

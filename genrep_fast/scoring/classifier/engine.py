@@ -316,6 +316,31 @@ class Engine:
             row -= stop - start
 
 
+@dataclasses.dataclass(frozen=True)
+class Engines:
+    """Makes engines of the same settings, see `Engine`."""
+
+    network: Network
+    num_classes: int
+    batch_size: int
+    pad_to: int | None
+    seed: int
+
+    def __call__(
+        self, plan: Plan, network: Network | None = None, null_class: int | None = None
+    ) -> Engine:
+        """An engine of a plan; `network` takes the place of the common one."""
+        return Engine(
+            network or self.network,
+            plan,
+            self.num_classes,
+            null_class,
+            batch_size=self.batch_size,
+            pad_to=self.pad_to,
+            seed=self.seed,
+        )
+
+
 def squared_distance(output: Tensor, target: Tensor) -> Tensor:
     """‖target − output‖² of each row, [N].
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...checks import check_at_least, check_integer
 from ...files import read_json, write_atomically
-from .calibration import Calibration
+from .calibration import Calibration, CoarseErrors
 from .noise import ForwardNoise
 
 _SETTINGS = "classifier.json"
@@ -162,6 +162,8 @@ def calibration_tensors(calibration: Calibration) -> dict[str, Tensor]:
         array = getattr(calibration, name)
         if array is not None:
             arrays[name] = array
+    if calibration.coarse is not None:
+        arrays |= calibration.coarse.arrays()
     return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
 
 
@@ -203,6 +205,8 @@ def restored_calibration(
 
 
 def _checked_calibration(tensors: dict[str, Tensor], num_classes: int) -> Calibration:
+    coarse = {name: tensors[name].numpy() for name in tensors if name.startswith("coarse_")}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in coarse}
     names = set(tensors)
     required = {"timesteps", "errors", "roots"}
     if not required <= names <= required | set(_OPTIONAL):
@@ -240,5 +244,7 @@ def _checked_calibration(tensors: dict[str, Tensor], num_classes: int) -> Calibr
         tensors["timesteps"].numpy(),
         errors.numpy(),
         tensors["roots"].numpy(),
-        **{name: tensors[name].numpy() for name in _OPTIONAL if name in tensors},
+        None if labels is None else labels.numpy(),
+        tensors["scores"].numpy() if "scores" in tensors else None,
+        CoarseErrors.of_arrays(coarse, tuple(errors.shape)),
     )

@@ -74,7 +74,7 @@ class Network:
         """Eval mode without gradients, of `others` too; every module gets its own mode back."""
         modules: list[nn.Module] = []
         for used in (self.denoiser, self.vae, *others):
-            module = _module_of(used)
+            module = module_of(used)
             if module is not None:
                 modules += [part for part in module.modules() if part.training]
         try:
@@ -115,7 +115,7 @@ class Network:
 
     def sample_shape(self) -> tuple[int, int, int] | None:
         """(C, H, W) of a noisy input, where the denoiser's config tells it."""
-        module = _module_of(self.denoiser)
+        module = module_of(self.denoiser)
         shape = getattr(module, "sample_shape", None)
         if isinstance(shape, tuple):
             return shape
@@ -128,7 +128,7 @@ class Network:
         return channels, height, width
 
 
-def _module_of(function: Any) -> nn.Module | None:
+def module_of(function: Any) -> nn.Module | None:
     """The module that is called, itself or by one of its methods."""
     if isinstance(function, nn.Module):
         return function
@@ -137,7 +137,7 @@ def _module_of(function: Any) -> nn.Module | None:
 
 
 def _first_parameter(function: Any) -> Tensor | None:
-    module = _module_of(function)
+    module = module_of(function)
     if module is None:
         return None
     floating = (tensor for tensor in module.parameters() if tensor.is_floating_point())

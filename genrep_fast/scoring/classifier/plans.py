@@ -6,6 +6,7 @@ Without a calibration, timesteps come in low-discrepancy order and weights are u
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy as np
 from .calibration import Calibration
 from .contest import KeepBest, Rule, Steps
 from .engine import SKETCH, Plan
-from .funnel import Funnel, Screens
+from .funnel import Basis, Funnel, Screens
 from .noise import ForwardNoise
 from .strategies import (
     DEFAULT_STEPS,
@@ -25,6 +26,8 @@ from .strategies import (
 )
 
 _STRATIFIED_STEPS = 8
+# Evaluations that a race takes for each class that it begins with, about.
+_LATER_IN_RACE = 2.0
 # Numbers of sketches that an image keeps during a calibration: 64 MiB.
 _CALIBRATION_SKETCHES = 2**24
 
@@ -89,9 +92,21 @@ class Planner:
         if isinstance(strategy, Race) and funnel.shares:
             error /= 2
             confidence = 1 - error
-        screens = funnel.screens(self.calibration, strategy.weights, error)
+        screens = funnel.screens(self._basis(strategy), error)
         planner = dataclasses.replace(self, reaching=screens.reaching)
         return planner._prepared(strategy, confidence, budget, screens)
+
+    def _basis(self, strategy: Strategy) -> Basis | None:
+        calibration = self.calibration
+        if calibration is None:
+            return None
+        held = len(calibration.timesteps)
+        noise = ForwardNoise(self.scheduler, held, self.parameterization)
+        weights = calibration.weights(strategy.weights, calibration.timesteps)
+        steps = Steps(calibration.order("signal"), weights, tuple(range(1, held + 1)))
+        later = _LATER_IN_RACE if isinstance(strategy, Race) else held
+        winners = calibration.full_winners(strategy.weights)
+        return Basis(calibration, noise, steps, winners, later)
 
     def _prepared(
         self, strategy: Strategy, confidence: float, budget: int | None, screens: Screens
@@ -102,7 +117,7 @@ class Planner:
                 f"is compared, got {budget}"
             )
         plan = self.plan(strategy, confidence, budget)
-        most = self.most_evaluations(plan)
+        most = self.most_evaluations(plan, self.columns) + math.ceil(screens.most_cost)
         calibration = self.calibration
         if calibration is None:
             return Prepared(plan, 1.0, most, most, screens)
@@ -117,9 +132,16 @@ class Planner:
             rule = KeepBest()
         contests = list(calibration.replay(steps, rule, self.null_classes, screens.screened))
         evidence = np.stack([contest.outcome(steps, rule).evidence for contest in contests])
-        evaluations = float(np.mean([contest.evaluations for contest in contests]))
-        mean = min(evaluations, most) if known else most
-        return Prepared(plan, calibration.temperature(evidence), mean, most, screens)
+        evaluations = [contest.evaluations for contest in contests]
+        if not known:
+            evaluations = [
+                image.evaluations + self.most_evaluations(plan, len(image.live) + self.null_classes)
+                for image in screens.screened
+            ]
+        coarse = np.mean([image.coarse_evaluations for image in screens.screened])
+        mean = float(np.mean(evaluations) + screens.coarse_share * coarse)
+        temperature = calibration.temperature(evidence)
+        return Prepared(plan, temperature, min(mean, most), most, screens)
 
     def plan(self, strategy: Strategy, confidence: float, budget: int | None) -> Plan:
         """The plan of a strategy.
@@ -148,9 +170,14 @@ class Planner:
         plan = dataclasses.replace(plan, sketch=min(max(size, 64), SKETCH))
         return Prepared(plan, 1.0, steps * self.columns, steps * self.columns)
 
-    def most_evaluations(self, plan: Plan) -> int:
-        """Evaluations of an image of which no class leaves before it must."""
-        most, taken, columns = 0, 0, self.columns
+    def most_evaluations(self, plan: Plan, columns: int) -> int:
+        """Evaluations of an image of which no class leaves before it must.
+
+        Args:
+            plan: of the strategy.
+            columns: evaluations of its first step.
+        """
+        most, taken = 0, 0
         looks = plan.steps.looks
         keep = plan.rule.keep if isinstance(plan.rule, KeepBest) else ()
         for stage, look in enumerate(looks):

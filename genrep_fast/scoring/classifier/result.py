@@ -41,6 +41,9 @@ class ClassifierResult:
             class.
         temperature: τ of the posterior.
         labels: int64 [B] where all were given, else None.
+        coarse_evaluations: of the network at lower resolution, which `evaluations` leaves out,
+            int64 [B].
+        coarse_share: what one of these costs of a full one, by FLOPs; 0 without a coarse pass.
     """
 
     prediction: Tensor
@@ -55,9 +58,18 @@ class ClassifierResult:
     lift: Tensor | None
     temperature: float
     labels: Tensor | None = None
+    coarse_evaluations: Tensor | None = None
+    coarse_share: float = 0.0
 
     def __len__(self) -> int:
         return len(self.prediction)
+
+    @property
+    def cost(self) -> Tensor:
+        """What an image took, in evaluations at full resolution, float64 [B]."""
+        if self.coarse_evaluations is None:
+            return self.evaluations.double()
+        return self.evaluations + self.coarse_share * self.coarse_evaluations.double()
 
     def to(self, device: torch.device | str) -> ClassifierResult:
         """The same result on another device."""

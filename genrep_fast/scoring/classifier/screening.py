@@ -83,6 +83,18 @@ def upper_quantile(values: np.ndarray, error: float, unit: float) -> float:
     return float(max(values.max(), tail))
 
 
+def keep_for(ranks: np.ndarray, error: float, num_classes: int) -> int:
+    """How many of the best classes the winner is among, but for a share `error` of images.
+
+    Args:
+        ranks: of the winners of calibration images, from 1, [N].
+        error: within 0…1.
+        num_classes: K.
+    """
+    # The first rank is no surprise; a class further is the smallest one.
+    return min(1 + math.ceil(upper_quantile(ranks - 1.0, error, 1.0)), num_classes)
+
+
 def miss_rate(missed: np.ndarray, error: float | None = None) -> float:
     """The chance that the winner of another image is missed, from a mask of calibration images.
 
