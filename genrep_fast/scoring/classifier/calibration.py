@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from ...ops.posterior import fit_temperature, posterior
 from .contest import Contest, KnownVariance, Rule, Steps
 from .members import Members
 from .noise import ForwardNoise
+from .screening import Screened
 from .strategies import low_discrepancy_order
 
 # Powers of 1/s²(t) among which the labels choose the weights; 0 is uniform.
@@ -34,6 +35,61 @@ class SameOutputs(ValueError):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class CoarseErrors:
+    """Errors of N images under every class at lower resolution.
+
+    Attributes:
+        errors: float32 [N, n, K].
+        rows: of the full budget's timesteps, in the order of the pass, int64 [n].
+        factor: by which height and width shrink.
+        share: cost of a coarse evaluation, of a full one.
+    """
+
+    errors: np.ndarray
+    rows: np.ndarray
+    factor: int
+    share: float
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What `of_arrays` takes, by name."""
+        cost = np.array([self.factor, self.share], dtype=np.float64)
+        return {"coarse_errors": self.errors, "coarse_rows": self.rows, "coarse_cost": cost}
+
+    @classmethod
+    def of_arrays(
+        cls, arrays: dict[str, np.ndarray], shape: tuple[int, ...]
+    ) -> CoarseErrors | None:
+        """Those of a calibration whose errors have the shape [N, S, K]; None where there are none.
+
+        Raises:
+            ValueError: for arrays that are none.
+        """
+        names = ("coarse_errors", "coarse_rows", "coarse_cost")
+        found = [arrays[name] for name in names if name in arrays]
+        if not arrays:
+            return None
+        if set(arrays) != set(names):
+            raise ValueError(f"{', '.join(names)} must come together, got {sorted(arrays)}")
+        count, steps, num_classes = shape
+        errors, rows, cost = found
+        fits = errors.shape == (count, rows.size, num_classes) and cost.shape == (2,)
+        kinds = (errors.dtype, rows.dtype, cost.dtype) == (np.float32, np.int64, np.float64)
+        if not fits or not kinds or rows.ndim != 1 or rows.size == 0:
+            raise ValueError(
+                f"coarse_errors must be float32 [{count}, n, {num_classes}], got {errors.dtype} "
+                f"{list(errors.shape)} with {rows.dtype} {list(rows.shape)}"
+            )
+        if not np.isfinite(errors).all() or (errors < 0).any():
+            raise ValueError("coarse_errors must be finite and not negative")
+        if len(set(rows.tolist())) < len(rows) or rows.min() < 0 or rows.max() >= steps:
+            raise ValueError(f"coarse_rows must be distinct, from 0 to {steps - 1}")
+        factor, share = cost.tolist()
+        if not (factor >= 2 and factor.is_integer() and 0 < share < np.inf):
+            raise ValueError(f"coarse_cost must be a factor and a share, got {cost.tolist()}")
+        return cls(errors, rows, int(factor), share)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Calibration:
     """Errors of N images under every class at the S timesteps of a full budget.
 
@@ -42,12 +98,16 @@ class Calibration:
         errors: e = ‖target − o‖², float32 [N, S, K].
         roots: √D to the output under the image's winner, float32 [N, S, K].
         labels: int64 [N], or None: the winners serve as labels.
+        scores: of candidates, float32 [N, K], or None.
+        coarse: at lower resolution, or None.
     """
 
     timesteps: np.ndarray
     errors: np.ndarray
     roots: np.ndarray
     labels: np.ndarray | None = None
+    scores: np.ndarray | None = None
+    coarse: CoarseErrors | None = None
 
     def __str__(self) -> str:
         pairs = ~np.eye(len(self.timesteps), dtype=bool)
@@ -117,6 +177,10 @@ class Calibration:
             found.append(-log_p[torch.arange(len(labels)), labels].sum().item())
         near_best = [loss <= min(found) + 0.5 for loss in found]
         return _POWERS[near_best.index(True)]
+
+    def full_winners(self, kind: str) -> np.ndarray:
+        """Class that the full budget chooses with weights of a kind, int64 [N]."""
+        return self._weighted(self.weights(kind, self.timesteps)).argmin(1)
 
     def weights(self, kind: str, timesteps: np.ndarray) -> np.ndarray:
         """Weights of timesteps, interpolated between those of the calibration, with mean 1 [S']."""
@@ -197,12 +261,25 @@ class Calibration:
                     found[image] = max(found[image], -rule.log_chance(gaps, both)[0])
         return found
 
-    def replay(self, steps: Steps, rule: Rule, members: Members | None = None) -> Iterator[Contest]:
-        """What a strategy would have made of each image; None: every class is one row."""
+    def replay(
+        self,
+        steps: Steps,
+        rule: Rule,
+        members: Members | None = None,
+        screened: Sequence[Screened] | None = None,
+    ) -> Iterator[Contest]:
+        """What a strategy would have made of each image.
+
+        Args:
+            steps, rule: of the strategy.
+            members: of the classes and the null class; None: every class is one row.
+            screened: what precedes the strategy, of each image.
+        """
         if members is None:
             members = Members((1,) * self.errors.shape[2])
         for image, errors in enumerate(self.errors.astype(np.float64)):
-            contest = Contest(image, 0, None, errors.shape[1])
+            before = None if screened is None else screened[image]
+            contest = Contest(image, 0, None, errors.shape[1], None, before)
             for look in steps.looks:
                 taken = steps.order[len(contest) : look]
                 contest.evaluations += len(taken) * members.rows(contest.live)
@@ -215,9 +292,17 @@ class Calibration:
             yield contest
 
     def temperature(self, evidence: np.ndarray) -> float:
-        """τ of the posterior of the evidence that a strategy found [N, K]."""
+        """τ of the posterior of the evidence that a strategy found [N, K].
+
+        NaN of classes that never ran. Images whose label is one of them say nothing.
+        """
         labels = self.winners if self.labels is None else self.labels
-        return fit_temperature(torch.from_numpy(evidence), torch.from_numpy(labels))
+        ran = ~np.isnan(evidence)
+        told = np.flatnonzero(ran[np.arange(len(labels)), labels])
+        if len(told) == 0:
+            return 1.0
+        known = torch.from_numpy(np.where(ran, evidence, -np.inf)[told])
+        return fit_temperature(known, torch.from_numpy(labels[told]))
 
     def _distances(self, image: int) -> np.ndarray:
         """D to the output under the image's winner [S, K]."""
@@ -305,7 +390,13 @@ def of_contests(
         np.stack([contest.errors[rows] for contest in contests]).astype(np.float32),
         np.sqrt([contest.distances[rows] for contest in contests]).astype(np.float32),
         None if labels is None else labels.numpy(),
+        _scores(contests),
     )
+
+
+def _scores(contests: list[Contest]) -> np.ndarray | None:
+    scores = [contest.scores for contest in contests if contest.scores is not None]
+    return np.stack(scores).astype(np.float32) if scores else None
 
 
 def _power_weights(variance: np.ndarray, power: float) -> np.ndarray:

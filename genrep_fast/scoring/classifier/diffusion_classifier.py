@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from ...checks import check_at_least, check_in_range, check_integer, check_number, check_positive
+from .arrivals import arrivals_of
 from .calibration import Calibration, of_contests
 from .collector import Collector
 from .contest import Contest
-from .engine import Arrival, Engine, Plan
+from .engine import Arrival, Engines
 from .file import SavedClassifier, SavedPipeline, read_classifier, write_classifier
+from .funnel import Funnel
 from .images import ImageStream
 from .members import Members
 from .network import Network
@@ -181,6 +183,8 @@ class DiffusionClassifier:
         images: Any,
         labels: Sequence[int] | Tensor | None = None,
         *,
+        candidates: Any = None,
+        coarse: Any = None,
         steps: int | None = None,
         seed: int = 1,
         progress: bool = True,
@@ -191,6 +195,8 @@ class DiffusionClassifier:
             images: as of a call; some 50 to 200 that the denoiser was not trained on.
             labels: one an image, for temperatures and the weights of timesteps; without them the
                 full budget's winners serve, and weights stay uniform. A stream may hold them.
+            candidates, coarse: of the calls that will have them, see `gf.Candidates` and
+                `gf.Coarse`. A tree needs nothing here.
             steps: timesteps of the full budget; None: 24.
             seed: of the noise; another one than that of calls.
             progress: show a bar, where tqdm is installed.
@@ -206,17 +212,19 @@ class DiffusionClassifier:
         steps = planner.default_steps if steps is None else steps
         check_at_least(1, steps=steps)
         check_in_range(seed, "seed", 2**64, "2**64")
+        funnel = Funnel.of(self.num_classes, candidates, coarse=coarse)
         prepared = planner.prepare_calibration(steps)
         plan = prepared.plan
         stream = self._stream(images, None, labels)
         collector = Collector(self.num_classes, self.null_class is not None)
-        arrivals = self._arrivals(stream, collector)
+        arrivals = arrivals_of(stream, collector, self._network, funnel, self.batch_size)
         bar = Progress(progress, "calibrate", self._cost(prepared, stream.total))
-        with self._network.evaluating(), bar:
-            contests = list(self._run(plan, arrivals, collector, bar, seed, None))
-        if len(contests) < 2:
-            raise ValueError(f"images must be at least two to calibrate, got {len(contests)}")
-        found = of_contests(plan.noise, contests, plan.steps, collector.labels())
+        with self._network.evaluating(funnel.scorer), bar:
+            contests = list(self._run(prepared, arrivals, collector, bar, seed, None))
+            if len(contests) < 2:
+                raise ValueError(f"images must be at least two to calibrate, got {len(contests)}")
+            found = of_contests(plan.noise, contests, plan.steps, collector.labels())
+            found = funnel.measured(found, plan.noise, contests, self._engines(seed))
         self.calibration = found
         return found
 
@@ -225,6 +233,9 @@ class DiffusionClassifier:
         images: Any,
         *,
         strategy: str | Strategy = "race",
+        candidates: Any = None,
+        tree: Any = None,
+        coarse: Any = None,
         confidence: float = 0.99,
         budget: int | None = None,
         deadline: float | None = None,
@@ -246,9 +257,15 @@ class DiffusionClassifier:
                 one size; nothing is resized.
             strategy: "race", "full", "stratified" or "staged", or one of gf.Race, gf.Full,
                 gf.Stratified and gf.Staged with settings.
-            confidence: of a race, that the full budget's winner is not dropped.
-            budget: evaluations an image, at least one a class; an image that it ends before its
-                time is not `decided`.
+            candidates: a scorer, ``images -> scores [B, K]``, a GenRep, or `gf.Candidates`: its
+                best classes alone go on.
+            tree: nested dictionaries or lists whose leaves are all the classes: whole branches
+                leave. Branches had better have the same order of classes, where there is one.
+            coarse: True or `gf.Coarse`: the best classes at lower resolution go on.
+            confidence: of a race and of what precedes the strategy, that the full budget's winner
+                is not dropped.
+            budget: evaluations an image, at least one a class that is compared; an image that it
+                ends before its time is not `decided`.
             deadline: seconds for the call; no batch begins afterwards.
             seed: of the noise, which follows from it, the image's id and the timestep.
             image_ids: distinct integers in [0, 2³²), one an image; None: 0, 1, 2, …
@@ -262,40 +279,44 @@ class DiffusionClassifier:
         strategy = require_strategy(strategy)
         _check_confidence(confidence)
         check_in_range(seed, "seed", 2**64, "2**64")
-        self._check_budget(budget)
+        funnel = Funnel.of(self.num_classes, candidates, tree, coarse)
+        self._members.check_budget(budget, funnel.least)
         if deadline is not None:
             check_positive(deadline, "deadline")
         end = None if deadline is None else time.monotonic() + deadline
         stream = self._stream(images, image_ids, labels)
         collector = Collector(self.num_classes, self.null_class is not None)
-        arrivals = self._arrivals(stream, collector)
+        arrivals = arrivals_of(stream, collector, self._network, funnel, self.batch_size)
         calibrates = False
         if isinstance(strategy, Race) and self.calibration is None:
             calibrates = True
-            prepared = self._own_calibration(strategy, budget)
+            prepared = self._own_calibration(strategy, budget, funnel)
         else:
-            prepared = self._prepare(strategy, confidence, budget)
+            prepared = self._prepare(strategy, confidence, budget, funnel)
         bar = Progress(progress, "classify", self._cost(prepared, stream.total))
-        with self._network.evaluating(), bar:
+        with self._network.evaluating(funnel.scorer), bar:
             if calibrates:
                 first = islice(arrivals, SELF_CALIBRATION)
-                plan = prepared.plan
-                contests = list(self._run(plan, first, collector, bar, seed, end))
+                contests = list(self._run(prepared, first, collector, bar, seed, end))
                 if len(contests) == SELF_CALIBRATION and all(map(len, contests)):
+                    plan = prepared.plan
                     found = of_contests(plan.noise, contests, plan.steps, collector.labels())
                     self.calibration = found
-                    prepared = self._prepare(strategy, confidence, budget)
+                    prepared = self._prepare(strategy, confidence, budget, funnel)
             # Exhausts the arrivals.
-            for _ in self._run(prepared.plan, arrivals, collector, bar, seed, end):
+            for _ in self._run(prepared, arrivals, collector, bar, seed, end):
                 pass
         total = self._unread(stream, collector)
-        return collector.result(prepared.temperature, total)
+        return collector.result(prepared.temperature, total, prepared.screens.coarse_share)
 
     def estimate(
         self,
         num_images: int | None = None,
         *,
         strategy: str | Strategy = "race",
+        candidates: Any = None,
+        tree: Any = None,
+        coarse: Any = None,
         confidence: float = 0.99,
         budget: int | None = None,
     ) -> CostEstimate:
@@ -303,17 +324,18 @@ class DiffusionClassifier:
 
         Args:
             num_images: of the call, or None.
-            strategy, confidence, budget: of the call.
+            strategy, candidates, tree, coarse, confidence, budget: of the call.
 
         Raises:
             TypeError, ValueError: as a call; for a race without a calibration.
         """
         strategy = require_strategy(strategy)
         _check_confidence(confidence)
-        self._check_budget(budget)
+        funnel = Funnel.of(self.num_classes, candidates, tree, coarse)
+        self._members.check_budget(budget, funnel.least)
         if num_images is not None:
             check_at_least(0, num_images=num_images)
-        return self._cost(self._prepare(strategy, confidence, budget), num_images)
+        return self._cost(self._prepare(strategy, confidence, budget, funnel), num_images)
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write settings, prompts, the scheduler's configuration and calibration into a folder.
@@ -392,25 +414,9 @@ class DiffusionClassifier:
             num_classes=self.num_classes,
         )
 
-    def _arrivals(self, stream: ImageStream, collector: Collector) -> Iterator[Arrival]:
-        """Images, or their latents, one by one."""
-        index = 0
-        for batch in stream:
-            collector.see(batch)
-            device = self._network.device(batch.images)
-            together = self._network.encoded_together(batch.images)
-            for start in range(0, len(batch.images), together):
-                images = batch.images[start : start + together]
-                ids = batch.ids[start : start + together]
-                latents = self._network.encode(images.to(device)).to(device)
-                self._network.check_latents(latents, ids, index)
-                for latent, image_id in zip(latents, ids, strict=True):
-                    yield Arrival(index, image_id, latent)
-                    index += 1
-
     def _run(
         self,
-        plan: Plan,
+        prepared: Prepared,
         arrivals: Iterator[Arrival],
         collector: Collector,
         bar: Progress,
@@ -418,24 +424,24 @@ class DiffusionClassifier:
         end: float | None,
     ) -> Iterator[Contest]:
         """Images as they finish, which the collector has noted."""
-        engine = Engine(
-            self._network,
-            plan,
-            self._members,
-            batch_size=self.batch_size,
-            pad_to=self.pad_to,
-            seed=int(seed),
-        )
-        start = time.monotonic()
-        for contest in engine.run(arrivals, end):
+        plan, engines = prepared.plan, self._engines(seed)
+        arrivals = prepared.screens.run(arrivals, engines, end)
+        start, evaluations = time.monotonic(), 0
+        for contest in engines(plan, with_null=True).run(arrivals, end):
             prediction = collector.add(contest, plan)
             label = collector.label_of(contest.index)
             bar.add(contest.evaluations, None if label is None else prediction == label)
+            evaluations += contest.evaluations
             yield contest
-        if engine.rows:
-            self._evaluations_a_second = engine.rows / (time.monotonic() - start)
+        if evaluations:
+            self._evaluations_a_second = evaluations / (time.monotonic() - start)
 
-    def _own_calibration(self, strategy: Race, budget: int | None) -> Prepared:
+    def _engines(self, seed: int) -> Engines:
+        return Engines(self._network, self._members, self.batch_size, self.pad_to, int(seed))
+
+    def _own_calibration(self, strategy: Race, budget: int | None, funnel: Funnel) -> Prepared:
+        if funnel.coarse is not None:
+            raise ValueError("coarse needs a calibration; call calibrate with coarse first")
         planner = self._planner(None)
         steps = planner.default_steps
         if strategy.max_steps is not None:
@@ -455,21 +461,13 @@ class DiffusionClassifier:
         )
         return planner.prepare_calibration(steps)
 
-    def _check_budget(self, budget: int | None) -> None:
-        if budget is None:
-            return
-        check_integer(budget, "budget")
-        least = self._members.all_rows
-        if budget < least:
-            each = "prompt" if self._members.is_ensemble else "class"
-            raise ValueError(
-                f"budget must be at least {least} evaluations an image, one a {each}, got {budget}"
-            )
-
-    def _prepare(self, strategy: Strategy, confidence: float, budget: int | None) -> Prepared:
-        key = (strategy, confidence, budget)
+    def _prepare(
+        self, strategy: Strategy, confidence: float, budget: int | None, funnel: Funnel
+    ) -> Prepared:
+        key = (strategy, confidence, budget, funnel.key)
         if key not in self._prepared:
-            self._prepared[key] = self._planner(self.calibration).prepare(*key)
+            planner = self._planner(self.calibration)
+            self._prepared[key] = planner.prepare(strategy, confidence, budget, funnel)
         return self._prepared[key]
 
     def _cost(self, prepared: Prepared, images: int | None) -> CostEstimate:

@@ -19,6 +19,7 @@ from .contest import Contest, Rule, Steps
 from .members import Members, mean_errors, mean_outputs
 from .network import Network
 from .noise import ForwardNoise
+from .screening import Screened
 
 # Numbers of an output that its distances to others are measured by.
 SKETCH = 1024
@@ -44,11 +45,21 @@ class Plan:
 
 
 class Arrival(NamedTuple):
-    """An image that joins: its place in the call, the id of its noise, and itself."""
+    """An image that joins.
+
+    Attributes:
+        place: in the call.
+        image_id: of its noise.
+        image: [C, *spatial].
+        scores: of the candidates, float64 [K], or None.
+        screened: what precedes the strategy; None: every class is compared.
+    """
 
     place: int
     image_id: int
     image: Tensor
+    scores: np.ndarray | None = None
+    screened: Screened | None = None
 
 
 @dataclasses.dataclass(eq=False)
@@ -131,8 +142,13 @@ class Engine:
             while arriving and not late and self._waiting_rows < self._batch_size:
                 arrival = next(arrivals, None)
                 arriving = arrival is not None
-                if arrival is not None:
-                    self._join(Contest(*arrival, num_classes=len(self._members.counts)))
+                if arrival is None:
+                    break
+                contest = self._contest(arrival)
+                if self._affordable(contest):
+                    self._join(contest)
+                else:
+                    yield contest
             if late or not self._waiting:
                 yield from self._in_flight.values()
                 return
@@ -144,6 +160,10 @@ class Engine:
                 else:
                     del self._in_flight[contest.index]
                     yield contest
+
+    def _contest(self, arrival: Arrival) -> Contest:
+        place, image_id, image, scores, screened = arrival
+        return Contest(place, image_id, image, len(self._members.counts), scores, screened)
 
     def _join(self, contest: Contest) -> None:
         """Put the rows up to the next look in front of the queue."""
@@ -177,7 +197,7 @@ class Engine:
         if self._plan.budget is None:
             return len(self._plan.steps.order)
         rows = self._members.rows(contest.live)
-        return (self._plan.budget - contest.evaluations) // rows
+        return max(self._plan.budget - contest.evaluations, 0) // rows
 
     def _take(self) -> list[_Segment]:
         """The rows of the next batch."""
@@ -299,6 +319,30 @@ class Engine:
                     f"id {stage.contest.image_id} under {name} at timestep {timestep}"
                 )
             row -= stop - start
+
+
+@dataclasses.dataclass(frozen=True)
+class Engines:
+    """Makes engines of the same settings, see `Engine`."""
+
+    network: Network
+    members: Members
+    batch_size: int
+    pad_to: int | None
+    seed: int
+
+    def __call__(
+        self, plan: Plan, network: Network | None = None, *, with_null: bool = False
+    ) -> Engine:
+        """An engine of a plan; `network` takes the place of the common one."""
+        return Engine(
+            network or self.network,
+            plan,
+            self.members if with_null else self.members.without_null(),
+            batch_size=self.batch_size,
+            pad_to=self.pad_to,
+            seed=self.seed,
+        )
 
 
 def squared_distance(output: Tensor, target: Tensor) -> Tensor:

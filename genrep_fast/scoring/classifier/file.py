@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...checks import check_at_least, check_integer
 from ...files import read_json, write_atomically
-from .calibration import Calibration
+from .calibration import Calibration, CoarseErrors
 from .noise import ForwardNoise
 from .pipelines.denoiser import PipelineDenoiser
 from .pipelines.prompts import Prompts
@@ -28,6 +28,8 @@ from .pipelines.registry import family_of
 
 _SETTINGS = "classifier.json"
 _FORMAT = 1
+# Of a calibration, where there are any.
+_OPTIONAL = ("labels", "scores")
 _SETTING_NAMES = ("num_classes", "null_class", "parameterization")
 
 
@@ -253,8 +255,12 @@ def calibration_tensors(calibration: Calibration) -> dict[str, Tensor]:
         "errors": calibration.errors,
         "roots": calibration.roots,
     }
-    if calibration.labels is not None:
-        arrays["labels"] = calibration.labels
+    for name in _OPTIONAL:
+        array = getattr(calibration, name)
+        if array is not None:
+            arrays[name] = array
+    if calibration.coarse is not None:
+        arrays |= calibration.coarse.arrays()
     return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
 
 
@@ -300,9 +306,11 @@ def restored_calibration(
 
 
 def _checked_calibration(tensors: dict[str, Tensor], num_classes: int) -> Calibration:
+    coarse = {name: tensors[name].numpy() for name in tensors if name.startswith("coarse_")}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in coarse}
     names = set(tensors)
     required = {"timesteps", "errors", "roots"}
-    if not required <= names <= required | {"labels"}:
+    if not required <= names <= required | set(_OPTIONAL):
         raise ValueError(f"it must hold {', '.join(sorted(required))}, got {sorted(names)}")
     errors = tensors["errors"]
     if errors.ndim != 3 or errors.shape[2] != num_classes or min(errors.shape) == 0:
@@ -313,12 +321,18 @@ def _checked_calibration(tensors: dict[str, Tensor], num_classes: int) -> Calibr
         "errors": (torch.float32, tuple(errors.shape)),
         "roots": (torch.float32, tuple(errors.shape)),
         "labels": (torch.int64, (count,)),
+        "scores": (torch.float32, (count, num_classes)),
     }
     for name, tensor in tensors.items():
         dtype, shape = expected[name]
         if tensor.dtype != dtype or tuple(tensor.shape) != shape:
             found = f"{tensor.dtype} {list(tensor.shape)}"
             raise ValueError(f"{name} must be {dtype} {list(shape)}, got {found}")
+        if name == "scores":
+            # −inf rules a class out.
+            if tensor.isnan().any() or tensor.isposinf().any():
+                raise ValueError("scores must lie below infinity")
+            continue
         # Timesteps may be logarithms.
         if not tensor.isfinite().all() or (name != "timesteps" and (tensor < 0).any()):
             raise ValueError(f"{name} must be finite and not negative")
@@ -332,4 +346,6 @@ def _checked_calibration(tensors: dict[str, Tensor], num_classes: int) -> Calibr
         errors.numpy(),
         tensors["roots"].numpy(),
         None if labels is None else labels.numpy(),
+        tensors["scores"].numpy() if "scores" in tensors else None,
+        CoarseErrors.of_arrays(coarse, tuple(errors.shape)),
     )

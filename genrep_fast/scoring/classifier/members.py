@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...checks import check_integer
+
 
 @dataclasses.dataclass(frozen=True)
 class Members:
@@ -54,6 +56,10 @@ class Members:
         """Evaluations of a step under some classes and the null class."""
         return int(self._counts[classes].sum()) + (self.null_label is not None)
 
+    def without_null(self) -> Members:
+        """The classes alone."""
+        return Members(self.counts)
+
     @property
     def all_rows(self) -> int:
         """Evaluations of a step under all classes and the null class."""
@@ -62,6 +68,26 @@ class Members:
     def most_rows(self, classes: int) -> int:
         """The most evaluations of a step that as many classes, and the null class, take."""
         return sum(sorted(self.counts)[-classes:]) + (self.null_label is not None)
+
+    def least_rows(self, classes: int) -> int:
+        """The least evaluations of a step that as many classes, and the null class, take."""
+        return sum(sorted(self.counts)[:classes]) + (self.null_label is not None)
+
+    def check_budget(self, budget: int | None, classes: int) -> None:
+        """Check that a budget of an image allows for a step of so many classes, if not of more.
+
+        Raises:
+            TypeError, ValueError: otherwise.
+        """
+        if budget is None:
+            return
+        check_integer(budget, "budget")
+        least = self.least_rows(classes)
+        if budget < least:
+            each = "prompt" if self.is_ensemble else "class"
+            raise ValueError(
+                f"budget must be at least {least} evaluations an image, one a {each}, got {budget}"
+            )
 
     @functools.cached_property
     def _counts(self) -> np.ndarray:
