@@ -63,7 +63,7 @@ class Network:
         """Where noisy inputs of `images` are put."""
         if self._device is not None:
             return self._device
-        module = _module_of(self.denoiser)
+        module = module_of(self.denoiser)
         device = None if module is None else execution_device(module)
         return images.device if device is None else device
 
@@ -71,14 +71,14 @@ class Network:
         """Of the noisy inputs of `images`."""
         if self._dtype is not None:
             return self._dtype
-        module = _module_of(self.denoiser)
+        module = module_of(self.denoiser)
         parameter = None if module is None else first_parameter(module)
         return images.dtype if parameter is None else parameter.dtype
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """Eval mode without gradients; every module gets its own mode back."""
-        modules = (_module_of(used) for used in (self.denoiser, self.vae))
+        modules = (module_of(used) for used in (self.denoiser, self.vae))
         with eval_mode(module for module in modules if module is not None):
             yield
 
@@ -151,7 +151,7 @@ class Network:
         """(C, H, W) of a noisy input, where the denoiser's config tells it."""
         if isinstance(self.denoiser, PipelineDenoiser):
             return self.denoiser.adapter.sample_shape()
-        module = _module_of(self.denoiser)
+        module = module_of(self.denoiser)
         shape = getattr(module, "sample_shape", None)
         if isinstance(shape, tuple):
             return shape
@@ -164,7 +164,7 @@ class Network:
         return channels, height, width
 
 
-def _module_of(function: Any) -> nn.Module | None:
+def module_of(function: Any) -> nn.Module | None:
     """The module that is called, itself, by one of its methods or by a pipeline's denoiser."""
     if isinstance(function, nn.Module):
         return function
