@@ -29,6 +29,7 @@ class PipelineDenoiser:
 
     Attributes:
         members: the rows of each class.
+        adapter, family, prompts, conditioning: as given.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class PipelineDenoiser:
         self.prompts = prompts
         null_label = None if prompts.null is None else len(prompts.flat)
         self.members = Members(tuple(map(len, prompts.classes)), null_label)
-        self._conditioning = conditioning
+        self.conditioning = conditioning
 
     @property
     def module(self) -> nn.Module:
@@ -48,10 +49,10 @@ class PipelineDenoiser:
 
     def __call__(self, x_t: Tensor, timesteps: Tensor, rows: Tensor) -> Any:
         selected = {}
-        for name, value in self._conditioning.items():
+        for name, value in self.conditioning.items():
             if value.device != x_t.device:
                 # Moved once, where the pipeline was moved.
-                value = self._conditioning[name] = value.to(x_t.device)
+                value = self.conditioning[name] = value.to(x_t.device)
             chosen = value[rows]
             selected[name] = chosen.to(x_t.dtype) if chosen.is_floating_point() else chosen
         return self.adapter.predict(x_t, timesteps, selected)
