@@ -13,7 +13,7 @@ from .calibration import Calibration
 from .candidates import Candidates, best_scores, require_candidates
 from .coarse import MOST_STEPS, Coarse, best_coarse, measured_coarse, require_coarse
 from .coarse_network import CoarseNetwork
-from .contest import Contest, Steps
+from .contest import Steps
 from .engine import Arrival, Engines
 from .noise import ForwardNoise
 from .screening import Screened
@@ -167,13 +167,12 @@ class Funnel:
         self,
         calibration: Calibration,
         noise: ForwardNoise,
-        contests: list[Contest],
+        arrivals: Sequence[Arrival],
         engines: Engines,
     ) -> Calibration:
         """A calibration with what the coarse pass makes of its images, where there is one."""
         if self.coarse is None:
             return calibration
-        arrivals = [Arrival(part.index, part.image_id, part.image) for part in contests]
         rows = calibration.order("signal")[:MOST_STEPS]
         network = CoarseNetwork(engines.network, self.coarse.factor)
         found = measured_coarse(network, noise, rows, arrivals, engines)
