@@ -194,7 +194,7 @@ class Funnel:
         screens = Screens((), [Screened.of_all(self.num_classes)] * len(basis.winners))
         if self.candidates is not None:
             scores, keep = basis.calibration.scores, self.candidates.keep
-            best = best_scores(keep, scores, basis.winners, self.num_classes, error)
+            best = best_scores(keep, scores, basis.winners, error)
             screens = screens.followed_by(best, basis)
         if self.tree is not None:
             branches = calibrated_branches(self.tree, basis, screens.screened, error)
@@ -212,5 +212,5 @@ class Funnel:
                 raise ValueError(f"{name} needs a calibration; call calibrate first")
         if self.candidates is None:
             return Screens()
-        best = best_scores(self.candidates.keep, None, None, self.num_classes, error)
-        return Screens((best,), reaching=best.keep)
+        best = best_scores(self.candidates.keep, None, None, error)
+        return Screens((best,), reaching=self.candidates.keep)
