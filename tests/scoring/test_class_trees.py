@@ -8,7 +8,7 @@ from diffusers import DDPMScheduler
 import genrep_fast as gf
 from genrep_fast.scoring.classifier.funnel import Funnel
 from genrep_fast.scoring.classifier.screening import Screened
-from genrep_fast.scoring.classifier.tree import Branches, _Level, require_tree
+from genrep_fast.scoring.classifier.tree import Branches, Level, require_tree
 
 # Pictures of three digits, each of 0, 1, 2.
 K = 27
@@ -167,7 +167,7 @@ def test_dictionaries_and_uneven_trees(classifier):
     assert (result.steps > 0).any(1).all()
     tree = require_tree(uneven, K)
     assert tree.leaves == (4, 0, 1, 2, 3, *range(5, K))
-    first = _Level(tree, 0)
+    first = Level(tree, 0)
     assert first.branch[[4, 0, 3, 5, 26]].tolist() == [0, 1, 1, 2, 2]
     assert first.representatives(np.arange(K), 1).tolist() == [2, 4, 16]
     # One branch is left, or one class of each.

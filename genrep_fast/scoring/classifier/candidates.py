@@ -12,7 +12,7 @@ from torch import Tensor
 from ...checks import check_at_least
 from .calibration import Calibration
 from .engine import Arrival
-from .screening import Screened, keep_for, miss_rate
+from .screening import Cut, Screened, calibrated_cut
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Candidates:
             latents of a latent model), -> [B, K], greater for likelier classes; logits or
             log-probabilities, a tensor or an object with ``logits``. −inf rules a class out. Or a
             model with `perceive`, such as a GenRep. A module is put into eval mode during a call.
-        keep: classes of an image that go on; None: as many as the calibration asks for, which has
-            to be made with the same scorer.
+        keep: classes of an image that go on; None: the calibration says how many, or how far below
+            the best score, whichever are fewer. It has to be made with the same scorer.
 
     Raises:
         TypeError, ValueError: for arguments that do not fit.
@@ -94,14 +94,14 @@ def require_candidates(candidates: Any, num_classes: int) -> Candidates | None:
 
 @dataclasses.dataclass(frozen=True)
 class BestScores:
-    """The screen of candidates: the best `keep` scores of an image go on.
+    """The screen of candidates: the best scores of an image go on.
 
     Attributes:
-        keep: classes.
+        cut: which of them.
         miss: the chance that the winner is not among them.
     """
 
-    keep: int
+    cut: Cut
     miss: float
 
     def replay(self, calibration: Calibration, screened: Sequence[Screened]) -> list[Screened]:
@@ -118,9 +118,9 @@ class BestScores:
             before = arrival.screened or Screened.of_all(len(arrival.scores))
             yield arrival._replace(screened=self.select(arrival.scores, before))
 
-    def most(self, reaching: int | None) -> int:
-        """The most classes that pass it."""
-        return self.keep if reaching is None else min(reaching, self.keep)
+    def most(self, reaching: int | None) -> int | None:
+        """The most classes that pass it; None: all of them may."""
+        return self.cut.most(reaching)
 
     def most_cost(self, reaching: int) -> float:
         """Evaluations' worth of an image: none."""
@@ -129,18 +129,11 @@ class BestScores:
     def select(self, scores: np.ndarray, screened: Screened) -> Screened:
         """Those of the live classes that go on, by the scores of all classes [K]."""
         of_live = scores[screened.live]
-        staying = np.zeros(len(of_live), dtype=bool)
-        staying[np.argsort(-of_live, kind="stable")[: self.keep]] = True
-        staying &= of_live > -np.inf
-        return screened.keep(staying, self.miss, of_live)
+        return screened.keep(self.cut.staying(of_live), self.miss, of_live)
 
 
 def best_scores(
-    keep: int | None,
-    scores: np.ndarray | None,
-    winners: np.ndarray | None,
-    num_classes: int,
-    error: float,
+    keep: int | None, scores: np.ndarray | None, winners: np.ndarray | None, error: float
 ) -> BestScores:
     """How many candidates go on.
 
@@ -153,21 +146,11 @@ def best_scores(
     Raises:
         ValueError: where neither says how many.
     """
-    if scores is None or winners is None:
-        if keep is None:
-            raise ValueError(
-                "candidates: the calibration has no scores of them; call calibrate with "
-                "candidates, or say how many go on: gf.Candidates(scorer, keep=...)"
-            )
-        return BestScores(keep, error)
-    ranks = winner_ranks(scores, winners)
-    if keep is not None:
-        return BestScores(keep, miss_rate(ranks > keep))
-    keep = keep_for(ranks, error, num_classes)
-    return BestScores(keep, miss_rate(ranks > keep, error))
-
-
-def winner_ranks(scores: np.ndarray, winners: np.ndarray) -> np.ndarray:
-    """The place of each image's winner among its scores, from 1; the last one of a tie, [N]."""
-    own = scores[np.arange(len(winners)), winners]
-    return (scores >= own[:, None]).sum(1)
+    if scores is not None and winners is not None:
+        return BestScores(*calibrated_cut(scores, winners, error, keep))
+    if keep is None:
+        raise ValueError(
+            "candidates: the calibration has no scores of them; call calibrate with "
+            "candidates, or say how many go on: gf.Candidates(scorer, keep=...)"
+        )
+    return BestScores(Cut(keep), error)

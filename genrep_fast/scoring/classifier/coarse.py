@@ -12,12 +12,11 @@ import torch
 from ...checks import check_at_least
 from ...ops.posterior import fit_temperature
 from .calibration import Calibration, CoarseErrors
-from .candidates import winner_ranks
 from .coarse_network import CoarseNetwork
 from .contest import KeepBest, Steps
 from .engine import Arrival, Engines, Plan
 from .noise import ForwardNoise
-from .screening import Screened, keep_for, miss_rate
+from .screening import Cut, Screened, calibrated_cut
 
 if TYPE_CHECKING:
     from .funnel import Basis
@@ -33,7 +32,8 @@ class Coarse:
     Args:
         factor: by which height and width shrink.
         steps: timesteps of the pass, 1 to 4; None: what the calibration finds cheapest.
-        keep: classes of an image that go on; None: as many as the calibration asks for.
+        keep: classes of an image that go on; None: the calibration says how many, or how much
+            worse than the best one, whichever are fewer.
 
     Raises:
         TypeError, ValueError: for arguments that do not fit.
@@ -109,7 +109,7 @@ class BestCoarse:
         rows: of its steps, those of the pass.
         factor: by which height and width shrink.
         share: cost of a coarse evaluation, of a full one.
-        keep: classes that go on.
+        cut: which classes go on, by minus their mean errors.
         miss: the chance that the winner is not among them.
         temperature: of the mean coarse errors.
     """
@@ -118,13 +118,13 @@ class BestCoarse:
     rows: np.ndarray
     factor: int
     share: float
-    keep: int
+    cut: Cut
     miss: float
     temperature: float
 
-    def most(self, reaching: int | None) -> int:
-        """The most classes that pass it."""
-        return self.keep if reaching is None else min(reaching, self.keep)
+    def most(self, reaching: int | None) -> int | None:
+        """The most classes that pass it; None: all of them may."""
+        return self.cut.most(reaching)
 
     def most_cost(self, reaching: int) -> float:
         """Evaluations' worth of an image that so many classes reach."""
@@ -135,7 +135,7 @@ class BestCoarse:
         assert calibration.coarse is not None
         found = []
         for errors, image in zip(calibration.coarse.errors, screened, strict=True):
-            if self._decides(image):
+            if self.cut.decides(len(image.live)):
                 taken = errors[: len(self.rows), image.live]
                 image = self._pruned(image, taken, taken.size)
             found.append(image)
@@ -151,7 +151,8 @@ class BestCoarse:
 
         def entering() -> Iterator[Arrival]:
             for arrival in arrivals:
-                if arrival.screened is not None and not self._decides(arrival.screened):
+                before = arrival.screened
+                if before is not None and not self.cut.decides(len(before.live)):
                     passing.append(arrival)
                     continue
                 originals[arrival.place] = arrival
@@ -168,16 +169,10 @@ class BestCoarse:
             yield original._replace(screened=image)
         yield from passing
 
-    def _decides(self, image: Screened) -> bool:
-        """Whether a class of an image has to leave."""
-        return len(image.live) > self.keep
-
     def _pruned(self, image: Screened, errors: np.ndarray, evaluations: int) -> Screened:
         """An image with the best classes by their errors [steps, R]."""
         scores = -errors.astype(np.float64).mean(0)
-        staying = np.zeros(len(scores), dtype=bool)
-        staying[np.argsort(-scores, kind="stable")[: self.keep]] = True
-        image = image.keep(staying, self.miss, scores / self.temperature)
+        image = image.keep(self.cut.staying(scores), self.miss, scores / self.temperature)
         return image._replace(coarse_evaluations=image.coarse_evaluations + evaluations)
 
 
@@ -221,19 +216,15 @@ def best_coarse(
         scores = np.full(mean_errors.shape, -np.inf)
         for image, row, errors in zip(screened, scores, mean_errors, strict=True):
             row[image.live] = -errors[image.live]
-        ranks = winner_ranks(scores[told], winners[told])
-        keep = coarse.keep
-        if keep is None:
-            keep = keep_for(ranks, error, scores.shape[1])
-        worth = known.share * steps * reaching + later * np.minimum(reaching, keep)
+        scores = scores[told]
+        cut, miss = calibrated_cut(scores, winners[told], error, coarse.keep)
+        passed = np.array([cut.staying(row).sum() for row in scores])
+        worth = known.share * steps * reaching[told] + later * passed
         if worth.mean() < least:
             least = float(worth.mean())
-            temperature = fit_temperature(
-                torch.from_numpy(scores[told]), torch.from_numpy(winners[told])
-            )
-            miss = miss_rate(ranks > keep, None if coarse.keep is not None else error)
+            temperature = fit_temperature(torch.from_numpy(scores), torch.from_numpy(winners[told]))
             rows = known.rows[:steps]
             cheapest = BestCoarse(
-                basis.noise, rows, known.factor, known.share, keep, miss, temperature
+                basis.noise, rows, known.factor, known.share, cut, miss, temperature
             )
     return cheapest

@@ -224,7 +224,8 @@ class DiffusionClassifier:
             if len(contests) < 2:
                 raise ValueError(f"images must be at least two to calibrate, got {len(contests)}")
             found = of_contests(plan.noise, contests, plan.steps, collector.labels())
-            found = funnel.measured(found, plan.noise, contests, self._engines(seed))
+            seen = [Arrival(part.index, part.image_id, part.image) for part in contests]
+            found = funnel.measured(found, plan.noise, seen, self._engines(seed))
         self.calibration = found
         return found
 

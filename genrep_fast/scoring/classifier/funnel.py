@@ -13,7 +13,7 @@ from .calibration import Calibration
 from .candidates import Candidates, best_scores, require_candidates
 from .coarse import MOST_STEPS, Coarse, best_coarse, measured_coarse, require_coarse
 from .coarse_network import CoarseNetwork
-from .contest import Contest, Steps
+from .contest import Steps
 from .engine import Arrival, Engines
 from .noise import ForwardNoise
 from .screening import Screened
@@ -167,13 +167,12 @@ class Funnel:
         self,
         calibration: Calibration,
         noise: ForwardNoise,
-        contests: list[Contest],
+        arrivals: Sequence[Arrival],
         engines: Engines,
     ) -> Calibration:
         """A calibration with what the coarse pass makes of its images, where there is one."""
         if self.coarse is None:
             return calibration
-        arrivals = [Arrival(part.index, part.image_id, part.image) for part in contests]
         rows = calibration.order("signal")[:MOST_STEPS]
         network = CoarseNetwork(engines.network, self.coarse.factor)
         found = measured_coarse(network, noise, rows, arrivals, engines)
@@ -195,7 +194,7 @@ class Funnel:
         screens = Screens((), [Screened.of_all(self.num_classes)] * len(basis.winners))
         if self.candidates is not None:
             scores, keep = basis.calibration.scores, self.candidates.keep
-            best = best_scores(keep, scores, basis.winners, self.num_classes, error)
+            best = best_scores(keep, scores, basis.winners, error)
             screens = screens.followed_by(best, basis)
         if self.tree is not None:
             branches = calibrated_branches(self.tree, basis, screens.screened, error)
@@ -213,5 +212,5 @@ class Funnel:
                 raise ValueError(f"{name} needs a calibration; call calibrate first")
         if self.candidates is None:
             return Screens()
-        best = best_scores(self.candidates.keep, None, None, self.num_classes, error)
-        return Screens((best,), reaching=best.keep)
+        best = best_scores(self.candidates.keep, None, None, error)
+        return Screens((best,), reaching=self.candidates.keep)

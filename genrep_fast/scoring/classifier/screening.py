@@ -83,18 +83,6 @@ def upper_quantile(values: np.ndarray, error: float, unit: float) -> float:
     return float(max(values.max(), tail))
 
 
-def keep_for(ranks: np.ndarray, error: float, num_classes: int) -> int:
-    """How many of the best classes the winner is among, but for a share `error` of images.
-
-    Args:
-        ranks: of the winners of calibration images, from 1, [N].
-        error: within 0…1.
-        num_classes: K.
-    """
-    # The first rank is no surprise; a class further is the smallest one.
-    return min(1 + math.ceil(upper_quantile(ranks - 1.0, error, 1.0)), num_classes)
-
-
 def miss_rate(missed: np.ndarray, error: float | None = None) -> float:
     """The chance that the winner of another image is missed, from a mask of calibration images.
 
@@ -102,3 +90,62 @@ def miss_rate(missed: np.ndarray, error: float | None = None) -> float:
     """
     rate = (int(missed.sum()) + 1) / (len(missed) + 2)
     return rate if error is None else min(rate, error)
+
+
+class Cut(NamedTuple):
+    """Which classes of an image go on, by scores of which the greatest is the best.
+
+    Attributes:
+        keep: classes at most.
+        margin: by which a score may lie below the best one.
+    """
+
+    keep: int
+    margin: float = math.inf
+
+    def staying(self, scores: np.ndarray) -> np.ndarray:
+        """Mask of the classes that go on, of scores [R]; one of −inf never does."""
+        found = np.zeros(len(scores), dtype=bool)
+        found[np.argsort(-scores, kind="stable")[: self.keep]] = True
+        return found & (scores >= scores.max() - self.margin) & (scores > -np.inf)
+
+    def decides(self, classes: int) -> bool:
+        """Whether one of so many classes may have to leave."""
+        return classes > (self.keep if self.margin == math.inf else 1)
+
+    def most(self, reaching: int | None) -> int | None:
+        """The most classes that go on where so many are there; None: all of them may."""
+        if self.margin < math.inf:
+            return reaching
+        return self.keep if reaching is None else min(reaching, self.keep)
+
+
+def calibrated_cut(
+    scores: np.ndarray, winners: np.ndarray, error: float, keep: int | None = None
+) -> tuple[Cut, float]:
+    """A cut, and the chance that the winner of an image is not among those that go on.
+
+    The best classes or those within a margin of the best score, whichever are fewer.
+
+    Args:
+        scores: of calibration images [N, K], −inf of the classes that left before.
+        winners: of their full budgets, int64 [N].
+        error: the share of images whose winner may be missed.
+        keep: how many go on; None: as many as that needs.
+    """
+    images, num_classes = np.arange(len(winners)), scores.shape[1]
+    own = scores[images, winners]
+    # The last of those that are tied; nowhere where it was ruled out.
+    ranks = np.where(own > -np.inf, (scores >= own[:, None]).sum(1), num_classes + 1)
+    if keep is not None:
+        return Cut(keep), miss_rate(ranks > keep)
+    # The first rank is no surprise; a class further is the smallest one.
+    needed = 1 + math.ceil(upper_quantile(ranks - 1.0, error, 1.0))
+    best_two = -np.partition(-scores, 1, axis=1)[:, :2]
+    ahead = (best_two[:, 0] - best_two[:, 1]).clip(max=_LEAST_SCORE * np.abs(own).max())
+    margin = upper_quantile(best_two[:, 0] - own, error, float(ahead.mean()))
+    cuts = Cut(min(needed, num_classes)), Cut(num_classes, margin)
+    passed = [np.stack([cut.staying(row) for row in scores]) for cut in cuts]
+    fewest = int(passed[1].sum() < passed[0].sum())
+    missed = ~passed[fewest][images, winners]
+    return cuts[fewest], miss_rate(missed, error)

@@ -8,6 +8,7 @@ the same places in each branch, which differ in as little else as the tree allow
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 # Nesting beyond it is a list that holds itself.
 _DEEPEST = 64
+# Sets of classes whose representatives a level keeps.
+_REMEMBERED = 1024
 # Settings among which the calibration chooses.
 _REPRESENTATIVES = (1, 2, 4)
 _STEPS = (1, 2, 3)
@@ -43,6 +46,11 @@ class Tree:
 
     leaves: tuple[int, ...]
     levels: tuple[tuple[int, ...], ...]
+
+    @functools.cached_property
+    def parts(self) -> list[Level]:
+        """Its levels, from the root down."""
+        return [Level(self, number) for number in range(len(self.levels))]
 
 
 def require_tree(tree: Any, num_classes: int) -> Tree | None:
@@ -153,7 +161,7 @@ class Branches:
     def most_cost(self, reaching: int) -> float:
         """Evaluations of an image that so many classes reach, where no branch leaves."""
         representatives = self.judgement.representatives
-        most = sum(min(level.branches * representatives, reaching) for level in self._levels)
+        most = sum(min(level.branches * representatives, reaching) for level in self.tree.parts)
         return most * self.judgement.steps
 
     def replay(self, calibration: Calibration, screened: Sequence[Screened]) -> list[Screened]:
@@ -161,7 +169,7 @@ class Branches:
         rows = self.steps.order[: self.judgement.steps]
         found = []
         for errors, image in zip(calibration.errors, screened, strict=True):
-            for level in self._levels:
+            for level in self.tree.parts:
                 chosen = level.representatives(image.live, self.judgement.representatives)
                 if chosen is not None:
                     image = self._pruned(level, image, chosen, errors[rows][:, chosen])
@@ -174,13 +182,13 @@ class Branches:
         self, arrivals: Iterator[Arrival], engines: Engines, deadline: float | None
     ) -> Iterator[Arrival]:
         """Images without the branches that left, in any order."""
-        for level in self._levels:
+        for level in self.tree.parts:
             arrivals = self._run_level(level, arrivals, engines, deadline)
         return arrivals
 
     def _run_level(
         self,
-        level: _Level,
+        level: Level,
         arrivals: Iterator[Arrival],
         engines: Engines,
         deadline: float | None,
@@ -211,7 +219,7 @@ class Branches:
         yield from passing
 
     def _pruned(
-        self, level: _Level, image: Screened, chosen: np.ndarray, errors: np.ndarray
+        self, level: Level, image: Screened, chosen: np.ndarray, errors: np.ndarray
     ) -> Screened:
         """An image without the branches that leave at a level.
 
@@ -225,14 +233,10 @@ class Branches:
         scores = level.scores(chosen, weights, errors, self.judgement.best)
         stays = scores - scores.min() <= self.margin
         staying = stays[level.branch[image.live]]
-        return image.keep(staying, self.miss / len(self._levels))
-
-    @property
-    def _levels(self) -> list[_Level]:
-        return [_Level(self.tree, number) for number in range(len(self.tree.levels))]
+        return image.keep(staying, self.miss / len(self.tree.parts))
 
 
-class _Level:
+class Level:
     """A level of a tree.
 
     Attributes:
@@ -249,6 +253,7 @@ class _Level:
         # Of a class among the leaves.
         self._place = np.empty(len(leaves), dtype=np.int64)
         self._place[leaves] = np.arange(len(leaves))
+        self._known: dict[tuple[bytes, int], np.ndarray | None] = {}
 
     def representatives(self, live: np.ndarray, number: int) -> np.ndarray | None:
         """Classes that stand for the branches of the live ones, ascending, int64 [R].
@@ -256,6 +261,15 @@ class _Level:
         The same places of each branch, evenly spread. None where one branch is left, or where each
         of them has one class left: the strategy compares these.
         """
+        key = (live.tobytes(), number)
+        if key not in self._known:
+            # Most images have the same classes left; those of the others need not pile up.
+            if len(self._known) == _REMEMBERED:
+                self._known.clear()
+            self._known[key] = self._chosen(live, number)
+        return self._known[key]
+
+    def _chosen(self, live: np.ndarray, number: int) -> np.ndarray | None:
         ordered = live[np.argsort(self._place[live])]
         _, starts, sizes = np.unique(self.branch[ordered], return_index=True, return_counts=True)
         if len(sizes) == 1 or sizes.max() == 1:
@@ -331,7 +345,7 @@ def _with_margin(
         if winner not in image.live:
             continue
         gaps = [0.0]
-        for level in screen._levels:
+        for level in screen.tree.parts:
             chosen = level.representatives(image.live, judgement.representatives)
             if chosen is not None:
                 scores = level.scores(chosen, weights, errors[rows][:, chosen], judgement.best)
