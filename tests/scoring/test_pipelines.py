@@ -23,7 +23,8 @@ from genrep_fast.scoring.classifier.pipelines.adapter import Adapter
 from genrep_fast.scoring.classifier.pipelines.prompts import Prompts
 from genrep_fast.scoring.classifier.strategies import low_discrepancy_order
 
-pytest.importorskip("transformers")
+# Earlier versions make tokenizers from files alone.
+pytest.importorskip("transformers", minversion="5")
 import tiny_pipelines  # noqa: E402
 
 FAMILIES = tuple(tiny_pipelines.BUILDERS)
@@ -665,6 +666,14 @@ def test_an_offloaded_pipeline_classifies_the_same(family, pipe_of):
     offloaded = gf.DiffusionClassifier.from_pipeline(pipe, prompts)
     first, second = (each(images, strategy=gf.Full(2), **QUIET) for each in (plain, offloaded))
     assert torch.equal(first.log_likelihood, second.log_likelihood)
+
+
+def test_text_encoders_on_several_devices_are_refused(pipe_of):
+    pipe = pipe_of("StableDiffusionXLPipeline")
+    pipe.text_encoder_2.to("meta")
+    message = "on one device, got text_encoder on cpu, text_encoder_2 on meta"
+    with pytest.raises(ValueError, match=message):
+        gf.DiffusionClassifier.from_pipeline(pipe, ["a cat", "a dog"])
 
 
 def test_an_offloaded_vae_is_not_copied(pipe):
