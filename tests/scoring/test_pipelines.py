@@ -13,6 +13,7 @@ from diffusers import (
     DDPMScheduler,
     FlowMatchEulerDiscreteScheduler,
     SanaPipeline,
+    UniPCMultistepScheduler,
 )
 
 import genrep_fast as gf
@@ -377,9 +378,13 @@ def test_unlabelled_images_tell_where_a_flow_has_its_signal(shift):
 
 
 def test_dynamic_shifting_places_timesteps_as_the_pipeline_does(pipe_of):
-    classifier = gf.DiffusionClassifier.from_pipeline(pipe_of("FluxPipeline"), ["a cat", "a dog"])
-    config = classifier.scheduler.config
-    assert not config.use_dynamic_shifting and config.shift == pytest.approx(np.exp(1.15))
+    pipe, prompts = pipe_of("FluxPipeline"), ["a cat", "a dog"]
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    multistep = UniPCMultistepScheduler(use_dynamic_shifting=True, **flow)
+    for name, scheduler in (("shift", pipe.scheduler), ("flow_shift", multistep)):
+        pipe.scheduler = scheduler
+        config = gf.DiffusionClassifier.from_pipeline(pipe, prompts).scheduler.config
+        assert not config.use_dynamic_shifting and config[name] == pytest.approx(np.exp(1.15))
 
 
 # What is refused
