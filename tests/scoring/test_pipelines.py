@@ -13,6 +13,7 @@ from diffusers import (
     DDPMScheduler,
     FlowMatchEulerDiscreteScheduler,
     SanaPipeline,
+    UniPCMultistepScheduler,
 )
 
 import genrep_fast as gf
@@ -23,7 +24,8 @@ from genrep_fast.scoring.classifier.pipelines.adapter import Adapter
 from genrep_fast.scoring.classifier.pipelines.prompts import Prompts
 from genrep_fast.scoring.classifier.strategies import low_discrepancy_order
 
-pytest.importorskip("transformers")
+# Earlier versions make tokenizers from files alone.
+pytest.importorskip("transformers", minversion="5")
 import tiny_pipelines  # noqa: E402
 
 FAMILIES = tuple(tiny_pipelines.BUILDERS)
@@ -376,9 +378,13 @@ def test_unlabelled_images_tell_where_a_flow_has_its_signal(shift):
 
 
 def test_dynamic_shifting_places_timesteps_as_the_pipeline_does(pipe_of):
-    classifier = gf.DiffusionClassifier.from_pipeline(pipe_of("FluxPipeline"), ["a cat", "a dog"])
-    config = classifier.scheduler.config
-    assert not config.use_dynamic_shifting and config.shift == pytest.approx(np.exp(1.15))
+    pipe, prompts = pipe_of("FluxPipeline"), ["a cat", "a dog"]
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    multistep = UniPCMultistepScheduler(use_dynamic_shifting=True, **flow)
+    for name, scheduler in (("shift", pipe.scheduler), ("flow_shift", multistep)):
+        pipe.scheduler = scheduler
+        config = gf.DiffusionClassifier.from_pipeline(pipe, prompts).scheduler.config
+        assert not config.use_dynamic_shifting and config[name] == pytest.approx(np.exp(1.15))
 
 
 # What is refused
@@ -491,9 +497,11 @@ def test_a_prompt_that_one_encoder_cuts(pipe_of):
         gf.DiffusionClassifier.from_pipeline(pipe, prompts)
     assert len(caught) == 1 and caught[0].filename == __file__
     pipe.text_encoder_3 = pipe.tokenizer_3 = None
-    with pytest.raises(ValueError, match=r"pipe.tokenizer takes 16: shorten it"):
-        gf.DiffusionClassifier.from_pipeline(pipe, prompts)
-    classifier = gf.DiffusionClassifier.from_pipeline(pipe, ["a cat", "a dog"])
+    with pytest.warns(UserWarning, match="CLIP alone reads the prompts") as caught:
+        with pytest.raises(ValueError, match=r"pipe.tokenizer takes 16: shorten it"):
+            gf.DiffusionClassifier.from_pipeline(pipe, prompts)
+        classifier = gf.DiffusionClassifier.from_pipeline(pipe, ["a cat", "a dog"])
+    assert {each.filename for each in caught} == {__file__}
     assert len(classifier(pictures(1), strategy=gf.Full(1), **QUIET)) == 1
 
 
@@ -665,6 +673,14 @@ def test_an_offloaded_pipeline_classifies_the_same(family, pipe_of):
     offloaded = gf.DiffusionClassifier.from_pipeline(pipe, prompts)
     first, second = (each(images, strategy=gf.Full(2), **QUIET) for each in (plain, offloaded))
     assert torch.equal(first.log_likelihood, second.log_likelihood)
+
+
+def test_text_encoders_on_several_devices_are_refused(pipe_of):
+    pipe = pipe_of("StableDiffusionXLPipeline")
+    pipe.text_encoder_2.to("meta")
+    message = "on one device, got text_encoder on cpu, text_encoder_2 on meta"
+    with pytest.raises(ValueError, match=message):
+        gf.DiffusionClassifier.from_pipeline(pipe, ["a cat", "a dog"])
 
 
 def test_an_offloaded_vae_is_not_copied(pipe):
