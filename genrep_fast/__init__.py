@@ -24,6 +24,7 @@ from .ops.reverse_step import reverse_step
 from .ops.scoring import log_likelihood
 from .scoring.chain_bank import ChainBank
 from .scoring.classifier.diffusion_classifier import DiffusionClassifier
+from .scoring.classifier.saved_results import SavedResults
 from .scoring.classifier.strategies import Full, Race, Staged, Stratified
 from .scoring.scorer import PosteriorScorer
 
@@ -53,6 +54,7 @@ __all__ = [
     "GradientAligner",
     "PosteriorScorer",
     "Race",
+    "SavedResults",
     "Staged",
     "StepCoefficients",
     "Stratified",

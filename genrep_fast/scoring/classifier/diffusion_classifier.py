@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from ...checks import check_at_least, check_in_range, check_integer, check_number, check_positive
 from .calibration import Calibration, of_contests
-from .collector import Collector
+from .collector import Collector, Recorder, recording, unread
 from .contest import Contest
+from .description import described_results
 from .engine import Arrival, Engine, Plan
 from .file import SavedClassifier, read_classifier, write_classifier
+from .footprint import least_memory
 from .images import ImageStream
 from .network import Network
 from .noise import ForwardNoise
-from .plans import Planner, Prepared
+from .plans import SELF_CALIBRATION, Planner, Prepared
 from .progress import CostEstimate, Progress
 from .result import ClassifierResult
+from .saved_results import SavedResults
 from .strategies import Race, Strategy, require_strategy
 
-# Images on which a race that has no calibration calibrates itself.
-SELF_CALIBRATION = 32
 # Images that go through a VAE together.
 _ENCODED = 8
 
@@ -155,8 +156,8 @@ class DiffusionClassifier:
         plan = prepared.plan
         stream = self._stream(images, None, labels)
         collector = Collector(self.num_classes, self.null_class is not None)
-        arrivals = self._arrivals(stream, collector)
         bar = Progress(progress, "calibrate", self._cost(prepared, stream.total))
+        arrivals = self._arrivals(stream, collector, bar)
         with self._network.evaluating(), bar:
             contests = list(self._run(plan, arrivals, collector, bar, seed, None))
         if len(contests) < 2:
@@ -165,7 +166,15 @@ class DiffusionClassifier:
         self.calibration = found
         return found
 
+    @overload
+    def __call__(self, images: Any, *, output: None = None, **call: Any) -> ClassifierResult: ...
+
+    @overload
     def __call__(
+        self, images: Any, *, output: str | os.PathLike[str], **call: Any
+    ) -> SavedResults: ...
+
+    def __call__(  # type: ignore[misc]
         self,
         images: Any,
         *,
@@ -176,9 +185,14 @@ class DiffusionClassifier:
         seed: int = 0,
         image_ids: Sequence[int] | Tensor | None = None,
         labels: Sequence[int] | Tensor | None = None,
+        output: str | os.PathLike[str] | None = None,
         progress: bool = True,
-    ) -> ClassifierResult:
+    ) -> ClassifierResult | SavedResults:
         """Classify images.
+
+        With `output`, images are written into a folder as they finish, and memory holds no more
+        than those under way. The same call goes on where a former one ended, however it did:
+        images that have finished are read from the stream once more, but not evaluated.
 
         A race that was not calibrated calibrates itself: the first 32 images take the full budget
         and serve as calibration images, which a warning says. Fewer than 32 images all take the
@@ -187,7 +201,8 @@ class DiffusionClassifier:
         Args:
             images: a batch, or an iterable of batches, which is read as it is needed. A batch is a
                 floating-point tensor [B, C, H, W] in −1…1 (uint8: 0…255), a uint8 array
-                [B, H, W, C], a PIL image, a list of images, or a pair (batch, labels). All have
+                [B, H, W, C], a PIL image, a list of images, a pair (batch, labels), or a dictionary
+                with pixel_values, images or image, and maybe labels, image_ids and names. All have
                 one size; nothing is resized.
             strategy: "race", "full", "stratified" or "staged", or one of gf.Race, gf.Full,
                 gf.Stratified and gf.Staged with settings.
@@ -196,13 +211,24 @@ class DiffusionClassifier:
                 time is not `decided`.
             deadline: seconds for the call; no batch begins afterwards.
             seed: of the noise, which follows from it, the image's id and the timestep.
-            image_ids: distinct integers in [0, 2³²), one an image; None: 0, 1, 2, …
+            image_ids: distinct integers in [0, 2³²), one an image; None: those of the batches, else
+                0, 1, 2, …
             labels: one an image, for the bar's accuracy and `ClassifierResult.class_bias`.
+            output: a folder for ``classification.json``, which says what the results depend on, and
+                for ``parts/``: Parquet where pyarrow is installed, else CSV. Images that the
+                deadline leaves under way are not written.
             progress: show a bar, where tqdm is installed.
+
+        Returns:
+            The result of all images; with `output`, all images of the folder, read as needed.
 
         Raises:
             TypeError, ValueError: for arguments and images that do not fit, and outputs of the
-                denoiser that are not finite; the message names them.
+                denoiser that are not finite; the message names them. Also for an `output` of other
+                settings, with damaged files, or with other images or labels under the same ids.
+            FileExistsError: for an `output` with files of something else.
+            BlockingIOError: for an `output` that another process writes to.
+            OSError: where `output` cannot be written; what was written before is kept.
         """
         strategy = require_strategy(strategy)
         _check_confidence(confidence)
@@ -212,29 +238,53 @@ class DiffusionClassifier:
             check_positive(deadline, "deadline")
         end = None if deadline is None else time.monotonic() + deadline
         stream = self._stream(images, image_ids, labels)
-        collector = Collector(self.num_classes, self.null_class is not None)
-        arrivals = self._arrivals(stream, collector)
         calibrates = False
         if isinstance(strategy, Race) and self.calibration is None:
+            if output is not None:
+                raise ValueError(
+                    "output: a race goes on with the calibration that it began with, and has none: "
+                    "call calibrate first"
+                )
             calibrates = True
-            prepared = self._own_calibration(strategy, budget)
+            prepared = self._planner(None).own_calibration(strategy, budget)
         else:
             prepared = self._prepare(strategy, confidence, budget)
-        bar = Progress(progress, "classify", self._cost(prepared, stream.total))
-        with self._network.evaluating(), bar:
+        with contextlib.ExitStack() as stack:
+            collector: Collector | Recorder = Collector(
+                self.num_classes, self.null_class is not None
+            )
+            if output is not None:
+                call = {
+                    "strategy": strategy,
+                    "confidence": confidence,
+                    "budget": budget,
+                    "seed": seed,
+                    "temperature": prepared.temperature,
+                    "batch_size": self.batch_size,
+                    "pad_to": self.pad_to,
+                }
+                found = described_results(
+                    self._network, self.scheduler, self.calibration, {**self._settings(), **call}
+                )
+                collector = stack.enter_context(recording(output, found))
+            stack.enter_context(self._network.evaluating())
+            bar = Progress(progress, "classify", self._cost(prepared, stream.total))
+            stack.enter_context(bar)
+            arrivals = self._arrivals(stream, collector, bar)
             if calibrates:
                 first = islice(arrivals, SELF_CALIBRATION)
                 plan = prepared.plan
                 contests = list(self._run(plan, first, collector, bar, seed, end))
                 if len(contests) == SELF_CALIBRATION and all(map(len, contests)):
-                    found = of_contests(plan.noise, contests, plan.steps, collector.labels())
-                    self.calibration = found
+                    self.calibration = of_contests(
+                        plan.noise, contests, plan.steps, collector.labels()
+                    )
                     prepared = self._prepare(strategy, confidence, budget)
             # Exhausts the arrivals.
             for _ in self._run(prepared.plan, arrivals, collector, bar, seed, end):
                 pass
-        total = self._unread(stream, collector)
-        return collector.result(prepared.temperature, total)
+            total = unread(stream, collector)
+            return collector.result(prepared.temperature, total)
 
     def estimate(
         self,
@@ -272,12 +322,8 @@ class DiffusionClassifier:
         Raises:
             OSError: where it cannot be written.
         """
-        settings = {
-            "num_classes": self.num_classes,
-            "null_class": self.null_class,
-            "parameterization": self.parameterization,
-        }
-        write_classifier(path, SavedClassifier(settings, self.scheduler, self.calibration))
+        saved = SavedClassifier(self._settings(), self.scheduler, self.calibration)
+        write_classifier(path, saved)
 
     @classmethod
     def from_pretrained(
@@ -306,6 +352,13 @@ class DiffusionClassifier:
             classifier.calibration = saved.calibration
         return classifier
 
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "num_classes": self.num_classes,
+            "null_class": self.null_class,
+            "parameterization": self.parameterization,
+        }
+
     def _planner(self, calibration: Calibration | None) -> Planner:
         return Planner(
             self.scheduler, self.parameterization, self.num_classes, self.null_class, calibration
@@ -322,20 +375,21 @@ class DiffusionClassifier:
             num_classes=self.num_classes,
         )
 
-    def _arrivals(self, stream: ImageStream, collector: Collector) -> Iterator[Arrival]:
-        """Images, or their latents, one by one."""
-        index = 0
+    def _arrivals(
+        self, stream: ImageStream, collector: Collector | Recorder, bar: Progress
+    ) -> Iterator[Arrival]:
+        """Images that have not finished, or their latents, one by one."""
+        first = 0
         for batch in stream:
-            collector.see(batch)
+            left = collector.see(batch, bar)
             device = self._network.device(batch.images)
-            for start in range(0, len(batch.images), _ENCODED):
-                images = batch.images[start : start + _ENCODED]
-                ids = batch.ids[start : start + _ENCODED]
-                latents = self._network.encode(images.to(device)).to(device)
-                self._check_latents(latents, len(images))
-                for latent, image_id in zip(latents, ids, strict=True):
-                    yield Arrival(index, image_id, latent)
-                    index += 1
+            for start in range(0, len(left), _ENCODED):
+                rows = left[start : start + _ENCODED]
+                latents = self._network.encode(batch.images[rows].to(device)).to(device)
+                self._check_latents(latents, len(rows))
+                for latent, row in zip(latents, rows, strict=True):
+                    yield Arrival(first + row, batch.ids[row], latent)
+            first += len(batch.images)
 
     def _check_latents(self, latents: Tensor, count: int) -> None:
         shape = self._network.sample_shape()
@@ -354,12 +408,17 @@ class DiffusionClassifier:
         self,
         plan: Plan,
         arrivals: Iterator[Arrival],
-        collector: Collector,
+        collector: Collector | Recorder,
         bar: Progress,
         seed: int,
         end: float | None,
     ) -> Iterator[Contest]:
         """Images as they finish, which the collector has noted."""
+
+        def after_batch() -> None:
+            bar.after_batch(engine.rows)
+            collector.write_if_due()
+
         engine = Engine(
             self._network,
             plan,
@@ -368,35 +427,15 @@ class DiffusionClassifier:
             batch_size=self.batch_size,
             pad_to=self.pad_to,
             seed=int(seed),
+            after_batch=after_batch,
         )
         start = time.monotonic()
         for contest in engine.run(arrivals, end):
-            prediction = collector.add(contest, plan)
-            label = collector.label_of(contest.index)
-            bar.add(contest.evaluations, None if label is None else prediction == label)
+            correct = collector.add(contest, plan, engine.late)
+            bar.add(contest.evaluations, correct)
             yield contest
         if engine.rows:
             self._evaluations_a_second = engine.rows / (time.monotonic() - start)
-
-    def _own_calibration(self, strategy: Race, budget: int | None) -> Prepared:
-        planner = self._planner(None)
-        steps = planner.default_steps
-        if strategy.max_steps is not None:
-            steps = max(steps, strategy.max_steps)
-        needed = steps * planner.columns
-        if budget is not None and budget < needed:
-            raise ValueError(
-                "strategy: this race is not calibrated, and to calibrate itself takes "
-                f"{needed} evaluations an image, more than the budget of {budget}: "
-                "call calibrate first"
-            )
-        warnings.warn(
-            "the race is not calibrated: the first "
-            f"{SELF_CALIBRATION} images take the full budget of {needed} evaluations and calibrate "
-            "it; call calibrate with images of their own instead",
-            stacklevel=3,
-        )
-        return planner.prepare_calibration(steps)
 
     def _check_budget(self, budget: int | None) -> None:
         if budget is None:
@@ -419,19 +458,8 @@ class DiffusionClassifier:
         seconds = None
         if self._evaluations_a_second is not None and images is not None:
             seconds = images * mean / self._evaluations_a_second
-        return CostEstimate(mean, most, images, seconds)
-
-    def _unread(self, stream: ImageStream, collector: Collector) -> int | None:
-        """Images of the call, where the deadline left some unread and their number is known."""
-        if stream.exhausted:
-            return None
-        if stream.total is None:
-            warnings.warn(
-                f"deadline: the stream was left after {collector.images} images, of which alone "
-                "the result tells",
-                stacklevel=3,
-            )
-        return stream.total
+        memory = least_memory(self._network, self.pad_to or self.batch_size)
+        return CostEstimate(mean, most, images, seconds, memory)
 
 
 def _check_confidence(confidence: float) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -87,9 +87,11 @@ class Engine:
         batch_size: rows of a batch, an evaluation each.
         pad_to: rows to which every batch is filled up, or None.
         seed: of the noise.
+        after_batch: called after every batch, when what it finished has been given out.
 
     Attributes:
         batches, rows: that went through the network, padding not counted.
+        late: whether the deadline is over; images that are given back since are cut off.
     """
 
     def __init__(
@@ -102,9 +104,11 @@ class Engine:
         batch_size: int,
         pad_to: int | None,
         seed: int,
+        after_batch: Callable[[], None] | None = None,
     ) -> None:
         self.batches = 0
         self.rows = 0
+        self.late = False
         self._network = network
         self._plan = plan
         self._num_classes = num_classes
@@ -112,6 +116,7 @@ class Engine:
         self._batch_size = batch_size
         self._pad_to = pad_to
         self._seed = seed
+        self._after_batch = after_batch
         self._waiting: deque[_Segment] = deque()
         self._waiting_rows = 0
         self._in_flight: dict[int, Contest] = {}
@@ -126,13 +131,13 @@ class Engine:
         """
         arriving = True
         while True:
-            late = deadline is not None and time.monotonic() >= deadline
-            while arriving and not late and self._waiting_rows < self._batch_size:
+            self.late = deadline is not None and time.monotonic() >= deadline
+            while arriving and not self.late and self._waiting_rows < self._batch_size:
                 arrival = next(arrivals, None)
                 arriving = arrival is not None
                 if arrival is not None:
                     self._join(Contest(*arrival, num_classes=self._num_classes))
-            if late or not self._waiting:
+            if self.late or not self._waiting:
                 yield from self._in_flight.values()
                 return
             contests = [stage.contest for stage in self._evaluate(self._take())]
@@ -143,6 +148,8 @@ class Engine:
                 else:
                     del self._in_flight[contest.index]
                     yield contest
+            if self._after_batch is not None:
+                self._after_batch()
 
     def _join(self, contest: Contest) -> None:
         """Put the rows up to the next look in front of the queue."""

@@ -6,6 +6,7 @@ Without a calibration, timesteps come in low-discrepancy order and weights are u
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +25,8 @@ from .strategies import (
 )
 
 _STRATIFIED_STEPS = 8
+# Images on which a race that has no calibration calibrates itself.
+SELF_CALIBRATION = 32
 # Numbers of sketches that an image keeps during a calibration: 64 MiB.
 _CALIBRATION_SKETCHES = 2**24
 
@@ -117,6 +120,30 @@ class Planner:
         size = _CALIBRATION_SKETCHES // (steps * self.columns)
         plan = dataclasses.replace(plan, sketch=min(max(size, 64), SKETCH))
         return Prepared(plan, 1.0, steps * self.columns, steps * self.columns)
+
+    def own_calibration(self, strategy: Race, budget: int | None) -> Prepared:
+        """The full budget, of the first images of a race that calibrates itself; warns of that.
+
+        Raises:
+            ValueError: for a budget that does not allow it.
+        """
+        steps = self.default_steps
+        if strategy.max_steps is not None:
+            steps = max(steps, strategy.max_steps)
+        needed = steps * self.columns
+        if budget is not None and budget < needed:
+            raise ValueError(
+                "strategy: this race is not calibrated, and to calibrate itself takes "
+                f"{needed} evaluations an image, more than the budget of {budget}: "
+                "call calibrate first"
+            )
+        warnings.warn(
+            "the race is not calibrated: the first "
+            f"{SELF_CALIBRATION} images take the full budget of {needed} evaluations and calibrate "
+            "it; call calibrate with images of their own instead",
+            stacklevel=3,
+        )
+        return self.prepare_calibration(steps)
 
     def most_evaluations(self, plan: Plan) -> int:
         """Evaluations of an image of which no class leaves before it must."""

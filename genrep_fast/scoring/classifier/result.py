@@ -37,6 +37,8 @@ class ClassifierResult:
             class.
         temperature: τ of the posterior.
         labels: int64 [B] where all were given, else None.
+        image_ids: of the noise, int64 [B].
+        names: [B] where the batches gave any, with None for an image that has none; else None.
     """
 
     prediction: Tensor
@@ -51,6 +53,8 @@ class ClassifierResult:
     lift: Tensor | None
     temperature: float
     labels: Tensor | None = None
+    image_ids: Tensor | None = None
+    names: list[str | None] | None = None
 
     def __len__(self) -> int:
         return len(self.prediction)
