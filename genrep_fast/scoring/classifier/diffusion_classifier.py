@@ -435,7 +435,8 @@ class DiffusionClassifier:
             bar.add(contest.evaluations, correct)
             yield contest
         if engine.rows:
-            self._evaluations_a_second = engine.rows / (time.monotonic() - start)
+            # A clock may not have moved.
+            self._evaluations_a_second = engine.rows / max(time.monotonic() - start, 1e-6)
 
     def _check_budget(self, budget: int | None) -> None:
         if budget is None:
