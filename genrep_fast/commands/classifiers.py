@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch.utils.data import DataLoader, Dataset
 
 from ..checks import check_choice
 from ..files import loading, read_json
 from .prompts import read_prompts
 
 if TYPE_CHECKING:
-    import torch
-    from torch.utils.data import DataLoader
-
     from ..models import GenRepPipeline
     from ..scoring.classifier.diffusion_classifier import DiffusionClassifier
 
@@ -63,8 +64,6 @@ def source_of(
         ValueError: for arguments that do not go together.
         FileNotFoundError, OSError: where something is missing or damaged; the message names it.
     """
-    import torch
-
     if (checkpoint is None) == (pipeline is None):
         both = "both" if checkpoint is not None else "neither"
         raise ValueError(f"checkpoint or pipeline must be given, got {both}")
@@ -141,7 +140,7 @@ def candidates_of(path: str, source: Source) -> Callable[[torch.Tensor], torch.T
     return model.to(source.device).perceive
 
 
-class Pictures:
+class Pictures(Dataset[dict[str, Any]]):
     """Image files, prepared for a model.
 
     Args:
@@ -190,8 +189,6 @@ class Pictures:
 
     def batches(self, batch_size: int) -> DataLoader:
         """Batches of so many images in order, with names and labels."""
-        from torch.utils.data import DataLoader
-
         return DataLoader(self, batch_size=batch_size)
 
     def cropping(self) -> str | None:
@@ -209,8 +206,7 @@ def load_diffusers_pipeline(folder: str, dtype: str | None) -> Any:
         ValueError, OSError: for a pipeline, or a part of one, whose class is in no library that is
             known, for weights that are not in safetensors, and for damaged files.
     """
-    import torch
-    from diffusers import DiffusionPipeline
+    import diffusers
     from diffusers.utils.logging import disable_progress_bar
 
     index = Path(folder) / "model_index.json"
@@ -220,13 +216,16 @@ def load_diffusers_pipeline(folder: str, dtype: str | None) -> Any:
     if not isinstance(parts, dict):
         raise ValueError(f"pipeline: {index} is damaged: it holds no object")
     _check_parts(folder, parts)
-    options: dict[str, Any] = {"torch_dtype": "auto" if dtype is None else getattr(torch, dtype)}
+    # The name that diffusers below 1.0 have for it; late ones of them warn of it.
+    name = "torch_dtype" if diffusers.__version__.startswith("0.") else "dtype"
+    options: dict[str, Any] = {name: getattr(torch, dtype or "float32")}
     if "safety_checker" in parts:
         # It looks at what is generated.
         options.update(safety_checker=None, requires_safety_checker=False)
     disable_progress_bar()
-    with loading(f"pipeline: {folder}"):
-        return DiffusionPipeline.from_pretrained(
+    with loading(f"pipeline: {folder}"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return diffusers.DiffusionPipeline.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, **options
         )
 
@@ -255,8 +254,6 @@ def _check_parts(folder: str, parts: dict[str, Any]) -> None:
 
 
 def _own_device() -> str:
-    import torch
-
     found = torch.accelerator.current_accelerator(check_available=True)
     return "cpu" if found is None else found.type
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..checks import check_at_least, check_seed
@@ -68,8 +68,7 @@ def classify(
             command goes on where it ended.
         batch_size: images, or evaluations of a denoiser, that pass through the network at once.
         device: of the network; a GPU where there is one.
-        dtype: of a pipeline's weights: float32, bfloat16 or float16; as they were saved where not
-            given.
+        dtype: of a pipeline's weights: float32, bfloat16 or float16; float32 where not given.
     """
     check_at_least(1, batch_size=batch_size)
     check_seed(seed)
@@ -125,6 +124,7 @@ def _by_head(source: Source, pictures: Pictures, batch_size: int) -> list[str]:
 def _by_denoiser(
     source: Source, pictures: Pictures, options: dict[str, Any], output: str | None
 ) -> list[str]:
+    found: Iterable[ClassifierResult]
     if output is None:
         found = [source.classifier(pictures.loader(), **options)]
     else:
@@ -132,8 +132,8 @@ def _by_denoiser(
     lines = [""] * len(pictures)
     correct = undecided = 0
     for result in found:
-        for row, line in enumerate(_lines(source, pictures, result)):
-            lines[int(result.image_ids[row])] = line
+        for place, line in _lines(source, pictures, result):
+            lines[place] = line
         undecided += int((~result.decided).sum())
         if result.labels is not None:
             correct += int((result.prediction == result.labels).sum())
@@ -164,19 +164,18 @@ def _saved(
     return iter(saved)
 
 
-def _lines(source: Source, pictures: Pictures, result: ClassifierResult) -> Iterator[str]:
+def _lines(
+    source: Source, pictures: Pictures, result: ClassifierResult
+) -> Iterator[tuple[int, str]]:
+    """Places of images and their lines."""
+    assert result.image_ids is not None
     probabilities = result.posterior.amax(1).exp().tolist()
-    rows = zip(
-        result.image_ids.tolist(),
-        result.prediction.tolist(),
-        probabilities,
-        result.evaluations.tolist(),
-        strict=True,
-    )
-    for image_id, label, probability, evaluations in rows:
+    columns = (result.image_ids, result.prediction, result.evaluations)
+    rows = zip(*(column.tolist() for column in columns), probabilities, strict=True)
+    for place, label, evaluations, probability in rows:
         name = shortened(source.class_names[label], _LONGEST_NAME)
-        path = printable(pictures.paths[image_id])
-        yield f"{path}\t{name}\t{probability:.4f}\t{evaluations}"
+        path = printable(pictures.paths[place])
+        yield place, f"{path}\t{name}\t{probability:.4f}\t{evaluations}"
 
 
 def _tell_accuracy(correct: int, count: int) -> None:

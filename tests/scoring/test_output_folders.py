@@ -298,10 +298,10 @@ def test_memory_holds_no_more_than_the_newest_part(tmp_path, few_rows, monkeypat
         recorder.write()
 
     monkeypatch.setattr(collector.Recorder, "write_if_due", measure)
-    stream = (draw(3, seed=number) for number in range(60))
+    stream = (draw(3, seed=number) for number in range(24))
     saved = make()(stream, output=tmp_path, **QUIET)
-    assert len(saved) == 180 and len(sizes) > 100
-    assert max(sizes[-50:]) <= 1.1 * max(sizes[:50])
+    assert len(saved) == 72 and len(sizes) > 40
+    assert max(sizes[-20:]) <= 1.1 * max(sizes[:20])
 
 
 def test_the_newest_part_grows(tmp_path, monkeypatch):

@@ -156,7 +156,7 @@ class DiffusionClassifier:
         plan = prepared.plan
         stream = self._stream(images, None, labels)
         collector = Collector(self.num_classes, self.null_class is not None)
-        bar = Progress(progress, "calibrate", self._cost(prepared, stream.total))
+        bar = Progress(progress, "calibrate", self._cost(prepared, stream.total, progress))
         arrivals = self._arrivals(stream, collector, bar)
         with self._network.evaluating(), bar:
             contests = list(self._run(plan, arrivals, collector, bar, seed, None))
@@ -249,27 +249,12 @@ class DiffusionClassifier:
             prepared = self._planner(None).own_calibration(strategy, budget)
         else:
             prepared = self._prepare(strategy, confidence, budget)
-        with contextlib.ExitStack() as stack:
-            collector: Collector | Recorder = Collector(
-                self.num_classes, self.null_class is not None
-            )
-            if output is not None:
-                call = {
-                    "strategy": strategy,
-                    "confidence": confidence,
-                    "budget": budget,
-                    "seed": seed,
-                    "temperature": prepared.temperature,
-                    "batch_size": self.batch_size,
-                    "pad_to": self.pad_to,
-                }
-                found = described_results(
-                    self._network, self.scheduler, self.calibration, {**self._settings(), **call}
-                )
-                collector = stack.enter_context(recording(output, found))
-            stack.enter_context(self._network.evaluating())
-            bar = Progress(progress, "classify", self._cost(prepared, stream.total))
-            stack.enter_context(bar)
+        call = {"strategy": strategy, "confidence": confidence, "budget": budget, "seed": seed}
+        with (
+            self._collecting(output, {**call, "temperature": prepared.temperature}) as collector,
+            self._network.evaluating(),
+            Progress(progress, "classify", self._cost(prepared, stream.total, progress)) as bar,
+        ):
             arrivals = self._arrivals(stream, collector, bar)
             if calibrates:
                 first = islice(arrivals, SELF_CALIBRATION)
@@ -308,7 +293,7 @@ class DiffusionClassifier:
         self._check_budget(budget)
         if num_images is not None:
             check_at_least(0, num_images=num_images)
-        return self._cost(self._prepare(strategy, confidence, budget), num_images)
+        return self._cost(self._prepare(strategy, confidence, budget), num_images, True)
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write the settings, the scheduler's configuration and the calibration into a folder.
@@ -374,6 +359,19 @@ class DiffusionClassifier:
             pixels=pixels,
             num_classes=self.num_classes,
         )
+
+    def _collecting(
+        self, output: str | os.PathLike[str] | None, call: dict[str, Any]
+    ) -> contextlib.AbstractContextManager[Collector | Recorder]:
+        """What outcomes of a call go into: memory, or the folder `output`."""
+        if output is None:
+            collector = Collector(self.num_classes, self.null_class is not None)
+            return contextlib.nullcontext(collector)
+        batches = {"batch_size": self.batch_size, "pad_to": self.pad_to}
+        settings = {**self._settings(), **call, **batches}
+        network = self._network
+        found = described_results(network, self.scheduler, self.calibration, settings)
+        return recording(output, found)
 
     def _arrivals(
         self, stream: ImageStream, collector: Collector | Recorder, bar: Progress
@@ -454,12 +452,12 @@ class DiffusionClassifier:
             self._prepared[key] = self._planner(self.calibration).prepare(*key)
         return self._prepared[key]
 
-    def _cost(self, prepared: Prepared, images: int | None) -> CostEstimate:
+    def _cost(self, prepared: Prepared, images: int | None, shown: bool) -> CostEstimate:
         mean, most = prepared.mean_evaluations, prepared.most_evaluations
         seconds = None
         if self._evaluations_a_second is not None and images is not None:
             seconds = images * mean / self._evaluations_a_second
-        memory = least_memory(self._network, self.pad_to or self.batch_size)
+        memory = least_memory(self._network, self.pad_to or self.batch_size) if shown else None
         return CostEstimate(mean, most, images, seconds, memory)
 
 

@@ -182,14 +182,14 @@ class Layout(NamedTuple):
 def preferred_kind() -> str:
     """Parquet where pyarrow is installed, else CSV."""
     try:
-        import pyarrow.parquet  # type: ignore[import-untyped] # noqa: F401
+        import pyarrow.parquet  # type: ignore[import-untyped]  # noqa: F401
     except ImportError:
         return "csv"
     return "parquet"
 
 
 def _parquet(columns: Columns) -> bytes:
-    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     arrays = {}
