@@ -51,7 +51,7 @@ def calibrate(
         steps: timesteps of the full budget; 24 where not given.
         seed: of the noise; another one than that of `genrep classify`.
         batch_size: evaluations of the denoiser that pass through the network at once.
-        device: of the network; a GPU where there is one.
+        device: of the network; a CUDA GPU where there is one.
         dtype: of a pipeline's weights, as of `genrep classify`.
     """
     check_at_least(1, batch_size=batch_size)

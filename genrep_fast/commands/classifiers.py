@@ -74,7 +74,7 @@ def source_of(
             raise ValueError("dtype is that of a pipeline; a checkpoint keeps its own")
         check_choice(dtype, "dtype", _DTYPES)
     try:
-        place = torch.device(device or _own_device())
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device: {device!r} cannot be used ({error})") from error
@@ -251,11 +251,6 @@ def _check_parts(folder: str, parts: dict[str, Any]) -> None:
             raise ValueError(
                 f"pipeline: {folder}: {part} must be of {' or '.join(_LIBRARIES)}, got {named[0]!r}"
             )
-
-
-def _own_device() -> str:
-    found = torch.accelerator.current_accelerator(check_available=True)
-    return "cpu" if found is None else found.type
 
 
 def _of_checkpoint(

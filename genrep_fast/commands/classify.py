@@ -67,7 +67,7 @@ def classify(
         output: folder for all that is known of each image, written as images finish; the same
             command goes on where it ended.
         batch_size: images, or evaluations of a denoiser, that pass through the network at once.
-        device: of the network; a GPU where there is one.
+        device: of the network; a CUDA GPU where there is one.
         dtype: of a pipeline's weights: float32, bfloat16 or float16; float32 where not given.
     """
     check_at_least(1, batch_size=batch_size)

@@ -115,6 +115,7 @@ class Recorder:
                 another label.
         """
         finished = self._folder.finished
+        batch = batch._replace(images=batch.images.detach().cpu().contiguous())
         left = []
         for row, place in enumerate(finished.places(batch.ids)):
             image = _Identity.of(batch, row)
@@ -241,8 +242,8 @@ class _Identity(NamedTuple):
 
     @classmethod
     def of(cls, batch: Images, row: int) -> _Identity:
-        """Of a row of a batch; the digest is that of its values."""
-        content = batch.images[row].detach().cpu().contiguous().view(-1).view(torch.uint8)
+        """Of a row of a batch on the CPU; the digest is that of its values."""
+        content = batch.images[row].view(-1).view(torch.uint8)
         return cls(
             batch.ids[row],
             NO_LABEL if batch.labels is None else int(batch.labels[row]),

@@ -165,9 +165,6 @@ class Layout(NamedTuple):
         return columns
 
     def _check(self, columns: Columns) -> None:
-        for name, column in columns.items():
-            if name in _OF_CLASSES and column.shape[1:] != (self.num_classes,):
-                raise ValueError(f"{name} must have {self.num_classes} numbers an image")
         ids, label = columns["image_id"], columns["label"]
         prediction = columns["prediction"]
         if ((ids < 0) | (ids >= 2**32)).any() or len(np.unique(ids)) < len(ids):
@@ -218,9 +215,12 @@ def _read_parquet(path: Path, layout: Layout, wanted: list[str]) -> Columns:
         ) from error
     with open(path, "rb") as file:
         opened = pq.ParquetFile(file, page_checksum_verification=True)
-        found = opened.schema_arrow.names
-        if found != layout.names:
-            raise ValueError(f"its columns are {', '.join(found)}")
+        schema = opened.schema_arrow
+        if schema.names != layout.names:
+            raise ValueError(f"its columns are {', '.join(schema.names)}")
+        for name in set(_OF_CLASSES).intersection(schema.names):
+            if getattr(schema.field(name).type, "list_size", None) != layout.num_classes:
+                raise ValueError(f"{name} must have {layout.num_classes} numbers an image")
         table = opened.read(columns=wanted)
     columns: Columns = {}
     for name in wanted:
@@ -283,6 +283,8 @@ def _read_csv(path: Path, layout: Layout, wanted: list[str]) -> Columns:
     columns: Columns = {}
     texts = zip(layout.names, zip(*rows, strict=True), strict=True)
     for name, column in texts:
+        if name in _OF_CLASSES and {cell.count(" ") for cell in column} != {layout.num_classes - 1}:
+            raise ValueError(f"{name} must have {layout.num_classes} numbers an image")
         if name not in wanted:
             continue
         if name in _OF_CLASSES:
