@@ -9,7 +9,7 @@ from typing import Any
 from ..checks import check_at_least, check_seed
 from ..files import only_writer
 from ..names import printable
-from .classifiers import Pictures, source_of
+from .classifiers import Pictures, candidates_of, source_of
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "images": {
@@ -32,6 +32,7 @@ def calibrate(
     checkpoint: str | None = None,
     pipeline: str | None = None,
     prompts: str | None = None,
+    candidates: str | None = None,
     labels: bool = False,
     steps: int | None = None,
     seed: int = 1,
@@ -48,6 +49,7 @@ def calibrate(
         checkpoint: folder of the pipeline that `genrep train` left, or of the run that holds it.
         pipeline: folder of a pipeline of diffusers, of which nothing is run.
         prompts: of the pipeline, as of `genrep classify`.
+        candidates: folder of a checkpoint whose head is to choose the classes that are compared.
         steps: timesteps of the full budget; 24 where not given.
         seed: of the noise; another one than that of `genrep classify`.
         batch_size: evaluations of the denoiser that pass through the network at once.
@@ -58,10 +60,11 @@ def calibrate(
     check_seed(seed)
     source = source_of(checkpoint, pipeline, prompts, batch_size, device, dtype)
     pictures = Pictures(images, source.image_shape, source.class_names if labels else None)
+    options: dict[str, Any] = {"steps": steps, "seed": seed, "progress": sys.stderr.isatty()}
+    if candidates is not None:
+        options["candidates"] = candidates_of(candidates, source)
     with only_writer(Path(output)):
-        found = source.classifier.calibrate(
-            pictures.loader(), steps=steps, seed=seed, progress=sys.stderr.isatty()
-        )
+        found = source.classifier.calibrate(pictures.loader(), **options)
         source.classifier.save_pretrained(output)
     remark = pictures.cropping()
     if remark is not None:

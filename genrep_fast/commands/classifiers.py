@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -207,7 +208,6 @@ def load_diffusers_pipeline(folder: str, dtype: str | None) -> Any:
             known, for weights that are not in safetensors, and for damaged files.
     """
     import diffusers
-    from diffusers.utils.logging import disable_progress_bar
 
     index = Path(folder) / "model_index.json"
     if not index.is_file():
@@ -222,12 +222,35 @@ def load_diffusers_pipeline(folder: str, dtype: str | None) -> Any:
     if "safety_checker" in parts:
         # It looks at what is generated.
         options.update(safety_checker=None, requires_safety_checker=False)
-    disable_progress_bar()
-    with loading(f"pipeline: {folder}"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
+    with loading(f"pipeline: {folder}"), _quiet():
         return diffusers.DiffusionPipeline.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, **options
         )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing on standard error but the one line of what is raised."""
+    from diffusers.utils import logging
+
+    loggers = [logging]
+    # Of pipelines without text encoders it is not needed.
+    with contextlib.suppress(ImportError):
+        from transformers.utils import logging as of_transformers
+
+        loggers.append(of_transformers)
+    former = [logger.get_verbosity() for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.set_verbosity(logger.CRITICAL)
+            # Loading takes little of the time.
+            logger.disable_progress_bar()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        for logger, verbosity in zip(loggers, former, strict=True):
+            logger.set_verbosity(verbosity)
 
 
 def _check_parts(folder: str, parts: dict[str, Any]) -> None:

@@ -38,7 +38,7 @@ def arguments(tiny_backbone, tmp_path_factory):
     calibrate = ["calibrate", *source[:2], *calibration, "--steps", "6"]
     assert run([*calibrate, "--output", str(root / "calibration")]) == 0
     options = ["--strategy", "race", "--calibration", str(root / "calibration")]
-    return ["classify", *source, *options, "--batch_size", "16"]
+    return ["classify", *source, *options, "--batch_size", "64"]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def deaths(seed):
     generator = random.Random(seed)
     if soak_share.seed is None:
         return [Death("event", generator.randint(3, 30)), Death("event", generator.randint(3, 30))]
-    most = {"event": 400, "size": 100_000, "time": 12_000}
+    most = {"event": 400, "size": 100_000, "time": 6_000}
     kinds = generator.choices(list(most), (3, 1, 4), k=generator.randint(3, 12))
     return [Death(kind, generator.randint(1, most[kind])) for kind in kinds]
 
