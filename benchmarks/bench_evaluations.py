@@ -38,6 +38,7 @@ from genrep_fast.files import write_atomically
 from genrep_fast.scoring.classifier.calibration import Calibration
 from genrep_fast.scoring.classifier.contest import Contest, Steps
 from genrep_fast.scoring.classifier.engine import Arrival, Engine, Plan
+from genrep_fast.scoring.classifier.members import Members
 from genrep_fast.scoring.classifier.network import Network
 from genrep_fast.scoring.classifier.noise import ForwardNoise
 from genrep_fast.scoring.classifier.strategies import low_discrepancy_order
@@ -216,8 +217,7 @@ def t_test(setting: Setting, images: torch.Tensor) -> dict:
     engine = Engine(
         Network(setting.denoiser, None, setting.classes, None, None),
         Plan(noise, steps, TTest()),
-        setting.classes,
-        None,
+        Members((1,) * setting.classes),
         batch_size=setting.batch_size,
         pad_to=setting.batch_size,
         seed=RULE_SEED,

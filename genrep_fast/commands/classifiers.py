@@ -103,6 +103,9 @@ def calibrated(source: Source, path: str) -> None:
             f"calibration: {path} holds no classifier.json; `genrep calibrate` writes one"
         )
     saved = read_classifier(path)
+    prompts = None if saved.pipeline is None else saved.pipeline.prompts.classes
+    if prompts != source.classifier.prompts:
+        raise ValueError(f"calibration: {path} is of another denoiser, or of other prompts")
     if saved.calibration is None:
         raise ValueError(f"calibration: {path} holds a classifier that was not calibrated")
     configs = (
@@ -307,4 +310,6 @@ def _of_pipeline(
     classifier = DiffusionClassifier.from_pipeline(
         pipe, list(prompts.values()), null_prompt=None, batch_size=batch_size, pad_to=pad_to
     )
-    return Source(classifier, list(prompts), (3, *classifier.image_size), device, None)
+    assert classifier.image_size is not None
+    height, width = classifier.image_size
+    return Source(classifier, list(prompts), (3, height, width), device, None)

@@ -314,6 +314,59 @@ def test_a_folder_of_a_pipeline_is_loaded(pipeline_folder):
     )
 
 
+@pytest.fixture(scope="module")
+def stable_diffusion(tmp_path_factory):
+    """The folder of a tiny StableDiffusionPipeline."""
+    pytest.importorskip("transformers")
+    import tiny_pipelines
+
+    folder = tmp_path_factory.mktemp("stable_diffusion")
+    tiny_pipelines.save_pipeline("StableDiffusionPipeline", folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_a_pipeline_classifies_by_prompts(stable_diffusion, photos, tmp_path, capsys):
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text('{"ape": "an ape", "bee": ["a bee", "bees"], "cat": "a cat"}')
+    source = ["--pipeline", stable_diffusion, "--prompts", prompts, "--images", photos]
+    lines, said = lines_of(capsys, "classify", *source, "--strategy", "stratified")
+    pipe = classifiers.load_diffusers_pipeline(str(stable_diffusion), None)
+    by_prompts = gf.DiffusionClassifier.from_pipeline(
+        pipe, ["an ape", ["a bee", "bees"], "a cat"], null_prompt=None
+    )
+    assert by_prompts.image_size == (16, 16)
+    images = [pictures.prepared(path, (3, 16, 16)).pixels for path in paths_of(photos)]
+    expected = by_prompts(torch.stack(images), strategy="stratified", progress=False)
+    assert [line[1] for line in lines] == [CLASSES[label] for label in expected.prediction]
+    # Four prompts at eight steps.
+    assert {line[3] for line in lines} == {"32"} and said == ""
+    calibrate = ["calibrate", *source, "--steps", 3, "--output", tmp_path / "c"]
+    assert len(lines_of(capsys, *calibrate)[0]) == 2
+    race = ["--calibration", tmp_path / "c", "--output", tmp_path / "o"]
+    raced, _ = lines_of(capsys, "classify", *source, *race)
+    settings = gf.SavedResults(tmp_path / "o").settings
+    assert settings["denoiser"]["class"] == "StableDiffusionPipeline"
+    assert settings["denoiser"]["prompts"] == [["an ape"], ["a bee", "bees"], ["a cat"]]
+    assert settings["strategy"]["name"] == "Race" and settings["vae"]["parameters"]
+    assert lines_of(capsys, "classify", *source, *race)[0] == raced
+    prompts.write_text('{"ape": "an ape", "bee": ["a bee", "bugs"], "cat": "a cat"}')
+    line = failure(capsys, "classify", *source, *race[:2])
+    assert f"calibration: {tmp_path / 'c'} is of another denoiser, or of other prompts" in line
+    line = failure(capsys, "classify", *source, "--strategy", "full", *race[2:])
+    assert "holds images of other settings" in line and "denoiser." in line
+
+
+@pytest.mark.slow
+def test_a_pipeline_in_half_precision(stable_diffusion, photos, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("an ape\na bee\na cat\n")
+    source = ["--pipeline", stable_diffusion, "--prompts", tmp_path / "prompts.txt"]
+    options = ["--images", photos / "ape", "--dtype", "bfloat16", "--strategy", "full"]
+    lines, _ = lines_of(capsys, "classify", *source, *options, "--output", tmp_path / "o")
+    assert len(lines) == 4
+    assert gf.SavedResults(tmp_path / "o").settings["dtype"] == "torch.bfloat16"
+
+
 class Bomb:
     def __reduce__(self):
         return pytest.fail, ("a pickle was read",)

@@ -18,11 +18,15 @@ from torch import Tensor
 
 from ...ops.posterior import fit_temperature, posterior
 from .contest import Contest, KnownVariance, Rule, Steps
+from .members import Members
 from .noise import ForwardNoise
 from .strategies import low_discrepancy_order
 
 # Powers of 1/s²(t) among which the labels choose the weights; 0 is uniform.
 _POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
+# Steps with less than this share of the greatest signal come last in the order: they add hardly
+# any variance either, and would seem to serve better than another step that correlates.
+_TELLING = 0.05
 
 
 class SameOutputs(ValueError):
@@ -193,13 +197,15 @@ class Calibration:
                     found[image] = max(found[image], -rule.log_chance(gaps, both)[0])
         return found
 
-    def replay(self, steps: Steps, rule: Rule, null_classes: int = 0) -> Iterator[Contest]:
-        """What a strategy would have made of each image, with as many null classes beside."""
+    def replay(self, steps: Steps, rule: Rule, members: Members | None = None) -> Iterator[Contest]:
+        """What a strategy would have made of each image; None: every class is one row."""
+        if members is None:
+            members = Members((1,) * self.errors.shape[2])
         for image, errors in enumerate(self.errors.astype(np.float64)):
             contest = Contest(image, 0, None, errors.shape[1])
             for look in steps.looks:
                 taken = steps.order[len(contest) : look]
-                contest.evaluations += len(taken) * (len(contest.live) + null_classes)
+                contest.evaluations += len(taken) * members.rows(contest.live)
                 contest.add(errors[taken][:, contest.live], np.empty(0), steps)
                 if isinstance(rule, KnownVariance):
                     contest.add_distances(self._distances(image)[taken][:, contest.live])
@@ -262,14 +268,17 @@ class Calibration:
     def _by_signal(self) -> np.ndarray:
         # Mean and standard deviation of Z / s².
         gain = self._nearest_distances.mean(0) / self.variance
-        sigma = np.maximum(2 * np.sqrt(gain), np.finfo(np.float64).tiny)
+        # Its square must not be zero where all outputs are the same.
+        sigma = np.maximum(2 * np.sqrt(gain), np.sqrt(np.finfo(np.float64).tiny))
         left = list(low_discrepancy_order(len(gain)))
         order: list[int] = []
         expected, variance, cross = 0.0, 0.0, np.zeros(len(gain))
+        tells = gain >= _TELLING * gain.max()
         while left:
+            rows = [row for row in left if tells[row]] or left
             # Of Σ Z / s² with each of the remaining steps added.
-            total = variance + 2 * sigma[left] * cross[left] + sigma[left] ** 2
-            best = left[int(((expected + gain[left]) / np.sqrt(total)).argmax())]
+            total = variance + 2 * sigma[rows] * cross[rows] + sigma[rows] ** 2
+            best = rows[int(((expected + gain[rows]) / np.sqrt(total)).argmax())]
             left.remove(best)
             order.append(best)
             variance += 2 * sigma[best] * cross[best] + sigma[best] ** 2

@@ -17,9 +17,12 @@ from torch import Tensor
 
 from ...endings import interrupts_after
 from ...files import only_writer
+from .calibration import Calibration
 from .contest import Contest, Outcome
+from .description import described_results
 from .engine import Plan
 from .images import Images, ImageStream
+from .network import Network
 from .output_folder import OutputFolder, label_text
 from .parts import NO_LABEL, Part
 from .progress import Progress
@@ -195,24 +198,34 @@ class Recorder:
 
 
 @contextlib.contextmanager
-def recording(path: str | os.PathLike[str], settings: dict[str, Any]) -> Iterator[Recorder]:
-    """A recorder into a folder, which has no other writer meanwhile.
+def collecting(
+    output: str | os.PathLike[str] | None,
+    settings: dict[str, Any],
+    network: Network,
+    scheduler: Any,
+    calibration: Calibration | None,
+) -> Iterator[Collector | Recorder]:
+    """What outcomes of a call go into: memory, or a folder, which has no other writer meanwhile.
 
     What has finished is written whatever ends the block.
 
     Args:
-        path: the folder.
-        settings: what the results depend on, as JSON has it.
+        output: the folder, or None.
+        settings: of the classifier and the call, by name.
+        network, scheduler, calibration: what results depend on beside them.
 
     Raises:
         TypeError: for what is no path.
         FileExistsError, ValueError, OSError: as `OutputFolder` and `only_writer`.
     """
-    if not isinstance(path, str | os.PathLike):
-        raise TypeError(f"output must be the path of a folder, got {type(path).__name__}")
-    with only_writer(Path(path)):
-        folder = OutputFolder(Path(path), settings)
-        recorder = Recorder(folder, settings["temperature"])
+    if output is None:
+        yield Collector(settings["num_classes"], settings["null_class"] is not None)
+        return
+    if not isinstance(output, str | os.PathLike):
+        raise TypeError(f"output must be the path of a folder, got {type(output).__name__}")
+    with only_writer(Path(output)):
+        found = described_results(network, scheduler, calibration, settings)
+        recorder = Recorder(OutputFolder(Path(output), found), settings["temperature"])
         try:
             yield recorder
         finally:

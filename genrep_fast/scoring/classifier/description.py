@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from .calibration import Calibration
 from .file import calibration_tensors
-from .network import Network
+from .network import Network, module_of
+from .pipelines.denoiser import PipelineDenoiser
 
 # What torch.compile puts into the names of tensors.
 _COMPILED = "_orig_mod."
@@ -68,7 +69,11 @@ def described(value: Any) -> Any:
 def differences(former: Any, now: Any, name: str = "") -> Iterator[str]:
     """Phrases that say where two values of JSON differ."""
     if isinstance(former, dict) and isinstance(now, dict):
-        for key in {**former, **now}:
+        keys = [*{**former, **now}]
+        if former.get("name") != now.get("name"):
+            # Settings of two kinds have nothing in common.
+            keys = ["name"]
+        for key in keys:
             inner = f"{name}.{key}" if name else key
             yield from differences(former.get(key), now.get(key), inner)
     elif _text(former) != _text(now):
@@ -105,6 +110,10 @@ def _network(value: Any) -> dict[str, Any]:
     paths = (getattr(module, "config", None) for module in modules)
     path = next((getattr(config, "_name_or_path", None) for config in paths if config), None)
     found["loaded_from"] = path or None
+    if isinstance(value, PipelineDenoiser):
+        found["class"] = value.family
+        found["prompts"], found["null_prompt"] = value.prompts.classes, value.prompts.null
+        found["conditioning"] = tensors_hash(value.conditioning)
     return found
 
 
@@ -119,21 +128,18 @@ def _name(value: Any) -> str:
 
 def _modules(value: Any) -> Iterator[nn.Module]:
     """The networks that a function uses: itself, its object, and what its code names."""
-    if isinstance(value, nn.Module):
-        yield value
+    module = module_of(value)
+    if module is not None:
+        yield module
     elif isinstance(value, functools.partial):
         for part in (value.func, *value.args, *value.keywords.values()):
             yield from _modules(part)
-    elif inspect.ismethod(value):
-        yield from _modules(value.__self__)
     elif inspect.isfunction(value):
         variables = inspect.getclosurevars(value)
-        for part in (*variables.nonlocals.values(), *variables.globals.values()):
-            if isinstance(part, nn.Module) or inspect.ismethod(part):
-                yield from _modules(part)
+        used = (*variables.nonlocals.values(), *variables.globals.values())
+        yield from filter(None, map(module_of, used))
     else:
-        parts = getattr(value, "__dict__", {}).values()
-        yield from (part for part in parts if isinstance(part, nn.Module))
+        yield from filter(None, map(module_of, getattr(value, "__dict__", {}).values()))
 
 
 def _text(value: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,25 +11,23 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from ...checks import check_at_least, check_in_range, check_integer, check_number, check_positive
+from ...checks import check_at_least, check_in_range, check_integer, check_positive
 from .calibration import Calibration, of_contests
-from .collector import Collector, Recorder, recording, unread
+from .collector import Collector, Recorder, collecting, unread
 from .contest import Contest
-from .description import described_results
 from .engine import Arrival, Engine, Plan
-from .file import SavedClassifier, read_classifier, write_classifier
+from .file import SavedClassifier, SavedPipeline, read_classifier, write_classifier
 from .footprint import least_memory
 from .images import ImageStream
+from .members import Members
 from .network import Network
 from .noise import ForwardNoise
-from .plans import SELF_CALIBRATION, Planner, Prepared
+from .pipelines.denoiser import PipelineDenoiser, denoiser_of_pipeline
+from .plans import SELF_CALIBRATION, Planner, Prepared, check_budget
 from .progress import CostEstimate, Progress
 from .result import ClassifierResult
 from .saved_results import SavedResults
-from .strategies import Race, Strategy, require_strategy
-
-# Images that go through a VAE together.
-_ENCODED = 8
+from .strategies import Race, Strategy, check_confidence, require_strategy
 
 
 class DiffusionClassifier:
@@ -97,12 +94,67 @@ class DiffusionClassifier:
         self.scheduler = scheduler
         self.num_classes = int(num_classes)
         self.null_class = None if null_class is None else int(null_class)
+        self._members = Members((1,) * self.num_classes, self.null_class)
+        if isinstance(denoiser, PipelineDenoiser):
+            self._members = denoiser.members
         self.batch_size = int(batch_size)
         self.parameterization = parameterization
         self.pad_to = pad_to
         self._calibration: Calibration | None = None
         self._prepared: dict[tuple, Prepared] = {}
         self._evaluations_a_second: float | None = None
+
+    @classmethod
+    def from_pipeline(
+        cls,
+        pipe: Any,
+        prompts: Sequence[str | Sequence[str]],
+        *,
+        null_prompt: str | None = "",
+        batch_size: int = 64,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        pad_to: int | None = None,
+    ) -> DiffusionClassifier:
+        """A zero-shot classifier of one of diffusers' pipelines; text encoders are needed no more.
+
+        Args:
+            pipe: StableDiffusion-, StableDiffusionXL-, StableDiffusion3-, Flux-, PixArtAlpha-,
+                PixArtSigma-, Sana- or DiTPipeline.
+            prompts: a string for each class, or a list of strings, whose errors are averaged; each
+                costs an evaluation. For DiTPipeline names among `pipe.labels`, or class numbers.
+            null_prompt: stands for no class, at one more evaluation a step of an image, for the
+                result's `lift`; "" is the pipeline's own. None: there is none.
+            batch_size, device, dtype, pad_to: as of the class.
+
+        Raises:
+            TypeError, ValueError: for pipelines of other families and consistency models, and for
+                prompts that are none, or that the pipeline would cut or read as the same.
+        """
+        denoiser = denoiser_of_pipeline(pipe, prompts, null_prompt)
+        return cls(
+            denoiser,
+            denoiser.adapter.scheduler(pipe.scheduler),
+            len(prompts),
+            vae=pipe.vae,
+            null_class=None if null_prompt is None else len(prompts),
+            batch_size=batch_size,
+            device=device,
+            dtype=dtype,
+            pad_to=pad_to,
+        )
+
+    @property
+    def prompts(self) -> tuple[tuple[str, ...], ...] | None:
+        """Of each class, where the classifier was made from a pipeline."""
+        denoiser = self._network.denoiser
+        return denoiser.prompts.classes if isinstance(denoiser, PipelineDenoiser) else None
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """(height, width) of the images that its pipeline makes by default, in pixels."""
+        denoiser = self._network.denoiser
+        return denoiser.adapter.image_size if isinstance(denoiser, PipelineDenoiser) else None
 
     @property
     def calibration(self) -> Calibration | None:
@@ -190,9 +242,8 @@ class DiffusionClassifier:
     ) -> ClassifierResult | SavedResults:
         """Classify images.
 
-        With `output`, images are written into a folder as they finish, and memory holds no more
-        than those under way. The same call goes on where a former one ended, however it did:
-        images that have finished are read from the stream once more, but not evaluated.
+        With `output`, images are written into a folder as they finish, and memory holds those under
+        way. The same call goes on where it ended: what has finished is read, but not evaluated.
 
         A race that was not calibrated calibrates itself: the first 32 images take the full budget
         and serve as calibration images, which a warning says. Fewer than 32 images all take the
@@ -226,14 +277,12 @@ class DiffusionClassifier:
             TypeError, ValueError: for arguments and images that do not fit, and outputs of the
                 denoiser that are not finite; the message names them. Also for an `output` of other
                 settings, with damaged files, or with other images or labels under the same ids.
-            FileExistsError: for an `output` with files of something else.
-            BlockingIOError: for an `output` that another process writes to.
-            OSError: where `output` cannot be written; what was written before is kept.
+            OSError: where `output` cannot be written, has another writer, or holds something else.
         """
         strategy = require_strategy(strategy)
-        _check_confidence(confidence)
+        check_confidence(confidence)
         check_in_range(seed, "seed", 2**64, "2**64")
-        self._check_budget(budget)
+        check_budget(budget, self._members)
         if deadline is not None:
             check_positive(deadline, "deadline")
         end = None if deadline is None else time.monotonic() + deadline
@@ -250,8 +299,11 @@ class DiffusionClassifier:
         else:
             prepared = self._prepare(strategy, confidence, budget)
         call = {"strategy": strategy, "confidence": confidence, "budget": budget, "seed": seed}
+        call |= {"batch_size": self.batch_size, "pad_to": self.pad_to}
+        settings = {**self._settings(), **call, "temperature": prepared.temperature}
+        sources = self._network, self.scheduler, self.calibration
         with (
-            self._collecting(output, {**call, "temperature": prepared.temperature}) as collector,
+            collecting(output, settings, *sources) as collector,
             self._network.evaluating(),
             Progress(progress, "classify", self._cost(prepared, stream.total, progress)) as bar,
         ):
@@ -289,16 +341,16 @@ class DiffusionClassifier:
             TypeError, ValueError: as a call; for a race without a calibration.
         """
         strategy = require_strategy(strategy)
-        _check_confidence(confidence)
-        self._check_budget(budget)
+        check_confidence(confidence)
+        check_budget(budget, self._members)
         if num_images is not None:
             check_at_least(0, num_images=num_images)
         return self._cost(self._prepare(strategy, confidence, budget), num_images, True)
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Write the settings, the scheduler's configuration and the calibration into a folder.
+        """Write settings, prompts, the scheduler's configuration and calibration into a folder.
 
-        Not the denoiser, the VAE, and where they run.
+        Not the denoiser or pipeline, the VAE, and where they run.
 
         Args:
             path: a folder, which is made where it is missing; what it holds of another classifier
@@ -307,15 +359,18 @@ class DiffusionClassifier:
         Raises:
             OSError: where it cannot be written.
         """
-        saved = SavedClassifier(self._settings(), self.scheduler, self.calibration)
+        pipeline = SavedPipeline.of(self._network.denoiser)
+        saved = SavedClassifier(self._settings(), self.scheduler, self.calibration, pipeline)
         write_classifier(path, saved)
 
     @classmethod
     def from_pretrained(
         cls,
         path: str | os.PathLike[str],
-        denoiser: Callable[..., Any],
+        denoiser: Callable[..., Any] | None = None,
         *,
+        pipe: Any = None,
+        prompts: Sequence[str | Sequence[str]] | None = None,
         scheduler: Any = None,
         **options: Any,
     ) -> DiffusionClassifier:
@@ -324,14 +379,27 @@ class DiffusionClassifier:
         Args:
             path: the folder.
             denoiser: that was calibrated.
-            scheduler: None: one of diffusers, by the configuration that was saved.
-            options: vae, batch_size, device, dtype, pad_to of the class.
+            pipe: in its place, the pipeline of a classifier that `from_pipeline` made.
+            prompts: of the pipeline, which have to be the saved ones; None: those.
+            scheduler: None: one of diffusers, by the configuration that was saved, or the
+                pipeline's.
+            options: batch_size, device, dtype, pad_to of the class, and vae beside a denoiser.
 
         Raises:
             FileNotFoundError: where there is no saved classifier.
-            ValueError: where its files are damaged; the message names the file.
+            TypeError: for a denoiser where a pipeline is wanted, and the other way round.
+            ValueError: where its files are damaged, which the message names, and for a pipeline of
+                another family, prompts or noise levels.
         """
         saved = read_classifier(path, scheduler)
+        saved.check_source(denoiser, pipe, prompts)
+        if saved.pipeline is not None:
+            classes, null_prompt = saved.pipeline.prompts
+            classifier = cls.from_pipeline(pipe, classes, null_prompt=null_prompt, **options)
+            saved.check_scheduler(classifier.scheduler)
+            classifier.calibration = saved.calibration
+            return classifier
+        assert denoiser is not None
         classifier = cls(denoiser, saved.scheduler, **saved.settings, **options)
         if saved.calibration is not None:
             classifier.calibration = saved.calibration
@@ -345,9 +413,7 @@ class DiffusionClassifier:
         }
 
     def _planner(self, calibration: Calibration | None) -> Planner:
-        return Planner(
-            self.scheduler, self.parameterization, self.num_classes, self.null_class, calibration
-        )
+        return Planner(self.scheduler, self.parameterization, self._members, calibration)
 
     def _stream(self, images: Any, image_ids: Any, labels: Any) -> ImageStream:
         pixels = self._network.vae is not None
@@ -360,19 +426,6 @@ class DiffusionClassifier:
             num_classes=self.num_classes,
         )
 
-    def _collecting(
-        self, output: str | os.PathLike[str] | None, call: dict[str, Any]
-    ) -> contextlib.AbstractContextManager[Collector | Recorder]:
-        """What outcomes of a call go into: memory, or the folder `output`."""
-        if output is None:
-            collector = Collector(self.num_classes, self.null_class is not None)
-            return contextlib.nullcontext(collector)
-        batches = {"batch_size": self.batch_size, "pad_to": self.pad_to}
-        settings = {**self._settings(), **call, **batches}
-        network = self._network
-        found = described_results(network, self.scheduler, self.calibration, settings)
-        return recording(output, found)
-
     def _arrivals(
         self, stream: ImageStream, collector: Collector | Recorder, bar: Progress
     ) -> Iterator[Arrival]:
@@ -381,26 +434,15 @@ class DiffusionClassifier:
         for batch in stream:
             left = collector.see(batch, bar)
             device = self._network.device(batch.images)
-            for start in range(0, len(left), _ENCODED):
-                rows = left[start : start + _ENCODED]
+            together = self._network.encoded_together(batch.images)
+            for start in range(0, len(left), together):
+                rows = left[start : start + together]
+                ids = [batch.ids[row] for row in rows]
                 latents = self._network.encode(batch.images[rows].to(device)).to(device)
-                self._check_latents(latents, len(rows))
-                for latent, row in zip(latents, rows, strict=True):
-                    yield Arrival(first + row, batch.ids[row], latent)
+                self._network.check_latents(latents, ids, [first + row for row in rows])
+                for latent, image_id, row in zip(latents, ids, rows, strict=True):
+                    yield Arrival(first + row, image_id, latent)
             first += len(batch.images)
-
-    def _check_latents(self, latents: Tensor, count: int) -> None:
-        shape = self._network.sample_shape()
-        fits = len(latents) == count and (shape is None or latents.shape[1:] == shape)
-        if not fits:
-            wanted = "one an image" if shape is None else f"{[count, *shape]}"
-            raise ValueError(
-                f"images must give latents {wanted}, got {list(latents.shape)}: "
-                "another size of images, or another VAE, than the denoiser's"
-            )
-        # Images that go through no VAE were checked when they were read.
-        if self._network.vae is not None and not latents.isfinite().all():
-            raise ValueError("vae must return finite latents, got NaN or infinity")
 
     def _run(
         self,
@@ -420,8 +462,7 @@ class DiffusionClassifier:
         engine = Engine(
             self._network,
             plan,
-            self.num_classes,
-            self.null_class,
+            self._members,
             batch_size=self.batch_size,
             pad_to=self.pad_to,
             seed=int(seed),
@@ -433,18 +474,7 @@ class DiffusionClassifier:
             bar.add(contest.evaluations, correct)
             yield contest
         if engine.rows:
-            # A clock may not have moved.
             self._evaluations_a_second = engine.rows / max(time.monotonic() - start, 1e-6)
-
-    def _check_budget(self, budget: int | None) -> None:
-        if budget is None:
-            return
-        check_integer(budget, "budget")
-        columns = self._planner(None).columns
-        if budget < columns:
-            raise ValueError(
-                f"budget must be at least {columns} evaluations an image, one a class, got {budget}"
-            )
 
     def _prepare(self, strategy: Strategy, confidence: float, budget: int | None) -> Prepared:
         key = (strategy, confidence, budget)
@@ -459,9 +489,3 @@ class DiffusionClassifier:
             seconds = images * mean / self._evaluations_a_second
         memory = least_memory(self._network, self.pad_to or self.batch_size) if shown else None
         return CostEstimate(mean, most, images, seconds, memory)
-
-
-def _check_confidence(confidence: float) -> None:
-    check_number(confidence, "confidence")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")

@@ -16,6 +16,7 @@ from torch import Tensor
 from ...coefficients.tables import StepCoefficients
 from ...ops.scoring import log_likelihood
 from .contest import Contest, Rule, Steps
+from .members import Members, mean_errors, mean_outputs
 from .network import Network
 from .noise import ForwardNoise
 
@@ -54,12 +55,14 @@ class Arrival(NamedTuple):
 class _Stage:
     """The steps of an image up to its next look, whose rows wait for the network.
 
-    A row is a step and a column; the columns are the live classes, then the null class.
+    A row is a step and a label; the labels are those of the live classes, `counts` of each, then
+    of the null class.
     """
 
     contest: Contest
     steps: range
     labels: np.ndarray
+    counts: np.ndarray
     errors: np.ndarray
     missing: int
     sketches: list[Tensor] = dataclasses.field(default_factory=list)
@@ -83,7 +86,7 @@ class Engine:
     Args:
         network: in eval mode, see `Network.evaluating`.
         plan: what to evaluate.
-        num_classes, null_class: K, and the label of the null class or None.
+        members: the labels of the K classes and of the null class.
         batch_size: rows of a batch, an evaluation each.
         pad_to: rows to which every batch is filled up, or None.
         seed: of the noise.
@@ -98,8 +101,7 @@ class Engine:
         self,
         network: Network,
         plan: Plan,
-        num_classes: int,
-        null_class: int | None,
+        members: Members,
         *,
         batch_size: int,
         pad_to: int | None,
@@ -111,8 +113,7 @@ class Engine:
         self.late = False
         self._network = network
         self._plan = plan
-        self._num_classes = num_classes
-        self._null_class = null_class
+        self._members = members
         self._batch_size = batch_size
         self._pad_to = pad_to
         self._seed = seed
@@ -136,7 +137,7 @@ class Engine:
                 arrival = next(arrivals, None)
                 arriving = arrival is not None
                 if arrival is not None:
-                    self._join(Contest(*arrival, num_classes=self._num_classes))
+                    self._join(Contest(*arrival, num_classes=len(self._members.counts)))
             if self.late or not self._waiting:
                 yield from self._in_flight.values()
                 return
@@ -155,13 +156,11 @@ class Engine:
         """Put the rows up to the next look in front of the queue."""
         steps, taken = self._plan.steps, len(contest)
         look = next(look for look in steps.looks if look > taken)
-        labels = contest.live
-        if self._null_class is not None:
-            labels = np.append(labels, self._null_class)
+        labels, counts = self._members.labels_of(contest.live)
         end = taken + min(look - taken, self._affordable(contest))
         rows = (end - taken) * len(labels)
         errors = np.empty((end - taken, len(labels)))
-        stage = _Stage(contest, range(taken, end), labels, errors, rows)
+        stage = _Stage(contest, range(taken, end), labels, counts, errors, rows)
         self._waiting.appendleft(_Segment(stage, 0, rows))
         self._waiting_rows += rows
         self._in_flight[contest.index] = contest
@@ -184,8 +183,8 @@ class Engine:
         """Steps that the budget still allows."""
         if self._plan.budget is None:
             return len(self._plan.steps.order)
-        columns = len(contest.live) + (self._null_class is not None)
-        return (self._plan.budget - contest.evaluations) // columns
+        rows = self._members.rows(contest.live)
+        return (self._plan.budget - contest.evaluations) // rows
 
     def _take(self) -> list[_Segment]:
         """The rows of the next batch."""
@@ -229,8 +228,9 @@ class Engine:
         self.rows += first
         for stage in completed:
             live = len(stage.contest.live)
-            errors_of_null = stage.errors[:, live:].reshape(-1)
-            stage.contest.add(stage.errors[:, :live], errors_of_null, self._plan.steps)
+            of_class = mean_errors(stage.errors, stage.counts)
+            of_null = of_class[:, live:].reshape(-1)
+            stage.contest.add(of_class[:, :live], of_null, self._plan.steps)
         self._measure(completed)
         return completed
 
@@ -273,21 +273,24 @@ class Engine:
         """Give every contest D to its leader."""
         if not self._plan.sketch or not completed:
             return
-        leaders, first = [], 0
+        leaders, counts, first = [], [], 0
         for stage in completed:
-            columns = len(stage.labels)
-            rows = np.arange(stage.errors.size)
-            leaders.append(first + rows - rows % columns + stage.contest.leader)
-            first += len(rows)
+            columns = len(stage.counts)
+            cells = np.arange(len(stage.steps) * columns)
+            leaders.append(first + cells - cells % columns + stage.contest.leader)
+            counts.append(np.tile(stage.counts, len(stage.steps)))
+            first += len(cells)
         sketches = torch.cat([part for stage in completed for part in stage.sketches])
+        sketches = mean_outputs(sketches, np.concatenate(counts))
         leader = torch.from_numpy(np.concatenate(leaders)).to(sketches.device)
         distances = squared_distance(sketches, sketches[leader])
         found = distances.clamp(min=0).cpu().double().numpy()
         first = 0
         for stage in completed:
-            of_stage = found[first : first + stage.errors.size].reshape(stage.errors.shape)
+            last = first + len(stage.steps) * len(stage.counts)
+            of_stage = found[first:last].reshape(len(stage.steps), -1)
             stage.contest.add_distances(of_stage[:, : len(stage.contest.live)])
-            first += stage.errors.size
+            first = last
 
     def _refuse_output(self, segments: list[_Segment], row: int) -> None:
         for stage, start, stop in segments:
@@ -295,10 +298,12 @@ class Engine:
                 step, column = divmod(start + row, len(stage.labels))
                 table_row = self._plan.steps.order[stage.steps[step]]
                 timestep = self._plan.noise.timesteps[int(table_row)].item()
+                place = int(np.repeat(np.arange(len(stage.counts)), stage.counts)[column])
+                live = stage.contest.live
+                name = f"class {live[place]}" if place < len(live) else "the null class"
                 raise ValueError(
                     "denoiser must return finite outputs, got NaN or infinity for the image with "
-                    f"id {stage.contest.image_id} under class {stage.labels[column]} at timestep "
-                    f"{timestep}"
+                    f"id {stage.contest.image_id} under {name} at timestep {timestep}"
                 )
             row -= stop - start
 

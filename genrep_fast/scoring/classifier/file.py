@@ -1,7 +1,7 @@
 """The folder of a saved `DiffusionClassifier`, of which nothing is trusted when it is read.
 
-``classifier.json`` holds settings and names the calibration's file. It is written last, so that
-the folder holds all of the old classifier or all of the new one.
+``classifier.json`` holds settings, prompts where there are any, and names the calibration's file.
+It is written last, so that the folder holds all of the old classifier or all of the new one.
 """
 
 from __future__ import annotations
@@ -22,10 +22,27 @@ from ...checks import check_at_least, check_integer
 from ...files import read_json, write_atomically
 from .calibration import Calibration
 from .noise import ForwardNoise
+from .pipelines.denoiser import PipelineDenoiser
+from .pipelines.prompts import Prompts
+from .pipelines.registry import family_of
 
 _SETTINGS = "classifier.json"
 _FORMAT = 1
 _SETTING_NAMES = ("num_classes", "null_class", "parameterization")
+
+
+class SavedPipeline(NamedTuple):
+    """The pipeline that a classifier was made from: the name of its class, and the prompts."""
+
+    family: str
+    prompts: Prompts
+
+    @classmethod
+    def of(cls, denoiser: Any) -> SavedPipeline | None:
+        """That of a denoiser, None where it is of no pipeline."""
+        if not isinstance(denoiser, PipelineDenoiser):
+            return None
+        return cls(denoiser.family, denoiser.prompts)
 
 
 class SavedClassifier(NamedTuple):
@@ -35,11 +52,59 @@ class SavedClassifier(NamedTuple):
         settings: keyword arguments of the class.
         scheduler: of diffusers.
         calibration: or None.
+        pipeline: or None, of a denoiser.
     """
 
     settings: dict[str, Any]
     scheduler: Any
     calibration: Calibration | None
+    pipeline: SavedPipeline | None = None
+
+    def check_source(self, denoiser: Any, pipe: Any, prompts: Any) -> None:
+        """Check that a denoiser is given, or a pipeline of the saved family with its prompts.
+
+        Raises:
+            TypeError, ValueError: otherwise.
+        """
+        if self.pipeline is None:
+            if denoiser is None or pipe is not None or prompts is not None:
+                raise TypeError(
+                    "denoiser must be given, and neither pipe nor prompts: the saved classifier "
+                    "was not made from a pipeline"
+                )
+            return
+        family, saved = self.pipeline
+        if pipe is None or denoiser is not None:
+            raise TypeError(
+                f"pipe must be given, and no denoiser: the saved classifier is of a {family}"
+            )
+        if family_of(pipe) != family:
+            raise ValueError(
+                f"pipe must be a {family}, of which the classifier was saved, "
+                f"got {type(pipe).__name__}"
+            )
+        if prompts is None:
+            return
+        given = [[each] if isinstance(each, str | int) else list(each) for each in prompts]
+        if given != [list(each) for each in saved.classes]:
+            raise ValueError(
+                "prompts must be those of the saved classifier, of which its calibration is: "
+                "make and calibrate a classifier of others by from_pipeline"
+            )
+
+    def check_scheduler(self, scheduler: Any) -> None:
+        """Check that a pipeline's scheduler has the saved one's noise levels.
+
+        Raises:
+            ValueError: otherwise.
+        """
+        steps = min(ForwardNoise.most_steps(each) for each in (scheduler, self.scheduler))
+        saved, given = (ForwardNoise(each, steps) for each in (self.scheduler, scheduler))
+        if not saved.agrees_with(given):
+            raise ValueError(
+                "pipe.scheduler must have the noise levels of the saved classifier's "
+                f"{type(self.scheduler).__name__}, got others of {type(scheduler).__name__}"
+            )
 
 
 def write_classifier(path: str | os.PathLike[str], classifier: SavedClassifier) -> None:
@@ -53,7 +118,9 @@ def write_classifier(path: str | os.PathLike[str], classifier: SavedClassifier) 
     scheduler = classifier.scheduler
     file = None
     if classifier.calibration is not None:
-        content = save(calibration_tensors(classifier.calibration))
+        content = save(
+            calibration_tensors(classifier.calibration), _prompts_of(classifier.pipeline)
+        )
         file = f"calibration-{hashlib.sha256(content).hexdigest()[:16]}.safetensors"
         write_atomically(folder / file, content)
     config = {key: value for key, value in dict(scheduler.config).items() if key[0] != "_"}
@@ -62,7 +129,15 @@ def write_classifier(path: str | os.PathLike[str], classifier: SavedClassifier) 
         **classifier.settings,
         "scheduler": {"_class_name": type(scheduler).__name__, **config},
         "calibration": file,
+        "pipeline": None,
     }
+    if classifier.pipeline is not None:
+        family, prompts = classifier.pipeline
+        settings["pipeline"] = {
+            "class": family,
+            "prompts": prompts.classes,
+            "null_prompt": prompts.null,
+        }
     write_atomically(folder / _SETTINGS, json.dumps(settings, indent=2, default=_plain) + "\n")
     for other in folder.glob("calibration-*.safetensors"):
         if other.name != file:
@@ -90,6 +165,7 @@ def read_classifier(path: str | os.PathLike[str], scheduler: Any = None) -> Save
         settings = _checked_settings(content)
         if scheduler is None:
             scheduler = _scheduler(content["scheduler"])
+        pipeline = _pipeline(content.get("pipeline"), settings)
         name = content["calibration"]
         if name is not None and (not isinstance(name, str) or Path(name).name != name):
             raise ValueError(f"calibration must name a file of the folder, got {name!r}")
@@ -97,8 +173,8 @@ def read_classifier(path: str | os.PathLike[str], scheduler: Any = None) -> Save
         raise ValueError(f"{file} is not a saved classifier: {error}") from error
     calibration = None
     if name is not None:
-        calibration = _read_calibration(file.parent / name, settings, scheduler)
-    return SavedClassifier(settings, scheduler, calibration)
+        calibration = _read_calibration(file.parent / name, settings, scheduler, pipeline)
+    return SavedClassifier(settings, scheduler, calibration, pipeline)
 
 
 def _plain(value: Any) -> Any:
@@ -125,6 +201,27 @@ def _checked_settings(content: Any) -> dict[str, Any]:
     if content["parameterization"] is not None and not isinstance(content["parameterization"], str):
         raise TypeError(f"parameterization must be a word, got {content['parameterization']!r}")
     return {name: content[name] for name in _SETTING_NAMES}
+
+
+def _pipeline(content: Any, settings: dict[str, Any]) -> SavedPipeline | None:
+    """Of the saved pipeline, whose prompts are checked when they are encoded."""
+    if content is None:
+        return None
+    fits = isinstance(content, dict) and {"class", "prompts", "null_prompt"} <= set(content)
+    prompts = content["prompts"] if fits else None
+    if not isinstance(prompts, list) or not all(isinstance(each, list) for each in prompts):
+        raise ValueError("pipeline must have a class, lists of prompts and a null_prompt")
+    if len(prompts) != settings["num_classes"]:
+        raise ValueError(
+            f"pipeline must have prompts of {settings['num_classes']} classes, got {len(prompts)}"
+        )
+    classes = tuple(tuple(each) for each in prompts)
+    return SavedPipeline(content["class"], Prompts(classes, content["null_prompt"]))
+
+
+def _prompts_of(pipeline: SavedPipeline | None) -> dict[str, str] | None:
+    """What a calibration's file says of the prompts that it was measured with."""
+    return None if pipeline is None else {"prompts": pipeline.prompts.digest}
 
 
 def _scheduler(config: Any) -> Any:
@@ -161,9 +258,13 @@ def calibration_tensors(calibration: Calibration) -> dict[str, Tensor]:
     return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
 
 
-def _read_calibration(file: Path, settings: dict[str, Any], scheduler: Any) -> Calibration:
+def _read_calibration(
+    file: Path, settings: dict[str, Any], scheduler: Any, pipeline: SavedPipeline | None
+) -> Calibration:
     try:
         with safe_open(file, "pt") as opened:
+            if opened.metadata() != _prompts_of(pipeline):
+                raise ValueError(f"it was measured with other prompts than those in {_SETTINGS}")
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         return restored_calibration(
             tensors, settings["num_classes"], scheduler, settings["parameterization"]

@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ...checks import check_integer
 from .calibration import Calibration
 from .contest import KeepBest, Rule, Steps
 from .engine import SKETCH, Plan
+from .members import Members
 from .noise import ForwardNoise
 from .strategies import (
     DEFAULT_STEPS,
@@ -46,20 +48,14 @@ class Planner:
 
     Attributes:
         scheduler, parameterization: as of `ForwardNoise`.
-        num_classes, null_class: K, and the label of the null class or None.
+        members: of the K classes and the null class.
         calibration: or None.
     """
 
     scheduler: Any
     parameterization: str | None
-    num_classes: int
-    null_class: int | None
+    members: Members
     calibration: Calibration | None = None
-
-    @property
-    def columns(self) -> int:
-        """Evaluations of a step of all classes."""
-        return self.num_classes + (self.null_class is not None)
 
     @property
     def default_steps(self) -> int:
@@ -88,7 +84,7 @@ class Planner:
             weights = calibration.weights(strategy.weights, calibration.timesteps)
             steps = Steps(low_discrepancy_order(held)[:number], weights, (number,))
             rule = KeepBest()
-        contests = list(calibration.replay(steps, rule, self.columns - self.num_classes))
+        contests = list(calibration.replay(steps, rule, self.members))
         evidence = np.stack([contest.outcome(steps, rule).evidence for contest in contests])
         evaluations = float(np.mean([contest.evaluations for contest in contests]))
         mean = min(evaluations, most) if known else most
@@ -104,11 +100,12 @@ class Planner:
             return self._race(strategy, confidence, budget)
         if isinstance(strategy, Staged):
             looks = tuple(strategy.steps)
-            keep = tuple(min(number, self.num_classes) for number in strategy.keep)
+            num_classes = len(self.members.counts)
+            keep = tuple(min(number, num_classes) for number in strategy.keep)
             return self._fixed(looks, KeepBest(keep), strategy.weights, budget)
         steps = strategy.steps
         if steps is None and isinstance(strategy, Stratified):
-            steps = _STRATIFIED_STEPS if budget is None else budget // self.columns
+            steps = _STRATIFIED_STEPS if budget is None else budget // self.members.all_rows
             steps = min(steps, ForwardNoise.most_steps(self.scheduler))
         elif steps is None:
             steps = self.default_steps
@@ -117,9 +114,10 @@ class Planner:
     def prepare_calibration(self, steps: int) -> Prepared:
         """The full budget, with distances to its winner."""
         plan = self._fixed((steps,), KeepBest(), "uniform", None)
-        size = _CALIBRATION_SKETCHES // (steps * self.columns)
+        evaluations = steps * self.members.all_rows
+        size = _CALIBRATION_SKETCHES // evaluations
         plan = dataclasses.replace(plan, sketch=min(max(size, 64), SKETCH))
-        return Prepared(plan, 1.0, steps * self.columns, steps * self.columns)
+        return Prepared(plan, 1.0, evaluations, evaluations)
 
     def own_calibration(self, strategy: Race, budget: int | None) -> Prepared:
         """The full budget, of the first images of a race that calibrates itself; warns of that.
@@ -130,7 +128,7 @@ class Planner:
         steps = self.default_steps
         if strategy.max_steps is not None:
             steps = max(steps, strategy.max_steps)
-        needed = steps * self.columns
+        needed = steps * self.members.all_rows
         if budget is not None and budget < needed:
             raise ValueError(
                 "strategy: this race is not calibrated, and to calibrate itself takes "
@@ -147,14 +145,14 @@ class Planner:
 
     def most_evaluations(self, plan: Plan) -> int:
         """Evaluations of an image of which no class leaves before it must."""
-        most, taken, columns = 0, 0, self.columns
+        most, taken, rows = 0, 0, self.members.all_rows
         looks = plan.steps.looks
         keep = plan.rule.keep if isinstance(plan.rule, KeepBest) else ()
         for stage, look in enumerate(looks):
-            most += (look - taken) * columns
+            most += (look - taken) * rows
             taken = look
             if keep:
-                columns = keep[stage] + self.columns - self.num_classes
+                rows = self.members.most_rows(keep[stage])
         return most if plan.budget is None else min(most, plan.budget)
 
     def _race(self, strategy: Race, confidence: float, budget: int | None) -> Plan:
@@ -185,3 +183,16 @@ class Planner:
             weights = self.calibration.weights(weighting, timesteps)
         steps = Steps(low_discrepancy_order(looks[-1]), weights, looks)
         return Plan(noise, steps, rule, budget)
+
+
+def check_budget(budget: int | None, members: Members) -> None:
+    """Check that a number of evaluations an image, or None, allows a step of all classes."""
+    if budget is None:
+        return
+    check_integer(budget, "budget")
+    least = members.all_rows
+    if budget < least:
+        each = "prompt" if members.is_ensemble else "class"
+        raise ValueError(
+            f"budget must be at least {least} evaluations an image, one a {each}, got {budget}"
+        )
