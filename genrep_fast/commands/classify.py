@@ -5,7 +5,8 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..checks import check_at_least, check_seed
 from ..names import printable, shortened
@@ -132,11 +133,15 @@ def _by_denoiser(
     lines = [""] * len(pictures)
     correct = undecided = 0
     for result in found:
-        for place, line in _lines(source, pictures, result):
-            lines[place] = line
-        undecided += int((~result.decided).sum())
-        if result.labels is not None:
-            correct += int((result.prediction == result.labels).sum())
+        for row in _rows(result):
+            # A folder may hold more images, of a former call.
+            if row.place < len(pictures):
+                name = shortened(source.class_names[row.label], _LONGEST_NAME)
+                path = printable(pictures.paths[row.place])
+                lines[row.place] = f"{path}\t{name}\t{row.probability:.4f}\t{row.evaluations}"
+                undecided += not row.decided
+                if pictures.labels is not None:
+                    correct += pictures.labels[row.place] == row.label
     if undecided:
         told = f"{undecided:,} of {len(pictures):,} images are undecided"
         print(f"genrep classify: {told}", file=sys.stderr)
@@ -157,25 +162,31 @@ def _saved(
     try:
         saved = source.classifier(pictures.loader(), output=output, **options)
     except KeyboardInterrupt as error:
-        kept = f"what has finished is kept in {shlex.quote(output)}, the same command goes on"
+        kept = "nothing has finished"
+        if Path(output, "classification.json").exists():
+            kept = f"what has finished is kept in {shlex.quote(output)}, the same command goes on"
         raise KeyboardInterrupt(f"interrupted; {kept}") from error
     told = f"wrote {printable(output)}: classification.json, parts/"
     print(f"genrep classify: {told}", file=sys.stderr)
     return iter(saved)
 
 
-def _lines(
-    source: Source, pictures: Pictures, result: ClassifierResult
-) -> Iterator[tuple[int, str]]:
-    """Places of images and their lines."""
+class _Row(NamedTuple):
+    """What a line tells of an image, and its place among the images."""
+
+    place: int
+    label: int
+    probability: float
+    evaluations: int
+    decided: bool
+
+
+def _rows(result: ClassifierResult) -> Iterator[_Row]:
     assert result.image_ids is not None
-    probabilities = result.posterior.amax(1).exp().tolist()
-    columns = (result.image_ids, result.prediction, result.evaluations)
-    rows = zip(*(column.tolist() for column in columns), probabilities, strict=True)
-    for place, label, evaluations, probability in rows:
-        name = shortened(source.class_names[label], _LONGEST_NAME)
-        path = printable(pictures.paths[place])
-        yield place, f"{path}\t{name}\t{probability:.4f}\t{evaluations}"
+    probability = result.posterior.amax(1).exp()
+    columns = (result.image_ids, result.prediction, probability)
+    columns += (result.evaluations, result.decided)
+    yield from map(_Row, *(column.tolist() for column in columns))
 
 
 def _tell_accuracy(correct: int, count: int) -> None:

@@ -112,6 +112,9 @@ def test_a_calibrated_race_writes_a_folder_and_goes_on(
     assert settings["denoiser"]["parameters"] and settings["pad_to"] == settings["batch_size"]
     again, _ = lines_of(capsys, *denoising(checkpoint, photos, *options, "--output", output))
     assert again == lines
+    # Fewer images than the folder holds.
+    fewer = denoising(checkpoint, photos / "ape", *options, "--output", output)
+    assert lines_of(capsys, *fewer)[0] == lines[:4]
     for changed, told in (
         (["--seed", 1], "seed is 0 there and 1 here"),
         (["--confidence", 0.9], "confidence is 0.99 there and 0.9 here"),
@@ -141,6 +144,12 @@ def test_an_interrupted_classification_is_kept(checkpoint, photos, tmp_path, cap
         f"'{tmp_path / 'a b'}', the same command goes on\n"
     )
     assert len(gf.SavedResults(tmp_path / "a b")) > 0
+    read.clear()
+    read += range(17)
+    with pytest.raises(SystemExit):
+        command(*denoising(checkpoint, photos, *options[:-1], tmp_path / "c"))
+    assert capsys.readouterr().err == "genrep classify: interrupted; nothing has finished\n"
+    assert not (tmp_path / "c").exists()
 
 
 def test_calibrate_tells_what_it_found(checkpoint, photos, calibration, tmp_path, capsys):

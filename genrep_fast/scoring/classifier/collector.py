@@ -23,7 +23,7 @@ from .description import described_results
 from .engine import Plan
 from .images import Images, ImageStream
 from .network import Network
-from .output_folder import OutputFolder, label_text
+from .output_folder import OutputFolder
 from .parts import NO_LABEL, Part
 from .progress import Progress
 from .result import ClassifierResult, log_posterior
@@ -135,8 +135,8 @@ class Recorder:
                 )
             if image.label != label:
                 raise ValueError(
-                    f"labels: the image with id {image.image_id} has {label_text(label)} in "
-                    f"{self._folder.path} and {label_text(image.label)} now"
+                    f"labels: the image with id {image.image_id} has {_told(label)} in "
+                    f"{self._folder.path} and {_told(image.label)} now"
                 )
             correct = None if label == NO_LABEL else bool(finished.predictions[place] == label)
             bar.skip(int(finished.evaluations[place]), correct)
@@ -243,6 +243,10 @@ def unread(stream: ImageStream, collector: Collector | Recorder) -> int | None:
             stacklevel=3,
         )
     return stream.total
+
+
+def _told(label: int) -> str:
+    return "no label" if label == NO_LABEL else f"the label {label}"
 
 
 class _Identity(NamedTuple):

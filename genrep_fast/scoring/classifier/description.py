@@ -61,7 +61,7 @@ def described(value: Any) -> Any:
         return {"name": type(value).__name__, **described(fields)}
     if isinstance(value, dict):
         return {str(key): described(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple | set | frozenset | range):
+    if isinstance(value, list | tuple | range):
         return [described(inner) for inner in value]
     return _network(value)
 
@@ -91,8 +91,8 @@ def tensors_hash(tensors: dict[str, Tensor]) -> str:
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
         is_plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
         if is_plain and tensor.device.type != "meta" and not tensor.is_quantized:
-            flat = tensor.reshape(-1).cpu().view(torch.uint8)
-            digest.update(flat.contiguous().numpy().data)
+            flat = tensor.reshape(-1).contiguous().cpu()
+            digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()[:_DIGITS]
 
 

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from ..._version import __version__
 from ...files import read_json, remove_unfinished, write_atomically
 from .description import differences
-from .parts import NO_LABEL, TOLD, Layout, Part, preferred_kind
+from .parts import TOLD, Layout, Part, preferred_kind
 
 SETTINGS = "classification.json"
 PARTS = "parts"
@@ -32,7 +33,7 @@ class Finished(NamedTuple):
     """Images of former calls, by their ids in ascending order.
 
     Attributes:
-        ids, labels, predictions, evaluations: int64 [n], with `NO_LABEL` for no label.
+        ids, labels, predictions, evaluations: int64 [n], −1 for no label.
         digests: of their content, [n].
     """
 
@@ -162,8 +163,6 @@ def _plain(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    import torch
-
     return {"genrep_fast": __version__, "torch": str(torch.__version__)}
 
 
@@ -183,8 +182,7 @@ def _check_same(path: Path, former: dict[str, Any], now: dict[str, Any]) -> None
     found = [
         phrase
         for phrase in differences(kept, now)
-        if phrase.split(" ", 1)[0].rpartition(".")[2] not in _OF_NO_CONSEQUENCE
-        and phrase.split(".", 1)[0] not in _OF_NO_CONSEQUENCE
+        if not set(phrase.split(" ", 1)[0].split(".")).intersection(_OF_NO_CONSEQUENCE)
     ]
     if found:
         more = f", and {len(found) - 3} more" if len(found) > 3 else ""
@@ -223,8 +221,3 @@ def _finished(parts: list[Path], layout: Layout) -> Finished:
         )
     told = {name: joined[name][order] for name in TOLD}
     return Finished(ids, told["label"], told["prediction"], told["evaluations"], told["digest"])
-
-
-def label_text(label: int) -> str:
-    """A label, or that there is none."""
-    return "no label" if label == NO_LABEL else f"the label {label}"
