@@ -26,6 +26,7 @@ from .scoring.chain_bank import ChainBank
 from .scoring.classifier.candidates import Candidates
 from .scoring.classifier.coarse import Coarse
 from .scoring.classifier.diffusion_classifier import DiffusionClassifier
+from .scoring.classifier.saved_results import SavedResults
 from .scoring.classifier.strategies import Full, Race, Staged, Stratified
 from .scoring.scorer import PosteriorScorer
 
@@ -57,6 +58,7 @@ __all__ = [
     "GradientAligner",
     "PosteriorScorer",
     "Race",
+    "SavedResults",
     "Staged",
     "StepCoefficients",
     "Stratified",

@@ -4,34 +4,32 @@ from __future__ import annotations
 
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from ...checks import check_at_least, check_in_range, check_integer, check_number, check_positive
+from ...checks import check_at_least, check_in_range, check_integer, check_positive
 from .arrivals import arrivals_of
 from .calibration import Calibration, of_contests
-from .collector import Collector
+from .collector import Collector, Recorder, collecting, unread
 from .contest import Contest
 from .engine import Arrival, Engines
 from .file import SavedClassifier, SavedPipeline, read_classifier, write_classifier
+from .footprint import least_memory
 from .funnel import Funnel
 from .images import ImageStream
 from .members import Members
 from .network import Network
 from .noise import ForwardNoise
 from .pipelines.denoiser import PipelineDenoiser, denoiser_of_pipeline
-from .plans import Planner, Prepared
+from .plans import SELF_CALIBRATION, Planner, Prepared
 from .progress import CostEstimate, Progress
 from .result import ClassifierResult
-from .strategies import Race, Strategy, require_strategy
-
-# Images on which a race that has no calibration calibrates itself.
-SELF_CALIBRATION = 32
+from .saved_results import SavedResults
+from .strategies import Race, Strategy, check_confidence, require_strategy
 
 
 class DiffusionClassifier:
@@ -217,8 +215,8 @@ class DiffusionClassifier:
         plan = prepared.plan
         stream = self._stream(images, None, labels)
         collector = Collector(self.num_classes, self.null_class is not None)
-        arrivals = arrivals_of(stream, collector, self._network, funnel, self.batch_size)
-        bar = Progress(progress, "calibrate", self._cost(prepared, stream.total))
+        bar = Progress(progress, "calibrate", self._cost(prepared, stream.total, progress))
+        arrivals = arrivals_of(stream, collector, self._network, funnel, self.batch_size, bar)
         with self._network.evaluating(funnel.scorer), bar:
             contests = list(self._run(prepared, arrivals, collector, bar, seed, None))
             if len(contests) < 2:
@@ -229,7 +227,15 @@ class DiffusionClassifier:
         self.calibration = found
         return found
 
+    @overload
+    def __call__(self, images: Any, *, output: None = None, **call: Any) -> ClassifierResult: ...
+
+    @overload
     def __call__(
+        self, images: Any, *, output: str | os.PathLike[str], **call: Any
+    ) -> SavedResults: ...
+
+    def __call__(  # type: ignore[misc]
         self,
         images: Any,
         *,
@@ -243,9 +249,13 @@ class DiffusionClassifier:
         seed: int = 0,
         image_ids: Sequence[int] | Tensor | None = None,
         labels: Sequence[int] | Tensor | None = None,
+        output: str | os.PathLike[str] | None = None,
         progress: bool = True,
-    ) -> ClassifierResult:
+    ) -> ClassifierResult | SavedResults:
         """Classify images.
+
+        With `output`, images are written into a folder as they finish, and memory holds those under
+        way. The same call goes on where it ended: what has finished is read, but not evaluated.
 
         A race that was not calibrated calibrates itself: the first 32 images take the full budget
         and serve as calibration images, which a warning says. Fewer than 32 images all take the
@@ -254,7 +264,8 @@ class DiffusionClassifier:
         Args:
             images: a batch, or an iterable of batches, which is read as it is needed. A batch is a
                 floating-point tensor [B, C, H, W] in −1…1 (uint8: 0…255), a uint8 array
-                [B, H, W, C], a PIL image, a list of images, or a pair (batch, labels). All have
+                [B, H, W, C], a PIL image, a list of images, a pair (batch, labels), or a dictionary
+                with pixel_values, images or image, and maybe labels, image_ids and names. All have
                 one size; nothing is resized.
             strategy: "race", "full", "stratified" or "staged", or one of gf.Race, gf.Full,
                 gf.Stratified and gf.Staged with settings.
@@ -269,16 +280,25 @@ class DiffusionClassifier:
                 ends before its time is not `decided`.
             deadline: seconds for the call; no batch begins afterwards.
             seed: of the noise, which follows from it, the image's id and the timestep.
-            image_ids: distinct integers in [0, 2³²), one an image; None: 0, 1, 2, …
+            image_ids: distinct integers in [0, 2³²), one an image; None: those of the batches, else
+                0, 1, 2, …
             labels: one an image, for the bar's accuracy and `ClassifierResult.class_bias`.
+            output: a folder for ``classification.json``, which says what the results depend on, and
+                for ``parts/``: Parquet where pyarrow is installed, else CSV. Images that the
+                deadline leaves under way are not written.
             progress: show a bar, where tqdm is installed.
+
+        Returns:
+            The result of all images; with `output`, all images of the folder, read as needed.
 
         Raises:
             TypeError, ValueError: for arguments and images that do not fit, and outputs of the
-                denoiser that are not finite; the message names them.
+                denoiser that are not finite; the message names them. Also for an `output` of other
+                settings, with damaged files, or with other images or labels under the same ids.
+            OSError: where `output` cannot be written, has another writer, or holds something else.
         """
         strategy = require_strategy(strategy)
-        _check_confidence(confidence)
+        check_confidence(confidence)
         check_in_range(seed, "seed", 2**64, "2**64")
         funnel = Funnel.of(self.num_classes, candidates, tree, coarse)
         self._members.check_budget(budget, funnel.least)
@@ -286,16 +306,27 @@ class DiffusionClassifier:
             check_positive(deadline, "deadline")
         end = None if deadline is None else time.monotonic() + deadline
         stream = self._stream(images, image_ids, labels)
-        collector = Collector(self.num_classes, self.null_class is not None)
-        arrivals = arrivals_of(stream, collector, self._network, funnel, self.batch_size)
         calibrates = False
         if isinstance(strategy, Race) and self.calibration is None:
+            if output is not None:
+                raise ValueError(
+                    "output: a race goes on with the calibration that it began with, and has none: "
+                    "call calibrate first"
+                )
             calibrates = True
-            prepared = self._own_calibration(strategy, budget, funnel)
+            prepared = self._planner(None).own_calibration(strategy, budget, funnel)
         else:
             prepared = self._prepare(strategy, confidence, budget, funnel)
-        bar = Progress(progress, "classify", self._cost(prepared, stream.total))
-        with self._network.evaluating(funnel.scorer), bar:
+        settings: dict[str, Any] = {**vars(funnel), **self._settings(), **prepared.settings}
+        settings |= {"strategy": strategy, "confidence": confidence, "budget": budget, "seed": seed}
+        settings |= {"batch_size": self.batch_size, "pad_to": self.pad_to}
+        sources = self._network, self.scheduler, self.calibration
+        with (
+            collecting(output, settings, *sources) as collector,
+            self._network.evaluating(funnel.scorer),
+            Progress(progress, "classify", self._cost(prepared, stream.total, progress)) as bar,
+        ):
+            arrivals = arrivals_of(stream, collector, self._network, funnel, self.batch_size, bar)
             if calibrates:
                 first = islice(arrivals, SELF_CALIBRATION)
                 contests = list(self._run(prepared, first, collector, bar, seed, end))
@@ -307,8 +338,8 @@ class DiffusionClassifier:
             # Exhausts the arrivals.
             for _ in self._run(prepared, arrivals, collector, bar, seed, end):
                 pass
-        total = self._unread(stream, collector)
-        return collector.result(prepared.temperature, total, prepared.screens.coarse_share)
+            total = unread(stream, collector)
+            return collector.result(total, **prepared.settings)
 
     def estimate(
         self,
@@ -331,12 +362,12 @@ class DiffusionClassifier:
             TypeError, ValueError: as a call; for a race without a calibration.
         """
         strategy = require_strategy(strategy)
-        _check_confidence(confidence)
+        check_confidence(confidence)
         funnel = Funnel.of(self.num_classes, candidates, tree, coarse)
         self._members.check_budget(budget, funnel.least)
         if num_images is not None:
             check_at_least(0, num_images=num_images)
-        return self._cost(self._prepare(strategy, confidence, budget, funnel), num_images)
+        return self._cost(self._prepare(strategy, confidence, budget, funnel), num_images, True)
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write settings, prompts, the scheduler's configuration and calibration into a folder.
@@ -350,13 +381,8 @@ class DiffusionClassifier:
         Raises:
             OSError: where it cannot be written.
         """
-        settings = {
-            "num_classes": self.num_classes,
-            "null_class": self.null_class,
-            "parameterization": self.parameterization,
-        }
         pipeline = SavedPipeline.of(self._network.denoiser)
-        saved = SavedClassifier(settings, self.scheduler, self.calibration, pipeline)
+        saved = SavedClassifier(self._settings(), self.scheduler, self.calibration, pipeline)
         write_classifier(path, saved)
 
     @classmethod
@@ -401,6 +427,13 @@ class DiffusionClassifier:
             classifier.calibration = saved.calibration
         return classifier
 
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "num_classes": self.num_classes,
+            "null_class": self.null_class,
+            "parameterization": self.parameterization,
+        }
+
     def _planner(self, calibration: Calibration | None) -> Planner:
         return Planner(self.scheduler, self.parameterization, self._members, calibration)
 
@@ -419,48 +452,31 @@ class DiffusionClassifier:
         self,
         prepared: Prepared,
         arrivals: Iterator[Arrival],
-        collector: Collector,
+        collector: Collector | Recorder,
         bar: Progress,
         seed: int,
         end: float | None,
     ) -> Iterator[Contest]:
         """Images as they finish, which the collector has noted."""
+
+        def after_batch() -> None:
+            bar.after_batch(engine.rows)
+            collector.write_if_due()
+
         plan, engines = prepared.plan, self._engines(seed)
+        engine = engines(plan, with_null=True, after_batch=after_batch)
         arrivals = prepared.screens.run(arrivals, engines, end)
         start, evaluations = time.monotonic(), 0
-        for contest in engines(plan, with_null=True).run(arrivals, end):
-            prediction = collector.add(contest, plan)
-            label = collector.label_of(contest.index)
-            bar.add(contest.evaluations, None if label is None else prediction == label)
+        for contest in engine.run(arrivals, end):
+            correct = collector.add(contest, plan, engine.late)
+            bar.add(contest.evaluations, correct)
             evaluations += contest.evaluations
             yield contest
         if evaluations:
-            self._evaluations_a_second = evaluations / (time.monotonic() - start)
+            self._evaluations_a_second = evaluations / max(time.monotonic() - start, 1e-6)
 
     def _engines(self, seed: int) -> Engines:
         return Engines(self._network, self._members, self.batch_size, self.pad_to, int(seed))
-
-    def _own_calibration(self, strategy: Race, budget: int | None, funnel: Funnel) -> Prepared:
-        if funnel.coarse is not None:
-            raise ValueError("coarse needs a calibration; call calibrate with coarse first")
-        planner = self._planner(None)
-        steps = planner.default_steps
-        if strategy.max_steps is not None:
-            steps = max(steps, strategy.max_steps)
-        needed = steps * self._members.all_rows
-        if budget is not None and budget < needed:
-            raise ValueError(
-                "strategy: this race is not calibrated, and to calibrate itself takes "
-                f"{needed} evaluations an image, more than the budget of {budget}: "
-                "call calibrate first"
-            )
-        warnings.warn(
-            "the race is not calibrated: the first "
-            f"{SELF_CALIBRATION} images take the full budget of {needed} evaluations and calibrate "
-            "it; call calibrate with images of their own instead",
-            stacklevel=3,
-        )
-        return planner.prepare_calibration(steps)
 
     def _prepare(
         self, strategy: Strategy, confidence: float, budget: int | None, funnel: Funnel
@@ -471,27 +487,10 @@ class DiffusionClassifier:
             self._prepared[key] = planner.prepare(strategy, confidence, budget, funnel)
         return self._prepared[key]
 
-    def _cost(self, prepared: Prepared, images: int | None) -> CostEstimate:
+    def _cost(self, prepared: Prepared, images: int | None, shown: bool) -> CostEstimate:
         mean, most = prepared.mean_evaluations, prepared.most_evaluations
         seconds = None
         if self._evaluations_a_second is not None and images is not None:
             seconds = images * mean / self._evaluations_a_second
-        return CostEstimate(mean, most, images, seconds)
-
-    def _unread(self, stream: ImageStream, collector: Collector) -> int | None:
-        """Images of the call, where the deadline left some unread and their number is known."""
-        if stream.exhausted:
-            return None
-        if stream.total is None:
-            warnings.warn(
-                f"deadline: the stream was left after {collector.images} images, of which alone "
-                "the result tells",
-                stacklevel=3,
-            )
-        return stream.total
-
-
-def _check_confidence(confidence: float) -> None:
-    check_number(confidence, "confidence")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
+        memory = least_memory(self._network, self.pad_to or self.batch_size) if shown else None
+        return CostEstimate(mean, most, images, seconds, memory)

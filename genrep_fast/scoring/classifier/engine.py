@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -101,9 +101,11 @@ class Engine:
         batch_size: rows of a batch, an evaluation each.
         pad_to: rows to which every batch is filled up, or None.
         seed: of the noise.
+        after_batch: called after every batch, when what it finished has been given out.
 
     Attributes:
         batches, rows: that went through the network, padding not counted.
+        late: whether the deadline is over; images that are given back since are cut off.
     """
 
     def __init__(
@@ -115,15 +117,18 @@ class Engine:
         batch_size: int,
         pad_to: int | None,
         seed: int,
+        after_batch: Callable[[], None] | None = None,
     ) -> None:
         self.batches = 0
         self.rows = 0
+        self.late = False
         self._network = network
         self._plan = plan
         self._members = members
         self._batch_size = batch_size
         self._pad_to = pad_to
         self._seed = seed
+        self._after_batch = after_batch
         self._waiting: deque[_Segment] = deque()
         self._waiting_rows = 0
         self._in_flight: dict[int, Contest] = {}
@@ -138,8 +143,8 @@ class Engine:
         """
         arriving = True
         while True:
-            late = deadline is not None and time.monotonic() >= deadline
-            while arriving and not late and self._waiting_rows < self._batch_size:
+            self.late = deadline is not None and time.monotonic() >= deadline
+            while arriving and not self.late and self._waiting_rows < self._batch_size:
                 arrival = next(arrivals, None)
                 arriving = arrival is not None
                 if arrival is None:
@@ -149,7 +154,7 @@ class Engine:
                     self._join(contest)
                 else:
                     yield contest
-            if late or not self._waiting:
+            if self.late or not self._waiting:
                 yield from self._in_flight.values()
                 return
             contests = [stage.contest for stage in self._evaluate(self._take())]
@@ -160,6 +165,8 @@ class Engine:
                 else:
                     del self._in_flight[contest.index]
                     yield contest
+            if self._after_batch is not None:
+                self._after_batch()
 
     def _contest(self, arrival: Arrival) -> Contest:
         place, image_id, image, scores, screened = arrival
@@ -332,7 +339,12 @@ class Engines:
     seed: int
 
     def __call__(
-        self, plan: Plan, network: Network | None = None, *, with_null: bool = False
+        self,
+        plan: Plan,
+        network: Network | None = None,
+        *,
+        with_null: bool = False,
+        after_batch: Callable[[], None] | None = None,
     ) -> Engine:
         """An engine of a plan; `network` takes the place of the common one."""
         return Engine(
@@ -342,6 +354,7 @@ class Engines:
             batch_size=self.batch_size,
             pad_to=self.pad_to,
             seed=self.seed,
+            after_batch=after_batch,
         )
 
 

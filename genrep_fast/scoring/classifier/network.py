@@ -118,12 +118,12 @@ class Network:
         images = images if device is None else images.to(device)
         return scaled(self.vae, finite_posterior_mode(self.vae, images))
 
-    def check_latents(self, latents: Tensor, ids: Sequence[int], first: int) -> None:
+    def check_latents(self, latents: Tensor, ids: Sequence[int], places: Sequence[int]) -> None:
         """Check what `encode` made of images.
 
         Args:
             ids: of the images' noise.
-            first: the place of the first of them among the images of the call.
+            places: of the images among those of the call.
 
         Raises:
             ValueError: for another shape than the denoiser's, and NaN or infinity.
@@ -143,7 +143,7 @@ class Network:
         if not all(finite):
             bad = finite.index(False)
             raise ValueError(
-                f"vae must return finite latents, got NaN or infinity for image {first + bad} "
+                f"vae must return finite latents, got NaN or infinity for image {places[bad]} "
                 f"(id {ids[bad]})"
             )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +30,8 @@ from .strategies import (
 _STRATIFIED_STEPS = 8
 # Evaluations that a race takes for each class that it begins with, about.
 _LATER_IN_RACE = 2.0
+# Images on which a race that has no calibration calibrates itself.
+SELF_CALIBRATION = 32
 # Numbers of sketches that an image keeps during a calibration: 64 MiB.
 _CALIBRATION_SKETCHES = 2**24
 
@@ -41,6 +44,11 @@ class Prepared(NamedTuple):
     mean_evaluations: float
     most_evaluations: int
     screens: Screens = Screens()
+
+    @property
+    def settings(self) -> dict[str, float]:
+        """What a result takes of it."""
+        return {"temperature": self.temperature, "coarse_share": self.screens.coarse_share}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +174,32 @@ class Planner:
         size = _CALIBRATION_SKETCHES // evaluations
         plan = dataclasses.replace(plan, sketch=min(max(size, 64), SKETCH))
         return Prepared(plan, 1.0, evaluations, evaluations)
+
+    def own_calibration(self, strategy: Race, budget: int | None, funnel: Funnel) -> Prepared:
+        """The full budget, of the first images of a race that calibrates itself; warns of that.
+
+        Raises:
+            ValueError: for a budget that does not allow it, and with a coarse pass.
+        """
+        if funnel.coarse is not None:
+            raise ValueError("coarse needs a calibration; call calibrate with coarse first")
+        steps = self.default_steps
+        if strategy.max_steps is not None:
+            steps = max(steps, strategy.max_steps)
+        needed = steps * self.members.all_rows
+        if budget is not None and budget < needed:
+            raise ValueError(
+                "strategy: this race is not calibrated, and to calibrate itself takes "
+                f"{needed} evaluations an image, more than the budget of {budget}: "
+                "call calibrate first"
+            )
+        warnings.warn(
+            "the race is not calibrated: the first "
+            f"{SELF_CALIBRATION} images take the full budget of {needed} evaluations and calibrate "
+            "it; call calibrate with images of their own instead",
+            stacklevel=3,
+        )
+        return self.prepare_calibration(steps)
 
     def most_evaluations(self, plan: Plan, columns: int) -> int:
         """Evaluations of an image of which no class leaves before it must.

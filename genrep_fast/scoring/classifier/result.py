@@ -44,6 +44,8 @@ class ClassifierResult:
         coarse_evaluations: of the network at lower resolution, which `evaluations` leaves out,
             int64 [B].
         coarse_share: what one of these costs of a full one, by FLOPs; 0 without a coarse pass.
+        image_ids: of the noise, int64 [B].
+        names: [B] where the batches gave any, with None for an image that has none; else None.
     """
 
     prediction: Tensor
@@ -60,6 +62,8 @@ class ClassifierResult:
     labels: Tensor | None = None
     coarse_evaluations: Tensor | None = None
     coarse_share: float = 0.0
+    image_ids: Tensor | None = None
+    names: list[str | None] | None = None
 
     def __len__(self) -> int:
         return len(self.prediction)
