@@ -27,7 +27,7 @@ def least_memory(network: Network, rows: int) -> int | None:
     tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
     sizes = {id(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}
     shape, outputs = network.sample_shape(), 0
-    if isinstance(network.denoiser, PipelineDenoiser):
+    if isinstance(network.denoiser, PipelineDenoiser) and network.vae is not None:
         adapter = network.denoiser.adapter
         height, width = adapter.image_size
         images = torch.empty(1, 3, height, width, device="meta")
