@@ -84,7 +84,7 @@ def test_lightning(run_example):
 
 
 def test_zero_shot_classification(run_example, tmp_path):
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers", minversion="5")
     from tiny_pipelines import save_pipeline
 
     save_pipeline("StableDiffusionPipeline", tmp_path / "pipeline")

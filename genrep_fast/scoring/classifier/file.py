@@ -85,7 +85,7 @@ class SavedClassifier(NamedTuple):
             )
         if prompts is None:
             return
-        given = [[each] if isinstance(each, str | int) else list(each) for each in prompts]
+        given = [list(each) if isinstance(each, list | tuple) else [each] for each in prompts]
         if given != [list(each) for each in saved.classes]:
             raise ValueError(
                 "prompts must be those of the saved classifier, of which its calibration is: "

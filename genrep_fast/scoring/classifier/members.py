@@ -30,7 +30,7 @@ class Members:
     counts: tuple[int, ...]
     null_label: int | None = None
 
-    @property
+    @functools.cached_property
     def is_ensemble(self) -> bool:
         """Whether a class has several members."""
         return max(self.counts) > 1
@@ -44,8 +44,11 @@ class Members:
         Returns:
             labels [rows] and counts [R], or [R + 1] with a null class.
         """
-        first, counts = self._first[classes], self._counts[classes]
-        labels = np.repeat(first - counts.cumsum() + counts, counts) + np.arange(counts.sum())
+        labels, counts = classes, self._counts[classes]
+        if self.is_ensemble:
+            # Each class's first label, and one more for each row that follows.
+            before = counts.cumsum() - counts
+            labels = np.repeat(self._first[classes] - before, counts) + np.arange(counts.sum())
         if self.null_label is None:
             return labels, counts
         return np.append(labels, self.null_label), np.append(counts, 1)

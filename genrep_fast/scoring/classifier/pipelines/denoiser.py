@@ -29,6 +29,7 @@ class PipelineDenoiser:
 
     Attributes:
         members: the rows of each class.
+        adapter, family, prompts, conditioning: as given.
     """
 
     def __init__(

@@ -17,10 +17,11 @@ def with_static_shift(scheduler: Any, tokens: int, most: float) -> Any:
         most: the pipeline's greatest shift, where the scheduler does not say.
     """
     config = scheduler.config
-    if not config.get("use_dynamic_shifting", False) or "time_shift_type" not in config:
+    name = "shift" if "shift" in config else "flow_shift"
+    if not config.get("use_dynamic_shifting", False) or name not in config:
         return scheduler
     fewest, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     least, most = config.get("base_shift", 0.5), config.get("max_shift", most)
     mu = least + (most - least) / (many - fewest) * (tokens - fewest)
-    shift = math.exp(mu) if config["time_shift_type"] == "exponential" else mu
-    return type(scheduler).from_config(config, use_dynamic_shifting=False, shift=shift)
+    shift = math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else mu
+    return type(scheduler).from_config(config, use_dynamic_shifting=False, **{name: shift})

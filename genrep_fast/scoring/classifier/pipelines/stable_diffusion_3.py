@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -18,6 +19,15 @@ class StableDiffusion3(Adapter):
     """
 
     text_encoders = ("text_encoder", "text_encoder_2")
+
+    def __init__(self, pipe: Any) -> None:
+        super().__init__(pipe)
+        if pipe.text_encoder_3 is None:
+            warnings.warn(
+                "pipe.text_encoder_3 is None, so that CLIP alone reads the prompts; where it was "
+                "freed for its memory, make the classifier before",
+                stacklevel=5,
+            )
 
     def tokens(self, pipe: Any, prompts: list[Any]) -> list[Tokens]:
         # The pipeline cuts for both by the first one's length.
