@@ -183,9 +183,13 @@ class _Row(NamedTuple):
 
 def _rows(result: ClassifierResult) -> Iterator[_Row]:
     assert result.image_ids is not None
-    probability = result.posterior.amax(1).exp()
-    told = (result.evaluations, result.decided)
-    columns = (result.image_ids, result.prediction, probability, *told)
+    columns = (
+        result.image_ids,
+        result.prediction,
+        result.posterior.amax(1).exp(),
+        result.evaluations,
+        result.decided,
+    )
     yield from map(_Row, *(column.tolist() for column in columns))
 
 

@@ -491,14 +491,15 @@ def test_progress_tells_the_cost_and_the_accuracy(capsys):
 def test_progress_tells_hours_after_some_batches(capsys, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
-    bar = progress.Progress(True, "classify", progress.CostEstimate(10.0, 20, 100_000, None))
-    bar.skip(10, None)
+    bar = progress.Progress(True, "classify", progress.CostEstimate(1000.0, 2000, 2000, None))
+    for _ in range(1000):
+        bar.skip(900, None)
     # The first batch takes long.
     for seconds, evaluations in ((60, 50), (0.5, 100), (0.5, 150), (0.5, 200), (1.0, 250)):
         assert "a second" not in capsys.readouterr().err
         clock[0] += seconds
         bar.after_batch(evaluations)
-    # 200 evaluations in 2.5 seconds; 999,740 are left.
+    # 200 evaluations in 2.5 seconds; 999,750 are left.
     told = capsys.readouterr().err
     assert "classify: 80.0 evaluations a second, some 3.5 hours left" in told
     clock[0] += 10

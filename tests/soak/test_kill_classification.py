@@ -54,8 +54,8 @@ def deaths(seed):
     generator = random.Random(seed)
     if soak_share.seed is None:
         return [Death("event", generator.randint(3, 30)), Death("event", generator.randint(3, 30))]
-    most = {"event": 400, "size": 100_000, "time": 6_000}
-    kinds = generator.choices(list(most), (3, 1, 4), k=generator.randint(3, 12))
+    most = {"event": 25, "size": 100_000, "time": 6_000}
+    kinds = generator.choices(list(most), (4, 1, 2), k=generator.randint(3, 12))
     return [Death(kind, generator.randint(1, most[kind])) for kind in kinds]
 
 
