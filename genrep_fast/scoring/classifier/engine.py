@@ -34,6 +34,7 @@ class Plan:
         budget: evaluations an image, or None.
         sketch: numbers of an output that are kept until all rows up to the image's next look have
             been evaluated, for the distances to its leader; 0 where none are asked for.
+        offsets: taken off the errors of each class at each row of the noise's tables, [S, K].
     """
 
     noise: ForwardNoise
@@ -41,6 +42,7 @@ class Plan:
     rule: Rule
     budget: int | None = None
     sketch: int = 0
+    offsets: np.ndarray | None = None
 
 
 class Arrival(NamedTuple):
@@ -241,9 +243,13 @@ class Engine:
         self.batches += 1
         self.rows += first
         for stage in completed:
-            live = len(stage.contest.live)
-            errors_of_null = stage.errors[:, live:].reshape(-1)
-            stage.contest.add(stage.errors[:, :live], errors_of_null, self._plan.steps)
+            live = stage.contest.live
+            errors_of_null = stage.errors[:, len(live) :].reshape(-1)
+            of_live = stage.errors[:, : len(live)]
+            if self._plan.offsets is not None:
+                rows = self._plan.steps.order[list(stage.steps)]
+                of_live = of_live - self._plan.offsets[np.ix_(rows, live)]
+            stage.contest.add(of_live, errors_of_null, self._plan.steps)
         self._measure(completed)
         return completed
 
