@@ -1,11 +1,14 @@
 """Offsets of classes that win too often: fitted with shrinkage, applied by every strategy."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
 
 import genrep_fast as gf
+from genrep_fast.scoring.classifier.contest import Steps
 from genrep_fast.scoring.classifier.offsets import fit_offsets
 
 K = 8
@@ -100,6 +103,21 @@ def test_a_race_keeps_the_winner_of_the_full_budget_with_offsets(biased):
     assert (race.prediction == full.prediction).double().mean() > 0.95 - 0.056
     assert race.evaluations.double().mean() < 0.8 * full.evaluations.double().mean()
     assert race.decided.all()
+
+
+def test_the_bound_of_the_race_is_that_of_adjusted_errors(biased):
+    _, adjusted = biased
+    known = adjusted.calibration
+    weights = known.weights("calibrated", known.timesteps)
+    steps = Steps(known.order("signal"), weights, tuple(range(1, 9)))
+    rule = known.rule("measured", steps, 0.99)
+    taken = known.offsets_at(known.timesteps)
+    np.testing.assert_allclose(weights.dot(taken) / weights.sum(), known.offsets, rtol=1e-9)
+    plain = dataclasses.replace(known, errors=known.errors - taken, offsets=None)
+    expected = plain._furthest_risen(rule, steps)
+    np.testing.assert_allclose(known._furthest_risen(rule, steps), expected, rtol=1e-6)
+    raw = dataclasses.replace(known, offsets=None)._furthest_risen(rule, steps)
+    assert not np.allclose(raw, expected, rtol=0.01)
 
 
 def test_they_are_fitted_where_they_help_alone():
