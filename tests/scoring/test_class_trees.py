@@ -1,5 +1,7 @@
 """A tree of classes: branches leave by representatives, and the confidence still holds."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from diffusers import DDPMScheduler
 import genrep_fast as gf
 from genrep_fast.scoring.classifier.funnel import Funnel
 from genrep_fast.scoring.classifier.screening import Screened
-from genrep_fast.scoring.classifier.tree import Branches, Level, require_tree
+from genrep_fast.scoring.classifier.tree import Branches, Judgement, Level, require_tree
 
 # Pictures of three digits, each of 0, 1, 2.
 K = 27
@@ -103,6 +105,25 @@ def test_branches_leave_that_are_behind_by_the_margin(classifier):
         assert (result.steps[image] > 0).nonzero().flatten().tolist() == live
         assert result.evaluations[image] == evaluations + result.steps[image].sum()
     assert (full.prediction == result.prediction).double().mean() > 0.9
+
+
+def test_a_branch_stays_as_long_as_it_is_behind_by_no_more_than_the_margin(classifier):
+    (screen,) = screen_of(classifier, tree=TREE).parts
+    live = np.array([1, 4, 10, 13, 19, 22])
+    image = Screened.of_all(K)._replace(live=live)
+    errors = np.array([[3.0, 5.0, 4.5, 4.5, 9.0, 3.5]])
+    # By the mean the branches have 4, 4.5 and 6.25, by the best 3, 4.5 and 3.5.
+    for best, margin, branches in (
+        (False, 0.49, [0]),
+        (False, 0.5, [0, 1]),
+        (False, 2.25, [0, 1, 2]),
+        (True, 0.5, [0, 2]),
+        (True, 1.49, [0, 2]),
+        (True, 1.5, [0, 1, 2]),
+    ):
+        judged = dataclasses.replace(screen, margin=margin, judgement=Judgement(2, 1, best))
+        left = judged._pruned(judged.tree.parts[0], image, live, errors)
+        assert sorted(set(left.live // 9)) == branches
 
 
 @pytest.mark.parametrize("error", [0.02, 0.1])

@@ -263,6 +263,14 @@ def test_hooks_are_gone_after_an_error():
     assert not model.transformer_blocks[-1]._forward_hooks
 
 
+def test_hooks_that_do_not_run_are_noticed():
+    model = tiny_dit()
+    model.forward = lambda x_t, *_: x_t
+    network = CoarseNetwork(Network(model, None, 5, None, None), 2)
+    with pytest.raises(ValueError, match="coarse: tokens were not merged"):
+        network(torch.randn(1, 2, 8, 8), torch.tensor([1]), torch.tensor([0]))
+
+
 def test_a_unet_costs_a_quarter():
     torch.manual_seed(0)
     model = UNet2DModel(

@@ -20,6 +20,7 @@ from ...ops.posterior import fit_temperature, posterior
 from .contest import Contest, KnownVariance, Rule, Steps
 from .members import Members
 from .noise import ForwardNoise
+from .offsets import fit_offsets
 from .screening import Screened
 from .strategies import low_discrepancy_order
 
@@ -100,6 +101,7 @@ class Calibration:
         labels: int64 [N], or None: the winners serve as labels.
         scores: of candidates, float32 [N, K], or None.
         coarse: at lower resolution, or None.
+        offsets: of L of the full budget with calibrated weights, by class, float64 [K], or None.
     """
 
     timesteps: np.ndarray
@@ -108,6 +110,7 @@ class Calibration:
     labels: np.ndarray | None = None
     scores: np.ndarray | None = None
     coarse: CoarseErrors | None = None
+    offsets: np.ndarray | None = None
 
     def __str__(self) -> str:
         pairs = ~np.eye(len(self.timesteps), dtype=bool)
@@ -172,7 +175,8 @@ class Calibration:
         labels = torch.from_numpy(self.labels)
         found = []
         for power in _POWERS:
-            scores = torch.from_numpy(-self._weighted(_power_weights(self.variance, power)))
+            weights = _power_weights(self.variance, power)
+            scores = torch.from_numpy(-self._weighted(self.errors, weights))
             log_p = posterior(scores, temperature=fit_temperature(scores, labels))
             found.append(-log_p[torch.arange(len(labels)), labels].sum().item())
         near_best = [loss <= min(found) + 0.5 for loss in found]
@@ -180,7 +184,41 @@ class Calibration:
 
     def full_winners(self, kind: str) -> np.ndarray:
         """Class that the full budget chooses with weights of a kind, int64 [N]."""
-        return self._weighted(self.weights(kind, self.timesteps)).argmin(1)
+        weights = self.weights(kind, self.timesteps)
+        return self._weighted(self.adjusted_errors, weights).argmin(1)
+
+    def with_offsets(self, always: bool) -> Calibration:
+        """With class offsets that its labels tell, always or where held-out images gain by them.
+
+        Raises:
+            ValueError: without labels, and for too few.
+        """
+        if self.labels is None:
+            raise ValueError("offsets need labels, got none")
+        weights = self.weights("calibrated", self.timesteps)
+        fit = fit_offsets(-self._weighted(self.errors, weights), self.labels)
+        return dataclasses.replace(self, offsets=fit.offsets if always or fit.helps else None)
+
+    def offsets_at(self, timesteps: np.ndarray) -> np.ndarray | None:
+        """What is taken off the errors of each class, float64 [S', K], or None without offsets.
+
+        In proportion to the distances between the outputs at a timestep, such that the weighted
+        mean over those of the full budget is the offset of L.
+        """
+        if self.offsets is None:
+            return None
+        ascending = np.argsort(self.timesteps)
+        scale = np.square(self.roots, dtype=np.float64).mean((0, 2))[ascending]
+        known = self.timesteps[ascending]
+        weights = self.weights("calibrated", known)
+        share = np.interp(timesteps, known, scale * weights.sum() / weights.dot(scale))
+        return share[:, None] * self.offsets
+
+    @functools.cached_property
+    def adjusted_errors(self) -> np.ndarray:
+        """The errors less the offsets [N, S, K]."""
+        taken = self.offsets_at(self.timesteps)
+        return self.errors if taken is None else self.errors - taken
 
     def weights(self, kind: str, timesteps: np.ndarray) -> np.ndarray:
         """Weights of timesteps, interpolated between those of the calibration, with mean 1 [S']."""
@@ -248,7 +286,7 @@ class Calibration:
         """The greatest −log P of each image's winner at a look, 0 where it always leads [N]."""
         order = steps.order
         found = np.zeros(len(self.errors))
-        for image, errors in enumerate(self.errors[:, order].astype(np.float64)):
+        for image, errors in enumerate(self.adjusted_errors[:, order].astype(np.float64)):
             total = (errors * steps.ordered_weights[:, None]).cumsum(0)
             winner = int(total[-1].argmin())
             leaders = total.argmin(1)
@@ -277,7 +315,7 @@ class Calibration:
         """
         if members is None:
             members = Members((1,) * self.errors.shape[2])
-        for image, errors in enumerate(self.errors.astype(np.float64)):
+        for image, errors in enumerate(self.adjusted_errors.astype(np.float64)):
             before = None if screened is None else screened[image]
             contest = Contest(image, 0, None, errors.shape[1], None, before)
             for look in steps.looks:
@@ -308,9 +346,9 @@ class Calibration:
         """D to the output under the image's winner [S, K]."""
         return self.roots[image].astype(np.float64) ** 2
 
-    def _weighted(self, weights: np.ndarray) -> np.ndarray:
-        """Mean weighted errors, float64 [N, K]."""
-        return (self.errors.astype(np.float64) * weights[:, None]).mean(1)
+    def _weighted(self, errors: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """Mean weighted errors, float64 [N, K], of errors [N, S, K]."""
+        return (errors.astype(np.float64) * weights[:, None]).mean(1)
 
     @functools.cached_property
     def _nearest_distances(self) -> np.ndarray:

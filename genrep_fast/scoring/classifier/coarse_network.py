@@ -91,8 +91,10 @@ def _transformer_of(denoiser: Any) -> Any:
 @contextlib.contextmanager
 def _merged_tokens(transformer: Any, factor: int) -> Iterator[None]:
     """Squares of tokens go through the blocks as one, by hooks that are gone afterwards."""
+    merged = []
 
     def merge(_: nn.Module, __: Any, tokens: Tensor) -> Tensor:
+        merged.append(True)
         side = _side(tokens)
         if side % factor:
             raise ValueError(
@@ -120,6 +122,9 @@ def _merged_tokens(transformer: Any, factor: int) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+    if not merged:
+        # A compiled network does not see hooks that came later.
+        raise ValueError("coarse: tokens were not merged, pass the denoiser as it was not compiled")
 
 
 def _side(tokens: Tensor) -> int:

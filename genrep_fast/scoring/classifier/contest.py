@@ -280,8 +280,10 @@ class KnownVariance:
             distances = np.concatenate([contests[place].distances for place in alike], 1)
             gaps = errors - np.repeat(np.stack(leading, 1), sizes, 1)
             weights = self.weights[:n]
-            lost = 2 * rounding * np.sqrt((weights**2).dot(errors))
-            lost += _SUM_ROUNDING * weights.dot(errors)
+            # Class offsets may have made errors negative.
+            size = np.abs(errors)
+            lost = 2 * rounding * np.sqrt((weights**2).dot(size))
+            lost += _SUM_ROUNDING * weights.dot(size)
             leaves = self.log_chance(gaps, distances, lost) < -self.bound
             for place, part in zip(alike, np.split(leaves, np.cumsum(sizes)[:-1]), strict=True):
                 masks[place] = part

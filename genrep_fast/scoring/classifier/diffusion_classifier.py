@@ -183,6 +183,7 @@ class DiffusionClassifier:
         *,
         candidates: Any = None,
         coarse: Any = None,
+        offsets: bool | str = False,
         steps: int | None = None,
         seed: int = 1,
         progress: bool = True,
@@ -195,6 +196,8 @@ class DiffusionClassifier:
                 full budget's winners serve, and weights stay uniform. A stream may hold them.
             candidates, coarse: of the calls that will have them, see `gf.Candidates` and
                 `gf.Coarse`. A tree needs nothing here.
+            offsets: fit an offset of L to each class, by the labels: True, or "auto" where
+                held-out images gain by them. Every strategy applies them.
             steps: timesteps of the full budget; None: 24.
             seed: of the noise; another one than that of calls.
             progress: show a bar, where tqdm is installed.
@@ -210,6 +213,8 @@ class DiffusionClassifier:
         steps = planner.default_steps if steps is None else steps
         check_at_least(1, steps=steps)
         check_in_range(seed, "seed", 2**64, "2**64")
+        if offsets not in (True, False, "auto"):
+            raise ValueError(f"offsets must be True, False or 'auto', got {offsets!r}")
         funnel = Funnel.of(self.num_classes, candidates, coarse=coarse)
         prepared = planner.prepare_calibration(steps)
         plan = prepared.plan
@@ -224,6 +229,8 @@ class DiffusionClassifier:
             found = of_contests(plan.noise, contests, plan.steps, collector.labels())
             seen = [Arrival(part.index, part.image_id, part.image) for part in contests]
             found = funnel.measured(found, plan.noise, seen, self._engines(seed))
+        if offsets:
+            found = found.with_offsets(offsets is True)
         self.calibration = found
         return found
 

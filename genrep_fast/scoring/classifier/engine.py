@@ -35,6 +35,7 @@ class Plan:
         budget: evaluations an image, or None.
         sketch: numbers of an output that are kept until all rows up to the image's next look have
             been evaluated, for the distances to its leader; 0 where none are asked for.
+        offsets: taken off the errors of each class at each row of the noise's tables, [S, K].
     """
 
     noise: ForwardNoise
@@ -42,6 +43,7 @@ class Plan:
     rule: Rule
     budget: int | None = None
     sketch: int = 0
+    offsets: np.ndarray | None = None
 
 
 class Arrival(NamedTuple):
@@ -247,10 +249,14 @@ class Engine:
         self.batches += 1
         self.rows += first
         for stage in completed:
-            live = len(stage.contest.live)
+            live = stage.contest.live
             of_class = mean_errors(stage.errors, stage.counts)
-            of_null = of_class[:, live:].reshape(-1)
-            stage.contest.add(of_class[:, :live], of_null, self._plan.steps)
+            errors_of_null = of_class[:, len(live) :].reshape(-1)
+            of_live = of_class[:, : len(live)]
+            if self._plan.offsets is not None:
+                rows = self._plan.steps.order[list(stage.steps)]
+                of_live = of_live - self._plan.offsets[np.ix_(rows, live)]
+            stage.contest.add(of_live, errors_of_null, self._plan.steps)
         self._measure(completed)
         return completed
 

@@ -29,7 +29,7 @@ from .pipelines.registry import family_of
 _SETTINGS = "classifier.json"
 _FORMAT = 1
 # Of a calibration, where there are any.
-_OPTIONAL = ("labels", "scores")
+_OPTIONAL = ("labels", "scores", "offsets")
 _SETTING_NAMES = ("num_classes", "null_class", "parameterization")
 
 
@@ -322,6 +322,7 @@ def _checked_calibration(tensors: dict[str, Tensor], num_classes: int) -> Calibr
         "roots": (torch.float32, tuple(errors.shape)),
         "labels": (torch.int64, (count,)),
         "scores": (torch.float32, (count, num_classes)),
+        "offsets": (torch.float64, (num_classes,)),
     }
     for name, tensor in tensors.items():
         dtype, shape = expected[name]
@@ -333,8 +334,9 @@ def _checked_calibration(tensors: dict[str, Tensor], num_classes: int) -> Calibr
             if tensor.isnan().any() or tensor.isposinf().any():
                 raise ValueError("scores must lie below infinity")
             continue
-        # Timesteps may be logarithms.
-        if not tensor.isfinite().all() or (name != "timesteps" and (tensor < 0).any()):
+        # Timesteps may be logarithms, and offsets have the mean 0.
+        signed = name in ("timesteps", "offsets")
+        if not tensor.isfinite().all() or (not signed and (tensor < 0).any()):
             raise ValueError(f"{name} must be finite and not negative")
     labels = tensors.get("labels")
     if labels is not None and (labels >= num_classes).any():
@@ -348,4 +350,5 @@ def _checked_calibration(tensors: dict[str, Tensor], num_classes: int) -> Calibr
         None if labels is None else labels.numpy(),
         tensors["scores"].numpy() if "scores" in tensors else None,
         CoarseErrors.of_arrays(coarse, tuple(errors.shape)),
+        tensors["offsets"].numpy() if "offsets" in tensors else None,
     )

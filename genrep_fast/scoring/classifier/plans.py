@@ -234,15 +234,17 @@ class Planner:
         order = calibration.order(strategy.order)
         steps = Steps(order, weights, tuple(range(1, most + 1)))
         rule = calibration.rule(strategy.correlation, steps, confidence)
-        return Plan(noise, steps, rule, budget, SKETCH)
+        offsets = calibration.offsets_at(calibration.timesteps)
+        return Plan(noise, steps, rule, budget, SKETCH, offsets)
 
     def _fixed(
         self, looks: tuple[int, ...], rule: Rule, weighting: str, budget: int | None
     ) -> Plan:
         noise = ForwardNoise(self.scheduler, looks[-1], self.parameterization)
-        weights = np.ones(looks[-1])
+        weights, offsets = np.ones(looks[-1]), None
         if self.calibration is not None:
             timesteps = noise.timesteps.double().cpu().numpy()
             weights = self.calibration.weights(weighting, timesteps)
+            offsets = self.calibration.offsets_at(timesteps)
         steps = Steps(low_discrepancy_order(looks[-1]), weights, looks)
-        return Plan(noise, steps, rule, budget)
+        return Plan(noise, steps, rule, budget, offsets=offsets)

@@ -143,6 +143,7 @@ class Branches:
     Attributes:
         tree: of the classes.
         noise, steps: of the full budget, with the order of its timesteps.
+        offsets: of its errors [S, K], or None.
         judgement: how branches are compared.
         margin: of mean weighted errors.
         miss: the chance that the winner's branch leaves at any level.
@@ -151,6 +152,7 @@ class Branches:
     tree: Tree
     noise: ForwardNoise
     steps: Steps
+    offsets: np.ndarray | None
     judgement: Judgement
     margin: float
     miss: float
@@ -168,7 +170,7 @@ class Branches:
         """What it would have made of each calibration image."""
         rows = self.steps.order[: self.judgement.steps]
         found = []
-        for errors, image in zip(calibration.errors, screened, strict=True):
+        for errors, image in zip(calibration.adjusted_errors, screened, strict=True):
             for level in self.tree.parts:
                 chosen = level.representatives(image.live, self.judgement.representatives)
                 if chosen is not None:
@@ -207,7 +209,8 @@ class Branches:
                 yield arrival._replace(screened=image._replace(live=chosen))
 
         looks = (self.judgement.steps,)
-        plan = Plan(self.noise, dataclasses.replace(self.steps, looks=looks), KeepBest())
+        steps = dataclasses.replace(self.steps, looks=looks)
+        plan = Plan(self.noise, steps, KeepBest(), offsets=self.offsets)
         for contest in engines(plan).run(entering(), deadline):
             while passing:
                 yield passing.popleft()
@@ -310,6 +313,7 @@ def calibrated_branches(
         error: the share of images whose winner may be missed.
     """
     later, winners = basis.later, basis.winners
+    offsets = basis.calibration.offsets_at(basis.calibration.timesteps)
     cheapest = None
     least = later * float(np.mean([len(image.live) for image in screened]))
     most_steps = len(basis.steps.order)
@@ -317,7 +321,7 @@ def calibrated_branches(
         if taken > most_steps or (best and number == 1):
             continue
         judgement = Judgement(number, taken, best)
-        screen = Branches(tree, basis.noise, basis.steps, judgement, np.inf, error)
+        screen = Branches(tree, basis.noise, basis.steps, offsets, judgement, np.inf, error)
         screen = _with_margin(screen, basis, screened, error)
         passed = screen.replay(basis.calibration, screened)
         evaluations = [image.evaluations + later * len(image.live) for image in passed]
@@ -340,7 +344,7 @@ def _with_margin(
     rows = screen.steps.order[: judgement.steps]
     weights = screen.steps.ordered_weights[: judgement.steps]
     behind, ahead = [], []
-    images = zip(basis.calibration.errors, screened, basis.winners, strict=True)
+    images = zip(basis.calibration.adjusted_errors, screened, basis.winners, strict=True)
     for errors, image, winner in images:
         if winner not in image.live:
             continue
