@@ -130,8 +130,8 @@ class DiffusionClassifier:
             batch_size, device, dtype, pad_to: as of the class.
 
         Raises:
-            TypeError, ValueError: for pipelines of other families and consistency models, and for
-                prompts that are none, or that the pipeline would cut or read as the same.
+            TypeError, ValueError: for other pipelines, consistency models, and prompts that are
+                none, or that the pipeline would cut or read as the same.
         """
         denoiser = denoiser_of_pipeline(pipe, prompts, null_prompt)
         return cls(
@@ -422,16 +422,14 @@ class DiffusionClassifier:
         """
         saved = read_classifier(path, scheduler)
         saved.check_source(denoiser, pipe, prompts)
-        if saved.pipeline is not None:
+        if saved.pipeline is None:
+            assert denoiser is not None
+            classifier = cls(denoiser, saved.scheduler, **saved.settings, **options)
+        else:
             classes, null_prompt = saved.pipeline.prompts
             classifier = cls.from_pipeline(pipe, classes, null_prompt=null_prompt, **options)
             saved.check_scheduler(classifier.scheduler)
-            classifier.calibration = saved.calibration
-            return classifier
-        assert denoiser is not None
-        classifier = cls(denoiser, saved.scheduler, **saved.settings, **options)
-        if saved.calibration is not None:
-            classifier.calibration = saved.calibration
+        classifier.calibration = saved.calibration
         return classifier
 
     def _settings(self) -> dict[str, Any]:
