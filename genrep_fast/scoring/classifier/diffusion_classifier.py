@@ -416,9 +416,8 @@ class DiffusionClassifier:
 
         Raises:
             FileNotFoundError: where there is no saved classifier.
-            TypeError: for a denoiser where a pipeline is wanted, and the other way round.
-            ValueError: where its files are damaged, which the message names, and for a pipeline of
-                another family, prompts or noise levels.
+            TypeError, ValueError: for damaged files, which the message names, and where denoiser or
+                pipeline, its family, prompts or noise levels are not those that were saved.
         """
         saved = read_classifier(path, scheduler)
         saved.check_source(denoiser, pipe, prompts)
