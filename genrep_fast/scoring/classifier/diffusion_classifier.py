@@ -6,7 +6,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -169,6 +169,10 @@ class DiffusionClassifier:
         arrivals = self._arrivals(stream, collector, funnel)
         bar = Progress(progress, "calibrate", self._cost(prepared, stream.total))
         with self._network.evaluating(funnel.scorer), bar:
+            first = list(islice(arrivals, 1))
+            if offsets and first and collector.labels() is None:
+                raise ValueError("offsets need labels, got none")
+            arrivals = chain(first, arrivals)
             contests = list(self._run(prepared, arrivals, collector, bar, seed, None))
             if len(contests) < 2:
                 raise ValueError(f"images must be at least two to calibrate, got {len(contests)}")
