@@ -16,9 +16,9 @@ images as --rival_evaluations allow. The race is also run with the full budgets'
 counts how often it drops their winner: the stated error.
 
 Rows that begin with "race after" have something before the race: --head the best classes of the
-model's own head, --tree a tree of the digits of `digit-strings`, --coarse a pass at half of the
-resolution. Their evaluations are evaluations' worth: a coarse one counts by its share of the FLOPs,
-and the head is in the FLOPs alone.
+head of a run's model (of RUN, or of another run of the same data), --tree a tree of the digits of
+`digit-strings`, --coarse a pass at half of the resolution. Their evaluations are evaluations'
+worth: a coarse one counts by its share of the FLOPs, and the head is in the FLOPs alone.
 
 Writes evaluations.json, evaluations.md and evaluations.png; a run that was interrupted goes on.
 """
@@ -50,7 +50,6 @@ from .evaluations_report import draw, line, table
 from .evaluations_setting import AFTER, CALIBRATION_SEED, Setting
 from .suite import environment
 
-CONFIDENCE = 0.99
 RULE_SEED = 2
 FULL_SEEDS = (11, 12)
 FEW_CALIBRATION_IMAGES = 32
@@ -114,7 +113,7 @@ def measured_rule(setting: Setting, name: str, count: int, before: dict) -> dict
         result = setting.classifier(
             images,
             strategy=RULES.get(name, gf.Race()),
-            confidence=CONFIDENCE,
+            confidence=setting.confidence,
             seed=RULE_SEED,
             progress=False,
             **before,
@@ -234,7 +233,11 @@ def races(
     dropped, evaluations = [], []
     for seed, full in fulls.items():
         result = classifier(
-            setting.images, confidence=CONFIDENCE, seed=seed, progress=False, **(before or {})
+            setting.images,
+            confidence=setting.confidence,
+            seed=seed,
+            progress=False,
+            **(before or {}),
         )
         winner = winners(full, weights)
         left = result.steps[torch.arange(len(winner)), winner] < result.steps.max(1).values
@@ -246,13 +249,16 @@ def races(
 
 
 def races_at_level(
-    calibration: Calibration, fulls: dict[int, Calibration], rows: np.ndarray
+    calibration: Calibration,
+    fulls: dict[int, Calibration],
+    rows: np.ndarray,
+    confidence: float,
 ) -> dict:
     """The same, replayed, for races that have a few timesteps alone."""
     known = at_steps(calibration, rows)
     weights = known.weights("calibrated", known.timesteps)
     steps = Steps(known.order("signal"), weights, tuple(range(1, len(rows) + 1)))
-    rule = known.rule("measured", steps, CONFIDENCE)
+    rule = known.rule("measured", steps, confidence)
     dropped, evaluations, decided = [], [], []
     for full in fulls.values():
         seen = at_steps(full, rows)
@@ -287,7 +293,7 @@ def stated_error(
     for name, rows in zip(("low", "middle", "high"), thirds, strict=True):
         first, last = calibration.timesteps[rows[[0, -1]]]
         title = f"{name} noise alone, t = {first:.0f} to {last:.0f}"
-        found[title] = races_at_level(calibration, fulls, rows)
+        found[title] = races_at_level(calibration, fulls, rows, setting.confidence)
     return found
 
 
@@ -303,7 +309,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--full_seeds", type=int, nargs="+", default=FULL_SEEDS)
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--head", action="store_true", help="candidates: the model's own head")
+    parser.add_argument("--confidence", type=float, default=0.99, help="of races")
+    parser.add_argument(
+        "--head",
+        type=Path,
+        nargs="?",
+        const=Path(),
+        help="candidates: the head of RUN's model, or of that of another run",
+    )
     parser.add_argument("--tree", action="store_true", help="a tree of the digits")
     parser.add_argument("--coarse", action="store_true", help="half of the resolution first")
     parser.add_argument(
@@ -340,7 +353,7 @@ def main() -> None:
         "calibration_images": len(labels),
         "calibration": str(classifier.calibration),
         "batch_size": setting.batch_size,
-        "confidence": CONFIDENCE,
+        "confidence": setting.confidence,
         "gflops": setting.flops() / 1e9,
         "full": full_budgets(setting, list(fulls.values())),
         "rules": json.loads(path.read_text())["rules"] if path.exists() else {},

@@ -15,6 +15,7 @@ from genrep_fast.data import LabelledImages, as_tensors, load_data
 from genrep_fast.scoring.classifier.calibration import Calibration
 from genrep_fast.scoring.classifier.engine import Arrival, Engines
 from genrep_fast.scoring.classifier.funnel import Funnel
+from genrep_fast.scoring.classifier.members import Members
 from genrep_fast.scoring.classifier.network import Network
 from genrep_fast.scoring.classifier.noise import ForwardNoise
 from genrep_fast.training.config import saved_data
@@ -50,6 +51,14 @@ class Setting:
     def __init__(self, run: Path, options: argparse.Namespace) -> None:
         pipeline = gf.GenRepPipeline.from_pretrained(run / "model")
         self.model = pipeline.model.to(DEVICE).eval()
+        self.confidence = options.confidence
+        # Path() stands for RUN itself.
+        self.scorer = None
+        if options.head is not None:
+            self.scorer = self.model
+            if options.head != Path():
+                other = gf.GenRepPipeline.from_pretrained(options.head / "model")
+                self.scorer = other.model.to(DEVICE).eval()
         self.scheduler = pipeline.scheduler
         self.data = saved_data(run)
         splits = load_data(self.data.name, split=self.data.split, record=self.data.record)
@@ -79,19 +88,19 @@ class Setting:
 
     def head_flops(self) -> float:
         """Of the head, for an image."""
-        return counted_flops(lambda: self.model.perceive(self.images[:1]))
+        return counted_flops(lambda: self.scorer.perceive(self.images[:1]))
 
     def calibrate_before(self, options: argparse.Namespace) -> dict[str, dict]:
         """Rows with something before the race, and the arguments of their calls."""
         images, _ = self.calibration_images
         calibration = self.classifier.calibration
         found: dict[str, dict] = {}
-        if options.head:
+        if self.scorer is not None:
             with torch.no_grad():
-                scores = torch.cat([self.model.perceive(part) for part in images.split(64)])
+                scores = torch.cat([self.scorer.perceive(part) for part in images.split(64)])
             scores = scores.float().cpu().numpy()
             calibration = dataclasses.replace(calibration, scores=scores)
-            found["head"] = {"candidates": self.model}
+            found["head"] = {"candidates": self.scorer}
         if options.tree:
             digits = len(str(self.classes)) - 1
             found["tree"] = {"tree": tree_of_digits(0, digits)}
@@ -99,14 +108,14 @@ class Setting:
             funnel = Funnel.of(self.classes, coarse=True)
             noise = ForwardNoise(self.scheduler, len(calibration.timesteps))
             network = Network(self.denoiser, None, self.classes, None, None)
-            engines = Engines(
-                network, self.classes, self.batch_size, self.batch_size, CALIBRATION_SEED
-            )
+            members = Members((1,) * self.classes)
+            size = self.batch_size
+            engines = Engines(network, members, size, size, CALIBRATION_SEED)
             arrivals = [Arrival(place, place, image) for place, image in enumerate(images)]
             with torch.no_grad():
                 calibration = funnel.measured(calibration, noise, arrivals, engines)
             found["coarse"] = {"coarse": True}
-        if options.head and options.tree:
+        if self.scorer is not None and options.tree:
             found["head and tree"] = found["head"] | found["tree"]
         if options.tree and options.coarse:
             found["tree and coarse"] = found["tree"] | found["coarse"]

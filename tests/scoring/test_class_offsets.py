@@ -27,8 +27,10 @@ class Denoiser:
 
     def __init__(self, error):
         self.error = error
+        self.calls = 0
 
     def __call__(self, x_t, timesteps, labels):
+        self.calls += 1
         alpha_bar = SCHEDULER.alphas_cumprod[timesteps][:, None, None, None]
         noise = x_t - alpha_bar.sqrt() * MEANS[labels]
         scale = (1 - alpha_bar).sqrt() / (1 - 0.75 * alpha_bar)
@@ -167,6 +169,7 @@ def test_what_is_refused():
         classifier.calibrate(images, labels, offsets="always", **QUIET)
     with pytest.raises(ValueError, match="offsets need labels, got none"):
         classifier.calibrate(images, steps=2, offsets=True, **QUIET)
+    assert classifier._network.denoiser.calls == 0
     with pytest.raises(ValueError, match="offsets need at least 5 labelled images, got 4"):
         classifier.calibrate(images[:4], labels[:4], steps=2, offsets=True, **QUIET)
     assert classifier.calibration is None

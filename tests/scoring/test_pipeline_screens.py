@@ -38,5 +38,11 @@ def test_what_precedes_a_race_of_a_pipeline(family, prompts, tmp_path):
     # Rows of the network, one a prompt, and the null prompt.
     rows = result.steps @ MEMBERS + result.steps.max(1).values
     assert torch.equal(result.evaluations, rows)
+    saved = classifier(
+        images[:3], candidates=best, coarse=gf.Coarse(keep=2), output=tmp_path / "results", **QUIET
+    ).load()
+    for name in ("prediction", "posterior", "evidence", "log_likelihood", "steps", "cost"):
+        one, other = getattr(result, name), getattr(saved, name)
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
     pruned = classifier(images[:3], tree=[[0, 1], [2, 3]], **QUIET)
     assert torch.allclose(pruned.posterior.exp().sum(1), torch.ones(3))

@@ -44,3 +44,17 @@ def arrivals_of(
             for latent, image_id, row, of_image in zip(latents, ids, rows, scores, strict=True):
                 yield Arrival(first + row, image_id, latent, of_image)
         first += len(batch.images)
+
+
+def with_labels(
+    arrivals: Iterator[Arrival], collector: Collector | Recorder, name: str
+) -> Iterator[Arrival]:
+    """Images, once the first has come with its label.
+
+    Raises:
+        ValueError: where it has none, which `name` needs.
+    """
+    for arrival in arrivals:
+        if collector.labels() is None:
+            raise ValueError(f"{name} need labels, got none")
+        yield arrival

@@ -209,6 +209,9 @@ def best_coarse(
     cheapest, least = None, later * float(reaching.mean())
     if coarse.keep is not None:
         least = np.inf
+    if not told.any():
+        # The calibration says nothing of what is left.
+        return None
     for steps in range(1, measured + 1):
         if coarse.steps not in (None, steps):
             continue

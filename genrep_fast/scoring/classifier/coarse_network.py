@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from .network import Network, module_of
 from .pipelines.denoiser import PipelineDenoiser
@@ -62,6 +61,9 @@ class CoarseNetwork(Network):
 
         By the area where PyTorch counts none.
         """
+        # It imports Triton, where that is installed.
+        from torch.utils.flop_counter import FlopCounterMode
+
         label = torch.zeros(1, dtype=torch.int64, device=image.device)
         counts = []
         for network, seen in ((full, image), (self, self.image(image))):

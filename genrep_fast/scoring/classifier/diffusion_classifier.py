@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...checks import check_at_least, check_in_range, check_integer, check_positive
-from .arrivals import arrivals_of
+from .arrivals import arrivals_of, with_labels
 from .calibration import Calibration, of_contests
 from .collector import Collector, Recorder, collecting, unread
 from .contest import Contest
@@ -217,18 +217,18 @@ class DiffusionClassifier:
             raise ValueError(f"offsets must be True, False or 'auto', got {offsets!r}")
         funnel = Funnel.of(self.num_classes, candidates, coarse=coarse)
         prepared = planner.prepare_calibration(steps)
-        plan = prepared.plan
         stream = self._stream(images, None, labels)
         collector = Collector(self.num_classes, self.null_class is not None)
         bar = Progress(progress, "calibrate", self._cost(prepared, stream.total, progress))
         arrivals = arrivals_of(stream, collector, self._network, funnel, self.batch_size, bar)
         with self._network.evaluating(funnel.scorer), bar:
+            if offsets:
+                arrivals = with_labels(arrivals, collector, "offsets")
             contests = list(self._run(prepared, arrivals, collector, bar, seed, None))
             if len(contests) < 2:
                 raise ValueError(f"images must be at least two to calibrate, got {len(contests)}")
-            found = of_contests(plan.noise, contests, plan.steps, collector.labels())
-            seen = [Arrival(part.index, part.image_id, part.image) for part in contests]
-            found = funnel.measured(found, plan.noise, seen, self._engines(seed))
+            engines = self._engines(seed)
+            found = funnel.calibration(prepared.plan, contests, collector.labels(), engines)
         if offsets:
             found = found.with_offsets(offsets is True)
         self.calibration = found

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from torch import Tensor
 
-from .calibration import Calibration
+from .calibration import Calibration, of_contests
 from .candidates import Candidates, best_scores, require_candidates
 from .coarse import MOST_STEPS, Coarse, best_coarse, measured_coarse, require_coarse
 from .coarse_network import CoarseNetwork
-from .contest import Steps
-from .engine import Arrival, Engines
+from .contest import Contest, Steps
+from .engine import Arrival, Engines, Plan
 from .noise import ForwardNoise
 from .screening import Screened
 from .tree import Tree, calibrated_branches, require_tree
@@ -162,6 +162,21 @@ class Funnel:
         if self.candidates is None:
             return [None] * len(images)
         return list(self.candidates.scores(images, self.num_classes))
+
+    def calibration(
+        self, plan: Plan, contests: list[Contest], labels: Tensor | None, engines: Engines
+    ) -> Calibration:
+        """That of images that ran through the full budget, with what the coarse pass makes of them.
+
+        Args:
+            plan: of the full budget.
+            contests: of the images.
+            labels: of the images by their `index`, or None.
+            engines: for the coarse pass, where there is one.
+        """
+        calibration = of_contests(plan.noise, contests, plan.steps, labels)
+        arrivals = [Arrival(part.index, part.image_id, part.image) for part in contests]
+        return self.measured(calibration, plan.noise, arrivals, engines)
 
     def measured(
         self,
