@@ -15,6 +15,11 @@ Wall time is that of batches, FLOPs those of PyTorch's counter. A rule that cost
 images as --rival_evaluations allow. The race is also run with the full budgets' own noise, which
 counts how often it drops their winner: the stated error.
 
+Rows that begin with "race after" have something before the race: --head the best classes of the
+head of a run's model (of RUN, or of another run of the same data), --tree a tree of the digits of
+`digit-strings`, --coarse a pass at half of the resolution. Their evaluations are evaluations'
+worth: a coarse one counts by its share of the FLOPs, and the head is in the FLOPs alone.
+
 Writes evaluations.json, evaluations.md and evaluations.png; a run that was interrupted goes on.
 """
 
@@ -29,26 +34,23 @@ from pathlib import Path
 import numpy as np
 import torch
 from scipy import stats
-from torch.utils.flop_counter import FlopCounterMode
 
 import genrep_fast as gf
-from genrep_fast.data import LabelledImages, as_tensors, load_data
 from genrep_fast.evaluation.metrics import classification_metrics
 from genrep_fast.files import write_atomically
 from genrep_fast.scoring.classifier.calibration import Calibration
 from genrep_fast.scoring.classifier.contest import Contest, Steps
 from genrep_fast.scoring.classifier.engine import Arrival, Engine, Plan
+from genrep_fast.scoring.classifier.members import Members
 from genrep_fast.scoring.classifier.network import Network
 from genrep_fast.scoring.classifier.noise import ForwardNoise
 from genrep_fast.scoring.classifier.strategies import low_discrepancy_order
-from genrep_fast.training.config import saved_data
 
 from .evaluations_report import draw, line, table
-from .measurement import DEVICE
+from .evaluations_setting import AFTER, CALIBRATION_SEED, Setting
 from .suite import environment
 
-CONFIDENCE = 0.99
-CALIBRATION_SEED, RULE_SEED = 1, 2
+RULE_SEED = 2
 FULL_SEEDS = (11, 12)
 FEW_CALIBRATION_IMAGES = 32
 T_TEST = "t-test, from 20 steps"
@@ -65,24 +67,6 @@ RULES = {  # name -> strategy
     "staged 50/500": gf.Staged(keep=(5, 1), steps=(50, 500)),
     T_TEST: None,
 }
-
-
-class CountedDenoiser:
-    """A denoiser that counts the rows that it is given, and the time that they take."""
-
-    def __init__(self, denoiser):
-        self.denoiser = denoiser
-        self.rows = 0
-        self.seconds = 0.0
-
-    def __call__(self, x_t, timesteps, labels):
-        start = time.perf_counter()
-        output = self.denoiser(x_t, timesteps, labels)
-        if x_t.is_cuda:
-            torch.cuda.synchronize()
-        self.seconds += time.perf_counter() - start
-        self.rows += len(x_t)
-        return output
 
 
 class TTest:
@@ -104,67 +88,6 @@ class TTest:
         return len(contest.live) == 1
 
 
-class Setting:
-    """The denoiser of a run with its data, calibrated."""
-
-    def __init__(self, run: Path, options: argparse.Namespace) -> None:
-        pipeline = gf.GenRepPipeline.from_pretrained(run / "model")
-        self.model = pipeline.model.to(DEVICE).eval()
-        self.scheduler = pipeline.scheduler
-        self.data = saved_data(run)
-        splits = load_data(self.data.name, split=self.data.split, record=self.data.record)
-        self.classes = splits.num_classes
-        self.images, self.labels = some_of(splits.test, options.images)
-        self.calibration_images = some_of(splits.calibration, options.calibration)
-        denoiser = torch.compile(self.model.denoise) if options.compile else self.model.denoise
-        self.denoiser = CountedDenoiser(denoiser)
-        self.batch_size = options.batch_size
-        self.steps = options.steps
-        self.classifier = self.new_classifier()
-
-    def new_classifier(self) -> gf.DiffusionClassifier:
-        return gf.DiffusionClassifier(
-            self.denoiser,
-            self.scheduler,
-            self.classes,
-            batch_size=self.batch_size,
-            # Networks that were compiled want batches of one size.
-            pad_to=self.batch_size,
-        )
-
-    def flops(self) -> float:
-        """Of an evaluation."""
-        image = self.images[:1]
-        zero = torch.zeros(1, dtype=torch.int64, device=DEVICE)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            self.model.denoise(image, zero, zero)
-        return counter.get_total_flops()
-
-    def full(self, images, labels, seed: int, path: Path) -> Calibration:
-        """Errors of every class at every step; read from `path` where they lie there."""
-        if not path.exists():
-            found = self.new_classifier().calibrate(images, labels, steps=self.steps, seed=seed)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = path.with_suffix(".unfinished.npz")
-            np.savez(
-                unfinished,
-                timesteps=found.timesteps,
-                errors=found.errors,
-                roots=found.roots,
-                labels=found.labels,
-            )
-            unfinished.rename(path)
-        with np.load(path) as saved:
-            return Calibration(**saved)
-
-
-def some_of(split: LabelledImages, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images and labels drawn at random; of fewer the first ones are the same."""
-    images, labels = as_tensors(split)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    return images[order[:count]].to(DEVICE), labels[order[:count]]
-
-
 def winners(full: Calibration, weights: np.ndarray) -> torch.Tensor:
     """Of a full budget with the weights of its steps, int64 [N]."""
     weighted = np.einsum("nsk,s->nk", full.errors.astype(np.float64), weights)
@@ -178,8 +101,8 @@ def share(hits: torch.Tensor) -> list[float]:
     return [100 * part for part in (count / total, interval.low, interval.high)]
 
 
-def measured_rule(setting: Setting, name: str, count: int) -> dict:
-    """What a rule makes of the first `count` images."""
+def measured_rule(setting: Setting, name: str, count: int, before: dict) -> dict:
+    """What a rule makes of the first `count` images, after what its call asks for besides."""
     images, labels = setting.images[:count], setting.labels[:count]
     counted = setting.denoiser
     counted.rows, counted.seconds = 0, 0.0
@@ -188,22 +111,31 @@ def measured_rule(setting: Setting, name: str, count: int) -> dict:
         found = t_test(setting, images)
     else:
         result = setting.classifier(
-            images, strategy=RULES[name], confidence=CONFIDENCE, seed=RULE_SEED, progress=False
+            images,
+            strategy=RULES.get(name, gf.Race()),
+            confidence=setting.confidence,
+            seed=RULE_SEED,
+            progress=False,
+            **before,
         )
         found = {
             "prediction": result.prediction.tolist(),
-            "evaluations": result.evaluations.tolist(),
+            "evaluations": result.cost.tolist(),
+            "rows": (result.evaluations + result.coarse_evaluations).sum().item(),
+            "compared": (result.steps > 0).sum(1).double().mean().item(),
             "decided": result.decided.double().mean().item(),
             "ece": classification_metrics(result.posterior.cpu(), labels)["ece"],
         }
     seconds = time.perf_counter() - start
     evaluations = np.array(found["evaluations"])
+    head = setting.head_flops() if "candidates" in before else 0.0
     return found | {
         "evaluations": evaluations.mean().item(),
+        "gflops": (evaluations.mean().item() * setting.flops() + head) / 1e9,
         "evaluations_error": (evaluations.std() / np.sqrt(count)).item(),
         "ms": 1e3 * seconds / count,
         "images": count,
-        "batch_fill": evaluations.sum().item() / counted.rows,
+        "batch_fill": found.get("rows", evaluations.sum().item()) / counted.rows,
         "outside_network": 1 - counted.seconds / seconds,
     }
 
@@ -216,8 +148,7 @@ def t_test(setting: Setting, images: torch.Tensor) -> dict:
     engine = Engine(
         Network(setting.denoiser, None, setting.classes, None, None),
         Plan(noise, steps, TTest()),
-        setting.classes,
-        None,
+        Members((1,) * setting.classes),
         batch_size=setting.batch_size,
         pad_to=setting.batch_size,
         seed=RULE_SEED,
@@ -234,9 +165,9 @@ def t_test(setting: Setting, images: torch.Tensor) -> dict:
 
 def affordable(setting: Setting, name: str, allowed: int) -> int:
     """Images of a rule, as many as so many evaluations are enough for; all for the race."""
-    strategy = RULES[name]
-    if name == "race":
+    if name == "race" or name.startswith(AFTER):
         return len(setting.images)
+    strategy = RULES[name]
     if strategy is None:
         evaluations = T_TEST_STEPS * setting.classes
     else:
@@ -289,31 +220,45 @@ def at_steps(calibration: Calibration, rows: np.ndarray) -> Calibration:
     return Calibration(calibration.timesteps[rows], *parts, calibration.labels)
 
 
-def races(setting: Setting, calibration: Calibration, fulls: dict[int, Calibration]) -> dict:
-    """How often a race with a full budget's own noise drops its winner."""
+def races(
+    setting: Setting,
+    calibration: Calibration,
+    fulls: dict[int, Calibration],
+    before: dict | None = None,
+) -> dict:
+    """How often a race, and what precedes it, drops the winner of a full budget of its noise."""
     classifier = setting.new_classifier()
     classifier.calibration = calibration
     weights = calibration.weights("calibrated", calibration.timesteps)
     dropped, evaluations = [], []
     for seed, full in fulls.items():
-        result = classifier(setting.images, confidence=CONFIDENCE, seed=seed, progress=False)
+        result = classifier(
+            setting.images,
+            confidence=setting.confidence,
+            seed=seed,
+            progress=False,
+            **(before or {}),
+        )
         winner = winners(full, weights)
         left = result.steps[torch.arange(len(winner)), winner] < result.steps.max(1).values
         dropped.append(torch.where(result.decided, result.prediction != winner, left))
-        evaluations.append(result.evaluations.double().mean().item())
+        evaluations.append(result.cost.mean().item())
     return {"dropped": share(torch.cat(dropped)), "races": len(torch.cat(dropped))} | {
         "evaluations": float(np.mean(evaluations))
     }
 
 
 def races_at_level(
-    calibration: Calibration, fulls: dict[int, Calibration], rows: np.ndarray
+    calibration: Calibration,
+    fulls: dict[int, Calibration],
+    rows: np.ndarray,
+    confidence: float,
 ) -> dict:
     """The same, replayed, for races that have a few timesteps alone."""
     known = at_steps(calibration, rows)
     weights = known.weights("calibrated", known.timesteps)
     steps = Steps(known.order("signal"), weights, tuple(range(1, len(rows) + 1)))
-    rule = known.rule("measured", steps, CONFIDENCE)
+    rule = known.rule("measured", steps, confidence)
     dropped, evaluations, decided = [], [], []
     for full in fulls.values():
         seen = at_steps(full, rows)
@@ -329,19 +274,26 @@ def races_at_level(
     }
 
 
-def stated_error(setting: Setting, fulls: dict[int, Calibration]) -> dict[str, dict]:
-    """Dropped winners after all, and after few calibration images, and at three noise levels."""
+def stated_error(
+    setting: Setting, fulls: dict[int, Calibration], before: dict[str, dict]
+) -> dict[str, dict]:
+    """Dropped winners after all, and after few calibration images, and at three noise levels.
+
+    Also of races that have something before them.
+    """
     calibration = setting.classifier.calibration
     few = first_images(calibration, FEW_CALIBRATION_IMAGES)
     found = {
         f"calibrated on {len(known.errors)} images": races(setting, known, fulls)
         for known in (calibration, few)
     }
+    for name, call in before.items():
+        found[name] = races(setting, calibration, fulls, call)
     thirds = np.array_split(np.argsort(calibration.timesteps), 3)
     for name, rows in zip(("low", "middle", "high"), thirds, strict=True):
         first, last = calibration.timesteps[rows[[0, -1]]]
         title = f"{name} noise alone, t = {first:.0f} to {last:.0f}"
-        found[title] = races_at_level(calibration, fulls, rows)
+        found[title] = races_at_level(calibration, fulls, rows, setting.confidence)
     return found
 
 
@@ -357,6 +309,22 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--full_seeds", type=int, nargs="+", default=FULL_SEEDS)
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--confidence", type=float, default=0.99, help="of races")
+    parser.add_argument(
+        "--head",
+        type=Path,
+        nargs="?",
+        const=Path(),
+        help="candidates: the head of RUN's model, or of that of another run",
+    )
+    parser.add_argument("--tree", action="store_true", help="a tree of the digits")
+    parser.add_argument("--coarse", action="store_true", help="half of the resolution first")
+    parser.add_argument(
+        "--stated_error",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="count the winners that every kind of race drops",
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile the denoiser")
     return parser.parse_args()
 
@@ -385,21 +353,23 @@ def main() -> None:
         "calibration_images": len(labels),
         "calibration": str(classifier.calibration),
         "batch_size": setting.batch_size,
-        "confidence": CONFIDENCE,
+        "confidence": setting.confidence,
         "gflops": setting.flops() / 1e9,
         "full": full_budgets(setting, list(fulls.values())),
         "rules": json.loads(path.read_text())["rules"] if path.exists() else {},
         "stated_error": {},
     }
-    for name in RULES:
+    before = setting.calibrate_before(options)
+    for name in (*RULES, *before):
         wanted = any(fnmatch.fnmatch(name, pattern) for pattern in options.rules)
         if wanted and name not in results["rules"]:
             count = affordable(setting, name, options.rival_evaluations)
-            rule = measured_rule(setting, name, count)
+            rule = measured_rule(setting, name, count, before.get(name, {}))
             results["rules"][name] = rule | compared(setting, rule, list(fulls.values()))
             write_atomically(path, json.dumps(results))
             print(line(results, name), flush=True)
-    results["stated_error"] = stated_error(setting, fulls)
+    if options.stated_error:
+        results["stated_error"] = stated_error(setting, fulls, before)
     write_atomically(path, json.dumps(results))
     write_atomically(output / "evaluations.md", table(results))
     if results["rules"]:

@@ -23,7 +23,10 @@ from .ops.posterior import distillation_loss, fit_temperature, log_evidence, pos
 from .ops.reverse_step import reverse_step
 from .ops.scoring import log_likelihood
 from .scoring.chain_bank import ChainBank
+from .scoring.classifier.candidates import Candidates
+from .scoring.classifier.coarse import Coarse
 from .scoring.classifier.diffusion_classifier import DiffusionClassifier
+from .scoring.classifier.saved_results import SavedResults
 from .scoring.classifier.strategies import Full, Race, Staged, Stratified
 from .scoring.scorer import PosteriorScorer
 
@@ -43,7 +46,9 @@ __all__ = [
     "AlignerStats",
     "AlignmentStats",
     "BackendUnavailableError",
+    "Candidates",
     "ChainBank",
+    "Coarse",
     "DiffusionClassifier",
     "ForwardProcess",
     "Full",
@@ -53,6 +58,7 @@ __all__ = [
     "GradientAligner",
     "PosteriorScorer",
     "Race",
+    "SavedResults",
     "Staged",
     "StepCoefficients",
     "Stratified",

@@ -24,7 +24,20 @@ def posterior_mode(vae: Any, images: Tensor) -> Tensor:
     Raises:
         TypeError: where the VAE returns neither.
     """
-    return _run(vae, images, lambda network, x: _latents(network.encode(x)))
+    return _run(vae, images, _encoded)
+
+
+def finite_posterior_mode(vae: Any, images: Tensor) -> Tensor:
+    """`posterior_mode`, and once more in float32 of the images that overflow in float16.
+
+    Some VAEs do, whatever their configuration says (SDXL's, Sana's). It waits for the device.
+    """
+    latents = posterior_mode(vae, images)
+    overflow = ~latents.flatten(1).isfinite().all(1)
+    if overflow.any() and _runs_in_float16(vae, images):
+        again = _run(vae, images[overflow], _encoded, upcast=True)
+        latents = latents.index_copy(0, overflow.nonzero()[:, 0], again.to(latents))
+    return latents
 
 
 def decoded(vae: Any, latents: Tensor) -> Tensor:
@@ -63,7 +76,8 @@ def _setting(vae: Any, name: str, default: Any = None) -> Any:
     return default if found is None else found
 
 
-def _latents(output: Any) -> Tensor:
+def _encoded(vae: Any, images: Tensor) -> Tensor:
+    output = vae.encode(images)
     latents = output
     if hasattr(output, "latent_dist"):
         latents = output.latent_dist.mode()
@@ -75,26 +89,43 @@ def _latents(output: Any) -> Tensor:
     return latents
 
 
-def _run(vae: Any, x: Tensor, call: Callable[[Any, Tensor], Tensor]) -> Tensor:
-    """What `call` makes of the VAE and x, in float32 at least."""
-    device = x.device.type
+def _run(
+    vae: Any, x: Tensor, call: Callable[[Any, Tensor], Tensor], *, upcast: bool = False
+) -> Tensor:
+    """What `call` makes of the VAE and x, in float32 at least.
+
+    With `upcast`, or where its configuration asks for it, the VAE does not run in float16.
+    """
     autocast: contextlib.AbstractContextManager = contextlib.nullcontext()
-    half = torch.is_autocast_enabled(device)
-    half = half and torch.get_autocast_dtype(device) == torch.float16
-    if _setting(vae, "force_upcast") and (half or vae.dtype == torch.float16):
+    if (upcast or _setting(vae, "force_upcast")) and _runs_in_float16(vae, x):
         vae = _in_float32(vae)
-        autocast = torch.autocast(device, enabled=False)
+        autocast = torch.autocast(x.device.type, enabled=False)
     with autocast:
         return _at_least_float32(call(vae, x.to(getattr(vae, "dtype", x.dtype))))
+
+
+def _runs_in_float16(vae: Any, x: Tensor) -> bool:
+    device = x.device.type
+    half = torch.is_autocast_enabled(device)
+    half = half and torch.get_autocast_dtype(device) == torch.float16
+    return half or getattr(vae, "dtype", None) == torch.float16
 
 
 def _in_float32(vae: Any) -> Any:
     """The VAE in float32; itself where it is, else a copy that lives for one call.
 
     Weights that were converted in place would be those of other threads and of frozen copies, too.
+
+    Raises:
+        ValueError: for a VAE that is offloaded, whose hooks a copy would share.
     """
     if vae.dtype != torch.float16:
         return vae
+    if any(hasattr(part, "_hf_hook") or hasattr(part, "_diffusers_hook") for part in vae.modules()):
+        raise ValueError(
+            "vae overflows in float16, and is offloaded: convert it by vae.to(torch.float32) "
+            "before it is offloaded"
+        )
     vae = getattr(vae, "_orig_mod", vae)
     memo: dict[int, Any] = {}
     for tensor in (*vae.parameters(), *vae.buffers()):

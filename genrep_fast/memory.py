@@ -43,7 +43,9 @@ def require_memory(argument: str, needed: float, what: str, available: int | Non
     """
     available = available_memory() if available is None else available
     if available is not None and needed > available:
-        numbers = f"would take {_told(needed)} of memory, {_told(available)} are available"
+        numbers = (
+            f"would take {shown_bytes(needed)} of memory, {shown_bytes(available)} are available"
+        )
         raise MemoryError(f"{argument}: {what} {numbers}")
 
 
@@ -84,7 +86,8 @@ def _fields(path: Path) -> dict[str, int]:
     return {line[0]: int(line[1]) for line in lines if len(line) > 1}
 
 
-def _told(number: float) -> str:
+def shown_bytes(number: float) -> str:
+    """A number of bytes with its unit."""
     units = ["bytes", "kB", "MB", "GB"]
     while number >= 1000 and len(units) > 1:
         number /= 1000

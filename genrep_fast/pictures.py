@@ -1,19 +1,21 @@
-"""What `genrep classify` and `genrep generate` read and leave.
+"""What `genrep classify`, `genrep calibrate` and `genrep generate` read and leave.
 
 Pipelines and images; classes by number or name, files, a grid.
 """
 
 from __future__ import annotations
 
+import glob
 import io
 import math
+import os
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .data import image_to_tensor, open_image, upright_size
+from .data import Skipped, image_files, image_to_tensor, open_image, upright_size
 from .files import loading, write_atomically
 from .memory import require_memory
 from .names import shortened, slug
@@ -98,13 +100,64 @@ class PreparedImage(NamedTuple):
     seen: float
 
 
-def prepared(path: str, model: GenRep) -> PreparedImage:
-    """An image file as the model takes it; of a large one no more is kept.
+def image_paths(images: Sequence[str]) -> list[str]:
+    """The image files that `images` name: files, all files below folders by name, patterns.
+
+    Raises:
+        ValueError: for a folder without images, and a pattern that no file matches.
+    """
+    paths: list[str] = []
+    for name in images:
+        if os.path.isdir(name):
+            # Hidden files and folders are left out.
+            found = sorted(
+                image_files(name, os.path.dirname(os.path.realpath(name)), Skipped(name))
+            )
+            if not found:
+                raise ValueError(f"images: folder {name} holds no image")
+            paths += found
+        elif glob.has_magic(name) and not os.path.lexists(name):
+            found = sorted(filter(os.path.isfile, glob.iglob(name, recursive=True)))
+            if not found:
+                raise ValueError(f"images: no file matches {name}")
+            paths += found
+        else:
+            paths.append(name)
+    return paths
+
+
+def folder_labels(paths: Sequence[str], names: Sequence[str]) -> list[int]:
+    """The class of each image: the one that the folder of its file is named after.
+
+    Raises:
+        ValueError: for a folder that is named after no class, or after several.
+    """
+    indices: dict[str, int] = {}
+    labels = []
+    for path in paths:
+        folder = os.path.basename(os.path.dirname(os.path.abspath(path)))
+        if folder not in indices:
+            of_name = [
+                index for index, name in enumerate(names) if _normal(name) == _normal(folder)
+            ]
+            if len(of_name) != 1:
+                raise ValueError(f"{_unknown(folder, of_name, names)} (the folder of {path})")
+            indices[folder] = of_name[0]
+        labels.append(indices[folder])
+    return labels
+
+
+def prepared(path: str, image_shape: tuple[int, int, int]) -> PreparedImage:
+    """An image file as a model takes it; of a large one no more is kept.
+
+    Args:
+        path: of the file.
+        image_shape: the model's, (C, H, W).
 
     Raises:
         ValueError: with its path, where it cannot be read.
     """
-    channels, height, width = model.image_shape
+    channels, height, width = image_shape
     image = open_image(path)
     try:
         pixels = image_to_tensor(image, (height, width), "L" if channels == 1 else "RGB")
@@ -119,20 +172,22 @@ def prepared(path: str, model: GenRep) -> PreparedImage:
     return PreparedImage(pixels, scale**2 * width * height / (across * down))
 
 
-def cropping(seen: Sequence[float], paths: Sequence[str], model: GenRep) -> str | None:
-    """A sentence on images of which `model` sees less than half; None where there are none.
+def cropping(
+    seen: Sequence[float], paths: Sequence[str], image_shape: tuple[int, int, int]
+) -> str | None:
+    """A sentence on images of which a model sees less than half; None where there are none.
 
     Args:
         seen: the share of each.
         paths: of their files.
-        model: takes them cropped.
+        image_shape: the model's, (C, H, W), to which they are cropped.
     """
     lost = [(share, path) for share, path in zip(seen, paths, strict=True) if share < _LITTLE]
     if not lost:
         return None
     share, path = lost[0]
     more = f", and little of {len(lost) - 1} more" if len(lost) > 1 else ""
-    _, height, width = model.image_shape
+    _, height, width = image_shape
     shape = f"{width} pixels across and {height} down"
     return f"images are cropped to the model's shape, {shape}: {share:.0%} of {path} is seen{more}"
 

@@ -14,6 +14,7 @@ from .datasets import (
     batches,
 )
 from .digits import DIGITS_CALIBRATION, DIGITS_TEST
+from .folders import Skipped, image_files
 from .images import FORMATS, image_to_tensor, open_image, upright_size
 from .loading import DEFAULT_IMAGE_SIZE, load_data
 from .record import DataRecord, check_class_names
@@ -31,11 +32,13 @@ __all__ = [
     "FolderImages",
     "ImageDataset",
     "LabelledImages",
+    "Skipped",
     "SourceImages",
     "as_tensors",
     "batches",
     "check_class_names",
     "few_labels",
+    "image_files",
     "image_to_tensor",
     "load_data",
     "open_image",

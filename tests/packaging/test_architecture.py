@@ -20,6 +20,7 @@ FLOORS = (
     {"evaluation", "pictures"},
     {"training"},
     {"benchmarks"},
+    {"commands"},
     {"cli"},
     {"__main__"},
 )

@@ -10,6 +10,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 
 import genrep_fast as gf
 from genrep_fast.benchmarks import bench_evaluations
+from genrep_fast.benchmarks.evaluations_setting import tree_of_digits
 from genrep_fast.scoring.classifier.contest import Contest, Steps
 from genrep_fast.training import TrainingConfig
 
@@ -40,12 +41,14 @@ def run(tmp_path_factory):
     return folder
 
 
-def measure(run, monkeypatch, *options):
+def measure(run, monkeypatch, *options, output=None):
+    output = output or run / "evaluations"
     monkeypatch.setattr(bench_evaluations, "T_TEST_MOST", 22)
     command = ["bench_evaluations", str(run), "--images", str(IMAGES), "--calibration", "12"]
-    monkeypatch.setattr(sys, "argv", [*command, "--steps", "3", "--batch_size", "32", *options])
+    command += ["--steps", "3", "--batch_size", "32", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", [*command, *options])
     bench_evaluations.main()
-    return json.loads((run / "evaluations/evaluations.json").read_text())
+    return json.loads((output / "evaluations.json").read_text())
 
 
 @pytest.mark.slow
@@ -75,6 +78,22 @@ def test_what_it_measures_and_writes(run, monkeypatch, capsys):
     monkeypatch.setattr(bench_evaluations, "measured_rule", None)
     monkeypatch.setattr(bench_evaluations.Setting, "new_classifier", without_calibrating())
     assert measure(run, monkeypatch, "--rules", "race")["rules"] == results["rules"]
+
+
+@pytest.mark.slow
+def test_what_precedes_a_race(run, monkeypatch, tmp_path):
+    rules = ("--rules", "race*", "--no-stated_error", "--head", "--coarse")
+    monkeypatch.setattr(bench_evaluations, "RULES", {"race": gf.Race()})
+    results = measure(run, monkeypatch, *rules, output=tmp_path)
+    assert list(results["rules"]) == ["race", "race after head", "race after coarse"]
+    assert results["stated_error"] == {}
+    head = results["rules"]["race after head"]
+    assert head["gflops"] > head["evaluations"] * results["gflops"]
+    assert 1 <= head["compared"] <= 10
+    race = results["rules"]["race"]
+    assert race["compared"] == 10
+    assert race["gflops"] == pytest.approx(race["evaluations"] * results["gflops"])
+    assert tree_of_digits(0, 2)[3] == list(range(30, 40))
 
 
 def without_calibrating():

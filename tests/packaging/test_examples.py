@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 pytestmark = pytest.mark.slow
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -80,6 +81,28 @@ def test_lightning(run_example):
     )
     assert float(perception) < 0.5 and float(generation) < 0.4  # 2.3 and 0.8 before training
     assert float(re.search(r"test_accuracy\W+([.\d]+)", output)[1]) > 0.7
+
+
+def test_zero_shot_classification(run_example, tmp_path):
+    pytest.importorskip("transformers", minversion="5")
+    from tiny_pipelines import save_pipeline
+
+    save_pipeline("StableDiffusionPipeline", tmp_path / "pipeline")
+    pictures = [tmp_path / f"{name}.png" for name in ("one", "two")]
+    for shade, path in enumerate(pictures):
+        Image.new("RGB", (40 + shade, 30), (200, 90 * shade, 20)).save(path)
+    output = run_example(
+        "zero_shot_classification.py",
+        tmp_path / "pipeline",
+        *pictures,
+        "--prompts",
+        "a cat",
+        "a dog",
+        "--steps",
+        2,
+    )
+    for path in pictures:
+        assert re.search(rf"^{path}: a (cat|dog) \(\d+\.\d%\)$", output, re.M)
 
 
 @pytest.fixture

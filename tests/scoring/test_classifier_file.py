@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+import tiny_pipelines
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
@@ -171,3 +172,14 @@ def test_a_calibration_of_other_timesteps_is_refused(folder):
     save_file(tensors, file)
     with pytest.raises(ValueError, match="timesteps must be the scheduler's"):
         gf.DiffusionClassifier.from_pretrained(folder, denoiser)
+
+
+def test_classes_of_a_pipeline_may_be_numbers(tmp_path):
+    pipe = tiny_pipelines.dit()
+    classifier = gf.DiffusionClassifier.from_pipeline(pipe, [1, (2, 3)], null_prompt=None)
+    classifier.save_pretrained(tmp_path)
+    for same in (np.array([[1], [2, 3]], dtype=object), [np.int64(1), [2, 3]]):
+        loaded = gf.DiffusionClassifier.from_pretrained(tmp_path, pipe=pipe, prompts=list(same))
+        assert loaded.prompts == ((1,), (2, 3)) and loaded.null_class is None
+    with pytest.raises(ValueError, match="prompts must be those of the saved classifier"):
+        gf.DiffusionClassifier.from_pretrained(tmp_path, pipe=pipe, prompts=[1, 2])

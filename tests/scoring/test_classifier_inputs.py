@@ -24,6 +24,7 @@ import genrep_fast as gf
 from genrep_fast.coefficients.forward_process import stratified_process
 from genrep_fast.coefficients.noise_schedules import FAMILIES
 from genrep_fast.reference.reverse_step import chain_noise
+from genrep_fast.scoring.classifier import progress
 from genrep_fast.scoring.classifier.images import as_images
 from genrep_fast.scoring.classifier.network import Network
 
@@ -485,6 +486,64 @@ def test_progress_tells_the_cost_and_the_accuracy(capsys):
     estimate = found.estimate(100, strategy="staged")
     assert estimate.evaluations == estimate.most == 3 * 50 + 3 * 450
     assert estimate.seconds > 0
+
+
+def test_progress_tells_hours_after_some_batches(capsys, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    bar = progress.Progress(True, "classify", progress.CostEstimate(1000.0, 2000, 2000, None))
+    for _ in range(1000):
+        bar.skip(900, None)
+    # The first batch takes long.
+    for seconds, evaluations in ((60, 50), (0.5, 100), (0.5, 150), (0.5, 200), (1.0, 250)):
+        assert "a second" not in capsys.readouterr().err
+        clock[0] += seconds
+        bar.after_batch(evaluations)
+    # 200 evaluations in 2.5 seconds; 999,750 are left.
+    told = capsys.readouterr().err
+    assert "classify: 80.0 evaluations a second, some 3.5 hours left" in told
+    clock[0] += 10
+    bar.after_batch(300)
+    assert "a second" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(-1, "0 s"), (119, "119 s"), (150, "2 minutes"), (9000, "2.5 hours"), (864000, "10.0 days")],
+)
+def test_durations_in_words(seconds, words):
+    assert progress.duration(seconds) == words
+
+
+def test_an_estimate_tells_what_memory_is_needed():
+    model = nn.Sequential(nn.Conv2d(1, 6, 3, padding=1), nn.Conv2d(6, 1, 3, padding=1))
+    weights = 4 * sum(tensor.numel() for tensor in model.parameters())
+
+    class Denoiser(Small):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x_t, timesteps, class_labels):
+            return self.model(x_t)
+
+        def denoise(self, x_t, timesteps, class_labels):
+            return self.model[0](x_t)[:, :1]
+
+    small = Denoiser()
+    for function in (small, small.denoise):
+        found = classifier(function, batch_size=10)
+        assert found.estimate(strategy="full").memory == weights + 4 + 10 * 4 * 6 * 16
+    assert str(found.estimate(strategy="full")).endswith("; over 4.3 kB of memory")
+    padded = classifier(small, batch_size=10, pad_to=20, vae=tiny_vae())
+    of_vae = 4 * sum(tensor.numel() for tensor in padded._network.vae.parameters())
+    expected = weights + 4 + of_vae + 20 * 4 * 6 * 16
+    assert padded.estimate(strategy="full").memory == expected
+    assert small.model[0].weight.device.type == "cpu"
+    assert classifier().estimate(strategy="full").memory is None
+    # A network that cannot be told without values: its weights are known.
+    small.forward = lambda *arguments: arguments[0] * small.weight.item()
+    assert classifier(small).estimate(strategy="full").memory >= weights + 4
 
 
 def test_progress_without_tqdm(monkeypatch, capsys):

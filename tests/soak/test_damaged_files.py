@@ -11,12 +11,14 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from damage import damage, within_limits
+from diffusers import DDPMScheduler
 from PIL import Image
 from soak_share import seeds
 from tiny_runs import four_steps, train
 
-from genrep_fast import ChainBank, GenRepPipeline
+from genrep_fast import ChainBank, DiffusionClassifier, Full, GenRepPipeline, SavedResults
 from genrep_fast.data import load_data
+from genrep_fast.scoring.classifier import output_folder, parts
 from genrep_fast.training import TrainingConfig
 from genrep_fast.training.checkpoints import newest_checkpoint, read_checkpoint
 from genrep_fast.training.config import saved_data
@@ -38,7 +40,29 @@ def good(tiny_backbone, tmp_path_factory):
             pixels = generator.randbytes(8 * 8)
             path = root / "images" / name / f"{number}.{('png', 'jpg')[number % 2]}"
             Image.frombytes("L", (8, 8), pixels).save(path)
+    for kind in ("parquet", "csv"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(output_folder, "preferred_kind", lambda kind=kind: kind)
+            patch.setattr(parts, "_MOST_ROWS", 4)
+            classify(root / kind)
     return root
+
+
+def classify(folder):
+    """The results of ten images, of which every one differs."""
+
+    def denoiser(x_t, timesteps, labels):
+        return x_t * labels.view(-1, 1, 1, 1) / 3
+
+    classifier = DiffusionClassifier(denoiser, DDPMScheduler(clip_sample=False), 3)
+    images = torch.linspace(-1, 1, 10).view(-1, 1, 1, 1).expand(10, 1, 4, 4)
+    labels = torch.arange(10) % 3
+    return classifier(
+        iter([(images[:5], labels[:5]), (images[5:], labels[5:])]),
+        strategy=Full(3),
+        output=folder,
+        progress=False,
+    )
 
 
 def cases(count, of_a_round):
@@ -159,3 +183,33 @@ def test_folders_of_images(good, tmp_path, seed):
     for image, label in items or ():
         assert image.shape == data.image_shape and label in (0, 1)
         assert image.isfinite().all() and image.abs().max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv"])
+@cases(5, 60)
+def test_classifications(good, tmp_path, seed, kind):
+    generator = random.Random(seed)
+    folder = tmp_path / "results"
+    shutil.copytree(good / kind, folder)
+    names = damaged(folder, generator, generator.choice((1, 1, 2)))
+    told = [folder, *names]
+    expected = SavedResults(good / kind).load()
+    found = load(lambda: SavedResults(folder).load(), folder, told)
+    # No checksum protects CSV, and parts that are missing could have been removed.
+    if found is not None and kind == "parquet":
+        rows = found.image_ids
+        assert found.prediction.equal(expected.prediction[rows])
+        if not any(name.endswith(".json") for name in names):
+            assert found.posterior.equal(expected.posterior[rows])
+    # Goes on where what is left is whole, and else changes nothing.
+    before = snapshot(folder)
+    try:
+        with within_limits():
+            again = classify(folder).load()
+    except (ValueError, OSError) as error:
+        assert any(str(name) in str(error) for name in told), f"{told} not in: {error}"
+        assert snapshot(folder) == before
+        return
+    assert len(again) == 10
+    if kind == "parquet":
+        assert again.prediction.equal(expected.prediction)

@@ -1,4 +1,4 @@
-"""`genrep train` in a process of its own that dies at a chosen place, and what it leaves.
+"""A command in a process of its own that dies at a chosen place, and what it leaves.
 
 Processes are forked from a server that has imported everything, which takes seconds.
 """
@@ -36,7 +36,7 @@ def run(arguments, death=None):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     log = Path(arguments[arguments.index("--output") + 1] + ".log")
-    process = context.Process(target=_train, args=(arguments, death, log))
+    process = context.Process(target=_command, args=(arguments, death, log))
     process.start()
     if death is not None and death.kind == "time":
         process.join(death.n / 1000)
@@ -45,12 +45,12 @@ def run(arguments, death=None):
     if process.exitcode is None:
         process.kill()
         process.join()
-        raise AssertionError(f"training hangs: {log.read_text()}")
+        raise AssertionError(f"{arguments[0]} hangs: {log.read_text()}")
     assert process.exitcode in (0, -signal.SIGKILL, -signal.SIGXFSZ), log.read_text()
     return process.exitcode
 
 
-def _train(arguments, death, log):
+def _command(arguments, death, log):
     torch.set_num_threads(1)
     with open(log, "w", buffering=1) as file:
         os.dup2(file.fileno(), sys.stdout.fileno())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -18,15 +18,76 @@ from torch import Tensor
 
 from ...ops.posterior import fit_temperature, posterior
 from .contest import Contest, KnownVariance, Rule, Steps
+from .members import Members
 from .noise import ForwardNoise
+from .offsets import fit_offsets
+from .screening import Screened
 from .strategies import low_discrepancy_order
 
 # Powers of 1/s²(t) among which the labels choose the weights; 0 is uniform.
 _POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
+# Steps with less than this share of the greatest signal come last in the order: they add hardly
+# any variance either, and would seem to serve better than another step that correlates.
+_TELLING = 0.05
 
 
 class SameOutputs(ValueError):
     """Of a denoiser that gives the same output under every class: there is nothing to calibrate."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CoarseErrors:
+    """Errors of N images under every class at lower resolution.
+
+    Attributes:
+        errors: float32 [N, n, K].
+        rows: of the full budget's timesteps, in the order of the pass, int64 [n].
+        factor: by which height and width shrink.
+        share: cost of a coarse evaluation, of a full one.
+    """
+
+    errors: np.ndarray
+    rows: np.ndarray
+    factor: int
+    share: float
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What `of_arrays` takes, by name."""
+        cost = np.array([self.factor, self.share], dtype=np.float64)
+        return {"coarse_errors": self.errors, "coarse_rows": self.rows, "coarse_cost": cost}
+
+    @classmethod
+    def of_arrays(
+        cls, arrays: dict[str, np.ndarray], shape: tuple[int, ...]
+    ) -> CoarseErrors | None:
+        """Those of a calibration whose errors have the shape [N, S, K]; None where there are none.
+
+        Raises:
+            ValueError: for arrays that are none.
+        """
+        names = ("coarse_errors", "coarse_rows", "coarse_cost")
+        found = [arrays[name] for name in names if name in arrays]
+        if not arrays:
+            return None
+        if set(arrays) != set(names):
+            raise ValueError(f"{', '.join(names)} must come together, got {sorted(arrays)}")
+        count, steps, num_classes = shape
+        errors, rows, cost = found
+        fits = errors.shape == (count, rows.size, num_classes) and cost.shape == (2,)
+        kinds = (errors.dtype, rows.dtype, cost.dtype) == (np.float32, np.int64, np.float64)
+        if not fits or not kinds or rows.ndim != 1 or rows.size == 0:
+            raise ValueError(
+                f"coarse_errors must be float32 [{count}, n, {num_classes}], got {errors.dtype} "
+                f"{list(errors.shape)} with {rows.dtype} {list(rows.shape)}"
+            )
+        if not np.isfinite(errors).all() or (errors < 0).any():
+            raise ValueError("coarse_errors must be finite and not negative")
+        if len(set(rows.tolist())) < len(rows) or rows.min() < 0 or rows.max() >= steps:
+            raise ValueError(f"coarse_rows must be distinct, from 0 to {steps - 1}")
+        factor, share = cost.tolist()
+        if not (factor >= 2 and factor.is_integer() and 0 < share < np.inf):
+            raise ValueError(f"coarse_cost must be a factor and a share, got {cost.tolist()}")
+        return cls(errors, rows, int(factor), share)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,12 +99,18 @@ class Calibration:
         errors: e = ‖target − o‖², float32 [N, S, K].
         roots: √D to the output under the image's winner, float32 [N, S, K].
         labels: int64 [N], or None: the winners serve as labels.
+        scores: of candidates, float32 [N, K], or None.
+        coarse: at lower resolution, or None.
+        offsets: of L of the full budget with calibrated weights, by class, float64 [K], or None.
     """
 
     timesteps: np.ndarray
     errors: np.ndarray
     roots: np.ndarray
     labels: np.ndarray | None = None
+    scores: np.ndarray | None = None
+    coarse: CoarseErrors | None = None
+    offsets: np.ndarray | None = None
 
     def __str__(self) -> str:
         pairs = ~np.eye(len(self.timesteps), dtype=bool)
@@ -108,11 +175,50 @@ class Calibration:
         labels = torch.from_numpy(self.labels)
         found = []
         for power in _POWERS:
-            scores = torch.from_numpy(-self._weighted(_power_weights(self.variance, power)))
+            weights = _power_weights(self.variance, power)
+            scores = torch.from_numpy(-self._weighted(self.errors, weights))
             log_p = posterior(scores, temperature=fit_temperature(scores, labels))
             found.append(-log_p[torch.arange(len(labels)), labels].sum().item())
         near_best = [loss <= min(found) + 0.5 for loss in found]
         return _POWERS[near_best.index(True)]
+
+    def full_winners(self, kind: str) -> np.ndarray:
+        """Class that the full budget chooses with weights of a kind, int64 [N]."""
+        weights = self.weights(kind, self.timesteps)
+        return self._weighted(self.adjusted_errors, weights).argmin(1)
+
+    def with_offsets(self, always: bool) -> Calibration:
+        """With class offsets that its labels tell, always or where held-out images gain by them.
+
+        Raises:
+            ValueError: without labels, and for too few.
+        """
+        if self.labels is None:
+            raise ValueError("offsets need labels, got none")
+        weights = self.weights("calibrated", self.timesteps)
+        fit = fit_offsets(-self._weighted(self.errors, weights), self.labels)
+        return dataclasses.replace(self, offsets=fit.offsets if always or fit.helps else None)
+
+    def offsets_at(self, timesteps: np.ndarray) -> np.ndarray | None:
+        """What is taken off the errors of each class, float64 [S', K], or None without offsets.
+
+        In proportion to the distances between the outputs at a timestep, such that the weighted
+        mean over those of the full budget is the offset of L.
+        """
+        if self.offsets is None:
+            return None
+        ascending = np.argsort(self.timesteps)
+        scale = np.square(self.roots, dtype=np.float64).mean((0, 2))[ascending]
+        known = self.timesteps[ascending]
+        weights = self.weights("calibrated", known)
+        share = np.interp(timesteps, known, scale * weights.sum() / weights.dot(scale))
+        return share[:, None] * self.offsets
+
+    @functools.cached_property
+    def adjusted_errors(self) -> np.ndarray:
+        """The errors less the offsets [N, S, K]."""
+        taken = self.offsets_at(self.timesteps)
+        return self.errors if taken is None else self.errors - taken
 
     def weights(self, kind: str, timesteps: np.ndarray) -> np.ndarray:
         """Weights of timesteps, interpolated between those of the calibration, with mean 1 [S']."""
@@ -180,7 +286,7 @@ class Calibration:
         """The greatest −log P of each image's winner at a look, 0 where it always leads [N]."""
         order = steps.order
         found = np.zeros(len(self.errors))
-        for image, errors in enumerate(self.errors[:, order].astype(np.float64)):
+        for image, errors in enumerate(self.adjusted_errors[:, order].astype(np.float64)):
             total = (errors * steps.ordered_weights[:, None]).cumsum(0)
             winner = int(total[-1].argmin())
             leaders = total.argmin(1)
@@ -193,13 +299,28 @@ class Calibration:
                     found[image] = max(found[image], -rule.log_chance(gaps, both)[0])
         return found
 
-    def replay(self, steps: Steps, rule: Rule, null_classes: int = 0) -> Iterator[Contest]:
-        """What a strategy would have made of each image, with as many null classes beside."""
-        for image, errors in enumerate(self.errors.astype(np.float64)):
-            contest = Contest(image, 0, None, errors.shape[1])
+    def replay(
+        self,
+        steps: Steps,
+        rule: Rule,
+        members: Members | None = None,
+        screened: Sequence[Screened] | None = None,
+    ) -> Iterator[Contest]:
+        """What a strategy would have made of each image.
+
+        Args:
+            steps, rule: of the strategy.
+            members: of the classes and the null class; None: every class is one row.
+            screened: what precedes the strategy, of each image.
+        """
+        if members is None:
+            members = Members((1,) * self.errors.shape[2])
+        for image, errors in enumerate(self.adjusted_errors.astype(np.float64)):
+            before = None if screened is None else screened[image]
+            contest = Contest(image, 0, None, errors.shape[1], None, before)
             for look in steps.looks:
                 taken = steps.order[len(contest) : look]
-                contest.evaluations += len(taken) * (len(contest.live) + null_classes)
+                contest.evaluations += len(taken) * members.rows(contest.live)
                 contest.add(errors[taken][:, contest.live], np.empty(0), steps)
                 if isinstance(rule, KnownVariance):
                     contest.add_distances(self._distances(image)[taken][:, contest.live])
@@ -209,17 +330,25 @@ class Calibration:
             yield contest
 
     def temperature(self, evidence: np.ndarray) -> float:
-        """τ of the posterior of the evidence that a strategy found [N, K]."""
+        """τ of the posterior of the evidence that a strategy found [N, K].
+
+        NaN of classes that never ran. Images whose label is one of them say nothing.
+        """
         labels = self.winners if self.labels is None else self.labels
-        return fit_temperature(torch.from_numpy(evidence), torch.from_numpy(labels))
+        ran = ~np.isnan(evidence)
+        told = np.flatnonzero(ran[np.arange(len(labels)), labels])
+        if len(told) == 0:
+            return 1.0
+        known = torch.from_numpy(np.where(ran, evidence, -np.inf)[told])
+        return fit_temperature(known, torch.from_numpy(labels[told]))
 
     def _distances(self, image: int) -> np.ndarray:
         """D to the output under the image's winner [S, K]."""
         return self.roots[image].astype(np.float64) ** 2
 
-    def _weighted(self, weights: np.ndarray) -> np.ndarray:
-        """Mean weighted errors, float64 [N, K]."""
-        return (self.errors.astype(np.float64) * weights[:, None]).mean(1)
+    def _weighted(self, errors: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """Mean weighted errors, float64 [N, K], of errors [N, S, K]."""
+        return (errors.astype(np.float64) * weights[:, None]).mean(1)
 
     @functools.cached_property
     def _nearest_distances(self) -> np.ndarray:
@@ -262,14 +391,17 @@ class Calibration:
     def _by_signal(self) -> np.ndarray:
         # Mean and standard deviation of Z / s².
         gain = self._nearest_distances.mean(0) / self.variance
-        sigma = np.maximum(2 * np.sqrt(gain), np.finfo(np.float64).tiny)
+        # Its square must not be zero where all outputs are the same.
+        sigma = np.maximum(2 * np.sqrt(gain), np.sqrt(np.finfo(np.float64).tiny))
         left = list(low_discrepancy_order(len(gain)))
         order: list[int] = []
         expected, variance, cross = 0.0, 0.0, np.zeros(len(gain))
+        tells = gain >= _TELLING * gain.max()
         while left:
+            rows = [row for row in left if tells[row]] or left
             # Of Σ Z / s² with each of the remaining steps added.
-            total = variance + 2 * sigma[left] * cross[left] + sigma[left] ** 2
-            best = left[int(((expected + gain[left]) / np.sqrt(total)).argmax())]
+            total = variance + 2 * sigma[rows] * cross[rows] + sigma[rows] ** 2
+            best = rows[int(((expected + gain[rows]) / np.sqrt(total)).argmax())]
             left.remove(best)
             order.append(best)
             variance += 2 * sigma[best] * cross[best] + sigma[best] ** 2
@@ -296,7 +428,13 @@ def of_contests(
         np.stack([contest.errors[rows] for contest in contests]).astype(np.float32),
         np.sqrt([contest.distances[rows] for contest in contests]).astype(np.float32),
         None if labels is None else labels.numpy(),
+        _scores(contests),
     )
+
+
+def _scores(contests: list[Contest]) -> np.ndarray | None:
+    scores = [contest.scores for contest in contests if contest.scores is not None]
+    return np.stack(scores).astype(np.float32) if scores else None
 
 
 def _power_weights(variance: np.ndarray, power: float) -> np.ndarray:

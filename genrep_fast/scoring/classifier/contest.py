@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from .screening import Screened
+
 # What float32 sums of squares lose, relative to the sum.
 _SUM_ROUNDING = 4 * float(np.finfo(np.float32).eps)
 # Of a standard deviation, so that quotients stay finite.
@@ -47,6 +49,8 @@ class Contest:
         image_id: of its noise.
         image: [C, *spatial] on the network's device.
         num_classes: K.
+        scores: of the candidates [K], or None.
+        screened: what precedes the strategy; None: every class is compared.
 
     Attributes:
         live: the classes that are still compared, int64 [R].
@@ -54,20 +58,30 @@ class Contest:
         null_errors: e of the null class, a number a step.
         distances: D to the leader at each step [n, R], of a strategy that asks for them.
         leader: column of the live class with the least weighted error, −1 before the first step.
-        evaluations: of the network.
+        evaluations: of the network, those before the strategy included.
         rounding: the relative rounding error of the network's outputs.
     """
 
-    def __init__(self, index: int, image_id: int, image: Any, num_classes: int) -> None:
+    def __init__(
+        self,
+        index: int,
+        image_id: int,
+        image: Any,
+        num_classes: int,
+        scores: np.ndarray | None = None,
+        screened: Screened | None = None,
+    ) -> None:
         self.index = index
         self.image_id = image_id
         self.image = image
-        self.live = np.arange(num_classes)
-        self.errors = np.empty((0, num_classes))
+        self.scores = scores
+        self.screened = Screened.of_all(num_classes) if screened is None else screened
+        self.live = self.screened.live
+        self.errors = np.empty((0, len(self.live)))
         self.null_errors = np.empty(0)
-        self.distances = np.empty((0, num_classes))
+        self.distances = np.empty((0, len(self.live)))
         self.leader = -1
-        self.evaluations = 0
+        self.evaluations = self.screened.evaluations
         self.rounding = 0.0
         # D to the class that led at each step.
         self._measured = self.distances
@@ -135,14 +149,15 @@ class Contest:
 
     def outcome(self, steps: Steps, rule: Rule) -> Outcome:
         """What is known of every class; one that left keeps its difference to the leader."""
-        num_classes = len(self.steps)
-        unknown = np.full(num_classes, np.nan)
+        log_mass = self.screened.log_mass
+        unknown = np.full(len(self.steps), np.nan)
         if len(self) == 0:
-            return Outcome(-1, unknown, unknown, self.steps, unknown, unknown)
+            return Outcome(-1, unknown, unknown, self.steps, unknown, unknown, log_mass)
         weights = self._weights(steps)
         total = weights.sum()
         of_leader = weights * self.errors[:, self.leader]
-        gap = np.empty(num_classes)
+        # Of classes that never ran it stays unknown.
+        gap = unknown.copy()
         gap[self.live] = (weights.dot(self.errors) - of_leader.sum()) / total
         gone = np.flatnonzero(self.steps)
         # Over the steps that both were evaluated at. Who was dropped is not better than the rest.
@@ -152,7 +167,8 @@ class Contest:
         log_likelihood = -of_leader.sum() / total - gap
         taken = self.steps.copy()
         taken[self.live] = len(self)
-        error, expected = self._standard_error.copy(), self._expected.copy()
+        error = np.where(taken > 0, self._standard_error, np.nan)
+        expected = self._expected.copy()
         error[self.live], expected[self.live] = self._gaps_to_leader(steps, rule)
         evidence = log_likelihood
         if isinstance(rule, KnownVariance):
@@ -162,14 +178,14 @@ class Contest:
         if len(self.null_errors):
             lift = log_likelihood + weights.dot(self.null_errors) / total
         prediction = int(self.live[self.leader])
-        return Outcome(prediction, log_likelihood, evidence, taken, error, lift)
+        return Outcome(prediction, log_likelihood, evidence, taken, error, lift, log_mass)
 
     def _weights(self, steps: Steps) -> np.ndarray:
         return steps.ordered_weights[: len(self)]
 
 
 class Outcome(NamedTuple):
-    """Of one image.
+    """Of one image; NaN for classes that never ran.
 
     Attributes:
         prediction: the leader, −1 before the first step.
@@ -180,6 +196,7 @@ class Outcome(NamedTuple):
         steps: [K].
         standard_error: of the difference of L to the leader's [K].
         lift: L less that of the null class [K].
+        log_mass: the log-posterior of classes that left before the strategy, else −inf [K].
     """
 
     prediction: int
@@ -188,6 +205,7 @@ class Outcome(NamedTuple):
     steps: np.ndarray
     standard_error: np.ndarray
     lift: np.ndarray
+    log_mass: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,8 +280,10 @@ class KnownVariance:
             distances = np.concatenate([contests[place].distances for place in alike], 1)
             gaps = errors - np.repeat(np.stack(leading, 1), sizes, 1)
             weights = self.weights[:n]
-            lost = 2 * rounding * np.sqrt((weights**2).dot(errors))
-            lost += _SUM_ROUNDING * weights.dot(errors)
+            # Class offsets may have made errors negative.
+            size = np.abs(errors)
+            lost = 2 * rounding * np.sqrt((weights**2).dot(size))
+            lost += _SUM_ROUNDING * weights.dot(size)
             leaves = self.log_chance(gaps, distances, lost) < -self.bound
             for place, part in zip(alike, np.split(leaves, np.cumsum(sizes)[:-1]), strict=True):
                 masks[place] = part

@@ -4,32 +4,32 @@ from __future__ import annotations
 
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from ...checks import check_at_least, check_in_range, check_integer, check_number, check_positive
+from ...checks import check_at_least, check_in_range, check_integer, check_positive
+from .arrivals import arrivals_of, with_labels
 from .calibration import Calibration, of_contests
-from .collector import Collector
+from .collector import Collector, Recorder, collecting, unread
 from .contest import Contest
-from .engine import Arrival, Engine, Plan
-from .file import SavedClassifier, read_classifier, write_classifier
+from .engine import Arrival, Engines
+from .file import SavedClassifier, SavedPipeline, read_classifier, write_classifier
+from .footprint import least_memory
+from .funnel import Funnel
 from .images import ImageStream
+from .members import Members
 from .network import Network
 from .noise import ForwardNoise
-from .plans import Planner, Prepared
+from .pipelines.denoiser import PipelineDenoiser, denoiser_of_pipeline
+from .plans import SELF_CALIBRATION, Planner, Prepared
 from .progress import CostEstimate, Progress
 from .result import ClassifierResult
-from .strategies import Race, Strategy, require_strategy
-
-# Images on which a race that has no calibration calibrates itself.
-SELF_CALIBRATION = 32
-# Images that go through a VAE together.
-_ENCODED = 8
+from .saved_results import SavedResults
+from .strategies import Race, Strategy, check_confidence, require_strategy
 
 
 class DiffusionClassifier:
@@ -96,12 +96,67 @@ class DiffusionClassifier:
         self.scheduler = scheduler
         self.num_classes = int(num_classes)
         self.null_class = None if null_class is None else int(null_class)
+        self._members = Members((1,) * self.num_classes, self.null_class)
+        if isinstance(denoiser, PipelineDenoiser):
+            self._members = denoiser.members
         self.batch_size = int(batch_size)
         self.parameterization = parameterization
         self.pad_to = pad_to
         self._calibration: Calibration | None = None
         self._prepared: dict[tuple, Prepared] = {}
         self._evaluations_a_second: float | None = None
+
+    @classmethod
+    def from_pipeline(
+        cls,
+        pipe: Any,
+        prompts: Sequence[str | Sequence[str]],
+        *,
+        null_prompt: str | None = "",
+        batch_size: int = 64,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        pad_to: int | None = None,
+    ) -> DiffusionClassifier:
+        """A zero-shot classifier of one of diffusers' pipelines; text encoders are needed no more.
+
+        Args:
+            pipe: StableDiffusion-, StableDiffusionXL-, StableDiffusion3-, Flux-, PixArtAlpha-,
+                PixArtSigma-, Sana- or DiTPipeline.
+            prompts: a string for each class, or a list of strings, whose errors are averaged; each
+                costs an evaluation. For DiTPipeline names among `pipe.labels`, or class numbers.
+            null_prompt: stands for no class, at one more evaluation a step of an image, for the
+                result's `lift`; "" is the pipeline's own. None: there is none.
+            batch_size, device, dtype, pad_to: as of the class.
+
+        Raises:
+            TypeError, ValueError: for other pipelines, consistency models, and prompts that are
+                none, or that the pipeline would cut or read as the same.
+        """
+        denoiser = denoiser_of_pipeline(pipe, prompts, null_prompt)
+        return cls(
+            denoiser,
+            denoiser.adapter.scheduler(pipe.scheduler),
+            len(prompts),
+            vae=pipe.vae,
+            null_class=None if null_prompt is None else len(prompts),
+            batch_size=batch_size,
+            device=device,
+            dtype=dtype,
+            pad_to=pad_to,
+        )
+
+    @property
+    def prompts(self) -> tuple[tuple[str, ...], ...] | None:
+        """Of each class, where the classifier was made from a pipeline."""
+        denoiser = self._network.denoiser
+        return denoiser.prompts.classes if isinstance(denoiser, PipelineDenoiser) else None
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """(height, width) of the images that its pipeline makes by default, in pixels."""
+        denoiser = self._network.denoiser
+        return denoiser.adapter.image_size if isinstance(denoiser, PipelineDenoiser) else None
 
     @property
     def calibration(self) -> Calibration | None:
@@ -126,6 +181,9 @@ class DiffusionClassifier:
         images: Any,
         labels: Sequence[int] | Tensor | None = None,
         *,
+        candidates: Any = None,
+        coarse: Any = None,
+        offsets: bool | str = False,
         steps: int | None = None,
         seed: int = 1,
         progress: bool = True,
@@ -136,6 +194,10 @@ class DiffusionClassifier:
             images: as of a call; some 50 to 200 that the denoiser was not trained on.
             labels: one an image, for temperatures and the weights of timesteps; without them the
                 full budget's winners serve, and weights stay uniform. A stream may hold them.
+            candidates, coarse: of the calls that will have them, see `gf.Candidates` and
+                `gf.Coarse`. A tree needs nothing here.
+            offsets: fit an offset of L to each class, by the labels: True, or "auto" where
+                held-out images gain by them. Every strategy applies them.
             steps: timesteps of the full budget; None: 24.
             seed: of the noise; another one than that of calls.
             progress: show a bar, where tqdm is installed.
@@ -151,34 +213,56 @@ class DiffusionClassifier:
         steps = planner.default_steps if steps is None else steps
         check_at_least(1, steps=steps)
         check_in_range(seed, "seed", 2**64, "2**64")
+        if offsets not in (True, False, "auto"):
+            raise ValueError(f"offsets must be True, False or 'auto', got {offsets!r}")
+        funnel = Funnel.of(self.num_classes, candidates, coarse=coarse)
         prepared = planner.prepare_calibration(steps)
-        plan = prepared.plan
         stream = self._stream(images, None, labels)
         collector = Collector(self.num_classes, self.null_class is not None)
-        arrivals = self._arrivals(stream, collector)
-        bar = Progress(progress, "calibrate", self._cost(prepared, stream.total))
-        with self._network.evaluating(), bar:
-            contests = list(self._run(plan, arrivals, collector, bar, seed, None))
-        if len(contests) < 2:
-            raise ValueError(f"images must be at least two to calibrate, got {len(contests)}")
-        found = of_contests(plan.noise, contests, plan.steps, collector.labels())
+        bar = Progress(progress, "calibrate", self._cost(prepared, stream.total, progress))
+        arrivals = arrivals_of(stream, collector, self._network, funnel, self.batch_size, bar)
+        with self._network.evaluating(funnel.scorer), bar:
+            if offsets:
+                arrivals = with_labels(arrivals, collector, "offsets")
+            contests = list(self._run(prepared, arrivals, collector, bar, seed, None))
+            if len(contests) < 2:
+                raise ValueError(f"images must be at least two to calibrate, got {len(contests)}")
+            engines = self._engines(seed)
+            found = funnel.calibration(prepared.plan, contests, collector.labels(), engines)
+        if offsets:
+            found = found.with_offsets(offsets is True)
         self.calibration = found
         return found
 
+    @overload
+    def __call__(self, images: Any, *, output: None = None, **call: Any) -> ClassifierResult: ...
+
+    @overload
     def __call__(
+        self, images: Any, *, output: str | os.PathLike[str], **call: Any
+    ) -> SavedResults: ...
+
+    def __call__(  # type: ignore[misc]
         self,
         images: Any,
         *,
         strategy: str | Strategy = "race",
+        candidates: Any = None,
+        tree: Any = None,
+        coarse: Any = None,
         confidence: float = 0.99,
         budget: int | None = None,
         deadline: float | None = None,
         seed: int = 0,
         image_ids: Sequence[int] | Tensor | None = None,
         labels: Sequence[int] | Tensor | None = None,
+        output: str | os.PathLike[str] | None = None,
         progress: bool = True,
-    ) -> ClassifierResult:
+    ) -> ClassifierResult | SavedResults:
         """Classify images.
+
+        With `output`, images are written into a folder as they finish, and memory holds those under
+        way. The same call goes on where it ended: what has finished is read, but not evaluated.
 
         A race that was not calibrated calibrates itself: the first 32 images take the full budget
         and serve as calibration images, which a warning says. Fewer than 32 images all take the
@@ -187,60 +271,91 @@ class DiffusionClassifier:
         Args:
             images: a batch, or an iterable of batches, which is read as it is needed. A batch is a
                 floating-point tensor [B, C, H, W] in −1…1 (uint8: 0…255), a uint8 array
-                [B, H, W, C], a PIL image, a list of images, or a pair (batch, labels). All have
+                [B, H, W, C], a PIL image, a list of images, a pair (batch, labels), or a dictionary
+                with pixel_values, images or image, and maybe labels, image_ids and names. All have
                 one size; nothing is resized.
             strategy: "race", "full", "stratified" or "staged", or one of gf.Race, gf.Full,
                 gf.Stratified and gf.Staged with settings.
-            confidence: of a race, that the full budget's winner is not dropped.
-            budget: evaluations an image, at least one a class; an image that it ends before its
-                time is not `decided`.
+            candidates: a scorer, ``images -> scores [B, K]``, a GenRep, or `gf.Candidates`: its
+                best classes alone go on.
+            tree: nested dictionaries or lists whose leaves are all the classes: whole branches
+                leave. Branches had better have the same order of classes, where there is one.
+            coarse: True or `gf.Coarse`: the best classes at lower resolution go on.
+            confidence: of a race and of what precedes the strategy, that the full budget's winner
+                is not dropped.
+            budget: evaluations an image, at least one a class that is compared; an image that it
+                ends before its time is not `decided`.
             deadline: seconds for the call; no batch begins afterwards.
             seed: of the noise, which follows from it, the image's id and the timestep.
-            image_ids: distinct integers in [0, 2³²), one an image; None: 0, 1, 2, …
+            image_ids: distinct integers in [0, 2³²), one an image; None: those of the batches, else
+                0, 1, 2, …
             labels: one an image, for the bar's accuracy and `ClassifierResult.class_bias`.
+            output: a folder for ``classification.json``, which says what the results depend on, and
+                for ``parts/``: Parquet where pyarrow is installed, else CSV. Images that the
+                deadline leaves under way are not written.
             progress: show a bar, where tqdm is installed.
+
+        Returns:
+            The result of all images; with `output`, all images of the folder, read as needed.
 
         Raises:
             TypeError, ValueError: for arguments and images that do not fit, and outputs of the
-                denoiser that are not finite; the message names them.
+                denoiser that are not finite; the message names them. Also for an `output` of other
+                settings, with damaged files, or with other images or labels under the same ids.
+            OSError: where `output` cannot be written, has another writer, or holds something else.
         """
         strategy = require_strategy(strategy)
-        _check_confidence(confidence)
+        check_confidence(confidence)
         check_in_range(seed, "seed", 2**64, "2**64")
-        self._check_budget(budget)
+        funnel = Funnel.of(self.num_classes, candidates, tree, coarse)
+        self._members.check_budget(budget, funnel.least)
         if deadline is not None:
             check_positive(deadline, "deadline")
         end = None if deadline is None else time.monotonic() + deadline
         stream = self._stream(images, image_ids, labels)
-        collector = Collector(self.num_classes, self.null_class is not None)
-        arrivals = self._arrivals(stream, collector)
         calibrates = False
         if isinstance(strategy, Race) and self.calibration is None:
+            if output is not None:
+                raise ValueError(
+                    "output: a race goes on with the calibration that it began with, and has none: "
+                    "call calibrate first"
+                )
             calibrates = True
-            prepared = self._own_calibration(strategy, budget)
+            prepared = self._planner(None).own_calibration(strategy, budget, funnel)
         else:
-            prepared = self._prepare(strategy, confidence, budget)
-        bar = Progress(progress, "classify", self._cost(prepared, stream.total))
-        with self._network.evaluating(), bar:
+            prepared = self._prepare(strategy, confidence, budget, funnel)
+        settings: dict[str, Any] = {**vars(funnel), **self._settings(), **prepared.settings}
+        settings |= {"strategy": strategy, "confidence": confidence, "budget": budget, "seed": seed}
+        settings |= {"batch_size": self.batch_size, "pad_to": self.pad_to}
+        sources = self._network, self.scheduler, self.calibration
+        with (
+            collecting(output, settings, *sources) as collector,
+            self._network.evaluating(funnel.scorer),
+            Progress(progress, "classify", self._cost(prepared, stream.total, progress)) as bar,
+        ):
+            arrivals = arrivals_of(stream, collector, self._network, funnel, self.batch_size, bar)
             if calibrates:
                 first = islice(arrivals, SELF_CALIBRATION)
-                plan = prepared.plan
-                contests = list(self._run(plan, first, collector, bar, seed, end))
+                contests = list(self._run(prepared, first, collector, bar, seed, end))
                 if len(contests) == SELF_CALIBRATION and all(map(len, contests)):
+                    plan = prepared.plan
                     found = of_contests(plan.noise, contests, plan.steps, collector.labels())
                     self.calibration = found
-                    prepared = self._prepare(strategy, confidence, budget)
+                    prepared = self._prepare(strategy, confidence, budget, funnel)
             # Exhausts the arrivals.
-            for _ in self._run(prepared.plan, arrivals, collector, bar, seed, end):
+            for _ in self._run(prepared, arrivals, collector, bar, seed, end):
                 pass
-        total = self._unread(stream, collector)
-        return collector.result(prepared.temperature, total)
+            total = unread(stream, collector)
+            return collector.result(total, **prepared.settings)
 
     def estimate(
         self,
         num_images: int | None = None,
         *,
         strategy: str | Strategy = "race",
+        candidates: Any = None,
+        tree: Any = None,
+        coarse: Any = None,
         confidence: float = 0.99,
         budget: int | None = None,
     ) -> CostEstimate:
@@ -248,22 +363,23 @@ class DiffusionClassifier:
 
         Args:
             num_images: of the call, or None.
-            strategy, confidence, budget: of the call.
+            strategy, candidates, tree, coarse, confidence, budget: of the call.
 
         Raises:
             TypeError, ValueError: as a call; for a race without a calibration.
         """
         strategy = require_strategy(strategy)
-        _check_confidence(confidence)
-        self._check_budget(budget)
+        check_confidence(confidence)
+        funnel = Funnel.of(self.num_classes, candidates, tree, coarse)
+        self._members.check_budget(budget, funnel.least)
         if num_images is not None:
             check_at_least(0, num_images=num_images)
-        return self._cost(self._prepare(strategy, confidence, budget), num_images)
+        return self._cost(self._prepare(strategy, confidence, budget, funnel), num_images, True)
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Write the settings, the scheduler's configuration and the calibration into a folder.
+        """Write settings, prompts, the scheduler's configuration and calibration into a folder.
 
-        Not the denoiser, the VAE, and where they run.
+        Not the denoiser or pipeline, the VAE, and where they run.
 
         Args:
             path: a folder, which is made where it is missing; what it holds of another classifier
@@ -272,19 +388,18 @@ class DiffusionClassifier:
         Raises:
             OSError: where it cannot be written.
         """
-        settings = {
-            "num_classes": self.num_classes,
-            "null_class": self.null_class,
-            "parameterization": self.parameterization,
-        }
-        write_classifier(path, SavedClassifier(settings, self.scheduler, self.calibration))
+        pipeline = SavedPipeline.of(self._network.denoiser)
+        saved = SavedClassifier(self._settings(), self.scheduler, self.calibration, pipeline)
+        write_classifier(path, saved)
 
     @classmethod
     def from_pretrained(
         cls,
         path: str | os.PathLike[str],
-        denoiser: Callable[..., Any],
+        denoiser: Callable[..., Any] | None = None,
         *,
+        pipe: Any = None,
+        prompts: Sequence[str | Sequence[str]] | None = None,
         scheduler: Any = None,
         **options: Any,
     ) -> DiffusionClassifier:
@@ -293,23 +408,38 @@ class DiffusionClassifier:
         Args:
             path: the folder.
             denoiser: that was calibrated.
-            scheduler: None: one of diffusers, by the configuration that was saved.
-            options: vae, batch_size, device, dtype, pad_to of the class.
+            pipe: in its place, the pipeline of a classifier that `from_pipeline` made.
+            prompts: of the pipeline, which have to be the saved ones; None: those.
+            scheduler: None: one of diffusers, by the configuration that was saved, or the
+                pipeline's.
+            options: batch_size, device, dtype, pad_to of the class, and vae beside a denoiser.
 
         Raises:
             FileNotFoundError: where there is no saved classifier.
-            ValueError: where its files are damaged; the message names the file.
+            TypeError, ValueError: for damaged files, which the message names, and where denoiser or
+                pipeline, its family, prompts or noise levels are not those that were saved.
         """
         saved = read_classifier(path, scheduler)
-        classifier = cls(denoiser, saved.scheduler, **saved.settings, **options)
-        if saved.calibration is not None:
-            classifier.calibration = saved.calibration
+        saved.check_source(denoiser, pipe, prompts)
+        if saved.pipeline is None:
+            assert denoiser is not None
+            classifier = cls(denoiser, saved.scheduler, **saved.settings, **options)
+        else:
+            classes, null_prompt = saved.pipeline.prompts
+            classifier = cls.from_pipeline(pipe, classes, null_prompt=null_prompt, **options)
+            saved.check_scheduler(classifier.scheduler)
+        classifier.calibration = saved.calibration
         return classifier
 
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "num_classes": self.num_classes,
+            "null_class": self.null_class,
+            "parameterization": self.parameterization,
+        }
+
     def _planner(self, calibration: Calibration | None) -> Planner:
-        return Planner(
-            self.scheduler, self.parameterization, self.num_classes, self.null_class, calibration
-        )
+        return Planner(self.scheduler, self.parameterization, self._members, calibration)
 
     def _stream(self, images: Any, image_ids: Any, labels: Any) -> ImageStream:
         pixels = self._network.vae is not None
@@ -322,119 +452,49 @@ class DiffusionClassifier:
             num_classes=self.num_classes,
         )
 
-    def _arrivals(self, stream: ImageStream, collector: Collector) -> Iterator[Arrival]:
-        """Images, or their latents, one by one."""
-        index = 0
-        for batch in stream:
-            collector.see(batch)
-            device = self._network.device(batch.images)
-            for start in range(0, len(batch.images), _ENCODED):
-                images = batch.images[start : start + _ENCODED]
-                ids = batch.ids[start : start + _ENCODED]
-                latents = self._network.encode(images.to(device)).to(device)
-                self._check_latents(latents, len(images))
-                for latent, image_id in zip(latents, ids, strict=True):
-                    yield Arrival(index, image_id, latent)
-                    index += 1
-
-    def _check_latents(self, latents: Tensor, count: int) -> None:
-        shape = self._network.sample_shape()
-        fits = len(latents) == count and (shape is None or latents.shape[1:] == shape)
-        if not fits:
-            wanted = "one an image" if shape is None else f"{[count, *shape]}"
-            raise ValueError(
-                f"images must give latents {wanted}, got {list(latents.shape)}: "
-                "another size of images, or another VAE, than the denoiser's"
-            )
-        # Images that go through no VAE were checked when they were read.
-        if self._network.vae is not None and not latents.isfinite().all():
-            raise ValueError("vae must return finite latents, got NaN or infinity")
-
     def _run(
         self,
-        plan: Plan,
+        prepared: Prepared,
         arrivals: Iterator[Arrival],
-        collector: Collector,
+        collector: Collector | Recorder,
         bar: Progress,
         seed: int,
         end: float | None,
     ) -> Iterator[Contest]:
         """Images as they finish, which the collector has noted."""
-        engine = Engine(
-            self._network,
-            plan,
-            self.num_classes,
-            self.null_class,
-            batch_size=self.batch_size,
-            pad_to=self.pad_to,
-            seed=int(seed),
-        )
-        start = time.monotonic()
+
+        def after_batch() -> None:
+            bar.after_batch(engine.rows)
+            collector.write_if_due()
+
+        plan, engines = prepared.plan, self._engines(seed)
+        engine = engines(plan, with_null=True, after_batch=after_batch)
+        arrivals = prepared.screens.run(arrivals, engines, end)
+        start, evaluations = time.monotonic(), 0
         for contest in engine.run(arrivals, end):
-            prediction = collector.add(contest, plan)
-            label = collector.label_of(contest.index)
-            bar.add(contest.evaluations, None if label is None else prediction == label)
+            correct = collector.add(contest, plan, engine.late)
+            bar.add(contest.evaluations, correct)
+            evaluations += contest.evaluations
             yield contest
-        if engine.rows:
-            self._evaluations_a_second = engine.rows / (time.monotonic() - start)
+        if evaluations:
+            self._evaluations_a_second = evaluations / max(time.monotonic() - start, 1e-6)
 
-    def _own_calibration(self, strategy: Race, budget: int | None) -> Prepared:
-        planner = self._planner(None)
-        steps = planner.default_steps
-        if strategy.max_steps is not None:
-            steps = max(steps, strategy.max_steps)
-        needed = steps * planner.columns
-        if budget is not None and budget < needed:
-            raise ValueError(
-                "strategy: this race is not calibrated, and to calibrate itself takes "
-                f"{needed} evaluations an image, more than the budget of {budget}: "
-                "call calibrate first"
-            )
-        warnings.warn(
-            "the race is not calibrated: the first "
-            f"{SELF_CALIBRATION} images take the full budget of {needed} evaluations and calibrate "
-            "it; call calibrate with images of their own instead",
-            stacklevel=3,
-        )
-        return planner.prepare_calibration(steps)
+    def _engines(self, seed: int) -> Engines:
+        return Engines(self._network, self._members, self.batch_size, self.pad_to, int(seed))
 
-    def _check_budget(self, budget: int | None) -> None:
-        if budget is None:
-            return
-        check_integer(budget, "budget")
-        columns = self._planner(None).columns
-        if budget < columns:
-            raise ValueError(
-                f"budget must be at least {columns} evaluations an image, one a class, got {budget}"
-            )
-
-    def _prepare(self, strategy: Strategy, confidence: float, budget: int | None) -> Prepared:
-        key = (strategy, confidence, budget)
+    def _prepare(
+        self, strategy: Strategy, confidence: float, budget: int | None, funnel: Funnel
+    ) -> Prepared:
+        key = (strategy, confidence, budget, funnel.key)
         if key not in self._prepared:
-            self._prepared[key] = self._planner(self.calibration).prepare(*key)
+            planner = self._planner(self.calibration)
+            self._prepared[key] = planner.prepare(strategy, confidence, budget, funnel)
         return self._prepared[key]
 
-    def _cost(self, prepared: Prepared, images: int | None) -> CostEstimate:
+    def _cost(self, prepared: Prepared, images: int | None, shown: bool) -> CostEstimate:
         mean, most = prepared.mean_evaluations, prepared.most_evaluations
         seconds = None
         if self._evaluations_a_second is not None and images is not None:
             seconds = images * mean / self._evaluations_a_second
-        return CostEstimate(mean, most, images, seconds)
-
-    def _unread(self, stream: ImageStream, collector: Collector) -> int | None:
-        """Images of the call, where the deadline left some unread and their number is known."""
-        if stream.exhausted:
-            return None
-        if stream.total is None:
-            warnings.warn(
-                f"deadline: the stream was left after {collector.images} images, of which alone "
-                "the result tells",
-                stacklevel=3,
-            )
-        return stream.total
-
-
-def _check_confidence(confidence: float) -> None:
-    check_number(confidence, "confidence")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
+        memory = least_memory(self._network, self.pad_to or self.batch_size) if shown else None
+        return CostEstimate(mean, most, images, seconds, memory)

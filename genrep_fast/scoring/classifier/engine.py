@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -16,8 +16,10 @@ from torch import Tensor
 from ...coefficients.tables import StepCoefficients
 from ...ops.scoring import log_likelihood
 from .contest import Contest, Rule, Steps
+from .members import Members, mean_errors, mean_outputs
 from .network import Network
 from .noise import ForwardNoise
+from .screening import Screened
 
 # Numbers of an output that its distances to others are measured by.
 SKETCH = 1024
@@ -33,6 +35,7 @@ class Plan:
         budget: evaluations an image, or None.
         sketch: numbers of an output that are kept until all rows up to the image's next look have
             been evaluated, for the distances to its leader; 0 where none are asked for.
+        offsets: taken off the errors of each class at each row of the noise's tables, [S, K].
     """
 
     noise: ForwardNoise
@@ -40,26 +43,39 @@ class Plan:
     rule: Rule
     budget: int | None = None
     sketch: int = 0
+    offsets: np.ndarray | None = None
 
 
 class Arrival(NamedTuple):
-    """An image that joins: its place in the call, the id of its noise, and itself."""
+    """An image that joins.
+
+    Attributes:
+        place: in the call.
+        image_id: of its noise.
+        image: [C, *spatial].
+        scores: of the candidates, float64 [K], or None.
+        screened: what precedes the strategy; None: every class is compared.
+    """
 
     place: int
     image_id: int
     image: Tensor
+    scores: np.ndarray | None = None
+    screened: Screened | None = None
 
 
 @dataclasses.dataclass(eq=False)
 class _Stage:
     """The steps of an image up to its next look, whose rows wait for the network.
 
-    A row is a step and a column; the columns are the live classes, then the null class.
+    A row is a step and a label; the labels are those of the live classes, `counts` of each, then
+    of the null class.
     """
 
     contest: Contest
     steps: range
     labels: np.ndarray
+    counts: np.ndarray
     errors: np.ndarray
     missing: int
     sketches: list[Tensor] = dataclasses.field(default_factory=list)
@@ -83,35 +99,38 @@ class Engine:
     Args:
         network: in eval mode, see `Network.evaluating`.
         plan: what to evaluate.
-        num_classes, null_class: K, and the label of the null class or None.
+        members: the labels of the K classes and of the null class.
         batch_size: rows of a batch, an evaluation each.
         pad_to: rows to which every batch is filled up, or None.
         seed: of the noise.
+        after_batch: called after every batch, when what it finished has been given out.
 
     Attributes:
         batches, rows: that went through the network, padding not counted.
+        late: whether the deadline is over; images that are given back since are cut off.
     """
 
     def __init__(
         self,
         network: Network,
         plan: Plan,
-        num_classes: int,
-        null_class: int | None,
+        members: Members,
         *,
         batch_size: int,
         pad_to: int | None,
         seed: int,
+        after_batch: Callable[[], None] | None = None,
     ) -> None:
         self.batches = 0
         self.rows = 0
+        self.late = False
         self._network = network
         self._plan = plan
-        self._num_classes = num_classes
-        self._null_class = null_class
+        self._members = members
         self._batch_size = batch_size
         self._pad_to = pad_to
         self._seed = seed
+        self._after_batch = after_batch
         self._waiting: deque[_Segment] = deque()
         self._waiting_rows = 0
         self._in_flight: dict[int, Contest] = {}
@@ -126,13 +145,18 @@ class Engine:
         """
         arriving = True
         while True:
-            late = deadline is not None and time.monotonic() >= deadline
-            while arriving and not late and self._waiting_rows < self._batch_size:
+            self.late = deadline is not None and time.monotonic() >= deadline
+            while arriving and not self.late and self._waiting_rows < self._batch_size:
                 arrival = next(arrivals, None)
                 arriving = arrival is not None
-                if arrival is not None:
-                    self._join(Contest(*arrival, num_classes=self._num_classes))
-            if late or not self._waiting:
+                if arrival is None:
+                    break
+                contest = self._contest(arrival)
+                if self._affordable(contest):
+                    self._join(contest)
+                else:
+                    yield contest
+            if self.late or not self._waiting:
                 yield from self._in_flight.values()
                 return
             contests = [stage.contest for stage in self._evaluate(self._take())]
@@ -143,18 +167,22 @@ class Engine:
                 else:
                     del self._in_flight[contest.index]
                     yield contest
+            if self._after_batch is not None:
+                self._after_batch()
+
+    def _contest(self, arrival: Arrival) -> Contest:
+        place, image_id, image, scores, screened = arrival
+        return Contest(place, image_id, image, len(self._members.counts), scores, screened)
 
     def _join(self, contest: Contest) -> None:
         """Put the rows up to the next look in front of the queue."""
         steps, taken = self._plan.steps, len(contest)
         look = next(look for look in steps.looks if look > taken)
-        labels = contest.live
-        if self._null_class is not None:
-            labels = np.append(labels, self._null_class)
+        labels, counts = self._members.labels_of(contest.live)
         end = taken + min(look - taken, self._affordable(contest))
         rows = (end - taken) * len(labels)
         errors = np.empty((end - taken, len(labels)))
-        stage = _Stage(contest, range(taken, end), labels, errors, rows)
+        stage = _Stage(contest, range(taken, end), labels, counts, errors, rows)
         self._waiting.appendleft(_Segment(stage, 0, rows))
         self._waiting_rows += rows
         self._in_flight[contest.index] = contest
@@ -177,8 +205,8 @@ class Engine:
         """Steps that the budget still allows."""
         if self._plan.budget is None:
             return len(self._plan.steps.order)
-        columns = len(contest.live) + (self._null_class is not None)
-        return (self._plan.budget - contest.evaluations) // columns
+        rows = self._members.rows(contest.live)
+        return max(self._plan.budget - contest.evaluations, 0) // rows
 
     def _take(self) -> list[_Segment]:
         """The rows of the next batch."""
@@ -221,9 +249,14 @@ class Engine:
         self.batches += 1
         self.rows += first
         for stage in completed:
-            live = len(stage.contest.live)
-            errors_of_null = stage.errors[:, live:].reshape(-1)
-            stage.contest.add(stage.errors[:, :live], errors_of_null, self._plan.steps)
+            live = stage.contest.live
+            of_class = mean_errors(stage.errors, stage.counts)
+            errors_of_null = of_class[:, len(live) :].reshape(-1)
+            of_live = of_class[:, : len(live)]
+            if self._plan.offsets is not None:
+                rows = self._plan.steps.order[list(stage.steps)]
+                of_live = of_live - self._plan.offsets[np.ix_(rows, live)]
+            stage.contest.add(of_live, errors_of_null, self._plan.steps)
         self._measure(completed)
         return completed
 
@@ -266,21 +299,24 @@ class Engine:
         """Give every contest D to its leader."""
         if not self._plan.sketch or not completed:
             return
-        leaders, first = [], 0
+        leaders, counts, first = [], [], 0
         for stage in completed:
-            columns = len(stage.labels)
-            rows = np.arange(stage.errors.size)
-            leaders.append(first + rows - rows % columns + stage.contest.leader)
-            first += len(rows)
+            columns = len(stage.counts)
+            cells = np.arange(len(stage.steps) * columns)
+            leaders.append(first + cells - cells % columns + stage.contest.leader)
+            counts.append(np.tile(stage.counts, len(stage.steps)))
+            first += len(cells)
         sketches = torch.cat([part for stage in completed for part in stage.sketches])
+        sketches = mean_outputs(sketches, np.concatenate(counts))
         leader = torch.from_numpy(np.concatenate(leaders)).to(sketches.device)
         distances = squared_distance(sketches, sketches[leader])
         found = distances.clamp(min=0).cpu().double().numpy()
         first = 0
         for stage in completed:
-            of_stage = found[first : first + stage.errors.size].reshape(stage.errors.shape)
+            last = first + len(stage.steps) * len(stage.counts)
+            of_stage = found[first:last].reshape(len(stage.steps), -1)
             stage.contest.add_distances(of_stage[:, : len(stage.contest.live)])
-            first += stage.errors.size
+            first = last
 
     def _refuse_output(self, segments: list[_Segment], row: int) -> None:
         for stage, start, stop in segments:
@@ -288,12 +324,44 @@ class Engine:
                 step, column = divmod(start + row, len(stage.labels))
                 table_row = self._plan.steps.order[stage.steps[step]]
                 timestep = self._plan.noise.timesteps[int(table_row)].item()
+                place = int(np.repeat(np.arange(len(stage.counts)), stage.counts)[column])
+                live = stage.contest.live
+                name = f"class {live[place]}" if place < len(live) else "the null class"
                 raise ValueError(
                     "denoiser must return finite outputs, got NaN or infinity for the image with "
-                    f"id {stage.contest.image_id} under class {stage.labels[column]} at timestep "
-                    f"{timestep}"
+                    f"id {stage.contest.image_id} under {name} at timestep {timestep}"
                 )
             row -= stop - start
+
+
+@dataclasses.dataclass(frozen=True)
+class Engines:
+    """Makes engines of the same settings, see `Engine`."""
+
+    network: Network
+    members: Members
+    batch_size: int
+    pad_to: int | None
+    seed: int
+
+    def __call__(
+        self,
+        plan: Plan,
+        network: Network | None = None,
+        *,
+        with_null: bool = False,
+        after_batch: Callable[[], None] | None = None,
+    ) -> Engine:
+        """An engine of a plan; `network` takes the place of the common one."""
+        return Engine(
+            network or self.network,
+            plan,
+            self.members if with_null else self.members.without_null(),
+            batch_size=self.batch_size,
+            pad_to=self.pad_to,
+            seed=self.seed,
+            after_batch=after_batch,
+        )
 
 
 def squared_distance(output: Tensor, target: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...checks import DTYPES
+from .batches import Batch, integers, of_mapping
 
 # Beyond the largest latent, below the range of 8-bit images.
 _LARGEST_LATENT = 64.0
@@ -22,11 +23,13 @@ class Images(NamedTuple):
         images: [B, C, H, W] floating point.
         ids: of their noise, [B].
         labels: int64 [B], or None.
+        names: [B], or None.
     """
 
     images: Tensor
     ids: list[int]
     labels: Tensor | None
+    names: list[str] | None = None
 
 
 class ImageStream:
@@ -35,10 +38,11 @@ class ImageStream:
     Args:
         images: a batch, or an iterable of batches. A batch is a tensor [B, C, H, W] in −1…1 (or
             uint8 in 0…255), an array of uint8 [B, H, W, C], a PIL image, a list of PIL images,
-            arrays or tensors of one image, or a pair (batch, labels).
+            arrays or tensors of one image, a pair (batch, labels), or a dictionary that holds
+            pixel_values, images or image, and maybe labels, image_ids and names.
         image_ids: distinct integers in [0, 2³²), one an image of the whole stream, or None for
-            0, 1, 2, …
-        labels: integers, one an image of the whole stream, or None.
+            those of the batches, else 0, 1, 2, …
+        labels: integers, one an image of the whole stream, or None for those of the batches.
         shape: (C, H, W) that is wanted, or None where the first image tells it.
         pixels: whether values beyond −1…1 are refused, as of images for a VAE.
         num_classes: labels lie below it.
@@ -58,15 +62,17 @@ class ImageStream:
         pixels: bool,
         num_classes: int,
     ) -> None:
-        is_one = _is_batch(images) or _with_labels(images)[1] is not None
+        is_one = _is_batch(images) or _unpacked(images).images is not images
         self._batches: Iterable[Any] = [images] if is_one else images
         if not isinstance(self._batches, Iterable):
             wanted = "a tensor, PIL images, uint8 arrays, or an iterable of batches"
             raise TypeError(f"images must be {wanted}, got {type(images).__name__}")
         self.total = _length(images)
         self.exhausted = False
-        self._ids = None if image_ids is None else _integers("image_ids", image_ids)
-        self._labels = None if labels is None else _integers("labels", labels)
+        self._ids = None if image_ids is None else integers("image_ids", image_ids)
+        self._labels = None if labels is None else integers("labels", labels)
+        # Those that batches brought.
+        self._seen_ids: set[int] = set()
         self._shape = shape
         self._pixels = pixels
         self._num_classes = num_classes
@@ -75,20 +81,24 @@ class ImageStream:
     def __iter__(self) -> Iterator[Images]:
         seen = 0
         for number, given in enumerate(self._batches):
-            batch, own_labels = _with_labels(given)
             try:
-                images = self._checked(as_images(batch, self._shape))
-                labels = own_labels if self._labels is None else self._part("labels", seen, images)
+                batch = _unpacked(given)
+                images = self._checked(as_images(batch.images, self._shape))
+                labels = batch.labels
+                if self._labels is not None:
+                    labels = self._part("labels", seen, images)
                 self._check_labels(labels, len(images))
+                ids = self._ids_of(batch, seen, images)
+                if batch.names is not None and len(batch.names) != len(images):
+                    raise ValueError(
+                        f"names must be one an image, got {len(batch.names)} for {len(images)}"
+                    )
             except (TypeError, ValueError) as error:
                 if number == 0:
                     raise
                 raise type(error)(f"{error} (batch {number} of the stream)") from error
-            ids = list(range(seen, seen + len(images)))
-            if self._ids is not None:
-                ids = self._part("image_ids", seen, images).tolist()
             seen += len(images)
-            yield Images(images, ids, labels)
+            yield Images(images, ids, labels, batch.names)
         self.exhausted = True
         if seen == 0:
             raise ValueError("images must hold at least one image, got none")
@@ -103,17 +113,29 @@ class ImageStream:
                 raise ValueError(
                     f"{name} must be one an image, got {len(values)} for {self.total} images"
                 )
-        if self._ids is None:
-            return
-        if ((self._ids < 0) | (self._ids >= 2**32)).any():
-            raise ValueError("image_ids must lie in [0, 2**32)")
-        if len(self._ids.unique()) < len(self._ids):
-            values, counts = self._ids.unique(return_counts=True)
-            repeated = values[counts > 1][:5].tolist()
+        if self._ids is not None:
+            _check_ids(self._ids)
+
+    def _ids_of(self, batch: Batch, seen: int, images: Tensor) -> list[int]:
+        """Of the noise of a batch after `seen` images."""
+        if self._ids is not None:
+            return self._part("image_ids", seen, images).tolist()
+        # All batches bring ids, or none does.
+        if (batch.ids is None) != (not self._seen_ids) and seen:
+            raise ValueError("image_ids must come with every batch or with none")
+        if batch.ids is None:
+            return list(range(seen, seen + len(images)))
+        if len(batch.ids) != len(images):
             raise ValueError(
-                "image_ids must be distinct, since images of one id share their noise, "
-                f"got {repeated} more than once"
+                f"image_ids must be one an image, got {len(batch.ids)} for {len(images)} images"
             )
+        _check_ids(batch.ids)
+        ids = batch.ids.tolist()
+        repeated = sorted(self._seen_ids.intersection(ids))
+        if repeated:
+            raise ValueError(_repeated_ids(repeated))
+        self._seen_ids.update(ids)
+        return ids
 
     def _part(self, name: str, start: int, images: Tensor) -> Tensor:
         values = self._ids if name == "image_ids" else self._labels
@@ -237,30 +259,34 @@ def _is_batch(images: Any) -> bool:
     return _is_pil(first) or (isinstance(first, Tensor) and first.ndim < 4)
 
 
-def _with_labels(given: Any) -> tuple[Any, Tensor | None]:
-    """A batch of a stream and the labels that came with it."""
+def _unpacked(given: Any) -> Batch:
+    """A batch of a stream, with what came along."""
+    if isinstance(given, Mapping):
+        return of_mapping(given)
     if isinstance(given, list | tuple) and len(given) == 2:
         batch, labels = given
         if _is_batch(batch) and isinstance(labels, Tensor | np.ndarray) and labels.ndim == 1:
-            return batch, _integers("labels", labels)
-    return given, None
+            return Batch(batch, integers("labels", labels))
+    return Batch(given)
 
 
-def _integers(name: str, values: Any) -> Tensor:
-    try:
-        tensor = torch.as_tensor(values).cpu()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name} must be integers, got {type(values).__name__}") from error
-    if tensor.ndim != 1 or tensor.is_floating_point() or tensor.is_complex():
-        found = f"{tensor.dtype} of shape {list(tensor.shape)}"
-        raise TypeError(f"{name} must be a sequence of integers, got {found}")
-    if tensor.dtype == torch.bool:
-        raise TypeError(f"{name} must be integers, got {tensor.dtype}")
-    return tensor.long()
+def _check_ids(ids: Tensor) -> None:
+    if ((ids < 0) | (ids >= 2**32)).any():
+        raise ValueError("image_ids must lie in [0, 2**32)")
+    values, counts = ids.unique(return_counts=True)
+    if len(values) < len(ids):
+        raise ValueError(_repeated_ids(values[counts > 1].tolist()))
+
+
+def _repeated_ids(repeated: list[int]) -> str:
+    return (
+        "image_ids must be distinct, since images of one id share their noise, "
+        f"got {repeated[:5]} more than once"
+    )
 
 
 def _length(images: Any) -> int | None:
-    images, _ = _with_labels(images)
+    images = _unpacked(images).images
     if not _is_batch(images):
         dataset = getattr(images, "dataset", None)
         # A DataLoader over a data set whose length is known, and all of which it gives out.

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...checks import DTYPES
-from ...latents import posterior_mode, scaled
+from ...latents import finite_posterior_mode, scaled
 from ..chains import network_output
+from .modules import eval_mode, execution_device, first_parameter
+from .pipelines.denoiser import PipelineDenoiser
+
+# Images that go through a VAE together, at most, and their pixels: two images of 1024 × 1024.
+_ENCODED, _ENCODED_PIXELS = 8, 2 * 1024**2
 
 
 class Network:
     """A denoiser ``denoiser(x_t, t, labels)`` and a VAE, in eval mode while they are used.
 
     Args:
-        denoiser: a function, a bound method, or a module: diffusers' models with class labels,
-            GenRep. What it returns may be a tensor, an output object with ``sample``, or a tuple.
+        denoiser: a function, a bound method, a module (diffusers' models with class labels, GenRep)
+            or a pipeline's. What it returns may be a tensor, an output object with ``sample``, or
+            a tuple.
         vae: None; diffusers' autoencoder; or a function of images that returns latents.
         num_labels: rows of the class embedding that are used, the null class included.
         device, dtype: of the noisy inputs; None takes those of the denoiser's parameters, and for
@@ -57,34 +63,24 @@ class Network:
         """Where noisy inputs of `images` are put."""
         if self._device is not None:
             return self._device
-        parameter = _first_parameter(self.denoiser)
-        return images.device if parameter is None else parameter.device
+        module = module_of(self.denoiser)
+        device = None if module is None else execution_device(module)
+        return images.device if device is None else device
 
     def dtype(self, images: Tensor) -> torch.dtype:
         """Of the noisy inputs of `images`."""
         if self._dtype is not None:
             return self._dtype
-        parameter = _first_parameter(self.denoiser)
-        if parameter is not None and parameter.dtype in DTYPES:
-            return parameter.dtype
-        return images.dtype
+        module = module_of(self.denoiser)
+        parameter = None if module is None else first_parameter(module)
+        return images.dtype if parameter is None else parameter.dtype
 
     @contextlib.contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Eval mode without gradients; every module gets its own mode back."""
-        modules: list[nn.Module] = []
-        for used in (self.denoiser, self.vae):
-            module = _module_of(used)
-            if module is not None:
-                modules += [part for part in module.modules() if part.training]
-        try:
-            for part in modules:
-                part.training = False
-            with torch.no_grad():
-                yield
-        finally:
-            for part in modules:
-                part.training = True
+    def evaluating(self, *others: Any) -> Iterator[None]:
+        """Eval mode without gradients, of `others` too; every module gets its own mode back."""
+        modules = (module_of(used) for used in (self.denoiser, self.vae, *others))
+        with eval_mode(module for module in modules if module is not None):
+            yield
 
     def __call__(self, x_t: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
         """Model output [N, C', *spatial] of noisy inputs [N, C, *spatial], with C' ≥ C.
@@ -94,28 +90,68 @@ class Network:
         """
         return network_output(self.denoiser, x_t, timesteps, labels)
 
+    def encoded_together(self, images: Tensor) -> int:
+        """How many of these images [B, C, H, W] memory allows to be encoded at a time."""
+        return max(1, min(_ENCODED, _ENCODED_PIXELS // images.shape[2:].numel()))
+
     def encode(self, images: Tensor) -> Tensor:
         """Latents of images in −1…1, scaled as diffusers' pipelines do; the images without a VAE.
 
         Diffusers' autoencoders give the mode of their posterior, which is then shifted and scaled
         by what their config holds (`latents_mean` and `latents_std`, else `shift_factor`, and
-        `scaling_factor`).
+        `scaling_factor`). Images that overflow in float16 are encoded once more in float32.
+
+        Raises:
+            TypeError, ValueError: for a VAE that returns no latents, and images of a size that a
+                pipeline does not take.
         """
         if self.vae is None:
             return images
+        if isinstance(self.denoiser, PipelineDenoiser):
+            self.denoiser.adapter.check_image_size(*images.shape[2:])
         if not hasattr(self.vae, "encode"):
             latents = self.vae(images)
             if not isinstance(latents, Tensor):
                 raise TypeError(f"vae must return a tensor, got {type(latents).__name__}")
             return latents
-        parameter = _first_parameter(self.vae)
-        if parameter is not None:
-            images = images.to(parameter.device)
-        return scaled(self.vae, posterior_mode(self.vae, images))
+        device = execution_device(self.vae) if isinstance(self.vae, nn.Module) else None
+        images = images if device is None else images.to(device)
+        return scaled(self.vae, finite_posterior_mode(self.vae, images))
+
+    def check_latents(self, latents: Tensor, ids: Sequence[int], places: Sequence[int]) -> None:
+        """Check what `encode` made of images.
+
+        Args:
+            ids: of the images' noise.
+            places: of the images among those of the call.
+
+        Raises:
+            ValueError: for another shape than the denoiser's, and NaN or infinity.
+        """
+        shape = self.sample_shape()
+        fits = len(latents) == len(ids) and (shape is None or latents.shape[1:] == shape)
+        if not fits:
+            wanted = "one an image" if shape is None else f"{[len(ids), *shape]}"
+            raise ValueError(
+                f"images must give latents {wanted}, got {list(latents.shape)}: "
+                "another size of images, or another VAE, than the denoiser's"
+            )
+        # Images that go through no VAE were checked when they were read.
+        if self.vae is None:
+            return
+        finite = latents.flatten(1).isfinite().all(1).tolist()
+        if not all(finite):
+            bad = finite.index(False)
+            raise ValueError(
+                f"vae must return finite latents, got NaN or infinity for image {places[bad]} "
+                f"(id {ids[bad]})"
+            )
 
     def sample_shape(self) -> tuple[int, int, int] | None:
         """(C, H, W) of a noisy input, where the denoiser's config tells it."""
-        module = _module_of(self.denoiser)
+        if isinstance(self.denoiser, PipelineDenoiser):
+            return self.denoiser.adapter.sample_shape()
+        module = module_of(self.denoiser)
         shape = getattr(module, "sample_shape", None)
         if isinstance(shape, tuple):
             return shape
@@ -128,20 +164,14 @@ class Network:
         return channels, height, width
 
 
-def _module_of(function: Any) -> nn.Module | None:
-    """The module that is called, itself or by one of its methods."""
+def module_of(function: Any) -> nn.Module | None:
+    """The module that is called, itself, by one of its methods or by a pipeline's denoiser."""
     if isinstance(function, nn.Module):
         return function
+    if isinstance(function, PipelineDenoiser):
+        return function.module
     owner = getattr(function, "__self__", None)
     return owner if isinstance(owner, nn.Module) else None
-
-
-def _first_parameter(function: Any) -> Tensor | None:
-    module = _module_of(function)
-    if module is None:
-        return None
-    floating = (tensor for tensor in module.parameters() if tensor.is_floating_point())
-    return next(floating, None)
 
 
 def _check_signature(denoiser: Any) -> None:

@@ -11,6 +11,8 @@ from ...coefficients.forward_process import stratified_process
 from ...coefficients.noise_schedules import noise_schedule
 from ...reference.reverse_step import chain_noise
 
+_TABLES = ("timesteps", "_alpha", "_sigma", "_of_data", "_of_noise")
+
 
 class ForwardNoise:
     """x_t = α·x + σ·ε at S timesteps, and what the denoiser was trained to predict there.
@@ -57,9 +59,14 @@ class ForwardNoise:
     def __len__(self) -> int:
         return len(self.timesteps)
 
+    def agrees_with(self, other: ForwardNoise) -> bool:
+        """Whether noisy inputs and targets of the other are the same, up to rounding."""
+        pairs = ((getattr(self, name), getattr(other, name)) for name in _TABLES)
+        return all(torch.allclose(mine.double(), its.double(), rtol=1e-4) for mine, its in pairs)
+
     def to(self, device: torch.device | str) -> ForwardNoise:
         """Move the tables to `device`, in place."""
-        for name in ("timesteps", "_alpha", "_sigma", "_of_data", "_of_noise"):
+        for name in _TABLES:
             setattr(self, name, getattr(self, name).to(device))
         return self
 

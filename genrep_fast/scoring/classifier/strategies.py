@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from ...checks import check_at_least, check_choice
+from ...checks import check_at_least, check_choice, check_number
 
 WEIGHTS = ("calibrated", "uniform")
 # Of the full budget, where nothing says otherwise.
@@ -132,6 +132,13 @@ def require_strategy(strategy: str | Strategy) -> Strategy:
         wanted = "a name, or gf.Full, gf.Stratified, gf.Staged or gf.Race"
         raise TypeError(f"strategy must be {wanted}, got {strategy!r}")
     return strategy
+
+
+def check_confidence(confidence: float) -> None:
+    """Check that `confidence` is a number between 0 and 1."""
+    check_number(confidence, "confidence")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
 
 
 def low_discrepancy_order(steps: int) -> np.ndarray:
