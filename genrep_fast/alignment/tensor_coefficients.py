@@ -18,7 +18,7 @@ from ..ops.alignment import (
 from .collected import CollectedGradients
 from .layout import GramTensors
 from .rules import Rule, least_accurate_dtype
-from .tensor_grams import TensorGrams
+from .tensor_grams import GramReducer, TensorGrams
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,16 @@ class TensorCoefficients:
         rule: from Gram matrices and a dtype to coefficients of groups; None for GenRep's operator,
             which has statistics, too.
         power: GenRep's damping exponent.
+        reduce_grams: what `TensorGrams` asks of matrices of tensors of which it sees parts.
     """
 
-    def __init__(self, n: int, rule: Rule | None, power: float):
+    def __init__(
+        self, n: int, rule: Rule | None, power: float, reduce_grams: GramReducer | None = None
+    ):
         self._n = n
         self._rule = rule
         self._power = power
-        self._grams = TensorGrams(n)
+        self._grams = TensorGrams(n, reduce_grams)
         self._plain: _PlainRow | None = None
 
     def clear(self) -> None:

@@ -10,11 +10,22 @@ from torch import Tensor
 from ..ops.alignment import gram_operator
 
 
-class TensorGrams:
-    """Gram matrices [n, n] of tensors by number, computed in batches, and their sums."""
+# From matrices [T, n, n] float64 and the tensors' numbers to what takes the matrices' place.
+GramReducer = Callable[[Tensor, list[int]], Tensor]
 
-    def __init__(self, n: int):
+
+class TensorGrams:
+    """Gram matrices [n, n] of tensors by number, computed in batches.
+
+    Args:
+        n: number of losses.
+        reduce: called once on all matrices of a batch, e.g. to add up those of tensors of which
+            every process holds a part. None: a matrix computed here is whole.
+    """
+
+    def __init__(self, n: int, reduce: GramReducer | None = None):
         self._n = n
+        self._reduce = reduce
         self._key: list[int] | None = None
         self.clear()
 
@@ -36,6 +47,8 @@ class TensorGrams:
         first = sum(map(len, self._batches))
         own_rows = list(range(len(tensors)))
         grams = gram_operator(gradients_of(tensors), self._n, own_rows, len(tensors))
+        if self._reduce is not None:
+            grams = self._reduce(grams, tensors)
         self._batches.append(grams)
         self._places.update(zip(tensors, range(first, first + len(tensors)), strict=True))
 
