@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..ops.alignment import gram_operator
 
-
 # From matrices [T, n, n] float64 and the tensors' numbers to what takes the matrices' place.
 GramReducer = Callable[[Tensor, list[int]], Tensor]
 
@@ -44,12 +43,16 @@ class TensorGrams:
         """
         if not tensors:
             return
-        first = sum(map(len, self._batches))
         own_rows = list(range(len(tensors)))
         grams = gram_operator(gradients_of(tensors), self._n, own_rows, len(tensors))
         if self._reduce is not None:
             grams = self._reduce(grams, tensors)
-        self._batches.append(grams)
+        self.add(tensors, grams)
+
+    def add(self, tensors: list[int], matrices: Tensor) -> None:
+        """Know the `matrices` [T, n, n] float64 of `tensors`, which were not known before."""
+        first = sum(map(len, self._batches))
+        self._batches.append(matrices)
         self._places.update(zip(tensors, range(first, first + len(tensors)), strict=True))
 
     def matrices(
