@@ -72,6 +72,8 @@ class BucketHook(Strategy):
         outputs = [loss] if wrapper.find_unused_parameters else []
         wrapper.reducer._rebuild_buckets()
         wrapper.reducer.prepare_for_backward(outputs)
+        assert self._pass is not None
+        self._pass.began = True
 
     def end(self, loss: int, name: str, grams: TensorGrams) -> None:
         done, self._pass = self._pass, None
@@ -103,7 +105,8 @@ class BucketHook(Strategy):
         if missing:
             raise RuntimeError(
                 f"the last backward pass of {', '.join(missing)} was not averaged: run the last "
-                "pass of each loss outside of no_sync, and its forward pass through the wrapper; "
+                "pass of each loss outside of no_sync, and its forward pass through the wrapper, "
+                "with find_unused_parameters=True where a loss does not reach every parameter; "
                 'or use reduce="no_sync" or "sharded", which average once a step'
             )
         self._averaged.clear()
@@ -143,7 +146,7 @@ class _Pass:
 
     def __init__(self, loss: int, gradients: list[list[Tensor | None]] | None):
         self.gradients = gradients
-        # Whether its first and its last bucket went out.
+        # Whether the wrapper began to average it, and whether the last bucket went out.
         self.began = self.ended = False
         self._loss = loss
         self._lock = threading.Lock()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,6 +13,10 @@ from ...ops.alignment import combine_operator
 from ..collected import Collected, CollectedGradients
 from .all_reduce import AllReduce
 from .flat_buffers import FlatBuffers
+
+# The older names are deprecated since torch 2.13.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class Sharded(AllReduce):
@@ -32,7 +35,8 @@ class Sharded(AllReduce):
     ):
         super().__init__(group, wrapper, parameters, num_losses)
         self._scatters = dist.get_backend(group) != "gloo"
-        # For each loss, the part of each buffer that this process adds up.
+        # For each loss and buffer, what arrives for this process, and what it adds up to.
+        self._received: list[list[Tensor]] = []
         self._shards: list[list[Tensor]] = []
         self._reached_by: list[set[int]] = []
         # The rows of what was combined last, and those of what it was combined of.
@@ -62,7 +66,7 @@ class Sharded(AllReduce):
         parts = [part for of_loss in losses for part in of_loss]
         combine_operator(parts, collected.coefficients, collected.rows, [], results)
         for buffer, shard in zip(flat.buffers, shards, strict=True):
-            dist.all_gather_into_tensor(buffer, shard, group=self._group)
+            _all_gather(buffer, shard, group=self._group)
         self._shards = []
         gradients: list[list[Tensor | None]] = [
             [None] * len(self._parameters) for _ in range(self._num_losses)
@@ -79,30 +83,47 @@ class Sharded(AllReduce):
         """Places that are the same for all losses, as a shard of each is combined."""
         union = sorted(set().union(*indices))
         self._reached_by = [set(of_loss) for of_loss in indices]
-        return [FlatBuffers(self._parameters, union, self._size) for _ in indices]
+        flat = [FlatBuffers(self._parameters, union, self._size) for _ in indices]
+        parts = 1 if self._scatters else self._size
+        self._received = [
+            [buffer.new_empty(parts * len(buffer) // self._size) for buffer in of_loss.buffers]
+            for of_loss in flat
+        ]
+        return flat
 
     def _reduce(self, collected: CollectedGradients) -> None:
         factor = 1 / self._size if self._divides else 1.0
-        scattered = []
-        for gradients, flat in zip(collected.gradients, self._flat, strict=True):
+        works = []
+        for gradients, flat, received in zip(
+            collected.gradients, self._flat, self._received, strict=True
+        ):
             flat.fill(gradients, factor)
             gradients[:] = [None] * len(gradients)
-            scattered.append([self._start_scatter(buffer) for buffer in flat.buffers])
-        self._shards = [[each.wait() for each in of_loss] for of_loss in scattered]
+            for buffer, parts in zip(flat.buffers, received, strict=True):
+                works.append(self._start_scatter(parts, buffer))
+        for work in works:
+            work.wait()
+        self._shards = [[self._added_up(parts) for parts in of_loss] for of_loss in self._received]
         for loss, shards in enumerate(self._shards):
             for index in self._reached_by[loss]:
                 part = self._part(shards, self._flat[loss], index)
                 collected.gradients[loss][index] = part
 
-    def _start_scatter(self, buffer: Tensor) -> _Scatter:
+    def _start_scatter(self, parts: Tensor, buffer: Tensor) -> dist.Work:
+        """Send every process its part of `buffer`; `parts` get what is for this one."""
         if self._scatters:
-            shard = buffer.new_empty(len(buffer) // self._size)
-            work = dist.reduce_scatter_tensor(shard, buffer, group=self._group, async_op=True)
-            return _Scatter(work, shard, 1)
+            return _reduce_scatter(parts, buffer, group=self._group, async_op=True)
         # Gloo's reduce-scatter is an all-reduce of which it keeps a part.
-        parts = torch.empty_like(buffer)
-        work = dist.all_to_all_single(parts, buffer, group=self._group, async_op=True)
-        return _Scatter(work, parts, self._size)
+        return dist.all_to_all_single(parts, buffer, group=self._group, async_op=True)
+
+    def _added_up(self, parts: Tensor) -> Tensor:
+        """The sum of the parts, in the memory of the first one."""
+        if self._scatters:
+            return parts
+        first, *others = parts.chunk(self._size)
+        for part in others:
+            first += part
+        return first
 
     def _part(self, shards: list[Tensor], flat: FlatBuffers, index: int) -> Tensor:
         """What the shards hold of a parameter's gradient, without its shape; maybe nothing."""
@@ -112,19 +133,3 @@ class Sharded(AllReduce):
         start = min(max(span.start - first, 0), len(shard))
         end = min(max(span.end - first, 0), len(shard))
         return shard[start:end]
-
-
-class _Scatter:
-    """A reduce-scatter on its way: of `parts` parts that are left to be added up."""
-
-    def __init__(self, work: Any, received: Tensor, parts: int):
-        self._work = work
-        self._received = received
-        self._parts = parts
-
-    def wait(self) -> Tensor:
-        """The sum of the processes' parts."""
-        self._work.wait()
-        if self._parts == 1:
-            return self._received
-        return self._received.view(self._parts, -1).sum(0)
