@@ -4,9 +4,9 @@
 
 Two processes (--processes) of one thread each on this machine, which talk over gloo and the
 loopback: what is measured is the work of a step and its copies, and a network only as fast as
-memory. The model is a multilayer perceptron of so many parameters with two heads, on so many rows a process (a row is to
-it what a token is to a transformer). A step is forward, two backward passes, their reduction and
-the optimizer.
+memory. The model is a multilayer perceptron of so many parameters with two heads, on so many rows a
+process (a row is to it what a token is to a transformer). A step is forward, two backward passes,
+their reduction and the optimizer.
 
 Providers without alignment, with `torch.optim.AdamW(fused=True)`:
 

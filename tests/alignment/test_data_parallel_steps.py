@@ -61,10 +61,8 @@ def check_scaler(rank):
                         scaler.step(optimizer)
                 else:
                     losses = wrapped(images(rank, 2, step, torch.float32))
-                    aligner.backward(
-                        *(factors[rank] * loss for loss in losses),
-                        backward=lambda loss, **options: scaler.scale(loss).backward(**options),
-                    )
+                    scaled = (scaler.scale(factors[rank] * loss) for loss in losses)
+                    aligner.backward(*scaled)
                     scaler.step(optimizer)
                 scaler.update()
                 optimizer.zero_grad()
