@@ -1,4 +1,4 @@
-"""Both gradients averaged by all-reduces of flat buffers, after all backward passes."""
+"""Both gradients averaged by all-reduces, after all backward passes."""
 
 from __future__ import annotations
 
@@ -12,17 +12,22 @@ from torch.nn.parallel import DistributedDataParallel
 from ..collected import CollectedGradients
 from ..tensor_grams import TensorGrams
 from .agreement import Agreement
-from .flat_buffers import FlatBuffers
+from .flat_buffers import FlatBuffers, gradient_dtype
 from .ownership import check_no_join
 from .strategy import Strategy
 
+# Of so many bytes a gradient travels by itself, from where it lies: copying it to others would cost
+# more than its own collective.
+LARGE = 2**22
+
 
 class AllReduce(Strategy):
-    """One all-reduce a loss and dtype, whatever the number of forward passes and micro-batches.
+    """All-reduces in the step, whatever the number of forward passes and micro-batches.
 
-    A parameter that a loss reaches in any process counts as reached. Gradients travel in their own
-    dtype; float16 ones are divided by the number of processes before they are added up, others
-    afterwards, by way of the coefficients.
+    Large gradients travel from where autograd put them, small ones side by side, in their own
+    dtypes. float16 is divided by the number of processes before it is added up, as sums overflow,
+    others afterwards, by way of the coefficients. A parameter that a loss reaches in any process
+    counts as reached.
 
     Args:
         group: the processes.
@@ -46,7 +51,10 @@ class AllReduce(Strategy):
         self.averages = self._size > 1
         self._agreement = Agreement(group, parameters)
         self._reached: list[bool] | None = None
+        # For each loss, where small gradients lie, and the parameters whose gradients are large.
         self._flat: list[FlatBuffers] = []
+        self._large: list[list[int]] = []
+        self._divides = False
 
     @property
     def adds_up(self) -> bool:
@@ -73,7 +81,9 @@ class AllReduce(Strategy):
         if reached != self._reached:
             # The old ones make room.
             self._flat = []
-            self._flat = self._buffers_for(self._indices(reached))
+            self._arrange(self._indices(reached))
+            dtypes = {gradient_dtype(parameter) for parameter in self._parameters}
+            self._divides = torch.float16 in dtypes
             self._reached = reached
 
     def average(self, collected: CollectedGradients, grams: TensorGrams) -> None:
@@ -93,12 +103,6 @@ class AllReduce(Strategy):
             dist.all_reduce(number, group=self._group)
         return number
 
-    @property
-    def _divides(self) -> bool:
-        """Whether gradients are divided before they are added up, as sums of float16 overflow."""
-        buffers = [buffer for flat in self._flat for buffer in flat.buffers]
-        return any(buffer.dtype == torch.float16 for buffer in buffers)
-
     def _settle(self, collected: CollectedGradients, facts: Sequence[object]) -> list[bool]:
         """Which gradients, loss by loss, any process has."""
         present = [one for of_loss in collected.present() for one in of_loss]
@@ -112,17 +116,42 @@ class AllReduce(Strategy):
             for loss in range(self._num_losses)
         ]
 
-    def _buffers_for(self, indices: list[list[int]]) -> list[FlatBuffers]:
-        return [FlatBuffers(self._parameters, of_loss) for of_loss in indices]
+    def _arrange(self, indices: list[list[int]]) -> None:
+        """Make room for the gradients of the parameters that each loss reaches."""
+        self._large = [list(filter(self._is_large, of_loss)) for of_loss in indices]
+        for of_loss, large in zip(indices, self._large, strict=True):
+            small = sorted(set(of_loss) - set(large))
+            self._flat.append(FlatBuffers(self._parameters, small))
+
+    def _is_large(self, index: int) -> bool:
+        parameter = self._parameters[index]
+        bytes_of_one = gradient_dtype(parameter).itemsize
+        # In all processes the elements must lie in the same order.
+        return parameter.is_contiguous() and parameter.numel() * bytes_of_one >= LARGE
 
     def _reduce(self, collected: CollectedGradients) -> None:
-        factor = 1 / self._size if self._divides else 1.0
         works = []
-        for gradients, flat in zip(collected.gradients, self._flat, strict=True):
-            flat.fill(gradients, factor)
+        for gradients, flat, large in zip(
+            collected.gradients, self._flat, self._large, strict=True
+        ):
+            for index in large:
+                gradient = self._contiguous(gradients[index], index)
+                gradients[index] = gradient
+                if self._divides:
+                    gradient /= self._size
+                works.append(dist.all_reduce(gradient, group=self._group, async_op=True))
+            flat.fill(gradients, 1 / self._size if self._divides else 1.0)
             for index, view in flat.views.items():
                 gradients[index] = view
             for buffer in flat.buffers:
                 works.append(dist.all_reduce(buffer, group=self._group, async_op=True))
         for work in works:
             work.wait()
+
+    def _contiguous(self, gradient: Tensor | None, index: int) -> Tensor:
+        """A gradient as all processes have it, zeros where this one has none."""
+        parameter = self._parameters[index]
+        dtype = gradient_dtype(parameter)
+        if gradient is None:
+            return torch.zeros_like(parameter, dtype=dtype)
+        return gradient.to(dtype).contiguous()

@@ -34,7 +34,7 @@ class FlatBuffers:
     def __init__(self, parameters: Sequence[Tensor], indices: Sequence[int], multiple: int = 1):
         places: dict[torch.dtype, list[int]] = {}
         for index in indices:
-            places.setdefault(_gradient_dtype(parameters[index]), []).append(index)
+            places.setdefault(gradient_dtype(parameters[index]), []).append(index)
         self.buffers: list[Tensor] = []
         self.views: dict[int, Tensor] = {}
         self.spans: dict[int, Span] = {}
@@ -69,6 +69,7 @@ class FlatBuffers:
             torch._foreach_mul_(self.buffers, factor)
 
 
-def _gradient_dtype(parameter: Tensor) -> torch.dtype:
+def gradient_dtype(parameter: Tensor) -> torch.dtype:
+    """The dtype in which autograd makes the gradient of `parameter`."""
     # A grad_dtype of None allows any dtype.
     return getattr(parameter, "grad_dtype", None) or parameter.dtype

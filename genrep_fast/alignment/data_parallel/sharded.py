@@ -79,17 +79,16 @@ class Sharded(AllReduce):
         row[0, 0] = 1
         return Collected(gradients, collected.indices, self._rows, row, combined=True)
 
-    def _buffers_for(self, indices: list[list[int]]) -> list[FlatBuffers]:
-        """Places that are the same for all losses, as a shard of each is combined."""
+    def _arrange(self, indices: list[list[int]]) -> None:
+        # Places that are the same for all losses, as a shard of each is combined.
         union = sorted(set().union(*indices))
         self._reached_by = [set(of_loss) for of_loss in indices]
-        flat = [FlatBuffers(self._parameters, union, self._size) for _ in indices]
+        self._flat = [FlatBuffers(self._parameters, union, self._size) for _ in indices]
         parts = 1 if self._scatters else self._size
         self._received = [
             [buffer.new_empty(parts * len(buffer) // self._size) for buffer in of_loss.buffers]
-            for of_loss in flat
+            for of_loss in self._flat
         ]
-        return flat
 
     def _reduce(self, collected: CollectedGradients) -> None:
         factor = 1 / self._size if self._divides else 1.0
