@@ -66,8 +66,8 @@ class GradientAligner:
         flat: copy the gradients of a loss into one contiguous buffer, group by group. It costs
             the copies, and buffers that stay allocated.
         process_group: of processes that train the same parameters, each with its part of a batch,
-            without DistributedDataParallel. None: that of the DistributedDataParallel that `params`
-            is or is in; without one, gradients are taken as they are.
+            without DistributedDataParallel or with several. None: that of the
+            DistributedDataParallel that `params` are; without one, gradients are taken as they are.
         reduce: how gradients are averaged. "no_sync": by all-reduces in `align` or the optimizer's
             step, with DistributedDataParallel's own switched off as long as the aligner lives.
             "sharded": likewise, in shards, with three quarters of the bytes. "hook": by
@@ -125,7 +125,7 @@ class GradientAligner:
         self._coefficients = TensorCoefficients(
             len(self.names), own_rule, power, self._parallel.reduce_grams
         )
-        # Of which processes are to have the same, beside what `hand_over` knows.
+        # What processes must have alike.
         self._settings = [setting if isinstance(setting, str) else "" for setting in (rule, groups)]
         self._left = LeftGradients(self.parameters, self.parameter_names)
         self._layout: Layout | None = None
@@ -471,15 +471,18 @@ class GradientAligner:
         except RuntimeError:
             self._parallel.fail()
             raise
-        self._parallel.agree(self._collected, self._facts("the step", max_norm))
+        facts = self._facts("the step", max_norm, grad_scale)
+        self._parallel.agree(self._collected, facts)
         if self._parallel.averages:
             self._left.take_back()
             self._passes.averaged = True
             self._parallel.average(self._collected, self._coefficients.tensor_grams)
 
-    def _facts(self, call: str, max_norm: float | None = None) -> tuple[object, ...]:
+    def _facts(
+        self, call: str, max_norm: float | None = None, grad_scale: Tensor | None = None
+    ) -> tuple[object, ...]:
         """What all processes must have alike, as `data_parallel.agreement.FACTS` names it."""
-        return call, (self.names, self._settings), self._weights, max_norm
+        return call, (self.names, self._settings), self._weights, max_norm, grad_scale
 
     def _current_layout(self) -> Layout:
         key = LayoutKey(self._collected.present(), self._groups.number)

@@ -106,19 +106,20 @@ def is_sharded(parameter: Tensor) -> bool:
     return hasattr(parameter, "device_mesh") and hasattr(parameter, "placements")
 
 
-def is_data_parallel(parameters: Iterable[Tensor]) -> bool:
-    """Whether a DistributedDataParallel holds one of `parameters`.
+def data_parallel_around(parameters: Iterable[Tensor]) -> list[DistributedDataParallel]:
+    """Every DistributedDataParallel that holds one of `parameters`.
 
     Looks at every object that Python knows.
     """
     wanted = {id(parameter) for parameter in parameters}
+    found = []
     for candidate in gc.get_objects():
         # The type, since isinstance may run the code of an object that pretends to be another one.
         if not issubclass(type(candidate), DistributedDataParallel):
             continue
         if any(id(parameter) in wanted for parameter in candidate.parameters()):
-            return True
-    return False
+            found.append(candidate)
+    return found
 
 
 def world_size() -> int | None:

@@ -76,6 +76,64 @@ def check_scaler(rank):
         assert distance(parameters, expected) < 1e-6
 
 
+def check_late_scaler(rank):
+    """Behind steps without a scaler, scales that fell apart are noticed."""
+    model = ParallelModel()
+    wrapped = DistributedDataParallel(model)
+    aligner = gf.GradientAligner(wrapped)
+    optimizer = gf.AlignedAdamW(model.parameters(), aligner=aligner)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+
+    def step(factor, scale):
+        losses = [scale(factor * loss) for loss in wrapped(images(rank, 2, 0))]
+        aligner.backward(*losses)
+
+    step(1.0, lambda loss: loss)
+    optimizer.step()
+    optimizer.zero_grad()
+    before = [parameter.clone() for parameter in model.parameters()]
+    step(torch.inf if rank else 1.0, scaler.scale)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    assert all(map(torch.equal, before, model.parameters()))
+    step(1.0, scaler.scale)
+    expect(RuntimeError, "disagree on the scale", scaler.step, optimizer)
+
+
+def check_several_wrappers(rank):
+    """Two models, each in a wrapper of its own, with one aligner."""
+
+    def models():
+        torch.manual_seed(0)
+        return nn.Linear(7, 5).double(), nn.Linear(5, 3).double()
+
+    def run(first, second, aligner, forward):
+        optimizer = gf.AlignedAdamW([*first.parameters(), *second.parameters()], aligner=aligner)
+        for step in range(3):
+            losses = []
+            for one in forward(step):
+                features = torch.tanh(first(one))
+                losses.append((second(features).square().mean(), features.mean()))
+            aligner.backward(*(sum(of_loss) / len(losses) for of_loss in zip(*losses, strict=True)))
+            optimizer.step()
+        return [parameter.detach() for parameter in (*first.parameters(), *second.parameters())]
+
+    def params(first, second):
+        return [*first.named_parameters("first"), *second.named_parameters("second")]
+
+    with one_process():
+        first, second = models()
+        aligner = gf.GradientAligner(params(first, second))
+        expected = run(
+            first, second, aligner, lambda step: [images(one, 2, step) for one in range(2)]
+        )
+    wrappers = [DistributedDataParallel(model) for model in models()]
+    aligner = gf.GradientAligner(params(*wrappers), process_group=dist.group.WORLD)
+    found = run(*wrappers, aligner, lambda step: [images(rank, 2, step)])
+    assert distance(found, expected) < 1e-12
+
+
 class Weights(nn.Module):
     """Two losses whose gradients are large for float16."""
 
@@ -146,8 +204,8 @@ class Counted:
 
 
 def check_bytes(rank):
-    """Shards send three quarters of two all-reduces, and three doubles a tensor; the agreement of
-    the processes is some bytes a tensor.
+    """Shards send three quarters of two all-reduces, and three doubles a tensor; the processes'
+    agreement is two bytes a tensor.
     """
     for reduce, options in STRATEGIES:
         model = SameReach(torch.float32)
@@ -162,7 +220,7 @@ def check_bytes(rank):
                 aligner.backward(*wrapped(images(rank, 2, step, torch.float32)))
                 optimizer.step()
         one_all_reduce = sum(parameter.numel() * 4 for parameter in parameters)
-        agreement = 8 * (1 + 2 * 4 + 2 * len(aligner.parameters))
+        agreement = 1 + 8 * 5 + 2 * len(aligner.parameters)
         gram = 3 * 8 * len(parameters)
         if reduce == "sharded":
             # A float32 of padding, which the number of processes makes of an odd length.
@@ -353,6 +411,8 @@ def check_step_that_raises(rank):
 
 CHECKS = (
     check_scaler,
+    check_late_scaler,
+    check_several_wrappers,
     check_half_precision,
     check_groups,
     check_bytes,

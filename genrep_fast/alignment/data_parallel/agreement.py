@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from collections.abc import Sequence
 
@@ -10,14 +11,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 # What every process must have alike in a step.
-FACTS = ("the call", "names of losses, rule or groups", "weights", "max_norm")
+FACTS = (
+    "the call",
+    "names of losses, rule or groups",
+    "weights",
+    "max_norm",
+    "the scale of GradScaler",
+)
 
 
 class Agreement:
     """Asks all processes of a group whether they are about to do the same, once a step.
 
-    The numbers travel in one small all-reduce, on the CPU where the group has a backend for it; in
-    a group of NCCL alone, reading them waits for the device.
+    What they say travels in one small all-reduce, of a byte a tensor and loss. It is on the CPU
+    where the group has a backend for it; in a group of NCCL alone, reading it waits for the device.
 
     Args:
         group: the processes.
@@ -39,27 +46,27 @@ class Agreement:
         Raises:
             RuntimeError: where facts differ, and where another process called `fail`.
         """
-        numbers = [_number(fact) for fact in facts]
-        both = [sign * number for number in numbers for sign in (1, -1)]
-        largest = self._largest([0, *both, *reached])
+        digests = [_digest(fact) for fact in facts]
+        largest = self._largest([0, *itertools.chain(*digests), *reached])
         if largest[0]:
             raise RuntimeError(
                 "another process raised an error in this step, which no process has taken: see its "
                 "message, and start the step over with zero_grad()"
             )
-        ends = largest[1 : 1 + len(both)]
-        pairs = zip(FACTS, ends[::2], ends[1::2], strict=True)
-        different = [name for name, high, minus_low in pairs if high != -minus_low]
+        starts = range(1, 1 + len(FACTS) * _SIZE, _SIZE)
+        found = [largest[start : start + _SIZE] for start in starts]
+        pairs = zip(FACTS, digests, found, strict=True)
+        different = [name for name, own, of_all in pairs if own != of_all]
         if different:
             raise RuntimeError(
                 f"the processes disagree on {', '.join(different)}: every process must make its "
                 "aligner and optimizer of the same arguments, and call the same in every step"
             )
-        return [bool(number) for number in largest[1 + len(both) :]]
+        return [bool(number) for number in largest[1 + len(FACTS) * _SIZE :]]
 
     def fail(self, num_reached: int) -> None:
         """Tell the others, who call `settle`, that this process raises an error."""
-        self._largest([1] + [0] * (2 * len(FACTS) + num_reached))
+        self._largest([1] + [0] * (len(FACTS) * _SIZE + num_reached))
 
     def _largest(self, numbers: list[int]) -> list[int]:
         """The largest of each number in all processes."""
@@ -69,8 +76,8 @@ class Agreement:
 
     def _check_parameters(self) -> None:
         described = [(tuple(parameter.shape), parameter.dtype) for parameter in self._parameters]
-        number = _number(described)
-        if self._reduced([number, -number]) != [number, -number]:
+        digest = _digest(described)
+        if self._reduced(digest) != digest:
             raise RuntimeError(
                 "the processes disagree on the parameters' number, shapes or dtypes: every process "
                 "must make its aligner of the same model"
@@ -78,11 +85,16 @@ class Agreement:
         self._checked = True
 
     def _reduced(self, numbers: list[int]) -> list[int]:
-        tensor: Tensor = torch.tensor(numbers, dtype=torch.int64, device=self._device)
+        tensor: Tensor = torch.tensor(numbers, dtype=torch.uint8, device=self._device)
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._group)
         return tensor.tolist()
 
 
-def _number(fact: object) -> int:
-    """The same of facts that are the same, and most likely another one of others."""
-    return zlib.crc32(repr(fact).encode())
+# Bytes of a digest.
+_SIZE = 8
+
+
+def _digest(fact: object) -> list[int]:
+    """Bytes whose maxima over processes are they themselves only where all have the same fact."""
+    digest = zlib.crc32(repr(fact).encode()).to_bytes(_SIZE // 2, "big")
+    return [*digest, *(255 - byte for byte in digest)]

@@ -31,7 +31,7 @@ class AllReduce(Strategy):
 
     Args:
         group: the processes.
-        wrapper: DistributedDataParallel that leaves averaging to the aligner; None without one.
+        wrappers: those that leave averaging to the aligner.
         parameters: of the aligner.
         num_losses: how many losses there are.
     """
@@ -39,13 +39,13 @@ class AllReduce(Strategy):
     def __init__(
         self,
         group: dist.ProcessGroup,
-        wrapper: DistributedDataParallel | None,
+        wrappers: Sequence[DistributedDataParallel],
         parameters: Sequence[Tensor],
         num_losses: int,
     ):
         super().__init__(parameters)
         self._group = group
-        self._wrapper = wrapper
+        self._wrappers = wrappers
         self._num_losses = num_losses
         self._size = group.size()
         self.averages = self._size > 1
@@ -67,8 +67,8 @@ class AllReduce(Strategy):
         return wanted and self._size == 1
 
     def begin(self, loss: int, collected: CollectedGradients, is_last: bool) -> None:
-        if self._wrapper is not None:
-            check_no_join(self._wrapper)
+        for wrapper in self._wrappers:
+            check_no_join(wrapper)
 
     def fail(self) -> None:
         if self._size > 1:
@@ -106,7 +106,9 @@ class AllReduce(Strategy):
     def _settle(self, collected: CollectedGradients, facts: Sequence[object]) -> list[bool]:
         """Which gradients, loss by loss, any process has."""
         present = [one for of_loss in collected.present() for one in of_loss]
-        return self._agreement.settle(facts, present)
+        # Of a GradScaler's scale: waits for the device.
+        values = [float(fact) if isinstance(fact, Tensor) else fact for fact in facts]
+        return self._agreement.settle(values, present)
 
     def _indices(self, reached: list[bool]) -> list[list[int]]:
         """For each loss, the parameters that it reaches in any process."""

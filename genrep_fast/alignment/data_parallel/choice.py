@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..passes import Passes
-from ..wrappers import data_parallel_inside, world_size
+from ..wrappers import data_parallel_around, data_parallel_inside, world_size
 from .strategy import Strategy
 
 REDUCTIONS = ("auto", "hook", "no_sync", "sharded")
@@ -66,8 +66,9 @@ def strategy_for(
                 f"got {type(params).__name__}"
             )
         return BucketHook(wrapper, parameters, names)
+    wrappers = data_parallel_around(parameters) if wrapper is None else [wrapper]
+    for each in wrappers:
+        own(each, passes)
+    group = cast(dist.ProcessGroup, process_group if wrapper is None else wrapper.process_group)
     kind = Sharded if reduce == "sharded" else AllReduce
-    if wrapper is None:
-        return kind(cast(dist.ProcessGroup, process_group), None, parameters, len(names))
-    own(wrapper, passes)
-    return kind(wrapper.process_group, wrapper, parameters, len(names))
+    return kind(group, wrappers, parameters, len(names))

@@ -29,11 +29,11 @@ class Sharded(AllReduce):
     def __init__(
         self,
         group: dist.ProcessGroup,
-        wrapper: DistributedDataParallel | None,
+        wrappers: Sequence[DistributedDataParallel],
         parameters: Sequence[Tensor],
         num_losses: int,
     ):
-        super().__init__(group, wrapper, parameters, num_losses)
+        super().__init__(group, wrappers, parameters, num_losses)
         self._scatters = dist.get_backend(group) != "gloo"
         # For each loss and buffer, what arrives for this process, and what it adds up to.
         self._received: list[list[Tensor]] = []

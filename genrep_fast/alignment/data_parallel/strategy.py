@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..collected import Collected, CollectedGradients
 from ..tensor_grams import TensorGrams
-from ..wrappers import is_data_parallel, world_size
+from ..wrappers import data_parallel_around, world_size
 
 
 class Strategy:
@@ -53,7 +53,7 @@ class Strategy:
             return
         if processes == 1:
             if self._is_wrapped is None:
-                self._is_wrapped = is_data_parallel(self._parameters)
+                self._is_wrapped = bool(data_parallel_around(self._parameters))
             if not self._is_wrapped:
                 return
         running = "process is" if processes == 1 else "processes are"
