@@ -253,6 +253,9 @@ def check_other_losses(rank):
     expect(RuntimeError, r'ran outside of the aligner.*reduce="hook"', wrapped(x)[0].backward)
     with torch.no_grad():
         wrapped(x)
+    inputs = x.clone().requires_grad_()
+    (of_inputs,) = torch.autograd.grad(wrapped(inputs)[0], inputs)
+    assert of_inputs.any()
     assert wrapped.require_backward_grad_sync
     # A copy is nobody's.
     copied = copy.deepcopy(wrapped)

@@ -38,7 +38,7 @@ def own(wrapper: DistributedDataParallel, passes: Passes) -> None:
             'not be called, as the aligner averages: make the aligner with reduce="hook" and no '
             "hook of your own, or of the module inside and run a forward pass for each loss"
         )
-    _owned.setdefault(wrapper, _Owned()).passes.add(passes)
+    _owned.setdefault(wrapper, _Owned(wrapper)).passes.add(passes)
     # A copy of a wrapper has its hooks.
     if _before_forward not in wrapper._forward_pre_hooks.values():
         wrapper.register_forward_pre_hook(_before_forward)
@@ -80,13 +80,33 @@ def check_no_join(wrapper: DistributedDataParallel) -> None:
 class _Owned:
     """Who owns a wrapper, and the attributes that it has outside of forward passes."""
 
-    def __init__(self) -> None:
+    def __init__(self, wrapper: DistributedDataParallel) -> None:
         self.passes: weakref.WeakSet[Passes] = weakref.WeakSet()
         self.attributes: dict[str, bool] = {}
+        self._wrapper = weakref.ref(wrapper)
 
     def check_inside(self, gradient: Tensor) -> None:
-        """Raise RuntimeError for a backward pass that no owner runs, once there is an owner."""
+        """Raise RuntimeError at the end of a backward pass that no owner runs.
+
+        One that makes no gradients of parameters, as ``autograd.grad`` of inputs, is nobody's.
+        """
         if self.passes and all(passes.collecting is None for passes in self.passes):
+            before = self._gradients()
+            queue = torch.autograd.Variable._execution_engine.queue_callback
+            queue(lambda: self._check_unchanged(before))
+
+    def _gradients(self) -> list[tuple[Tensor, int]]:
+        """Every ``.grad``, with the count of writes to it."""
+        wrapper = self._wrapper()
+        parameters = () if wrapper is None else wrapper.parameters()
+        gradients = (parameter.grad for parameter in parameters)
+        return [(gradient, gradient._version) for gradient in gradients if gradient is not None]
+
+    def _check_unchanged(self, before: list[tuple[Tensor, int]]) -> None:
+        now = self._gradients()
+        pairs = zip(now, before, strict=False)
+        same = all(new is old and a == b for (new, a), (old, b) in pairs)
+        if len(now) != len(before) or not same:
             raise RuntimeError(_OUTSIDE)
 
 

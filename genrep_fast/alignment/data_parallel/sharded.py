@@ -43,6 +43,11 @@ class Sharded(AllReduce):
         self._rows: list[int] = []
         self._rows_before: list[int] = []
 
+    def begin(self, loss: int, collected: CollectedGradients, is_last: bool) -> None:
+        super().begin(loss, collected, is_last)
+        # Those of a step that raised.
+        self._shards = []
+
     def reduce_grams(self, matrices: Tensor, tensors: list[int]) -> Tensor:
         # What is asked for before gradients are averaged is of whole ones.
         if not self._shards:
