@@ -96,8 +96,15 @@ def convert_bfloat16_as_a_gpu(monkeypatch):
 
 
 @pytest.fixture
-def two_processes(tmp_path):
-    """A function that runs a test file as ranks 0 and 1, with the arguments rank and store.
+def two_processes(run_ranks):
+    """A function that runs a test file as ranks 0 and 1, with the arguments rank and store."""
+    return lambda file: run_ranks(file, 2)
+
+
+@pytest.fixture
+def run_ranks(tmp_path):
+    """A function that runs a test file as so many ranks, with the arguments rank and store, and
+    those that are given besides.
 
     A rank that takes 300 seconds prints where all its threads are and ends.
     """
@@ -107,12 +114,13 @@ def two_processes(tmp_path):
     if sys.platform == "linux":
         environment["GLOO_SOCKET_IFNAME"] = "lo"
 
-    def run(file):
-        outputs = [tmp_path / f"rank{rank}.log" for rank in range(2)]
+    def run(file, size, *arguments):
+        outputs = [tmp_path / f"rank{rank}.log" for rank in range(size)]
         processes = []
         for rank, output in enumerate(outputs):
             # runpy leaves its own arguments alone: the file reads sys.argv[2:].
             command = [sys.executable, "-c", program, file, str(rank), str(tmp_path / "store")]
+            command += map(str, arguments)
             with output.open("w") as log:
                 processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
         try:

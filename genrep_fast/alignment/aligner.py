@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from typing import Any, NoReturn, SupportsIndex
+from typing import Any, NoReturn, SupportsIndex, cast
 
 import torch
 from torch import Tensor
@@ -25,19 +25,14 @@ from torch import Tensor
 from ..checks import check_flag, check_max_norm, check_weights
 from ..ops.alignment import combine_operator
 from .collected import Collected, CollectedGradients
+from .data_parallel.choice import strategy_for
 from .groups import ParameterGroups, check_names, check_not_sharded, label, named_parameters
 from .layout import Layout, LayoutKey
 from .left_gradients import Fate, LeftGradients
 from .passes import Passes
-from .rules import resolve_rule
+from .rules import default_weights, resolve_rule
 from .tensor_coefficients import AlignerStats, TensorCoefficients
-from .wrappers import (
-    is_data_parallel,
-    reached_stranger,
-    refuse_several_backward_passes,
-    unwrapped,
-    world_size,
-)
+from .wrappers import check_no_stranger, unwrapped, world_size
 
 
 class GradientAligner:
@@ -68,8 +63,16 @@ class GradientAligner:
             a function from a parameter's name to a key (None: no group).
         rule: a name in `genrep_fast.rules.RULES`, a function from Gram matrices [groups, n, n] to
             coefficients [groups, n], both of float64, or a Weighting of TorchJD.
-        flat: copy the gradients of a loss into one contiguous buffer, group by group, as
-            communication wants them. It costs the copies, and buffers that stay allocated.
+        flat: copy the gradients of a loss into one contiguous buffer, group by group. It costs
+            the copies, and buffers that stay allocated.
+        process_group: of processes that train the same parameters, each with its part of a batch,
+            without DistributedDataParallel or with several. None: that of the
+            DistributedDataParallel that `params` are; without one, gradients are taken as they are.
+        reduce: how gradients are averaged. "no_sync": by all-reduces in `align` or the optimizer's
+            step, with DistributedDataParallel's own switched off as long as the aligner lives.
+            "sharded": likewise, in shards, with three quarters of the bytes. "hook": by
+            DistributedDataParallel in every backward pass, with a communication hook that computes
+            Gram matrices. "auto": "no_sync". See docs/distributed.md.
 
     Attributes:
         stats: AlignerStats of the last alignment, by `align`, `backward` or an `AlignedAdamW`'s
@@ -81,6 +84,7 @@ class GradientAligner:
     Raises:
         TypeError: for an argument of a wrong type, or a parameter of a wrong dtype.
         ValueError: for a wrong value, and where `groups` needs names that parameters do not have.
+            For a `reduce` that needs what `params` are not.
         RuntimeError: for parameters that FSDP has flattened or sharded.
     """
 
@@ -94,11 +98,13 @@ class GradientAligner:
         groups: str | Callable[[str], Hashable | None] = "all",
         rule: str | Callable[[Tensor], Tensor] = "genrep",
         flat: bool = False,
+        process_group: torch.distributed.ProcessGroup | None = None,
+        reduce: str = "auto",
     ):
         self.names = check_names(names)
         check_flag(flat, "flat")
         is_genrep = isinstance(rule, str) and rule == "genrep"
-        self.weights = _default_weights(is_genrep, len(self.names)) if weights is None else weights
+        self.weights = default_weights(rule, len(self.names)) if weights is None else weights
         self.module = unwrapped(params) if isinstance(params, torch.nn.Module) else None
         source = params if self.module is None else self.module
         self.parameters, self.parameter_names = named_parameters(source)
@@ -106,14 +112,22 @@ class GradientAligner:
         self.stats: AlignerStats | None = None
         resolved = resolve_rule(rule, self.weights, power, len(self.names))
         self._groups = ParameterGroups(self.parameters, self.parameter_names, groups)
+        self._passes = Passes(self.names)
+        self._parallel = strategy_for(
+            params, self.parameters, self.names, self._passes, process_group, reduce
+        )
+        flat = self._parallel.flat(flat)
         self._collected = CollectedGradients(
             self.parameters, self.parameter_names, len(self.names), flat=flat
         )
-        self._passes = Passes(self.names)
         # GenRep's operator has statistics, too.
         own_rule = None if is_genrep else resolved
-        self._coefficients = TensorCoefficients(len(self.names), own_rule, power)
-        self._left = LeftGradients()
+        self._coefficients = TensorCoefficients(
+            len(self.names), own_rule, power, self._parallel.reduce_grams
+        )
+        # What processes must have alike.
+        self._settings = [setting if isinstance(setting, str) else "" for setting in (rule, groups)]
+        self._left = LeftGradients(self.parameters, self.parameter_names)
         self._layout: Layout | None = None
         # A weak reference.
         self._optimizer: Callable[[], torch.optim.Optimizer | None] = lambda: None
@@ -122,7 +136,6 @@ class GradientAligner:
         self._marker_checked = False
         # Whether zero_grad was called in the block.
         self._emptied = False
-        self._data_parallel: bool | None = None
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -161,23 +174,13 @@ class GradientAligner:
         Raises:
             TypeError: for a loss that is not a tensor.
             ValueError: for a wrong number of losses, and for a loss of more than one element.
-            RuntimeError: under DistributedDataParallel and in a process group of more than one
-                process, where the gradient of one backward pass alone is reduced; and as `collect`
-                and `align`.
+            RuntimeError: in several processes where the aligner knows neither a
+                DistributedDataParallel nor a group; and as `collect` and `align`.
         """
-        if len(losses) != len(self.names):
-            raise ValueError(
-                f"losses must be one for each of {', '.join(self.names)}, got {len(losses)}"
-            )
-        for name, loss in zip(self.names, losses, strict=True):
-            if not isinstance(loss, Tensor):
-                raise TypeError(f"the loss {name} must be a tensor, got {type(loss).__name__}")
-            if loss.numel() != 1:
-                raise ValueError(
-                    f"the loss {name} must have one element, got shape {tuple(loss.shape)}"
-                )
+        self._passes.check_losses(losses)
         self._passes.check_outside("backward")
-        self._check_one_reducer()
+        last_call = "aligner.align()" if self._optimizer() is None else "optimizer.step()"
+        self._parallel.check_joint(last_call)
         self._check_free()
         before = list(self._passes.counts)
         try:
@@ -185,10 +188,8 @@ class GradientAligner:
                 self._clear_gradients()
                 retain_graph = position < len(losses) - 1
                 with self._block(name):
-                    if backward is None:
-                        loss.backward(retain_graph=retain_graph)
-                    else:
-                        backward(loss, retain_graph=retain_graph)
+                    self._parallel.arm(loss)
+                    (backward or Tensor.backward)(loss, retain_graph=retain_graph)
         except BaseException:
             if not any(before):
                 self._reset()
@@ -214,9 +215,10 @@ class GradientAligner:
         ``parameter.view(-1).backward(gradient)`` holds ``gradient``, sees that. Only where they
         overlap each other they are copied.
 
-        In several processes the last block of each name must be one whose gradients the
-        data-parallel wrapper averages: a forward pass for each loss, through the wrapper. There
-        ``.grad`` holds what was collected in the blocks before.
+        In several processes ``.grad`` is that of this process where the aligner averages itself
+        (see `reduce`). Where a data-parallel wrapper does, the last block of each name must be one
+        of which it averages the gradients: a forward pass for each loss, through the wrapper.
+        There ``.grad`` holds what was collected in the blocks before.
 
         Args:
             name: one of `names`.
@@ -259,10 +261,10 @@ class GradientAligner:
             TypeError, ValueError: for a `max_norm` that is not a number, or not positive.
         """
         collected = self.hand_over(max_norm)
-        places = zip(self._current_layout().first_losses, collected.indices, strict=True)
-        results = [self._collected.result(loss, index) for loss, index in places]
-        gradients = self._collected.of(collected.indices)
-        combine_operator(gradients, collected.coefficients, collected.rows, [], results)
+        if collected.combined:
+            results = [cast(Tensor, collected.gradients[0][i]) for i in collected.indices]
+        else:
+            results = self._combine(collected)
         self._left.clear()
         for index, result in zip(collected.indices, results, strict=True):
             self.parameters[index].grad = result
@@ -270,6 +272,14 @@ class GradientAligner:
         # Of `hand_over`.
         assert self.stats is not None
         return self.stats
+
+    def _combine(self, collected: Collected) -> list[Tensor]:
+        """The aligned gradients, in the memory of the first loss's."""
+        places = zip(self._current_layout().first_losses, collected.indices, strict=True)
+        results = [self._collected.result(loss, index) for loss, index in places]
+        gradients = self._collected.of(collected.indices)
+        combine_operator(gradients, collected.coefficients, collected.rows, [], results)
+        return results
 
     def zero_grad(self) -> None:
         """Drop everything that was collected, and set every parameter's ``.grad`` to None.
@@ -312,14 +322,14 @@ class GradientAligner:
         `max_norm` and the statistics are free of the scale. The gradients stay here until `finish`.
         """
         check_max_norm(max_norm)
-        self._passes.check_outside("align" if self._optimizer() is None else "step")
-        # A GradScaler writes to what was left when it looks for values that are not finite.
-        self._check_left(written_by_scaler=grad_scale is not None)
-        self._passes.check_complete()
-        if self._optimizer() is not None:
-            self._check_nothing_else()
+        self._average(max_norm, grad_scale)
         layout = self._current_layout()
-        self._check_reached(layout)
+        if not layout.reached.indices:
+            raise RuntimeError(
+                f"no loss reached any of the aligner's {len(self.parameters)} parameters: "
+                "if the model has others now (as after load_state_dict(assign=True)), "
+                "make a new aligner and a new optimizer"
+            )
         # The norm of the result takes the matrices of all that some loss reaches.
         tensors = layout.aligned if max_norm is None else layout.reached
         coefficients, self.stats = self._coefficients.rows(
@@ -328,10 +338,14 @@ class GradientAligner:
             layout.key.num_groups,
             self._weights,
             max_norm=max_norm,
-            grad_scale=grad_scale,
+            grad_scale=self._parallel.scaled(grad_scale),
         )
         indices = layout.reached.indices
-        return Collected(self._collected.gradients, indices, tensors.rows, coefficients)
+        collected = Collected(self._collected.gradients, indices, tensors.rows, coefficients)
+        if self._parallel.averages and grad_scale is not None:
+            # While what was averaged is there.
+            self.overflow()
+        return self._parallel.whole(collected)
 
     def overflow(self) -> Tensor:
         """0 where all that was collected is finite, NaN otherwise; float64 without axes."""
@@ -358,10 +372,12 @@ class GradientAligner:
             self._collected.arrange(self._groups.of)
         self._passes.collecting = loss
         self._emptied = False
-        if (world_size() or 1) > 1:
+        self._parallel.begin(loss, self._collected, self._passes.others_are_complete(loss))
+        if self._parallel.adds_up:
             self._collected.put_back(loss)
         try:
             yield
+            self._parallel.end(loss, name, self._coefficients.tensor_grams)
             if self._emptied and all(parameter.grad is None for parameter in self.parameters):
                 self._passes.dropped = True
             else:
@@ -370,7 +386,12 @@ class GradientAligner:
                 # What began to require a gradient in the block.
                 self._groups.assign()
         except BaseException:
-            self._abandon(loss)
+            self._clear_gradients()
+            if self._passes.counts[loss]:
+                # They may have been added to those of earlier blocks.
+                self._passes.broken = True
+            else:
+                self._collected.drop(loss)
             raise
         finally:
             self._passes.collecting = None
@@ -379,26 +400,14 @@ class GradientAligner:
         """Raise RuntimeError where ``.grad`` holds more than what was left there before a block."""
         self._passes.check_whole()
         self._check_left()
-        stranger = self._left.stranger(self.parameters)
-        if stranger is not None:
-            raise RuntimeError(
-                f"{self.describe(stranger)} holds a .grad already, to which backward would add: "
-                "call optimizer.zero_grad(set_to_none=True) first. "
-                "To add up micro-batches, collect all of them before align(), "
-                "or attach an AlignedAdamW"
-            )
+        self._left.check_alone(
+            "already, to which backward would add: call optimizer.zero_grad(set_to_none=True) "
+            "first. To add up micro-batches, collect all of them before align(), "
+            "or attach an AlignedAdamW",
+        )
         if world_size() is not None:
             for parameter in self.parameters:
                 check_not_sharded(parameter)
-
-    def _abandon(self, loss: int) -> None:
-        """Drop the gradients of the block of `loss` that raised."""
-        self._clear_gradients()
-        if self._passes.counts[loss]:
-            # They may have been added to those of earlier blocks.
-            self._passes.broken = True
-        else:
-            self._collected.drop(loss)
 
     def _clear_gradients(self) -> None:
         for parameter in self.parameters:
@@ -415,12 +424,17 @@ class GradientAligner:
         if self._passes.broken:
             return
         shown = self._collected.one_of_each(latest)
-        watched = self._current_layout().watched if all(self._passes.counts) else []
-        if watched and self._optimizer() is not None and self._scaler_expected:
+        complete = all(self._passes.counts)
+        watched = self._current_layout().watched if complete else []
+        if complete and self._optimizer() is not None and self._scaler_expected:
             # NaN where anything collected is not finite.
-            smallest = shown[watched[0]]
-            shown[watched[0]] = smallest + self.overflow().to(smallest.dtype)
-            self._marker_checked = True
+            overflow = self.overflow()
+            facts = self._facts("a block of collect")
+            overflow = self._parallel.add_up(overflow, self._collected, facts)
+            if watched:
+                smallest = shown[watched[0]]
+                shown[watched[0]] = smallest + overflow.to(smallest.dtype)
+                self._marker_checked = True
         self._left.leave(
             [self.parameters[index] for index in shown],
             list(shown.values()),
@@ -436,43 +450,39 @@ class GradientAligner:
             self._reset()
             self._passes.dropped = True
 
-    def _check_nothing_else(self) -> None:
-        stranger = self._left.stranger(self.parameters)
-        if stranger is not None:
-            raise RuntimeError(
-                f"{self.describe(stranger)} holds a .grad that the aligner did not leave there, "
-                "and which the optimizer would ignore: collect it in a block, "
-                f"or add its loss to one of {', '.join(self.names)}"
+    def _check_collected(self, grad_scale: Tensor | None) -> None:
+        """Raise RuntimeError where what was collected cannot be aligned."""
+        self._passes.check_outside("align" if self._optimizer() is None else "step")
+        # A GradScaler writes to what was left when it looks for values that are not finite.
+        self._check_left(written_by_scaler=grad_scale is not None)
+        self._passes.check_complete()
+        if self._optimizer() is not None:
+            self._left.check_alone(
+                "that the aligner did not leave there, and which the optimizer would ignore: "
+                f"collect it in a block, or add its loss to one of {', '.join(self.names)}",
             )
+        if self.module is not None:
+            check_no_stranger(self.module, self._known)
 
-    def _check_reached(self, layout: Layout) -> None:
-        unknown = None if self.module is None else reached_stranger(self.module, self._known)
-        if unknown is not None:
-            raise RuntimeError(
-                f"a loss reached {unknown}, "
-                "which is not among the aligner's parameters: it joined the module or was "
-                "replaced (as by load_state_dict(assign=True)) after the aligner was made. "
-                "Make a new aligner and a new optimizer"
-            )
-        if not layout.reached.indices:
-            raise RuntimeError(
-                f"no loss reached any of the aligner's {len(self.parameters)} parameters: "
-                "if the model has others now (as after load_state_dict(assign=True)), "
-                "make a new aligner and a new optimizer"
-            )
+    def _average(self, max_norm: float | None, grad_scale: Tensor | None) -> None:
+        """Put what all processes collected in the place of what this one did."""
+        try:
+            self._check_collected(grad_scale)
+        except RuntimeError:
+            self._parallel.fail()
+            raise
+        facts = self._facts("the step", max_norm, grad_scale)
+        self._parallel.agree(self._collected, facts)
+        if self._parallel.averages:
+            self._left.take_back()
+            self._passes.averaged = True
+            self._parallel.average(self._collected, self._coefficients.tensor_grams)
 
-    def _check_one_reducer(self) -> None:
-        """Raise RuntimeError where data parallelism would reduce one of several backward passes."""
-        processes = world_size()
-        if processes is None:
-            return
-        if processes == 1:
-            if self._data_parallel is None:
-                self._data_parallel = is_data_parallel(self.parameters)
-            if not self._data_parallel:
-                return
-        last_call = "aligner.align()" if self._optimizer() is None else "optimizer.step()"
-        refuse_several_backward_passes(processes, last_call)
+    def _facts(
+        self, call: str, max_norm: float | None = None, grad_scale: Tensor | None = None
+    ) -> tuple[object, ...]:
+        """What all processes must have alike, as `data_parallel.agreement.FACTS` names it."""
+        return call, (self.names, self._settings), self._weights, max_norm, grad_scale
 
     def _current_layout(self) -> Layout:
         key = LayoutKey(self._collected.present(), self._groups.number)
@@ -486,8 +496,3 @@ class GradientAligner:
         self._coefficients.clear()
         self._marker_checked = False
         self._left.take_back()
-
-
-def _default_weights(is_genrep: bool, n: int) -> tuple[float, ...]:
-    """GenRep's weights are its paper's; the papers of all other rules sum losses."""
-    return (0.7, 0.3) if is_genrep and n == 2 else (1.0,) * n

@@ -25,6 +25,8 @@ class Collected(NamedTuple):
     indices: list[int]
     rows: list[int]
     coefficients: Tensor  # [rows, n] float64
+    # Whether the first loss's gradients are that sum already, the only ones, with rows (1, 0, …).
+    combined: bool = False
 
 
 class CollectedGradients:

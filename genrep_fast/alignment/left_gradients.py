@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from .groups import label
 
 # As many of a gradient's values are compared with what they were.
 _WATCHED_ELEMENTS = 4096
@@ -31,9 +34,14 @@ class LeftGradients:
 
     They are the collected tensors themselves. The values of the watched ones, or a part of them,
     are compared, since a write through ``.data`` counts no version.
+
+    Args:
+        parameters, names: of the aligner.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, parameters: Sequence[Tensor], names: Sequence[str | None]) -> None:
+        self._all = parameters
+        self._names = names
         self.clear()
 
     def clear(self) -> None:
@@ -67,13 +75,12 @@ class LeftGradients:
                 parameter.grad = None
         self.clear()
 
-    def stranger(self, parameters: list[Tensor]) -> int | None:
-        """The first of `parameters` whose ``.grad`` was not left there."""
-        for index, parameter in enumerate(parameters):
+    def check_alone(self, problem: str) -> None:
+        """Raise RuntimeError, ending with `problem`, for a ``.grad`` that was not left there."""
+        for index, parameter in enumerate(self._all):
             gradient = parameter.grad
             if gradient is not None and self._of.get(id(parameter)) is not gradient:
-                return index
-        return None
+                raise RuntimeError(f"{label(self._names, index)} holds a .grad {problem}")
 
     def check(self, *, written_by_scaler: bool = False) -> Fate:
         """Whether all is as it was left, or gone or zeroed as by ``zero_grad``.

@@ -180,6 +180,11 @@ _OF_ANY: dict[str, Rule] = {"imtl_g": imtl_g, "aligned_mtl": aligned_mtl, "confi
 RULES = ("genrep", *_OF_TWO, *_OF_ANY)
 
 
+def default_weights(rule: object, n: int) -> tuple[float, ...]:
+    """GenRep's weights are its paper's; the papers of all other rules sum losses."""
+    return (0.7, 0.3) if rule == "genrep" and n == 2 else (1.0,) * n
+
+
 def resolve_rule(
     rule: str | Callable[[Tensor], Tensor], weights: Sequence[float], power: float, n: int
 ) -> Rule:

@@ -18,7 +18,7 @@ from ..ops.alignment import (
 from .collected import CollectedGradients
 from .layout import GramTensors
 from .rules import Rule, least_accurate_dtype
-from .tensor_grams import TensorGrams
+from .tensor_grams import GramReducer, TensorGrams
 
 
 @dataclass(frozen=True)
@@ -62,23 +62,29 @@ class TensorCoefficients:
         rule: from Gram matrices and a dtype to coefficients of groups; None for GenRep's operator,
             which has statistics, too.
         power: GenRep's damping exponent.
+        reduce_grams: what `TensorGrams` asks of matrices of tensors of which it sees parts.
+
+    Attributes:
+        tensor_grams: the Gram matrices that are known.
     """
 
-    def __init__(self, n: int, rule: Rule | None, power: float):
+    def __init__(
+        self, n: int, rule: Rule | None, power: float, reduce_grams: GramReducer | None = None
+    ):
         self._n = n
         self._rule = rule
         self._power = power
-        self._grams = TensorGrams(n)
+        self.tensor_grams = TensorGrams(n, reduce_grams)
         self._plain: _PlainRow | None = None
 
     def clear(self) -> None:
         """Forget the Gram matrices of gradients that have changed."""
-        self._grams.clear()
+        self.tensor_grams.clear()
 
     def grams(self, tensors: GramTensors, collected: CollectedGradients) -> Tensor:
         """Gram matrices [T, n, n] of the collected gradients of `tensors`."""
         if tensors.indices:
-            return self._grams.matrices(tensors.indices, collected.of)
+            return self.tensor_grams.matrices(tensors.indices, collected.of)
         n = self._n
         return torch.zeros(0, n, n, dtype=torch.float64, device=collected.device)
 
@@ -90,7 +96,7 @@ class TensorCoefficients:
         weights: tuple[float, ...],
         *,
         max_norm: float | None,
-        grad_scale: Tensor | None,
+        grad_scale: Tensor | float | None,
     ) -> tuple[Tensor, AlignerStats]:
         """Coefficients [rows, n] float64 of `tensors` and of what is not aligned, and statistics.
 
@@ -100,8 +106,9 @@ class TensorCoefficients:
         of the others.
         """
         grams = self.grams(tensors, collected)
-        if grad_scale is not None:
+        if isinstance(grad_scale, Tensor):
             grad_scale = grad_scale.to(grams)
+        if grad_scale is not None:
             grams = grams / grad_scale**2
         gram = group_gram_operator(grams, tensors.groups, num_groups)
         coefficients, cosine, alpha, norms = self._of_groups(gram, weights, collected)

@@ -9,12 +9,22 @@ from torch import Tensor
 
 from ..ops.alignment import gram_operator
 
+# From matrices [T, n, n] float64 and the tensors' numbers to what takes the matrices' place.
+GramReducer = Callable[[Tensor, list[int]], Tensor]
+
 
 class TensorGrams:
-    """Gram matrices [n, n] of tensors by number, computed in batches, and their sums."""
+    """Gram matrices [n, n] of tensors by number, computed in batches.
 
-    def __init__(self, n: int):
+    Args:
+        n: number of losses.
+        reduce: called once on all matrices of a batch, e.g. to add up those of tensors of which
+            every process holds a part. None: a matrix computed here is whole.
+    """
+
+    def __init__(self, n: int, reduce: GramReducer | None = None):
         self._n = n
+        self._reduce = reduce
         self._key: list[int] | None = None
         self.clear()
 
@@ -33,10 +43,16 @@ class TensorGrams:
         """
         if not tensors:
             return
-        first = sum(map(len, self._batches))
         own_rows = list(range(len(tensors)))
         grams = gram_operator(gradients_of(tensors), self._n, own_rows, len(tensors))
-        self._batches.append(grams)
+        if self._reduce is not None:
+            grams = self._reduce(grams, tensors)
+        self.add(tensors, grams)
+
+    def add(self, tensors: list[int], matrices: Tensor) -> None:
+        """Know the `matrices` [T, n, n] float64 of `tensors`, which were not known before."""
+        first = sum(map(len, self._batches))
+        self._batches.append(matrices)
         self._places.update(zip(tensors, range(first, first + len(tensors)), strict=True))
 
     def matrices(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +31,16 @@ def unwrapped(module: nn.Module) -> nn.Module:
         module = inner
 
 
+def data_parallel_inside(module: nn.Module) -> DistributedDataParallel | None:
+    """The DistributedDataParallel among the wrappers of `module`; None without one."""
+    holder: nn.Module | None = module
+    while holder is not None:
+        if isinstance(holder, DistributedDataParallel):
+            return holder
+        holder = _inside(holder)
+    return None
+
+
 def uncompiled(module: nn.Module) -> nn.Module:
     """The module inside of torch.compile."""
     while isinstance(inner := module._modules.get(_COMPILED), nn.Module):
@@ -53,16 +62,22 @@ def parameters_inside(module: nn.Module) -> Iterator[nn.Parameter]:
                 modules.append(child)
 
 
-def reached_stranger(module: nn.Module, known: set[int]) -> str | None:
-    """Name of a parameter of `module` that has a ``.grad``, but whose id is not `known`."""
+def check_no_stranger(module: nn.Module, known: set[int]) -> None:
+    """Raise RuntimeError where a parameter that is not `known` by its id has a ``.grad``."""
 
     def is_stranger(parameter: Tensor) -> bool:
         return parameter.grad is not None and id(parameter) not in known
 
     if not any(map(is_stranger, parameters_inside(module))):
-        return None
+        return
     named = module.named_parameters()
-    return plain_name(next(name for name, parameter in named if is_stranger(parameter)))
+    stranger = plain_name(next(name for name, parameter in named if is_stranger(parameter)))
+    raise RuntimeError(
+        f"a loss reached {stranger}, "
+        "which is not among the aligner's parameters: it joined the module or was "
+        "replaced (as by load_state_dict(assign=True)) after the aligner was made. "
+        "Make a new aligner and a new optimizer"
+    )
 
 
 def plain_name(name: str) -> str:
@@ -91,19 +106,20 @@ def is_sharded(parameter: Tensor) -> bool:
     return hasattr(parameter, "device_mesh") and hasattr(parameter, "placements")
 
 
-def is_data_parallel(parameters: Iterable[Tensor]) -> bool:
-    """Whether a DistributedDataParallel holds one of `parameters`.
+def data_parallel_around(parameters: Iterable[Tensor]) -> list[DistributedDataParallel]:
+    """Every DistributedDataParallel that holds one of `parameters`.
 
     Looks at every object that Python knows.
     """
     wanted = {id(parameter) for parameter in parameters}
+    found = []
     for candidate in gc.get_objects():
         # The type, since isinstance may run the code of an object that pretends to be another one.
         if not issubclass(type(candidate), DistributedDataParallel):
             continue
         if any(id(parameter) in wanted for parameter in candidate.parameters()):
-            return True
-    return False
+            found.append(candidate)
+    return found
 
 
 def world_size() -> int | None:
@@ -111,22 +127,6 @@ def world_size() -> int | None:
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return None
     return torch.distributed.get_world_size()
-
-
-def refuse_several_backward_passes(processes: int, last_call: str) -> NoReturn:
-    """Raise RuntimeError, which says what to do instead and to end it with `last_call`."""
-    running = "process is" if processes == 1 else "processes are"
-    raise RuntimeError(
-        "backward runs several backward passes over one graph, "
-        "of which DistributedDataParallel reduces but one, "
-        f"and {processes} {running} running. "
-        "Run a forward pass for each loss, through the wrapper, "
-        "and its backward pass inside `with aligner.collect(name):`, "
-        f"then call {last_call}. "
-        "Where a loss does not reach every parameter, wrap with find_unused_parameters=True; "
-        "with Accelerate's gradient accumulation, also pass "
-        "GradientAccumulationPlugin(num_steps=..., sync_each_batch=True)"
-    )
 
 
 def _inside(module: nn.Module) -> nn.Module | None:

@@ -1,77 +1,91 @@
-"""GradientAligner under DistributedDataParallel."""
+"""Aligner and optimizer in several processes give what one process gives on the joined batch, whose
+losses are the means of the processes' mean losses.
+"""
 
-import contextlib
 import sys
-import unittest.mock
 
 import pytest
 import torch
-import torch._dynamo.testing
 import torch.distributed as dist
-from small_models import NAMES, Model, assert_gradients, batch, trained
-from torch.nn.parallel import DistributedDataParallel
+from parallel_models import Problem, distance
 
-import genrep_fast as gf
+from genrep_fast.alignment.data_parallel import all_reduce
 
-# Two processes share the images of every micro-batch. DistributedDataParallel averages in every
-# pass; or, without parameters that a loss does not reach (which it then refuses), in that of the
-# last micro-batch alone.
+JOINT, SEQUENTIAL, ONE_FORWARD = "joint", "sequential", "sequential, one forward"
+HOOK = ("hook", {"find_unused_parameters": True})
+STRATEGIES = (("no_sync", {}), ("sharded", {}), HOOK)
+EACH = [(mode, *strategy) for strategy in STRATEGIES for mode in (JOINT, SEQUENTIAL)]
+# How DistributedDataParallel keeps its gradients, where both losses reach every parameter.
+WRAPPERS = [
+    (JOINT, "auto", {"static_graph": True}),
+    (SEQUENTIAL, "no_sync", {"static_graph": True, "gradient_as_bucket_view": True}),
+    (ONE_FORWARD, "sharded", {"gradient_as_bucket_view": True}),
+    (JOINT, "sharded", {"find_unused_parameters": True}),
+    # Small buckets, of which there are several, built again after the first step.
+    (JOINT, "hook", {"bucket_cap_mb": 1e-4}),
+    (SEQUENTIAL, "hook", {"bucket_cap_mb": 1e-4}),
+    (SEQUENTIAL, "hook", {"bucket_cap_mb": 1e-4, "gradient_as_bucket_view": True}),
+]
+# Name -> problem, numbers of processes, and how it is run in them.
+PROBLEMS = {
+    "float64": (Problem(), (2, 3, 4), EACH),
+    "float32": (Problem(torch.float32), (2, 4), EACH),
+    "one forward pass": (
+        Problem(steps=10),
+        (2,),
+        [(ONE_FORWARD, *each) for each in STRATEGIES[:2]],
+    ),
+    "clipping, averages": (Problem(max_norm=0.05, averages=True, steps=20), (2, 3), EACH),
+    "blocks, accumulation": (Problem(groups="block", micro_batches=3, steps=10), (2, 3), EACH),
+    "pcgrad": (Problem(rule="pcgrad", groups="tensor", steps=10), (2,), EACH),
+    "align, clipping": (
+        Problem(fused=False, max_norm=0.05, steps=10),
+        (2, 3),
+        [run for run in EACH if run[0] != JOINT],
+    ),
+    "align": (Problem(fused=False, groups="block", steps=10), (2,), EACH),
+    "wrappers": (Problem(reached=True, micro_batches=2, steps=10), (2,), WRAPPERS),
+}
 
 
-class OneLoss(Model):
-    """The losses one at a time, so that each has a forward pass of its own; with `touch_all` both
-    reach every parameter.
-    """
+def check_problems(rank, size):
+    for number, (name, (problem, sizes, runs)) in enumerate(PROBLEMS.items()):
+        if size not in sizes:
+            continue
+        # Matrices by themselves, and all gradients side by side.
+        all_reduce.LARGE = 2**22 if number % 2 else 100
+        parameters, averages, stats = problem.alone(size)
+        bound = 1e-12 if problem.dtype == torch.float64 else 1e-6
+        for mode, reduce, options in runs:
+            found = problem.together(rank, size, mode, reduce, **options)
+            error = distance(found[0], parameters)
+            print(name, mode, reduce, options, error, flush=True)
+            assert error < bound
+            if averages:
+                assert distance(found[1], averages) < bound
+            torch.testing.assert_close(
+                found[2].cosine.double(), stats.cosine.double(), rtol=1e3 * bound, atol=1e3 * bound
+            )
+            check_same_everywhere(found[0] + found[1])
 
-    def __init__(self, touch_all):
-        super().__init__()
-        self.touch_all = touch_all
 
-    def forward(self, x, name):
-        loss = super().forward(x)[NAMES.index(name)]
-        return (
-            loss + 0 * sum(parameter.sum() for parameter in self.parameters())
-            if self.touch_all
-            else loss
-        )
-
-
-def run_rank(rank, store):
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    for flat, no_sync in ((False, False), (True, False), (False, True), (True, True)):
-        model = OneLoss(touch_all=no_sync)
-        wrapped = DistributedDataParallel(model, find_unused_parameters=not no_sync)
-        aligner, alone = (
-            gf.GradientAligner(model, flat=flat),
-            gf.GradientAligner(expected := OneLoss(touch_all=no_sync)),
-        )
-        for _ in range(2):
-            for micro_batch in range(3):
-                for name in NAMES:
-                    skip = (
-                        wrapped.no_sync()
-                        if no_sync and micro_batch < 2
-                        else contextlib.nullcontext()
-                    )
-                    with skip, aligner.collect(name):
-                        wrapped(batch(2 * micro_batch + rank), name).backward()
-                    for other in range(2):
-                        with (
-                            unittest.mock.patch.object(dist, "get_world_size", return_value=1),
-                            alone.collect(name),
-                        ):
-                            (expected(batch(2 * micro_batch + other), name) / 2).backward()
-            torch.testing.assert_close(aligner.align().cosine, alone.align().cosine)
-            assert_gradients(model, [parameter.grad for parameter in trained(expected)])
-            aligner.zero_grad()
-            alone.zero_grad()
-    dist.destroy_process_group()
+def check_same_everywhere(tensors):
+    """To the last bit."""
+    vector = torch.cat([tensor.flatten() for tensor in tensors])
+    first = vector.clone()
+    dist.broadcast(first, 0)
+    assert torch.equal(first, vector)
 
 
 @pytest.mark.slow
-def test_data_parallel_gradients_are_those_of_one_process(two_processes):
-    two_processes(__file__)
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_several_processes_are_one_process_on_the_joined_batch(size, run_ranks):
+    run_ranks(__file__, size, size)
 
 
 if __name__ == "__main__":
-    run_rank(int(sys.argv[2]), sys.argv[3])
+    rank, store, size = int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    check_problems(rank, size)
+    dist.destroy_process_group()

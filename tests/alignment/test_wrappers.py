@@ -97,14 +97,14 @@ def test_names_of_lightning_fabric():
 
 
 @pytest.mark.parametrize("find_unused_parameters", [False, True])
-@pytest.mark.parametrize("built_from", ["model", "wrapper", "parameters"])
+@pytest.mark.parametrize("built_from", ["model", "parameters"])
 @pytest.mark.parametrize("fused", [False, True])
 def test_joint_mode_is_refused_under_ddp_in_one_process(fused, built_from, find_unused_parameters):
     with one_process():
         net = Net()
         wrapped = DistributedDataParallel(net, find_unused_parameters=find_unused_parameters)
         aligner = gf.GradientAligner(
-            {"model": net, "wrapper": wrapped, "parameters": list(net.parameters())}[built_from]
+            {"model": net, "parameters": list(net.parameters())}[built_from]
         )
         optimizer = gf.AlignedAdamW(net.parameters(), aligner=aligner) if fused else None
         losses = wrapped(torch.ones(2, 6))

@@ -3,8 +3,10 @@ mixed precision and checkpoints.
 """
 
 import copy
+import os
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -103,6 +105,45 @@ def test_zero_shot_classification(run_example, tmp_path):
     )
     for path in pictures:
         assert re.search(rf"^{path}: a (cat|dog) \(\d+\.\d%\)$", output, re.M)
+
+
+@pytest.fixture
+def run_in_two_processes(tmp_path):
+    """A function that runs a script under torchrun, and returns what it printed."""
+
+    def run(script, *arguments):
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+        if sys.platform == "linux":
+            environment["GLOO_SOCKET_IFNAME"] = "lo"
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command = [*launcher, "--nproc-per-node", "2", EXAMPLES / script, *arguments]
+        done = subprocess.run(
+            list(map(str, command)),
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [("ddp.py", ["--reduce", "sharded"]), ("accelerate_ddp.py", ["--mixed_precision", "bf16"])],
+)
+def test_data_parallel(script, arguments, run_in_two_processes):
+    assert_learns(run_in_two_processes(script, "--epochs", 3, *arguments))
+
+
+def test_lightning_data_parallel(run_in_two_processes):
+    pytest.importorskip("lightning")
+    output = run_in_two_processes("lightning_ddp.py", "--epochs", 3)
+    assert float(re.search(r"'perception': ([.\d]+)", output)[1]) < 0.5
+    assert float(re.search(r"test_accuracy\W+([.\d]+)", output)[1]) > 0.7
 
 
 @pytest.fixture
