@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_hyperparameters, check_learning_rate, check_tensor
+from .sharded_tensors import check_lies_as, local_part
 
 # What torch.optim.AdamW does where they are set, and this optimizer does not.
 _REFUSED = ("amsgrad", "maximize", "differentiable")
@@ -127,11 +128,11 @@ def _check_state(state: Mapping[str, Any], parameter: Tensor, name: str) -> None
         if isinstance(state[key], Tensor) and state[key].is_meta:
             raise ValueError(f"{key} of {name} must have values, got a tensor on the device meta")
     for key in ("exp_avg", "exp_avg_sq"):
-        check_tensor(state[key], f"{key} of {name}", parameter.shape, None)
-    if (state["exp_avg_sq"] < 0).any():
-        raise ValueError(
-            f"exp_avg_sq of {name} must not be negative, got {state['exp_avg_sq'].min().item()}"
-        )
+        _check_lies_as(state[key], f"{key} of {name}", parameter, name)
+        check_tensor(local_part(state[key]), f"{key} of {name}", local_part(parameter).shape, None)
+    squares = local_part(state["exp_avg_sq"])
+    if (squares < 0).any():
+        raise ValueError(f"exp_avg_sq of {name} must not be negative, got {squares.min().item()}")
     step = state["step"]
     if isinstance(step, Tensor):
         if step.numel() != 1:
@@ -140,3 +141,14 @@ def _check_state(state: Mapping[str, Any], parameter: Tensor, name: str) -> None
     is_finite = isinstance(step, numbers.Real) and math.isfinite(step)
     if not is_finite or step < 0 or step != int(step):
         raise ValueError(f"step of {name} must be a whole number, not negative, got {step}")
+
+
+def _check_lies_as(value: Any, name: str, parameter: Tensor, parameter_name: str) -> None:
+    """`check_lies_as`, which says how a state for other processes is loaded."""
+    try:
+        check_lies_as(value, name, parameter, parameter_name)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; torch.distributed.checkpoint's set_optimizer_state_dict shards the state "
+            "anew for these processes"
+        ) from None

@@ -16,6 +16,7 @@ from .adamw_state import check_group_options, checked_copy, counters_of_adamw
 from .aligner import GradientAligner
 from .averages import Averages
 from .collected import Collected
+from .sharded_tensors import local_part, local_parts
 from .step_counters import StepCounters
 
 
@@ -269,10 +270,15 @@ class AlignedAdamW(torch.optim.Optimizer):
         steps = members.counters.count(states, found_inf)
         lr = group["lr"]
         lr = lr.reshape(()) if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64)
+        params = members.params
+        exp_avgs = [state["exp_avg"] for state in states]
+        exp_avg_sqs = [state["exp_avg_sq"] for state in states]
+        if self.aligner.sharded:
+            params, exp_avgs, exp_avg_sqs = map(local_parts, (params, exp_avgs, exp_avg_sqs))
         adamw_step_operator(
-            members.params,
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
+            params,
+            exp_avgs,
+            exp_avg_sqs,
             [averages[index] for index in members.indices] if averages else [],
             [gradients[index] for gradients in collected.gradients for index in members.indices],
             collected.coefficients,
@@ -309,7 +315,8 @@ class AlignedAdamW(torch.optim.Optimizer):
         params = [parameter for parameter in self._all_params() if parameter.grad is not None]
         if not params or any(float(group["lr"]) != 0 for group in self.param_groups):
             return False
-        if any(parameter.grad is not None and parameter.grad.any() for parameter in params):
+        gradients = (parameter.grad for parameter in params)
+        if any(grad is not None and local_part(grad).any() for grad in gradients):
             return False
         for parameter in params:
             self._state(parameter)

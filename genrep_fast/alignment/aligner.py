@@ -26,7 +26,7 @@ from ..checks import check_flag, check_max_norm, check_weights
 from ..ops.alignment import combine_operator
 from .collected import Collected, CollectedGradients
 from .data_parallel.choice import strategy_for
-from .groups import ParameterGroups, check_names, check_not_sharded, label, named_parameters
+from .groups import ParameterGroups, check_names, check_not_flattened, label, named_parameters
 from .layout import Layout, LayoutKey
 from .left_gradients import Fate, LeftGradients
 from .passes import Passes
@@ -80,12 +80,13 @@ class GradientAligner:
         parameters, parameter_names: lists of the parameters, and of their names (None where they
             have none).
         module: the module that `params` is, without its wrappers; None where it is none.
+        sharded: whether some of the parameters are DTensors.
 
     Raises:
         TypeError: for an argument of a wrong type, or a parameter of a wrong dtype.
         ValueError: for a wrong value, and where `groups` needs names that parameters do not have.
             For a `reduce` that needs what `params` are not.
-        RuntimeError: for parameters that FSDP has flattened or sharded.
+        RuntimeError: for parameters that FSDP1 has flattened or that FSDP2 has gathered.
     """
 
     def __init__(
@@ -122,6 +123,7 @@ class GradientAligner:
         )
         # GenRep's operator has statistics, too.
         own_rule = None if is_genrep else resolved
+        self.sharded = any(self._collected.sharded)
         self._coefficients = TensorCoefficients(
             len(self.names), own_rule, power, self._parallel.reduce_grams
         )
@@ -267,7 +269,7 @@ class GradientAligner:
             results = self._combine(collected)
         self._left.clear()
         for index, result in zip(collected.indices, results, strict=True):
-            self.parameters[index].grad = result
+            self.parameters[index].grad = self._collected.whole(index, result)
         self.finish()
         # Of `hand_over`.
         assert self.stats is not None
@@ -407,7 +409,7 @@ class GradientAligner:
         )
         if world_size() is not None:
             for parameter in self.parameters:
-                check_not_sharded(parameter)
+                check_not_flattened(parameter)
 
     def _clear_gradients(self) -> None:
         for parameter in self.parameters:
@@ -437,8 +439,9 @@ class GradientAligner:
                 self._marker_checked = True
         self._left.leave(
             [self.parameters[index] for index in shown],
-            list(shown.values()),
+            [self._collected.whole(index, gradient) for index, gradient in shown.items()],
             [shown[index] for index in watched],
+            sharded=self.sharded,
         )
 
     def _check_left(self, *, written_by_scaler: bool = False) -> None:
@@ -487,12 +490,14 @@ class GradientAligner:
     def _current_layout(self) -> Layout:
         key = LayoutKey(self._collected.present(), self._groups.number)
         if self._layout is None or self._layout.key != key:
-            self._layout = Layout.of(key, self._groups.of, self.parameters)
+            parameters, sharded = self._collected.local_parameters(), self._collected.sharded
+            self._layout = Layout.of(key, self._groups.of, parameters, sharded)
         return self._layout
 
     def _reset(self) -> None:
         self._collected.clear()
         self._passes.clear()
         self._coefficients.clear()
+        self._parallel.forget()
         self._marker_checked = False
         self._left.take_back()

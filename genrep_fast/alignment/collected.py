@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from .groups import label
+from .sharded_tensors import around, local_part, local_parts, placed_as
+from .wrappers import is_sharded
 
 
 class Collected(NamedTuple):
@@ -33,10 +35,11 @@ class CollectedGradients:
     """The gradients of n losses for the same parameters, None where a loss does not reach one.
 
     They are the tensors that autograd made, which nobody copies; with `flat`, parts of one buffer a
-    loss.
+    loss. Of DTensors they are what this process holds.
 
     Attributes:
         gradients: for each loss, one of every parameter.
+        sharded: which parameters are DTensors.
     """
 
     def __init__(
@@ -52,10 +55,13 @@ class CollectedGradients:
         self._n = n
         self._buckets = Buckets(n) if flat else None
         self._memory = HeldMemory()
+        self.sharded = [is_sharded(parameter) for parameter in parameters]
         self.clear()
 
     def clear(self) -> None:
         """Forget everything."""
+        # DTensors of which `gradients` has the local parts, by loss and parameter.
+        self._whole: dict[tuple[int, int], Tensor] = {}
         self.gradients: list[list[Tensor | None]] = [
             [None] * len(self._parameters) for _ in range(self._n)
         ]
@@ -65,8 +71,12 @@ class CollectedGradients:
         """Have flat buffers, where they are wanted, for what requires gradients now."""
         if self._buckets is None:
             return
-        requiring = {i: p for i, p in enumerate(self._parameters) if p.requires_grad}
+        requiring = {i: local_part(p) for i, p in enumerate(self._parameters) if p.requires_grad}
         self._buckets.arrange(requiring, groups)
+
+    def local_parameters(self) -> Sequence[Tensor]:
+        """The parameters, or what this process holds of them."""
+        return local_parts(self._parameters) if any(self.sharded) else self._parameters
 
     @property
     def device(self) -> torch.device:
@@ -111,6 +121,16 @@ class CollectedGradients:
             )
         return result
 
+    def whole(self, index: int, gradient: Tensor) -> Tensor:
+        """A gradient as the ``.grad`` of its parameter: a DTensor around what is here of one."""
+        if not self.sharded[index]:
+            return gradient
+        for loss in range(self._n):
+            whole = self._whole.get((loss, index))
+            if whole is not None and local_part(whole) is gradient:
+                return whole
+        return around(gradient, self._parameters[index])
+
     def take(self, loss: int) -> None:
         """Take every ``.grad`` over as, or into, the gradient of `loss`."""
         collected = self.gradients[loss]
@@ -119,10 +139,16 @@ class CollectedGradients:
         for index, parameter in enumerate(self._parameters):
             if parameter.grad is None:
                 continue
-            gradient = self._dense(index, parameter.grad)
+            gradient, whole = parameter.grad, None
+            if self.sharded[index]:
+                whole = placed_as(gradient, parameter, label(self._names, index))
+                gradient = local_part(whole)
+            gradient = self._dense(index, gradient)
             earlier = collected[index]
             if earlier is None:
-                collected[index] = self._own(loss, index, gradient)
+                own = collected[index] = self._own(loss, index, gradient)
+                if whole is not None and local_part(whole) is own:
+                    self._whole[loss, index] = whole
             else:
                 self._check_new(index, gradient)
                 sums.append(earlier)
@@ -145,6 +171,7 @@ class CollectedGradients:
     def drop(self, loss: int) -> None:
         """Forget the gradients of `loss`."""
         self.gradients[loss] = [None] * len(self._parameters)
+        self._whole = {key: whole for key, whole in self._whole.items() if key[0] != loss}
         self._memory.clear()
         for gradient in itertools.chain(*self.gradients):
             if gradient is not None:
@@ -164,9 +191,10 @@ class CollectedGradients:
                 f"got layout {gradient.layout}: use sparse=False"
             )
         # Set by hand: it may be an expanded tensor.
-        parameter = self._parameters[index]
-        if not gradient.is_contiguous() and gradient.stride() != parameter.stride():
-            gradient = torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
+        if not gradient.is_contiguous():
+            parameter = local_part(self._parameters[index])
+            if gradient.stride() != parameter.stride():
+                gradient = torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
         return gradient
 
     def _own(self, loss: int, index: int, gradient: Tensor) -> Tensor:

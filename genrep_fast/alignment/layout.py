@@ -51,15 +51,23 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(
-        cls, key: LayoutKey, groups: Sequence[int | None], parameters: Sequence[Tensor]
+        cls,
+        key: LayoutKey,
+        groups: Sequence[int | None],
+        parameters: Sequence[Tensor],
+        sharded: Sequence[bool],
     ) -> Layout:
-        """The layout of `key`; ``groups[index]`` is -1 or None for a parameter that is in none."""
+        """The layout of `key`; ``groups[index]`` is -1 or None for a parameter that is in none.
+
+        `parameters` are those of this process, parts of whole ones where they are `sharded`: which
+        losses reach one of these is for its Gram matrix to say, as other processes may see others.
+        """
         reached = GramTensors([], [], [])
         first_losses = []
         for index, losses in enumerate(zip(*key.present, strict=True)):
             if not any(losses):
                 continue
-            group = groups[index] if all(losses) else None
+            group = groups[index] if all(losses) or sharded[index] else None
             reached.rows.append(len(reached.indices))
             reached.indices.append(index)
             reached.groups.append(-1 if group is None else group)
