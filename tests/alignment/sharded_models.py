@@ -95,5 +95,3 @@ def split_and_shard(net, mesh):
 
 def mesh_of(*sizes, names):
     return init_device_mesh("cpu", sizes, mesh_dim_names=names)
-
-
