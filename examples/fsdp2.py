@@ -78,22 +78,22 @@ def train(epochs: int, output_dir: Path, mesh: DeviceMesh) -> None:
         network.parameters(), lr=2e-3, aligner=aligner, max_norm=1.0, ema=teacher, ema_decay=0.99
     )
 
-    def checkpoint(epoch: int) -> dict:
+    def checkpoint() -> dict:
         return {
             "network": get_model_state_dict(network),
             "teacher": get_model_state_dict(teacher),
             "optimizer": get_optimizer_state_dict(network, optimizer),
-            "epoch": epoch,
         }
 
-    first_epoch = 0
-    if (output_dir / ".metadata").exists():
-        state = checkpoint(0)
-        dcp.load(state, checkpoint_id=output_dir)
+    # The metadata of a checkpoint is written last.
+    saved = [int(path.parent.name) for path in output_dir.glob("*/.metadata")]
+    first_epoch = max(saved, default=0)
+    if saved:
+        state = checkpoint()
+        dcp.load(state, checkpoint_id=output_dir / str(first_epoch))
         set_model_state_dict(network, state["network"])
         set_model_state_dict(teacher, state["teacher"])
         set_optimizer_state_dict(network, optimizer, state["optimizer"])
-        first_epoch = state["epoch"]
 
     images, labels = load_digits(return_X_y=True)
     images = torch.as_tensor(images, device=device).float() / 8 - 1
@@ -112,7 +112,7 @@ def train(epochs: int, output_dir: Path, mesh: DeviceMesh) -> None:
             aligner.backward(perception, generation)
             optimizer.step()
             optimizer.zero_grad()
-        dcp.save(checkpoint(epoch + 1), checkpoint_id=output_dir)
+        dcp.save(checkpoint(), checkpoint_id=output_dir / str(epoch + 1))
         with torch.no_grad():
             # By all processes, which gather the parameters.
             predicted = teacher(images[1200:])[0].argmax(1)

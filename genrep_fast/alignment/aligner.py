@@ -372,9 +372,9 @@ class GradientAligner:
         self._groups.assign()
         if not any(self._passes.counts):
             self._collected.arrange(self._groups.of)
+        self._parallel.begin(loss, self._collected, self._passes.others_are_complete(loss))
         self._passes.collecting = loss
         self._emptied = False
-        self._parallel.begin(loss, self._collected, self._passes.others_are_complete(loss))
         if self._parallel.adds_up:
             self._collected.put_back(loss)
         try:

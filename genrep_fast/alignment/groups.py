@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..checks import check_floating
 from ..ops.alignment import MAX_LOSSES
+from .fully_sharded import is_unsharded
 from .sharded_tensors import check_mesh, local_part
-from .unreduced_gradients import is_unsharded
 from .wrappers import is_flat_shard, is_sharded, plain_name, plain_names, world_size
 
 
@@ -26,7 +26,7 @@ def check_not_flattened(parameter: Tensor) -> None:
     # Of torch.distributed.tensor.parallel.ddp.
     if hasattr(parameter, "_st_info"):
         raise RuntimeError(
-            "params are local parts of DTensors, as pre_dp_module_transform makes them, "
+            "params are local parts of DTensors, as _pre_dp_module_transform makes them, "
             "of which every process would align its own: use fully_shard on a mesh of two axes "
             "in place of DistributedDataParallel"
         )

@@ -511,6 +511,18 @@ def a_scaler_skips_in_all_processes(ranks):
     torch.testing.assert_close(run.aligner.stats.norms, plain.aligner.stats.norms)
 
 
+def a_pass_before_the_step_does_not_outlive_it(ranks):
+    """One without gradients leaves the root's whole parameters, which the step makes old."""
+    run = ranks.start(FSDP2)
+    for step in range(3):
+        ranks.collect(run, ranks.share(joined_batch(step), FSDP2))
+        with torch.no_grad():
+            run.net(joined_batch(step))
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+    assert furthest(run.net, ranks.on_one_process(3).net) < 1e-12
+
+
 def averages_are_sharded_as_their_parameters(ranks):
     from diffusers.training_utils import EMAModel
 
@@ -658,6 +670,7 @@ CHECKS = {
         plain_parameters_beside_shards,
         writes_to_what_is_left_are_seen,
         a_scaler_skips_in_all_processes,
+        a_pass_before_the_step_does_not_outlive_it,
         averages_are_sharded_as_their_parameters,
         parameters_that_cannot_be_aligned,
         a_checkpoint_is_saved,

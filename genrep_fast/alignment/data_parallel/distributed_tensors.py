@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..collected import CollectedGradients
+from ..fully_sharded import FullyShardedModules
 from ..tensor_grams import TensorGrams
-from ..unreduced_gradients import UnreducedGradients
 from .shard_sums import ShardSums
 from .strategy import Strategy
 
@@ -26,23 +26,24 @@ class DistributedTensors(Strategy):
 
     def __init__(self, parameters: Sequence[Tensor], n: int):
         super().__init__(parameters)
-        self._unreduced = UnreducedGradients(parameters)
+        self._modules = FullyShardedModules(parameters)
         self._sums = ShardSums(parameters, n)
 
     def check_joint(self, last_call: str) -> None:
         pass
 
     def begin(self, loss: int, collected: CollectedGradients, is_last: bool) -> None:
-        self._unreduced.check(loss)
+        self._modules.check_kept(loss)
 
     def end(self, loss: int, name: str, grams: TensorGrams) -> None:
-        self._unreduced.find(loss)
+        self._modules.find_kept(loss)
 
     def agree(self, collected: CollectedGradients, facts: Sequence[object]) -> None:
-        self._unreduced.check(None)
+        self._modules.check_kept(None)
+        self._modules.reshard()
 
     def forget(self) -> None:
-        self._unreduced.drop()
+        self._modules.drop_kept()
 
     def reduce_grams(self, matrices: Tensor, tensors: list[int]) -> Tensor:
         return self._sums(matrices, tensors)

@@ -1,4 +1,4 @@
-"""Gradients that FSDP2 keeps to itself until a later backward pass reduces them."""
+"""What modules of ``fully_shard`` (FSDP2) hold beside parameters and their gradients."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 from torch import Tensor
 
 
-class UnreducedGradients:
-    """What ``set_requires_gradient_sync(False)`` makes FSDP2 keep from one pass to the next.
+class FullyShardedModules:
+    """The modules of ``fully_shard`` that hold some of an aligner's parameters.
 
-    The gradients of a pass without reduction are added to those of the next one, whichever loss
-    that is of.
+    With ``set_requires_gradient_sync(False)`` they keep the gradients of a pass, and add them to
+    those of the next one, whichever loss that is of.
 
     Args:
-        parameters: of which some belong to modules of ``fully_shard``.
+        parameters: of the aligner.
     """
 
     def __init__(self, parameters: Sequence[Tensor]):
@@ -24,8 +24,8 @@ class UnreducedGradients:
         # The loss whose gradients are kept.
         self._loss: int | None = None
 
-    def find(self, loss: int) -> None:
-        """See what the passes of `loss` have left.
+    def find_kept(self, loss: int) -> None:
+        """See whether the passes of `loss` have left gradients without a reduction.
 
         Raises RuntimeError where they do not wait for the reduction that they started.
         """
@@ -39,7 +39,7 @@ class UnreducedGradients:
                 )
         self._loss = loss if any(self._kept()) else None
 
-    def check(self, loss: int | None) -> None:
+    def check_kept(self, loss: int | None) -> None:
         """Raise RuntimeError where other gradients than those of `loss` are kept; None: any."""
         if any(self._kept()) and (loss is None or loss != self._loss):
             raise RuntimeError(
@@ -49,8 +49,18 @@ class UnreducedGradients:
                 "zero_grad() drops what was collected"
             )
 
-    def drop(self) -> None:
-        """Drop what was kept of passes that were collected."""
+    def reshard(self) -> None:
+        """Let go of whole parameters that a pass left there, as the next one is to have new ones.
+
+        A pass without gradients leaves those of the root module, which FSDP2 would not gather
+        again after the step.
+        """
+        for state in self._states:
+            for group in _groups_of(state):
+                group.reshard()
+
+    def drop_kept(self) -> None:
+        """Drop the gradients that were kept of passes that were collected."""
         if self._loss is None:
             return
         self._loss = None
