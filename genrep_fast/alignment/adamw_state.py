@@ -128,7 +128,8 @@ def _check_state(state: Mapping[str, Any], parameter: Tensor, name: str) -> None
         if isinstance(state[key], Tensor) and state[key].is_meta:
             raise ValueError(f"{key} of {name} must have values, got a tensor on the device meta")
     for key in ("exp_avg", "exp_avg_sq"):
-        _check_lies_as(state[key], f"{key} of {name}", parameter, name)
+        hint = "; set_optimizer_state_dict of torch.distributed.checkpoint shards states anew"
+        check_lies_as(state[key], f"{key} of {name}", parameter, name, hint)
         check_tensor(local_part(state[key]), f"{key} of {name}", local_part(parameter).shape, None)
     squares = local_part(state["exp_avg_sq"])
     if (squares < 0).any():
@@ -141,14 +142,3 @@ def _check_state(state: Mapping[str, Any], parameter: Tensor, name: str) -> None
     is_finite = isinstance(step, numbers.Real) and math.isfinite(step)
     if not is_finite or step < 0 or step != int(step):
         raise ValueError(f"step of {name} must be a whole number, not negative, got {step}")
-
-
-def _check_lies_as(value: Any, name: str, parameter: Tensor, parameter_name: str) -> None:
-    """`check_lies_as`, which says how a state for other processes is loaded."""
-    try:
-        check_lies_as(value, name, parameter, parameter_name)
-    except ValueError as error:
-        raise ValueError(
-            f"{error}; torch.distributed.checkpoint's set_optimizer_state_dict shards the state "
-            "anew for these processes"
-        ) from None

@@ -30,6 +30,8 @@ class AlignedAdamW(torch.optim.Optimizer):
     with its state; its average goes on following it.
 
     State dicts are those of `torch.optim.AdamW` and load both ways; the averages are not in them.
+    Of parameters that are DTensors, ``exp_avg`` and ``exp_avg_sq`` are such DTensors, which
+    `torch.distributed.checkpoint` saves and shards anew.
     With a GradScaler, ``scaler.step`` works and ``scaler.unscale_`` does not: `max_norm` clips, in
     unscaled units. Between the collection and the step ``.grad``
     shows the gradients of the loss that was collected last, for a GradScaler and whoever else looks
@@ -45,7 +47,7 @@ class AlignedAdamW(torch.optim.Optimizer):
             the CPU.
         aligner: GradientAligner, which from now on keeps gradients for this optimizer.
         ema: what follows the parameters, in float32 or float64, shapes as theirs, in memory of its
-            own. Tensors in the order of `params`; a module with the aligner's parameter names,
+            own, sharded as they are. Tensors in the order of `params`; a module with the aligner's parameter names,
             inside of wrappers or not, whose buffers are copied from the module of which the aligner
             was made; an AveragedModel of `torch.optim.swa_utils`, which is updated as its
             ``update_parameters`` does it, the first time by copying; or diffusers' EMAModel, as its

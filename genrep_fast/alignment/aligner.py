@@ -51,9 +51,9 @@ class GradientAligner:
 
     Args:
         params: parameters, pairs of a name and a parameter, or a module; float32, bfloat16, float16
-            or float64, on one device. Names come without what torch.compile,
-            DistributedDataParallel, DataParallel, AveragedModel and Lightning Fabric put before
-            them.
+            or float64, on one device; DTensors too (FSDP2, HSDP, tensor parallelism). Names come
+            without what torch.compile, DistributedDataParallel, DataParallel, AveragedModel and
+            Lightning Fabric put before them.
         names: of the n losses, 2 to 8.
         weights: n numbers, one a loss; None: (0.7, 0.3) for the rule "genrep" and ones for every
             other. Of all rules, "genrep" alone uses them for parameters that are aligned.

@@ -103,11 +103,10 @@ class Averages:
                     copied["from"].append(parameter)
                 else:
                     average.lerp_(parameter.to(average), _like(weight, average))
-            elif self._frozen.get(index) != (whole._version, parameter._version, average._version):
+            elif self._frozen.get(index) != _versions(whole, parameter, average):
                 average.copy_(parameter)
                 # A write to a DTensor does not count as one to its part.
-                versions = (whole._version, parameter._version, average._version)
-                self._frozen[index] = versions
+                self._frozen[index] = _versions(whole, parameter, average)
         if copied["to"]:
             torch._foreach_copy_(copied["to"], copied["from"])
 
@@ -155,6 +154,10 @@ class _Checked(NamedTuple):
         if len(tensors) != len(self.tensors) or not all(map(operator.is_, tensors, self.tensors)):
             return False
         return self.of(tensors)[1:] == self[1:]
+
+
+def _versions(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple(tensor._version for tensor in tensors)
 
 
 def _like(weight: float | Tensor, average: Tensor) -> float | Tensor:

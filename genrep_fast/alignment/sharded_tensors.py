@@ -62,13 +62,15 @@ def check_mesh(parameter: Tensor, name: str) -> None:
         )
 
 
-def check_lies_as(tensor: Tensor, name: str, parameter: Tensor, parameter_name: str) -> None:
-    """Raise ValueError where `tensor` does not lie on the processes as its parameter does."""
+def check_lies_as(
+    tensor: Tensor, name: str, parameter: Tensor, parameter_name: str, hint: str = ""
+) -> None:
+    """Raise ValueError, ending with `hint`, where `tensor` lies elsewhere than its parameter."""
     wanted, got = _Place.of(parameter), _Place.of(tensor)
     if got != wanted:
         raise ValueError(
             f"{name} must be {wanted or 'a plain tensor'} like {parameter_name}, "
-            f"got {got or 'a plain tensor'}"
+            f"got {got or 'a plain tensor'}{hint}"
         )
 
 

@@ -386,8 +386,21 @@ def a_loss_reaches_a_whole_tensor(ranks):
             net(images)[position].backward()
             if ranks.rank == 1:
                 net.blocks[0].up.weight.grad = None
-    with raised(RuntimeError, "reached other parameters in this process"):
+    with raised(RuntimeError, "the losses reached other parameters in this one"):
         aligner.align()
+
+
+def processes_that_disagree_are_told(ranks):
+    for option in (
+        {"weights": (0.5, 0.5 + ranks.rank)},
+        {"rule": ("genrep", "pcgrad")[ranks.rank]},
+    ):
+        net, aligner = aligned(ranks, **option)
+        for position, name in enumerate(aligner.names):
+            with aligner.collect(name):
+                net(ranks.share(joined_batch(0), FSDP2))[position].backward()
+        with raised(RuntimeError, "names, weights, rule, groups or max_norm differ"):
+            aligner.align()
 
 
 def micro_batches_without_reduction(ranks):
@@ -666,6 +679,7 @@ CHECKS = {
         one_reduction_a_step_and_axis,
         partial_gradients_are_added_up,
         a_loss_reaches_a_whole_tensor,
+        processes_that_disagree_are_told,
         micro_batches_without_reduction,
         plain_parameters_beside_shards,
         writes_to_what_is_left_are_seen,

@@ -41,6 +41,7 @@ class DistributedTensors(Strategy):
     def agree(self, collected: CollectedGradients, facts: Sequence[object]) -> None:
         self._modules.check_kept(None)
         self._modules.reshard()
+        self._sums.facts = facts
 
     def forget(self) -> None:
         self._modules.drop_kept()

@@ -20,9 +20,10 @@ _BITS = 0xFFFF
 # different images are 1e-2 apart and more.
 _TOLERATED_VARIANCE = 1e-6
 
-_OTHER_TENSORS = (
-    "the losses reached other parameters in this process than in others that hold shards of them: "
-    "run the same backward passes in all processes"
+_DISAGREEMENT = (
+    "the processes disagree: the losses reached other parameters in this one than in others that "
+    "hold shards of them, or names, weights, rule, groups or max_norm differ. Run the same passes "
+    "in all of them, with aligners of the same arguments"
 )
 _UNREDUCED = (
     "parameters that are not sharded, beside sharded ones, must have the same gradients in all "
@@ -45,17 +46,18 @@ class _Plan(NamedTuple):
     """Where matrices lie among those that are given, and among those that are sent."""
 
     given: list[int]
+    facts: Sequence[object]
     device: torch.device
     # For each axis: among the given, and among the sent.
     places: list[tuple[Tensor, Tensor]]
     # Those that are not sharded, among the given.
     plain: Tensor
-    # [2] what the given tensors come to as a number, and its square.
+    # [2] what the given tensors and the facts come to as a number, and its square.
     fingerprint: Tensor
 
-    def is_of(self, given: list[int], device: torch.device) -> bool:
-        """Whether it was made for these tensors on this device."""
-        return self.given == given and self.device == device
+    def is_of(self, given: list[int], facts: Sequence[object], device: torch.device) -> bool:
+        """Whether it was made for these tensors and facts on this device."""
+        return self.given == given and self.facts == facts and self.device == device
 
 
 class ShardSums:
@@ -70,23 +72,27 @@ class ShardSums:
     Args:
         parameters: all parameters, of which some are DTensors; the same ones in every process.
         n: number of losses.
+
+    Attributes:
+        facts: what else the processes are to have alike.
     """
 
     def __init__(self, parameters: Sequence[Tensor], n: int):
         self._axes = _axes_that_shard(parameters)
         self._is_plain = [not is_sharded(parameter) for parameter in parameters]
         self._n = n
+        self.facts: Sequence[object] = ()
         self._plan: _Plan | None = None
 
     def __call__(self, grams: Tensor, tensors: list[int]) -> Tensor:
         """Matrices [T, n, n] of whole tensors from those of their local parts, float64.
 
-        Raises RuntimeError where processes give other tensors, or where what is not sharded has
-        other gradients; on a GPU, when the device gets there.
+        Raises RuntimeError where processes give other tensors or have other facts, or where what is
+        not sharded has other gradients; on a GPU, when the device gets there.
         """
         if not self._axes:
             return grams
-        if self._plan is None or not self._plan.is_of(tensors, grams.device):
+        if self._plan is None or not self._plan.is_of(tensors, self.facts, grams.device):
             self._plan = self._new_plan(tensors, grams.device)
         rows, columns = torch.triu_indices(self._n, self._n, device=grams.device)
         entries = grams[:, rows, columns]  # [T, n (n + 1) / 2]
@@ -95,7 +101,10 @@ class ShardSums:
         for axis, (given, sent) in zip(self._axes, self._plan.places, strict=True):
             table = entries.new_zeros(len(axis.tensors), entries.shape[1])
             table[sent] = entries[given]
-            message = torch.cat([table.flatten(), tail]).to(axis.device)
+            message = torch.cat([table.flatten(), tail])
+            # Of parameters that are offloaded to the CPU.
+            if message.device.type != axis.device:
+                message = message.to(axis.device)
             dist.all_reduce(message, group=axis.group)
             message = message.to(grams.device)
             _check_same(message[-4:], dist.get_world_size(axis.group))
@@ -114,9 +123,9 @@ class ShardSums:
             pair = (_indices(given, device), _indices(sent, device))
             places.append(pair)
         plain = [place for place, tensor in enumerate(tensors) if self._is_plain[tensor]]
-        number = float(zlib.crc32(repr(tensors).encode()) & _BITS)
+        number = float(zlib.crc32(repr((tensors, self.facts)).encode()) & _BITS)
         fingerprint = torch.tensor([number, number**2], dtype=torch.float64, device=device)
-        return _Plan(tensors, device, places, _indices(plain, device), fingerprint)
+        return _Plan(tensors, self.facts, device, places, _indices(plain, device), fingerprint)
 
 
 def _indices(places: list[int], device: torch.device) -> Tensor:
@@ -146,7 +155,7 @@ def _axes_that_shard(parameters: Sequence[Tensor]) -> list[_Axis]:
 def _check_same(tail: Tensor, processes: int) -> None:
     """Compare the sums of two numbers and of their squares over processes, which vary in none."""
     number, number_squared, plain, plain_squared = tail.unbind()
-    torch._assert_async(processes * number_squared == number.square(), _OTHER_TENSORS)
+    torch._assert_async(processes * number_squared == number.square(), _DISAGREEMENT)
     variance = processes * plain_squared - plain.square()
     # Not the other way around: what is not finite is for others to find.
     differs = variance > _TOLERATED_VARIANCE * plain.square()
