@@ -47,13 +47,13 @@ class AlignedAdamW(torch.optim.Optimizer):
             the CPU.
         aligner: GradientAligner, which from now on keeps gradients for this optimizer.
         ema: what follows the parameters, in float32 or float64, shapes as theirs, in memory of its
-            own, sharded as they are. Tensors in the order of `params`; a module with the aligner's parameter names,
-            inside of wrappers or not, whose buffers are copied from the module of which the aligner
-            was made; an AveragedModel of `torch.optim.swa_utils`, which is updated as its
-            ``update_parameters`` does it, the first time by copying; or diffusers' EMAModel, as its
-            ``step`` does it. None for none. It is read at every step, and the attribute ``ema`` may
-            be set between steps. With a GradScaler the counters of the last two make a step wait
-            for the device.
+            own, sharded as they are. Tensors in the order of `params`; a module with the aligner's
+            parameter names, inside of wrappers or not, whose buffers are copied from the module of
+            which the aligner was made; an AveragedModel of `torch.optim.swa_utils`, which is
+            updated as its ``update_parameters`` does it, the first time by copying; or diffusers'
+            EMAModel, as its ``step`` does it. None for none. It is read at every step, and the
+            attribute ``ema`` may be set between steps. With a GradScaler the counters of the last
+            two make a step wait for the device.
         ema_decay: share of the old average that is kept, 0 to 1; None for what an AveragedModel or
             EMAModel has itself, else 0.999. The attribute ``ema_decay`` may be set between steps,
             but not through the wrappers of Accelerate and Lightning:

@@ -269,7 +269,7 @@ class GradientAligner:
             results = self._combine(collected)
         self._left.clear()
         for index, result in zip(collected.indices, results, strict=True):
-            self.parameters[index].grad = self._collected.whole(index, result)
+            self.parameters[index].grad = result
         self.finish()
         # Of `hand_over`.
         assert self.stats is not None
@@ -281,7 +281,7 @@ class GradientAligner:
         results = [self._collected.result(loss, index) for loss, index in places]
         gradients = self._collected.of(collected.indices)
         combine_operator(gradients, collected.coefficients, collected.rows, [], results)
-        return results
+        return self._collected.wholes(collected.indices, results)
 
     def zero_grad(self) -> None:
         """Drop everything that was collected, and set every parameter's ``.grad`` to None.
@@ -439,7 +439,7 @@ class GradientAligner:
                 self._marker_checked = True
         self._left.leave(
             [self.parameters[index] for index in shown],
-            [self._collected.whole(index, gradient) for index, gradient in shown.items()],
+            self._collected.wholes(shown, shown.values()),
             [shown[index] for index in watched],
             sharded=self.sharded,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -121,8 +121,13 @@ class CollectedGradients:
             )
         return result
 
-    def whole(self, index: int, gradient: Tensor) -> Tensor:
-        """A gradient as the ``.grad`` of its parameter: a DTensor around what is here of one."""
+    def wholes(self, indices: Iterable[int], gradients: Iterable[Tensor]) -> list[Tensor]:
+        """Gradients as the ``.grad`` of their parameters: DTensors around what is here of them."""
+        if not any(self.sharded):
+            return list(gradients)
+        return list(map(self._whole_gradient, indices, gradients))
+
+    def _whole_gradient(self, index: int, gradient: Tensor) -> Tensor:
         if not self.sharded[index]:
             return gradient
         for loss in range(self._n):
