@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from sharded_models import (
+    WIDTH,
     Net,
     joined_batch,
     mesh_of,
@@ -536,6 +537,34 @@ def a_pass_before_the_step_does_not_outlive_it(ranks):
     assert furthest(run.net, ranks.on_one_process(3).net) < 1e-12
 
 
+def a_process_may_hold_no_element_at_all(ranks):
+    """Of a layer of one row, of which the first process has everything."""
+
+    def train(net, part, parts):
+        aligner = gf.GradientAligner(net, names=("one", "two", "three"), rule="config")
+        optimizer = gf.AlignedAdamW(net.parameters(), lr=1e-2, aligner=aligner, max_norm=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4)
+        for step in range(4):
+            outputs = net(share(joined_batch(step), part, parts))
+            losses = outputs.square().mean(), outputs.abs().mean(), (outputs - 1).square().mean()
+            if step == 1:
+                losses = (losses[0] * torch.inf, *losses[1:])
+            aligner.backward(*map(scaler.scale, losses))
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        return scaler.get_scale()
+
+    torch.manual_seed(0)
+    alone = torch.nn.Linear(WIDTH, 1).double()
+    net = fully_shard(copy.deepcopy(alone), mesh=mesh_of(ranks.world, names=("data",)))
+    assert all(one.to_local().numel() == 0 for one in net.parameters()) == (ranks.rank > 0)
+    with as_one_process():
+        scale = train(alone, 0, 1)
+    assert train(net, ranks.rank, ranks.world) == scale == 2.0**3
+    assert furthest(net, alone) < 1e-12
+
+
 def averages_are_sharded_as_their_parameters(ranks):
     from diffusers.training_utils import EMAModel
 
@@ -685,6 +714,7 @@ CHECKS = {
         writes_to_what_is_left_are_seen,
         a_scaler_skips_in_all_processes,
         a_pass_before_the_step_does_not_outlive_it,
+        a_process_may_hold_no_element_at_all,
         averages_are_sharded_as_their_parameters,
         parameters_that_cannot_be_aligned,
         a_checkpoint_is_saved,
