@@ -408,8 +408,7 @@ class GradientAligner:
             "or attach an AlignedAdamW",
         )
         if world_size() is not None:
-            for parameter in self.parameters:
-                check_not_flattened(parameter)
+            check_not_flattened(self.parameters)
 
     def _clear_gradients(self) -> None:
         for parameter in self.parameters:
@@ -441,7 +440,6 @@ class GradientAligner:
             [self.parameters[index] for index in shown],
             self._collected.wholes(shown, shown.values()),
             [shown[index] for index in watched],
-            sharded=self.sharded,
         )
 
     def _check_left(self, *, written_by_scaler: bool = False) -> None:
@@ -490,8 +488,7 @@ class GradientAligner:
     def _current_layout(self) -> Layout:
         key = LayoutKey(self._collected.present(), self._groups.number)
         if self._layout is None or self._layout.key != key:
-            parameters, sharded = self._collected.local_parameters(), self._collected.sharded
-            self._layout = Layout.of(key, self._groups.of, parameters, sharded)
+            self._layout = Layout.of(key, self._groups.of, self.parameters)
         return self._layout
 
     def _reset(self) -> None:

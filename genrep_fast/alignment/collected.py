@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .groups import label
-from .sharded_tensors import around, local_part, local_parts, placed_as
+from .sharded_tensors import around, local_part, placed_as
 from .wrappers import is_sharded
 
 
@@ -73,10 +73,6 @@ class CollectedGradients:
             return
         requiring = {i: local_part(p) for i, p in enumerate(self._parameters) if p.requires_grad}
         self._buckets.arrange(requiring, groups)
-
-    def local_parameters(self) -> Sequence[Tensor]:
-        """The parameters, or what this process holds of them."""
-        return local_parts(self._parameters) if any(self.sharded) else self._parameters
 
     @property
     def device(self) -> torch.device:

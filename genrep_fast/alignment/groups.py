@@ -15,16 +15,16 @@ from .sharded_tensors import check_mesh, local_part
 from .wrappers import is_flat_shard, is_sharded, plain_name, plain_names, world_size
 
 
-def check_not_flattened(parameter: Tensor) -> None:
-    """Raise RuntimeError for a parameter that FSDP1, or DDP of DTensors, has flattened."""
-    if is_flat_shard(parameter):
+def check_not_flattened(parameters: Sequence[Tensor]) -> None:
+    """Raise RuntimeError for parameters that FSDP1, or DDP of DTensors, has flattened."""
+    if any(map(is_flat_shard, parameters)):
         raise RuntimeError(
             "params are flat shards of FullyShardedDataParallel (FSDP1), "
             "of which every process would align its own: use fully_shard (FSDP2), "
             "DistributedDataParallel, or one process"
         )
     # Of torch.distributed.tensor.parallel.ddp.
-    if hasattr(parameter, "_st_info"):
+    if any(hasattr(parameter, "_st_info") for parameter in parameters):
         raise RuntimeError(
             "params are local parts of DTensors, as _pre_dp_module_transform makes them, "
             "of which every process would align its own: use fully_shard on a mesh of two axes "
@@ -66,7 +66,7 @@ def named_parameters(params: torch.nn.Module | Iterable) -> tuple[list[Tensor], 
         called = name or f"params[{position}]"
         if not isinstance(parameter, Tensor):
             raise TypeError(f"{called} must be a parameter, got {type(parameter).__name__}")
-        check_not_flattened(parameter)
+        check_not_flattened([parameter])
         if is_sharded(parameter):
             check_mesh(parameter, called)
         if not parameter.is_leaf:

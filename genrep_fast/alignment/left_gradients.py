@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .groups import label
 from .sharded_tensors import local_parts
+from .wrappers import is_sharded
 
 # As many of a gradient's values are compared with what they were.
 _WATCHED_ELEMENTS = 4096
@@ -43,6 +44,7 @@ class LeftGradients:
     def __init__(self, parameters: Sequence[Tensor], names: Sequence[str | None]) -> None:
         self._all = parameters
         self._names = names
+        self._sharded = any(map(is_sharded, parameters))
         self.clear()
 
     def clear(self) -> None:
@@ -62,12 +64,10 @@ class LeftGradients:
         parameters: list[Tensor],
         gradients: list[Tensor],
         watched: list[Tensor],
-        *,
-        sharded: bool = False,
     ) -> None:
         """Put `gradients` into the ``.grad`` of `parameters`.
 
-        `watched` are some of them, or what this process holds of some that are `sharded`.
+        `watched` are some of them, or what this process holds of some that are DTensors.
         """
         self.clear()
         for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -75,7 +75,7 @@ class LeftGradients:
                 parameter.grad = gradient
         self._parameters, self._gradients = parameters, gradients
         # A write to a DTensor and one to its local part count apart.
-        self._local = local_parts(gradients) if sharded else gradients
+        self._local = local_parts(gradients) if self._sharded else gradients
         self._versions = self._current_versions()
         self._of = dict(zip(map(id, parameters), gradients, strict=True))
         parts = map(_part, watched)
