@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_hyperparameters, check_learning_rate, check_tensor
+from .sharded_tensors import check_lies_as, local_part
 
 # What torch.optim.AdamW does where they are set, and this optimizer does not.
 _REFUSED = ("amsgrad", "maximize", "differentiable")
@@ -127,11 +128,12 @@ def _check_state(state: Mapping[str, Any], parameter: Tensor, name: str) -> None
         if isinstance(state[key], Tensor) and state[key].is_meta:
             raise ValueError(f"{key} of {name} must have values, got a tensor on the device meta")
     for key in ("exp_avg", "exp_avg_sq"):
-        check_tensor(state[key], f"{key} of {name}", parameter.shape, None)
-    if (state["exp_avg_sq"] < 0).any():
-        raise ValueError(
-            f"exp_avg_sq of {name} must not be negative, got {state['exp_avg_sq'].min().item()}"
-        )
+        hint = "; set_optimizer_state_dict of torch.distributed.checkpoint shards states anew"
+        check_lies_as(state[key], f"{key} of {name}", parameter, name, hint)
+        check_tensor(local_part(state[key]), f"{key} of {name}", local_part(parameter).shape, None)
+    squares = local_part(state["exp_avg_sq"])
+    if (squares < 0).any():
+        raise ValueError(f"exp_avg_sq of {name} must not be negative, got {squares.min().item()}")
     step = state["step"]
     if isinstance(step, Tensor):
         if step.numel() != 1:

@@ -16,6 +16,7 @@ from .adamw_state import check_group_options, checked_copy, counters_of_adamw
 from .aligner import GradientAligner
 from .averages import Averages
 from .collected import Collected
+from .sharded_tensors import local_part, local_parts
 from .step_counters import StepCounters
 
 
@@ -29,6 +30,8 @@ class AlignedAdamW(torch.optim.Optimizer):
     with its state; its average goes on following it.
 
     State dicts are those of `torch.optim.AdamW` and load both ways; the averages are not in them.
+    Of parameters that are DTensors, ``exp_avg`` and ``exp_avg_sq`` are such DTensors, which
+    `torch.distributed.checkpoint` saves and shards anew.
     With a GradScaler, ``scaler.step`` works and ``scaler.unscale_`` does not: `max_norm` clips, in
     unscaled units. Between the collection and the step ``.grad``
     shows the gradients of the loss that was collected last, for a GradScaler and whoever else looks
@@ -44,13 +47,13 @@ class AlignedAdamW(torch.optim.Optimizer):
             the CPU.
         aligner: GradientAligner, which from now on keeps gradients for this optimizer.
         ema: what follows the parameters, in float32 or float64, shapes as theirs, in memory of its
-            own. Tensors in the order of `params`; a module with the aligner's parameter names,
-            inside of wrappers or not, whose buffers are copied from the module of which the aligner
-            was made; an AveragedModel of `torch.optim.swa_utils`, which is updated as its
-            ``update_parameters`` does it, the first time by copying; or diffusers' EMAModel, as its
-            ``step`` does it. None for none. It is read at every step, and the attribute ``ema`` may
-            be set between steps. With a GradScaler the counters of the last two make a step wait
-            for the device.
+            own, sharded as they are. Tensors in the order of `params`; a module with the aligner's
+            parameter names, inside of wrappers or not, whose buffers are copied from the module of
+            which the aligner was made; an AveragedModel of `torch.optim.swa_utils`, which is
+            updated as its ``update_parameters`` does it, the first time by copying; or diffusers'
+            EMAModel, as its ``step`` does it. None for none. It is read at every step, and the
+            attribute ``ema`` may be set between steps. With a GradScaler the counters of the last
+            two make a step wait for the device.
         ema_decay: share of the old average that is kept, 0 to 1; None for what an AveragedModel or
             EMAModel has itself, else 0.999. The attribute ``ema_decay`` may be set between steps,
             but not through the wrappers of Accelerate and Lightning:
@@ -269,10 +272,15 @@ class AlignedAdamW(torch.optim.Optimizer):
         steps = members.counters.count(states, found_inf)
         lr = group["lr"]
         lr = lr.reshape(()) if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64)
+        params = members.params
+        exp_avgs = [state["exp_avg"] for state in states]
+        exp_avg_sqs = [state["exp_avg_sq"] for state in states]
+        if self.aligner.sharded:
+            params, exp_avgs, exp_avg_sqs = map(local_parts, (params, exp_avgs, exp_avg_sqs))
         adamw_step_operator(
-            members.params,
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
+            params,
+            exp_avgs,
+            exp_avg_sqs,
             [averages[index] for index in members.indices] if averages else [],
             [gradients[index] for gradients in collected.gradients for index in members.indices],
             collected.coefficients,
@@ -309,7 +317,8 @@ class AlignedAdamW(torch.optim.Optimizer):
         params = [parameter for parameter in self._all_params() if parameter.grad is not None]
         if not params or any(float(group["lr"]) != 0 for group in self.param_groups):
             return False
-        if any(parameter.grad is not None and parameter.grad.any() for parameter in params):
+        gradients = (parameter.grad for parameter in params)
+        if any(grad is not None and local_part(grad).any() for grad in gradients):
             return False
         for parameter in params:
             self._state(parameter)

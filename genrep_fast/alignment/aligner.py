@@ -26,7 +26,7 @@ from ..checks import check_flag, check_max_norm, check_weights
 from ..ops.alignment import combine_operator
 from .collected import Collected, CollectedGradients
 from .data_parallel.choice import strategy_for
-from .groups import ParameterGroups, check_names, check_not_sharded, label, named_parameters
+from .groups import ParameterGroups, check_names, check_not_flattened, label, named_parameters
 from .layout import Layout, LayoutKey
 from .left_gradients import Fate, LeftGradients
 from .passes import Passes
@@ -51,9 +51,9 @@ class GradientAligner:
 
     Args:
         params: parameters, pairs of a name and a parameter, or a module; float32, bfloat16, float16
-            or float64, on one device. Names come without what torch.compile,
-            DistributedDataParallel, DataParallel, AveragedModel and Lightning Fabric put before
-            them.
+            or float64, on one device; DTensors too (FSDP2, HSDP, tensor parallelism). Names come
+            without what torch.compile, DistributedDataParallel, DataParallel, AveragedModel and
+            Lightning Fabric put before them.
         names: of the n losses, 2 to 8.
         weights: n numbers, one a loss; None: (0.7, 0.3) for the rule "genrep" and ones for every
             other. Of all rules, "genrep" alone uses them for parameters that are aligned.
@@ -80,12 +80,13 @@ class GradientAligner:
         parameters, parameter_names: lists of the parameters, and of their names (None where they
             have none).
         module: the module that `params` is, without its wrappers; None where it is none.
+        sharded: whether some of the parameters are DTensors.
 
     Raises:
         TypeError: for an argument of a wrong type, or a parameter of a wrong dtype.
         ValueError: for a wrong value, and where `groups` needs names that parameters do not have.
             For a `reduce` that needs what `params` are not.
-        RuntimeError: for parameters that FSDP has flattened or sharded.
+        RuntimeError: for parameters that FSDP1 has flattened or that FSDP2 has gathered.
     """
 
     def __init__(
@@ -122,6 +123,7 @@ class GradientAligner:
         )
         # GenRep's operator has statistics, too.
         own_rule = None if is_genrep else resolved
+        self.sharded = any(self._collected.sharded)
         self._coefficients = TensorCoefficients(
             len(self.names), own_rule, power, self._parallel.reduce_grams
         )
@@ -279,7 +281,7 @@ class GradientAligner:
         results = [self._collected.result(loss, index) for loss, index in places]
         gradients = self._collected.of(collected.indices)
         combine_operator(gradients, collected.coefficients, collected.rows, [], results)
-        return results
+        return self._collected.wholes(collected.indices, results)
 
     def zero_grad(self) -> None:
         """Drop everything that was collected, and set every parameter's ``.grad`` to None.
@@ -370,9 +372,9 @@ class GradientAligner:
         self._groups.assign()
         if not any(self._passes.counts):
             self._collected.arrange(self._groups.of)
+        self._parallel.begin(loss, self._collected, self._passes.others_are_complete(loss))
         self._passes.collecting = loss
         self._emptied = False
-        self._parallel.begin(loss, self._collected, self._passes.others_are_complete(loss))
         if self._parallel.adds_up:
             self._collected.put_back(loss)
         try:
@@ -406,8 +408,7 @@ class GradientAligner:
             "or attach an AlignedAdamW",
         )
         if world_size() is not None:
-            for parameter in self.parameters:
-                check_not_sharded(parameter)
+            check_not_flattened(self.parameters)
 
     def _clear_gradients(self) -> None:
         for parameter in self.parameters:
@@ -437,7 +438,7 @@ class GradientAligner:
                 self._marker_checked = True
         self._left.leave(
             [self.parameters[index] for index in shown],
-            list(shown.values()),
+            self._collected.wholes(shown, shown.values()),
             [shown[index] for index in watched],
         )
 
@@ -494,5 +495,6 @@ class GradientAligner:
         self._collected.clear()
         self._passes.clear()
         self._coefficients.clear()
+        self._parallel.forget()
         self._marker_checked = False
         self._left.take_back()

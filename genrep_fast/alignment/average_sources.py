@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from ..checks import check_ema_decay, check_length
 from .aligner import GradientAligner
+from .sharded_tensors import local_part
 from .wrappers import plain_name, uncompiled, unwrapped
 
 DEFAULT_DECAY = 0.999
@@ -94,6 +95,17 @@ class _Tensors:
         return False
 
 
+@runtime_checkable
+class _Reshards(Protocol):
+    """A module of ``fully_shard``, as FSDP2 makes it."""
+
+    def reshard(self) -> None:
+        """Let the module hold its shards again in place of whole parameters."""
+
+    def unshard(self) -> Any:
+        """Let the module hold whole parameters."""
+
+
 class _Buffer(NamedTuple):
     """A buffer of the averages, and the model's."""
 
@@ -133,9 +145,14 @@ class _Module:
                 f"got none called {aligner.describe(0)}"
             )
         _check_ties(slots, aligner)
+        # Modules of fully_shard.
+        self._sharding = [one for one in inner.modules() if isinstance(one, _Reshards)]
         self._buffers = _paired_buffers(inner, aligner)
 
     def tensors(self) -> dict[int, Tensor]:
+        # A forward pass may have left whole parameters there, which would not follow.
+        for module in self._sharding:
+            module.reshard()
         return {index: held[name] for index, (held, name) in self._slots.items()}
 
     def describe(self, index: int) -> str:
@@ -162,7 +179,7 @@ class _Module:
                 held, name = pair.average
                 average = torch.empty_like(current, dtype=average.dtype, device=average.device)
                 held[name] = average.copy_(current)
-            pairs.append((average, current))
+            pairs.append((local_part(average), local_part(current)))
         return pairs
 
 

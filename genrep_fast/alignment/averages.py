@@ -13,6 +13,7 @@ from ..checks import check_writable
 from ..memory_overlap import check_no_overlap, in_same_place
 from .aligner import GradientAligner
 from .average_sources import source_of
+from .sharded_tensors import check_lies_as, local_part
 
 
 class Averages:
@@ -34,7 +35,7 @@ class Averages:
         self._indices = {id(parameter): index for index, parameter in enumerate(aligner.parameters)}
         self._checked = _Checked.of([])
         # Parameters whose averages equal them, and the versions of both of which that is true.
-        self._frozen: dict[int, tuple[int, int]] = {}
+        self._frozen: dict[int, tuple[int, ...]] = {}
         self.require(params)
         self._check(self._source.tensors())
 
@@ -59,10 +60,15 @@ class Averages:
                 )
 
     def tensors(self) -> dict[int, Tensor]:
-        """The averages by the aligner's index of their parameters, checked where they are new."""
+        """The averages by the aligner's index of their parameters, checked where they are new.
+
+        Of DTensors they are what this process holds.
+        """
         tensors = self._source.tensors()
         if not self._checked.describes(list(tensors.values())):
             self._check(tensors)
+        if self._aligner.sharded:
+            return {index: local_part(tensor) for index, tensor in tensors.items()}
         return tensors
 
     def decay(self, given: float | None) -> float:
@@ -89,16 +95,18 @@ class Averages:
         weight = 1 - decay if found_inf is None else (1 - decay) * (found_inf == 0)
         copied: dict[str, list[Tensor]] = {"to": [], "from": []}
         for index in left:
-            parameter, average = self._aligner.parameters[index], tensors[index]
-            if parameter.requires_grad or (index in with_state and not self._source.copies_frozen):
+            whole, average = self._aligner.parameters[index], tensors[index]
+            parameter = local_part(whole)
+            if whole.requires_grad or (index in with_state and not self._source.copies_frozen):
                 if decay == 0 and found_inf is None:
                     copied["to"].append(average)
                     copied["from"].append(parameter)
                 else:
                     average.lerp_(parameter.to(average), _like(weight, average))
-            elif self._frozen.get(index) != (parameter._version, average._version):
+            elif self._frozen.get(index) != _versions(whole, parameter, average):
                 average.copy_(parameter)
-                self._frozen[index] = (parameter._version, average._version)
+                # A write to a DTensor does not count as one to its part.
+                self._frozen[index] = _versions(whole, parameter, average)
         if copied["to"]:
             torch._foreach_copy_(copied["to"], copied["from"])
 
@@ -109,6 +117,8 @@ class Averages:
     def _check(self, tensors: dict[int, Tensor]) -> None:
         for index, tensor in tensors.items():
             name, parameter = self._source.describe(index), self._aligner.parameters[index]
+            check_lies_as(tensor, name, parameter, self._aligner.describe(index))
+            tensor, parameter = local_part(tensor), local_part(parameter)
             check_writable(tensor, name, parameter.shape, parameter.device)
             if in_same_place(tensor, parameter):
                 raise ValueError(f"{name} must be a copy of its parameter, got the parameter")
@@ -117,8 +127,11 @@ class Averages:
                     f"{name} must be float32 or float64, got {tensor.dtype}, in which small steps "
                     f"of an average are lost: keep averages of half-precision parameters in float32"
                 )
-        parameters = {self._aligner.describe(i): self._aligner.parameters[i] for i in tensors}
-        averages = {self._source.describe(i): tensor for i, tensor in tensors.items()}
+        parameters, averages = {}, {}
+        for index, tensor in tensors.items():
+            parameter = self._aligner.parameters[index]
+            parameters[self._aligner.describe(index)] = local_part(parameter)
+            averages[self._source.describe(index)] = local_part(tensor)
         check_no_overlap(averages, parameters)
         self._checked = _Checked.of(list(tensors.values()))
         self._frozen = {}
@@ -141,6 +154,10 @@ class _Checked(NamedTuple):
         if len(tensors) != len(self.tensors) or not all(map(operator.is_, tensors, self.tensors)):
             return False
         return self.of(tensors)[1:] == self[1:]
+
+
+def _versions(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple(tensor._version for tensor in tensors)
 
 
 def _like(weight: float | Tensor, average: Tensor) -> float | Tensor:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from .groups import label
+from .sharded_tensors import around, local_part, placed_as
+from .wrappers import is_sharded
 
 
 class Collected(NamedTuple):
@@ -33,10 +35,11 @@ class CollectedGradients:
     """The gradients of n losses for the same parameters, None where a loss does not reach one.
 
     They are the tensors that autograd made, which nobody copies; with `flat`, parts of one buffer a
-    loss.
+    loss. Of DTensors they are what this process holds.
 
     Attributes:
         gradients: for each loss, one of every parameter.
+        sharded: which parameters are DTensors.
     """
 
     def __init__(
@@ -52,10 +55,13 @@ class CollectedGradients:
         self._n = n
         self._buckets = Buckets(n) if flat else None
         self._memory = HeldMemory()
+        self.sharded = [is_sharded(parameter) for parameter in parameters]
         self.clear()
 
     def clear(self) -> None:
         """Forget everything."""
+        # DTensors of which `gradients` has the local parts, by loss and parameter.
+        self._whole: dict[tuple[int, int], Tensor] = {}
         self.gradients: list[list[Tensor | None]] = [
             [None] * len(self._parameters) for _ in range(self._n)
         ]
@@ -65,7 +71,7 @@ class CollectedGradients:
         """Have flat buffers, where they are wanted, for what requires gradients now."""
         if self._buckets is None:
             return
-        requiring = {i: p for i, p in enumerate(self._parameters) if p.requires_grad}
+        requiring = {i: local_part(p) for i, p in enumerate(self._parameters) if p.requires_grad}
         self._buckets.arrange(requiring, groups)
 
     @property
@@ -111,6 +117,21 @@ class CollectedGradients:
             )
         return result
 
+    def wholes(self, indices: Iterable[int], gradients: Iterable[Tensor]) -> list[Tensor]:
+        """Gradients as the ``.grad`` of their parameters: DTensors around what is here of them."""
+        if not any(self.sharded):
+            return list(gradients)
+        return list(map(self._whole_gradient, indices, gradients))
+
+    def _whole_gradient(self, index: int, gradient: Tensor) -> Tensor:
+        if not self.sharded[index]:
+            return gradient
+        for loss in range(self._n):
+            whole = self._whole.get((loss, index))
+            if whole is not None and local_part(whole) is gradient:
+                return whole
+        return around(gradient, self._parameters[index])
+
     def take(self, loss: int) -> None:
         """Take every ``.grad`` over as, or into, the gradient of `loss`."""
         collected = self.gradients[loss]
@@ -119,10 +140,16 @@ class CollectedGradients:
         for index, parameter in enumerate(self._parameters):
             if parameter.grad is None:
                 continue
-            gradient = self._dense(index, parameter.grad)
+            gradient, whole = parameter.grad, None
+            if self.sharded[index]:
+                whole = placed_as(gradient, parameter, label(self._names, index))
+                gradient = local_part(whole)
+            gradient = self._dense(index, gradient)
             earlier = collected[index]
             if earlier is None:
-                collected[index] = self._own(loss, index, gradient)
+                own = collected[index] = self._own(loss, index, gradient)
+                if whole is not None and local_part(whole) is own:
+                    self._whole[loss, index] = whole
             else:
                 self._check_new(index, gradient)
                 sums.append(earlier)
@@ -145,6 +172,7 @@ class CollectedGradients:
     def drop(self, loss: int) -> None:
         """Forget the gradients of `loss`."""
         self.gradients[loss] = [None] * len(self._parameters)
+        self._whole = {key: whole for key, whole in self._whole.items() if key[0] != loss}
         self._memory.clear()
         for gradient in itertools.chain(*self.gradients):
             if gradient is not None:
@@ -164,9 +192,10 @@ class CollectedGradients:
                 f"got layout {gradient.layout}: use sparse=False"
             )
         # Set by hand: it may be an expanded tensor.
-        parameter = self._parameters[index]
-        if not gradient.is_contiguous() and gradient.stride() != parameter.stride():
-            gradient = torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
+        if not gradient.is_contiguous():
+            parameter = local_part(self._parameters[index])
+            if gradient.stride() != parameter.stride():
+                gradient = torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
         return gradient
 
     def _own(self, loss: int, index: int, gradient: Tensor) -> Tensor:

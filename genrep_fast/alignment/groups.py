@@ -10,21 +10,25 @@ from torch import Tensor
 
 from ..checks import check_floating
 from ..ops.alignment import MAX_LOSSES
-from .wrappers import is_flat_shard, is_sharded, plain_name, plain_names
+from .fully_sharded import is_unsharded
+from .sharded_tensors import check_mesh, local_part
+from .wrappers import is_flat_shard, is_sharded, plain_name, plain_names, world_size
 
 
-def check_not_sharded(parameter: Tensor) -> None:
-    """Raise RuntimeError for a parameter that FSDP has flattened or sharded."""
-    if is_flat_shard(parameter):
+def check_not_flattened(parameters: Sequence[Tensor]) -> None:
+    """Raise RuntimeError for parameters that FSDP1, or DDP of DTensors, has flattened."""
+    if any(map(is_flat_shard, parameters)):
         raise RuntimeError(
             "params are flat shards of FullyShardedDataParallel (FSDP1), "
-            "of which every process would align its own: use DistributedDataParallel, "
-            "or one process"
+            "of which every process would align its own: use fully_shard (FSDP2), "
+            "DistributedDataParallel, or one process"
         )
-    if is_sharded(parameter):
+    # Of torch.distributed.tensor.parallel.ddp.
+    if any(hasattr(parameter, "_st_info") for parameter in parameters):
         raise RuntimeError(
-            "params are sharded tensors (DTensor, as FSDP2 makes them), "
-            "which it cannot align yet: use one process, or DDP"
+            "params are local parts of DTensors, as _pre_dp_module_transform makes them, "
+            "of which every process would align its own: use fully_shard on a mesh of two axes "
+            "in place of DistributedDataParallel"
         )
 
 
@@ -62,7 +66,9 @@ def named_parameters(params: torch.nn.Module | Iterable) -> tuple[list[Tensor], 
         called = name or f"params[{position}]"
         if not isinstance(parameter, Tensor):
             raise TypeError(f"{called} must be a parameter, got {type(parameter).__name__}")
-        check_not_sharded(parameter)
+        check_not_flattened([parameter])
+        if is_sharded(parameter):
+            check_mesh(parameter, called)
         if not parameter.is_leaf:
             raise ValueError(f"{called} must be a leaf tensor, got the result of an operation")
         if parameter.device != named[0][1].device:
@@ -75,6 +81,11 @@ def named_parameters(params: torch.nn.Module | Iterable) -> tuple[list[Tensor], 
         raise ValueError("params must hold at least one parameter, got none")
     if len({id(parameter) for parameter in parameters}) < len(parameters):
         raise ValueError("params must be different tensors, got one of them twice")
+    if world_size() is not None and is_unsharded(parameters):
+        raise RuntimeError(
+            "params are what fully_shard (FSDP2) gathers for a forward or backward pass: "
+            "make the aligner before the first one, or after the module's reshard()"
+        )
     return parameters, [name for name, _ in named]
 
 
@@ -149,7 +160,7 @@ class ParameterGroups:
         for index, parameter in enumerate(self._parameters):
             if self.of[index] is not None or not parameter.requires_grad:
                 continue
-            check_floating(parameter, label(self._names, index))
+            check_floating(local_part(parameter), label(self._names, index))
             if parameter.is_inference():
                 raise ValueError(
                     f"{label(self._names, index)} was made under torch.inference_mode and cannot "

@@ -7,6 +7,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from .sharded_tensors import local_parts
+from .wrappers import is_sharded
+
 
 class LayoutKey(NamedTuple):
     """What a layout depends on."""
@@ -53,18 +56,22 @@ class Layout(NamedTuple):
     def of(
         cls, key: LayoutKey, groups: Sequence[int | None], parameters: Sequence[Tensor]
     ) -> Layout:
-        """The layout of `key`; ``groups[index]`` is -1 or None for a parameter that is in none."""
+        """The layout of `key`; ``groups[index]`` is -1 or None for a parameter that is in none.
+
+        Which losses reach a DTensor is for its Gram matrix to say, as other processes may see
+        others.
+        """
         reached = GramTensors([], [], [])
         first_losses = []
         for index, losses in enumerate(zip(*key.present, strict=True)):
             if not any(losses):
                 continue
-            group = groups[index] if all(losses) else None
+            group = groups[index] if all(losses) or is_sharded(parameters[index]) else None
             reached.rows.append(len(reached.indices))
             reached.indices.append(index)
             reached.groups.append(-1 if group is None else group)
             first_losses.append(losses.index(True))
-        watched = _watched(reached.indices, parameters)
+        watched = _watched(reached.indices, local_parts(parameters))
         return cls(key, first_losses, reached, reached.aligned(), watched)
 
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from .groups import label
+from .sharded_tensors import local_parts
+from .wrappers import is_sharded
 
 # As many of a gradient's values are compared with what they were.
 _WATCHED_ELEMENTS = 4096
@@ -42,12 +44,15 @@ class LeftGradients:
     def __init__(self, parameters: Sequence[Tensor], names: Sequence[str | None]) -> None:
         self._all = parameters
         self._names = names
+        self._sharded = any(map(is_sharded, parameters))
         self.clear()
 
     def clear(self) -> None:
         """Forget what was left, and leave it where it is."""
         self._parameters: list[Tensor] = []
         self._gradients: list[Tensor] = []
+        # What this process holds of them.
+        self._local: list[Tensor] = []
         # Counts of the writes to them.
         self._versions: list[int] = []
         self._of: dict[int, Tensor] = {}
@@ -55,15 +60,23 @@ class LeftGradients:
         self._watched: list[tuple[Tensor, Tensor]] = []
 
     def leave(
-        self, parameters: list[Tensor], gradients: list[Tensor], watched: list[Tensor]
+        self,
+        parameters: list[Tensor],
+        gradients: list[Tensor],
+        watched: list[Tensor],
     ) -> None:
-        """Put `gradients` into the ``.grad`` of `parameters`; `watched` are some of them."""
+        """Put `gradients` into the ``.grad`` of `parameters`.
+
+        `watched` are some of them, or what this process holds of some that are DTensors.
+        """
         self.clear()
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if parameter.grad is not gradient:
                 parameter.grad = gradient
         self._parameters, self._gradients = parameters, gradients
-        self._versions = [gradient._version for gradient in gradients]
+        # A write to a DTensor and one to its local part count apart.
+        self._local = local_parts(gradients) if self._sharded else gradients
+        self._versions = self._current_versions()
         self._of = dict(zip(map(id, parameters), gradients, strict=True))
         parts = map(_part, watched)
         self._watched = [(part, part.clone()) for part in parts]
@@ -103,11 +116,16 @@ class LeftGradients:
         if any(gradient is not left for gradient, left in zip(now, self._gradients, strict=True)):
             gone = all(gradient is None for gradient in now)
             return Fate.DROPPED if gone else Fate.CHANGED
-        versions = [gradient._version for gradient in self._gradients]
-        if written_by_scaler or self._versions == versions:
+        if written_by_scaler or self._versions == self._current_versions():
             return Fate.KEPT
-        zeroed = not any(gradient.any() for gradient in self._gradients)
+        zeroed = not any(gradient.any() for gradient in self._local)
         return Fate.DROPPED if zeroed else Fate.CHANGED
+
+    def _current_versions(self) -> list[int]:
+        versions = [gradient._version for gradient in self._gradients]
+        if self._local is not self._gradients:
+            versions += [gradient._version for gradient in self._local]
+        return versions
 
 
 def _part(tensor: Tensor) -> Tensor:

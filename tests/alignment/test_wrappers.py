@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor.parallel.ddp import _pre_dp_module_transform
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
@@ -148,10 +149,20 @@ def test_the_message_for_two_processes_names_what_helps(monkeypatch):
     assert not optimizer.state
 
 
-def test_sharded_parameters_of_fsdp2_are_refused():
+def test_names_are_those_of_the_model_under_fsdp2():
+    """More about it is in test_sharded_parameters.py."""
     with one_process():
         net = fully_shard(Net(), mesh=init_device_mesh("cpu", (1,)))
-        with pytest.raises(RuntimeError, match="params are sharded tensors"):
+        assert gf.GradientAligner(net).parameter_names == NAMES
+        with pytest.raises(ValueError, match="take no DistributedDataParallel, no process_group"):
+            gf.GradientAligner(net, reduce="sharded")
+
+
+def test_local_parts_of_ddp_over_tensor_parallelism_are_refused():
+    with one_process():
+        net = fully_shard(Net(), mesh=init_device_mesh("cpu", (1,)))
+        _pre_dp_module_transform(net)
+        with pytest.raises(RuntimeError, match="local parts of DTensors"):
             gf.GradientAligner(net)
 
 

@@ -111,12 +111,12 @@ def test_zero_shot_classification(run_example, tmp_path):
 def run_in_two_processes(tmp_path):
     """A function that runs a script under torchrun, and returns what it printed."""
 
-    def run(script, *arguments):
+    def run(script, *arguments, processes=2):
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
         if sys.platform == "linux":
             environment["GLOO_SOCKET_IFNAME"] = "lo"
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command = [*launcher, "--nproc-per-node", "2", EXAMPLES / script, *arguments]
+        command = [*launcher, "--nproc-per-node", processes, EXAMPLES / script, *arguments]
         done = subprocess.run(
             list(map(str, command)),
             cwd=tmp_path,
@@ -144,6 +144,17 @@ def test_lightning_data_parallel(run_in_two_processes):
     output = run_in_two_processes("lightning_ddp.py", "--epochs", 3)
     assert float(re.search(r"'perception': ([.\d]+)", output)[1]) < 0.5
     assert float(re.search(r"test_accuracy\W+([.\d]+)", output)[1]) > 0.7
+
+
+def test_fsdp2_resumes_with_another_number_of_processes(run_in_two_processes):
+    output = run_in_two_processes("fsdp2.py", "--epochs", 3)
+    output += run_in_two_processes("fsdp2.py", "--epochs", 4, processes=1)
+    starts = [line.split(":")[0] for line in output.splitlines()]
+    assert starts == [f"epoch {epoch}" for epoch in (1, 2, 3, 4)]
+    assert all(-1 <= cosine <= 1 for cosine in printed("gradients", output))
+    losses, accuracies = printed("generation", output), printed("accuracy", output)
+    assert losses[-1] < 1.1 * losses[-2] and losses[-1] < 0.8 * losses[0]
+    assert accuracies[-1] > max(0.7, accuracies[-2] - 0.05)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..passes import Passes
-from ..wrappers import data_parallel_around, data_parallel_inside, world_size
+from ..wrappers import data_parallel_around, data_parallel_inside, is_sharded, world_size
 from .strategy import Strategy
 
 REDUCTIONS = ("auto", "hook", "no_sync", "sharded")
@@ -37,6 +37,16 @@ def strategy_for(
     if reduce not in REDUCTIONS:
         raise ValueError(f"reduce must be one of {', '.join(REDUCTIONS)}, got {reduce!r}")
     wrapper = data_parallel_inside(params) if isinstance(params, torch.nn.Module) else None
+    if any(map(is_sharded, parameters)):
+        if wrapper is not None or process_group is not None or reduce != "auto":
+            raise ValueError(
+                "params that are DTensors lie on a mesh of processes, and take no "
+                'DistributedDataParallel, no process_group and no reduce but "auto": '
+                "use fully_shard, on a mesh of replicas and shards where there are replicas"
+            )
+        from .distributed_tensors import DistributedTensors
+
+        return DistributedTensors(parameters, len(names))
     if wrapper is None and process_group is None:
         if reduce != "auto" and (world_size() or 1) > 1:
             raise ValueError(

@@ -98,6 +98,9 @@ class Strategy:
         `grams` are those of what this process did.
         """
 
+    def forget(self) -> None:
+        """When everything that was collected is dropped, or has been consumed."""
+
     def scaled(self, grad_scale: Tensor | None) -> Tensor | float | None:
         """By which the gradients that `average` leaves are too large, None for 1.
 
