@@ -162,6 +162,22 @@ def check_half_precision(rank):
             torch.testing.assert_close(stats.norms, alone.norms, rtol=1e-2, atol=0)
 
 
+def check_converted_model(rank):
+    """A model that is converted between two steps is averaged in its new dtype."""
+    for reduce in ("no_sync", "sharded"):
+        model = SameReach()
+        wrapped = DistributedDataParallel(model)
+        aligner = gf.GradientAligner(wrapped, reduce=reduce)
+        aligner.backward(*wrapped(images(rank, 2, 0)))
+        before = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+        model.zero_grad()
+        model.float()
+        aligner.backward(*wrapped(images(rank, 2, 0, torch.float32)))
+        after = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+        assert all(gradient.dtype == torch.float32 for gradient in after)
+        assert distance([gradient.double() for gradient in after], before) < 1e-6
+
+
 def check_groups(rank):
     """A model without a wrapper, whose gradients are averaged over a group of processes."""
     group = dist.new_group([0, 1])
@@ -417,6 +433,7 @@ CHECKS = (
     check_late_scaler,
     check_several_wrappers,
     check_half_precision,
+    check_converted_model,
     check_groups,
     check_bytes,
     check_other_losses,

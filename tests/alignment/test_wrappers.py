@@ -122,6 +122,21 @@ def test_joint_mode_is_refused_under_ddp_in_one_process(fused, built_from, find_
         assert optimizer is None or not optimizer.state
 
 
+@pytest.mark.parametrize("reduce", ["auto", "sharded", "hook"])
+def test_joint_mode_of_a_wrapper_in_one_process(reduce):
+    net, other = Net(), Net()
+    gf.GradientAligner(other).backward(*other(torch.ones(2, 6)))
+    with one_process():
+        wrapped = DistributedDataParallel(net, find_unused_parameters=reduce == "hook")
+        aligner = gf.GradientAligner(wrapped, reduce=reduce)
+        for _ in range(2):
+            net.zero_grad()
+            aligner.backward(*wrapped(torch.ones(2, 6)))
+    torch.testing.assert_close(
+        [p.grad for p in net.parameters()], [p.grad for p in other.parameters()]
+    )
+
+
 def test_joint_mode_without_ddp_in_one_process_of_a_group():
     net, other = Net(), Net()
     expected = gf.GradientAligner(other)

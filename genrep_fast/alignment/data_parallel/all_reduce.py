@@ -50,7 +50,8 @@ class AllReduce(Strategy):
         self._size = group.size()
         self.averages = self._size > 1
         self._agreement = Agreement(group, parameters)
-        self._reached: list[bool] | None = None
+        # What room was made for.
+        self._arranged: tuple[list[bool], list[tuple[torch.dtype, torch.device]]] | None = None
         # For each loss, where small gradients lie, and the parameters whose gradients are large.
         self._flat: list[FlatBuffers] = []
         self._large: list[list[int]] = []
@@ -78,13 +79,14 @@ class AllReduce(Strategy):
         if self._size == 1:
             return
         reached = self._settle(collected, facts)
-        if reached != self._reached:
+        # A model may have been converted or moved.
+        kinds = [(gradient_dtype(parameter), parameter.device) for parameter in self._parameters]
+        if (reached, kinds) != self._arranged:
             # The old ones make room.
             self._flat = []
             self._arrange(self._indices(reached))
-            dtypes = {gradient_dtype(parameter) for parameter in self._parameters}
-            self._divides = torch.float16 in dtypes
-            self._reached = reached
+            self._divides = any(dtype == torch.float16 for dtype, _ in kinds)
+            self._arranged = (reached, kinds)
 
     def average(self, collected: CollectedGradients, grams: TensorGrams) -> None:
         grams.clear()

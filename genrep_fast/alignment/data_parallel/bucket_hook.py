@@ -109,7 +109,6 @@ class BucketHook(Strategy):
                 "with find_unused_parameters=True where a loss does not reach every parameter; "
                 'or use reduce="no_sync" or "sharded", which average once a step'
             )
-        self._averaged.clear()
 
     def reduce_bucket(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         """Average `bucket` over the processes, and compute its Gram matrices when it arrives."""
