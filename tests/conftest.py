@@ -36,6 +36,8 @@ pytest.register_assert_rewrite("kernel_cases", "tensor_list_cases")
 # works alone at the end.
 LONGEST = (
     "test_wheel.py",
+    "test_data_parallel.py",
+    "test_sharded_parameters.py",
     "test_scoring_kernels.py",
     "test_on_device.py",
     "test_triton.py",
@@ -45,6 +47,9 @@ LONGEST = (
     "test_training.py",
     "test_scorer.py",
     "test_build.py",
+    "test_examples.py",
+    "test_pipelines.py",
+    "test_classify_command.py",
 )
 
 

@@ -341,7 +341,9 @@ def test_commands_run_without_docstrings(pipeline_folder, tmp_path):
         flags=["-OO"],
     )
     output, text = process.communicate(timeout=600)
-    assert process.returncode == 0 and output.startswith(str(tmp_path / "x.png")), text
+    # Transformers, which diffusers imports, prints that docstrings of its own are missing.
+    lines = [line for line in output.splitlines() if not line.startswith("[ERROR] ")]
+    assert process.returncode == 0 and lines[0].startswith(str(tmp_path / "x.png")), text
 
 
 # Interruptions
