@@ -37,6 +37,7 @@ pytest.register_assert_rewrite("kernel_cases", "tensor_list_cases")
 LONGEST = (
     "test_wheel.py",
     "test_data_parallel.py",
+    "test_data_parallel_steps.py",
     "test_sharded_parameters.py",
     "test_scoring_kernels.py",
     "test_on_device.py",
