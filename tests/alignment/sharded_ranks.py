@@ -524,6 +524,14 @@ def a_scaler_skips_in_all_processes(ranks):
     assert_same(one, other)
     torch.testing.assert_close(run.aligner.stats.norms, plain.aligner.stats.norms)
 
+    # Scales that print differently, as on each process's own GPU, are no disagreement.
+    ranks.collect(plain, images)
+    plain.optimizer.found_inf = torch.zeros(())
+    plain.optimizer.grad_scale = torch.ones(
+        (), dtype=(torch.float32, torch.float64)[ranks.rank % 2]
+    )
+    plain.optimizer.step()
+
 
 def a_pass_before_the_step_does_not_outlive_it(ranks):
     """One without gradients leaves the root's whole parameters, which the step makes old."""
