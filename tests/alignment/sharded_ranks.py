@@ -464,6 +464,13 @@ def plain_parameters_beside_shards(ranks):
         else:
             with raised(RuntimeError, "FSDP2 does not average those of its ignored_params"):
                 aligner.align()
+    # One that a single loss reaches is compared, too, though it is not aligned.
+    net = Net()
+    mesh = mesh_of(ranks.world, names=("data",))
+    fully_shard(net, mesh=mesh, ignored_params=set(net.generation.parameters()))
+    net, aligner = aligned(ranks, net=net)
+    with raised(RuntimeError, "FSDP2 does not average those of its ignored_params"):
+        aligner.backward(*net(ranks.share(images, FSDP2)))
 
 
 def writes_to_what_is_left_are_seen(ranks):
