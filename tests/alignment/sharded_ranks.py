@@ -436,6 +436,18 @@ def micro_batches_without_reduction(ranks):
     aligner.align()
     assert_same(gradients(net), gradients(expected_net))
     aligner.zero_grad()
+    # A pass that raised leaves what it kept, until zero_grad.
+    net.set_requires_gradient_sync(False)
+    with contextlib.suppress(KeyError), aligner.collect("perception"):
+        net(images[0])[0].backward()
+        raise KeyError
+    aligner.zero_grad()
+    for name in aligner.names:
+        collect(name, 0, reduce=False)
+        collect(name, 1, reduce=True)
+    aligner.align()
+    assert_same(gradients(net), gradients(expected_net))
+    aligner.zero_grad()
     net.set_is_last_backward(False)
     with raised(RuntimeError, r"set_is_last_backward\(False\)"):
         collect("perception", 0, reduce=True)
