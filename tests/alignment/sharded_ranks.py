@@ -395,12 +395,13 @@ def processes_that_disagree_are_told(ranks):
     for option in (
         {"weights": (0.5, 0.5 + ranks.rank)},
         {"rule": ("genrep", "pcgrad")[ranks.rank]},
+        {"power": 1.0 + ranks.rank},
     ):
         net, aligner = aligned(ranks, **option)
         for position, name in enumerate(aligner.names):
             with aligner.collect(name):
                 net(ranks.share(joined_batch(0), FSDP2))[position].backward()
-        with raised(RuntimeError, "names, weights, rule, groups or max_norm differ"):
+        with raised(RuntimeError, "names, weights, rule, power, groups or max_norm differ"):
             aligner.align()
 
 

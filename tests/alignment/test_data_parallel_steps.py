@@ -375,6 +375,7 @@ def check_disagreement(rank):
     for options, message in (
         ({"rule": "pcgrad" if rank else "genrep", "weights": (1.0, 1.0)}, "disagree on names"),
         ({"weights": (1.0, rank)}, "disagree on weights"),
+        ({"power": 1.0 + rank}, "disagree on names of losses, rule, power"),
     ):
         wrapped = DistributedDataParallel(ParallelModel())
         aligner = gf.GradientAligner(wrapped, **options)
