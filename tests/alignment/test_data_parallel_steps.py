@@ -3,6 +3,7 @@ processes, what is sent, what is refused, and processes that end.
 """
 
 import copy
+import dataclasses
 import datetime
 import os
 import sys
@@ -248,6 +249,17 @@ def check_bytes(rank):
         assert counted.all_reduces >= 1.5 * one_all_reduce
 
 
+@dataclasses.dataclass
+class Losses:
+    perception: torch.Tensor
+    generation: torch.Tensor
+
+
+class ReturnsDataclass(SameReach):
+    def forward(self, x, name=None):
+        return Losses(*super().forward(x))
+
+
 def check_other_losses(rank):
     """A loss beside the aligner's is refused where it would not be averaged."""
     model = SameReach()
@@ -267,6 +279,11 @@ def check_other_losses(rank):
 
     aligner = gf.GradientAligner(wrapped)
     expect(RuntimeError, r'ran outside of the aligner.*reduce="hook"', wrapped(x)[0].backward)
+    of_dataclass = DistributedDataParallel(ReturnsDataclass())
+    aligner_of_dataclass = gf.GradientAligner(of_dataclass)
+    losses = of_dataclass(x)
+    expect(RuntimeError, "ran outside of the aligner", losses.perception.backward)
+    aligner_of_dataclass.zero_grad()
     with torch.no_grad():
         wrapped(x)
     inputs = x.clone().requires_grad_()

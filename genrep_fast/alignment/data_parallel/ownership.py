@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel.distributed import _find_tensors
 from torch.utils._pytree import tree_leaves
 
 from ..passes import Passes
@@ -139,5 +140,7 @@ def _after_forward(wrapper: DistributedDataParallel, arguments: Any, output: Any
     if not torch.is_grad_enabled():
         return
     for leaf in tree_leaves(output):
-        if isinstance(leaf, Tensor) and leaf.requires_grad:
-            leaf.register_hook(owned.check_inside)
+        # Those of dataclasses, which are leaves there.
+        for tensor in _find_tensors(leaf):
+            if tensor.requires_grad:
+                tensor.register_hook(owned.check_inside)
