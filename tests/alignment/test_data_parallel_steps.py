@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from parallel_models import ParallelModel, Problem, SameReach, distance, images, one_process, result
 from small_models import NAMES
+from test_data_parallel import check_same_everywhere
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.distributed.algorithms.join import Join
@@ -303,6 +304,30 @@ def check_other_losses(rank):
     assert is_averaged()
 
 
+def check_static_graph_afterwards(rank):
+    """Without an aligner a static graph is averaged, or refused where its first pass is missing."""
+    x = images(rank, 2, 0)
+    for plain_passes in (2, 0):
+        wrapped = DistributedDataParallel(model := SameReach(), static_graph=True)
+        for _ in range(plain_passes):
+            wrapped(x)[0].backward()
+            model.zero_grad()
+        aligner = gf.GradientAligner(wrapped)
+        aligner.backward(*wrapped(x))
+        del aligner
+        model.zero_grad()
+        with torch.no_grad():
+            wrapped(x)
+        if not plain_passes:
+            expect(RuntimeError, "make a new DistributedDataParallel", wrapped, x)
+            continue
+        for _ in range(2):
+            wrapped(x)[0].backward()
+            found = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+            check_same_everywhere(found)
+            model.zero_grad()
+
+
 def check_clipping_in_a_block(rank):
     """What a block does to the averaged gradients counts, under the hook that knew them before."""
     for as_view in (False, True):
@@ -455,6 +480,7 @@ CHECKS = (
     check_groups,
     check_bytes,
     check_other_losses,
+    check_static_graph_afterwards,
     check_clipping_in_a_block,
     check_hook_is_used,
     check_refusals,

@@ -21,6 +21,11 @@ _OUTSIDE = (
     "aligner and optimizer first"
 )
 
+_MISSED_STATIC_GRAPH = (
+    "a DistributedDataParallel with static_graph whose first passes belonged to a GradientAligner, "
+    "which is deleted, would average its first pass alone: make a new DistributedDataParallel"
+)
+
 
 def own(wrapper: DistributedDataParallel, passes: Passes) -> None:
     """Have `wrapper` reduce nothing as long as the aligner to which `passes` belongs lives.
@@ -84,6 +89,9 @@ class _Owned:
     def __init__(self, wrapper: DistributedDataParallel) -> None:
         self.passes: weakref.WeakSet[Passes] = weakref.WeakSet()
         self.attributes: dict[str, bool] = {}
+        # Whether the first graph of a static_graph was not recorded, though the reducer counts
+        # every pass, and would wait for as many gradients in later ones.
+        self.missed_static_graph = False
         self._wrapper = weakref.ref(wrapper)
 
     def check_inside(self, gradient: Tensor) -> None:
@@ -121,9 +129,15 @@ _OF_STATIC_GRAPH = {"_static_graph_delay_allreduce_enqueued": True}
 # Functions of the module, so that a wrapper with these hooks can be copied and pickled.
 def _before_forward(wrapper: DistributedDataParallel, arguments: Any) -> None:
     owned = _owned.get(wrapper)
-    if owned is None or not owned.passes:
+    if owned is None:
+        return
+    if not owned.passes:
+        if owned.missed_static_graph and torch.is_grad_enabled():
+            raise RuntimeError(_MISSED_STATIC_GRAPH)
         return
     check_no_join(wrapper)
+    if wrapper.static_graph and not wrapper._static_graph_delay_allreduce_enqueued:
+        owned.missed_static_graph |= torch.is_grad_enabled()
     attributes = _IN_FORWARD | (_OF_STATIC_GRAPH if wrapper.static_graph else {})
     owned.attributes = {name: getattr(wrapper, name) for name in attributes}
     for name, value in attributes.items():
