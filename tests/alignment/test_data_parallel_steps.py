@@ -349,6 +349,40 @@ def check_clipping_in_a_block(rank):
             assert distance([parameter.grad for parameter in parameters], expected) < 1e-12
 
 
+class Strided(nn.Module):
+    """A convolution of channels_last and a transposed matrix, which both losses reach."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.convolution = nn.Conv2d(3, 4, 3)
+        self.matrix = nn.Parameter(torch.randn(4, 5).t())
+        self.double().to(memory_format=torch.channels_last)
+
+    def forward(self, x):
+        hidden = torch.tanh(self.convolution(x)).mean((2, 3)) @ self.matrix.t()
+        return hidden.square().mean(), (hidden - 1).abs().mean()
+
+
+def check_strides(rank):
+    """Gradients of parameters that are not contiguous, such as channels_last."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 4, 3, 5, 5, generator=generator, dtype=torch.float64)
+    alone = Strided()
+    aligner = gf.GradientAligner(alone, groups="tensor")
+    with one_process():
+        stats = aligner.backward(
+            *(sum(pair) / 2 for pair in zip(*map(alone, x.unbind()), strict=True))
+        )
+    for reduce, options in STRATEGIES:
+        wrapped = DistributedDataParallel(model := Strided(), **options)
+        aligner = gf.GradientAligner(wrapped, groups="tensor", reduce=reduce)
+        found = aligner.backward(*wrapped(x[rank]))
+        torch.testing.assert_close(found.cosine, stats.cosine)
+        gradients = [[one.grad for one in each.parameters()] for each in (model, alone)]
+        assert distance(*gradients) < 1e-12
+
+
 def check_hook_is_used(rank):
     """Gram matrices of the hook are those that the step uses."""
     model = SameReach()
@@ -482,6 +516,7 @@ CHECKS = (
     check_other_losses,
     check_static_graph_afterwards,
     check_clipping_in_a_block,
+    check_strides,
     check_hook_is_used,
     check_refusals,
     check_disagreement,
