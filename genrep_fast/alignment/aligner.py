@@ -127,8 +127,8 @@ class GradientAligner:
         self._coefficients = TensorCoefficients(
             len(self.names), own_rule, power, self._parallel.reduce_grams
         )
-        # What processes must have alike.
-        self._settings = [setting if isinstance(setting, str) else "" for setting in (rule, groups)]
+        alike = (rule, groups, str(float(power)))  # what processes must have so
+        self._settings = [one if isinstance(one, str) else "" for one in alike]
         self._left = LeftGradients(self.parameters, self.parameter_names)
         self._layout: Layout | None = None
         # A weak reference.

@@ -60,9 +60,7 @@ class FullyShardedModules:
                 group.reshard()
 
     def drop_kept(self) -> None:
-        """Drop the gradients that were kept of passes that were collected."""
-        if self._loss is None:
-            return
+        """Drop the gradients that were kept, those of a pass that raised, too."""
         self._loss = None
         for state in self._states:
             for group in _groups_of(state):

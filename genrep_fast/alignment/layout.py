@@ -47,7 +47,8 @@ class Layout(NamedTuple):
     first_losses: list[int]
     # The parameters that some loss reaches.
     reached: GramTensors
-    # Those that all losses reach and that have a group.
+    # Those that all losses reach and that have a group; all, where plain tensors lie beside
+    # DTensors, as processes compare what they have of plain ones by their Gram matrices.
     aligned: GramTensors
     # Parameters of which gradients' values are compared, the smallest first.
     watched: list[int]
@@ -72,7 +73,10 @@ class Layout(NamedTuple):
             reached.groups.append(-1 if group is None else group)
             first_losses.append(losses.index(True))
         watched = _watched(reached.indices, local_parts(parameters))
-        return cls(key, first_losses, reached, reached.aligned(), watched)
+        plain = [index for index in reached.indices if not is_sharded(parameters[index])]
+        compared = bool(plain) and any(map(is_sharded, parameters))
+        aligned = reached if compared else reached.aligned()
+        return cls(key, first_losses, reached, aligned, watched)
 
 
 def _watched(indices: list[int], parameters: Sequence[Tensor]) -> list[int]:

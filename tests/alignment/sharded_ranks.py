@@ -395,12 +395,13 @@ def processes_that_disagree_are_told(ranks):
     for option in (
         {"weights": (0.5, 0.5 + ranks.rank)},
         {"rule": ("genrep", "pcgrad")[ranks.rank]},
+        {"power": 1.0 + ranks.rank},
     ):
         net, aligner = aligned(ranks, **option)
         for position, name in enumerate(aligner.names):
             with aligner.collect(name):
                 net(ranks.share(joined_batch(0), FSDP2))[position].backward()
-        with raised(RuntimeError, "names, weights, rule, groups or max_norm differ"):
+        with raised(RuntimeError, "names, weights, rule, power, groups or max_norm differ"):
             aligner.align()
 
 
@@ -436,6 +437,18 @@ def micro_batches_without_reduction(ranks):
     aligner.align()
     assert_same(gradients(net), gradients(expected_net))
     aligner.zero_grad()
+    # A pass that raised leaves what it kept, until zero_grad.
+    net.set_requires_gradient_sync(False)
+    with contextlib.suppress(KeyError), aligner.collect("perception"):
+        net(images[0])[0].backward()
+        raise KeyError
+    aligner.zero_grad()
+    for name in aligner.names:
+        collect(name, 0, reduce=False)
+        collect(name, 1, reduce=True)
+    aligner.align()
+    assert_same(gradients(net), gradients(expected_net))
+    aligner.zero_grad()
     net.set_is_last_backward(False)
     with raised(RuntimeError, r"set_is_last_backward\(False\)"):
         collect("perception", 0, reduce=True)
@@ -464,6 +477,13 @@ def plain_parameters_beside_shards(ranks):
         else:
             with raised(RuntimeError, "FSDP2 does not average those of its ignored_params"):
                 aligner.align()
+    # One that a single loss reaches is compared, too, though it is not aligned.
+    net = Net()
+    mesh = mesh_of(ranks.world, names=("data",))
+    fully_shard(net, mesh=mesh, ignored_params=set(net.generation.parameters()))
+    net, aligner = aligned(ranks, net=net)
+    with raised(RuntimeError, "FSDP2 does not average those of its ignored_params"):
+        aligner.backward(*net(ranks.share(images, FSDP2)))
 
 
 def writes_to_what_is_left_are_seen(ranks):
@@ -523,6 +543,14 @@ def a_scaler_skips_in_all_processes(ranks):
     one, other = ([whole(p) for p in each.net.parameters()] for each in (run, plain))
     assert_same(one, other)
     torch.testing.assert_close(run.aligner.stats.norms, plain.aligner.stats.norms)
+
+    # Scales that print differently, as on each process's own GPU, are no disagreement.
+    ranks.collect(plain, images)
+    plain.optimizer.found_inf = torch.zeros(())
+    plain.optimizer.grad_scale = torch.ones(
+        (), dtype=(torch.float32, torch.float64)[ranks.rank % 2]
+    )
+    plain.optimizer.step()
 
 
 def a_pass_before_the_step_does_not_outlive_it(ranks):

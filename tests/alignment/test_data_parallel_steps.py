@@ -3,6 +3,7 @@ processes, what is sent, what is refused, and processes that end.
 """
 
 import copy
+import dataclasses
 import datetime
 import os
 import sys
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from parallel_models import ParallelModel, Problem, SameReach, distance, images, one_process, result
 from small_models import NAMES
+from test_data_parallel import check_same_everywhere
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.distributed.algorithms.join import Join
@@ -248,6 +250,17 @@ def check_bytes(rank):
         assert counted.all_reduces >= 1.5 * one_all_reduce
 
 
+@dataclasses.dataclass
+class Losses:
+    perception: torch.Tensor
+    generation: torch.Tensor
+
+
+class ReturnsDataclass(SameReach):
+    def forward(self, x, name=None):
+        return Losses(*super().forward(x))
+
+
 def check_other_losses(rank):
     """A loss beside the aligner's is refused where it would not be averaged."""
     model = SameReach()
@@ -267,6 +280,11 @@ def check_other_losses(rank):
 
     aligner = gf.GradientAligner(wrapped)
     expect(RuntimeError, r'ran outside of the aligner.*reduce="hook"', wrapped(x)[0].backward)
+    of_dataclass = DistributedDataParallel(ReturnsDataclass())
+    aligner_of_dataclass = gf.GradientAligner(of_dataclass)
+    losses = of_dataclass(x)
+    expect(RuntimeError, "ran outside of the aligner", losses.perception.backward)
+    aligner_of_dataclass.zero_grad()
     with torch.no_grad():
         wrapped(x)
     inputs = x.clone().requires_grad_()
@@ -284,6 +302,30 @@ def check_other_losses(rank):
     aligner.backward(*wrapped(x))
     del aligner
     assert is_averaged()
+
+
+def check_static_graph_afterwards(rank):
+    """Without an aligner a static graph is averaged, or refused where its first pass is missing."""
+    x = images(rank, 2, 0)
+    for plain_passes in (2, 0):
+        wrapped = DistributedDataParallel(model := SameReach(), static_graph=True)
+        for _ in range(plain_passes):
+            wrapped(x)[0].backward()
+            model.zero_grad()
+        aligner = gf.GradientAligner(wrapped)
+        aligner.backward(*wrapped(x))
+        del aligner
+        model.zero_grad()
+        with torch.no_grad():
+            wrapped(x)
+        if not plain_passes:
+            expect(RuntimeError, "make a new DistributedDataParallel", wrapped, x)
+            continue
+        for _ in range(2):
+            wrapped(x)[0].backward()
+            found = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+            check_same_everywhere(found)
+            model.zero_grad()
 
 
 def check_clipping_in_a_block(rank):
@@ -305,6 +347,40 @@ def check_clipping_in_a_block(rank):
             expected, alone = gf.align_gradients(*clipped)
             torch.testing.assert_close(stats.norms[0], alone.norms[0])
             assert distance([parameter.grad for parameter in parameters], expected) < 1e-12
+
+
+class Strided(nn.Module):
+    """A convolution of channels_last and a transposed matrix, which both losses reach."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.convolution = nn.Conv2d(3, 4, 3)
+        self.matrix = nn.Parameter(torch.randn(4, 5).t())
+        self.double().to(memory_format=torch.channels_last)
+
+    def forward(self, x):
+        hidden = torch.tanh(self.convolution(x)).mean((2, 3)) @ self.matrix.t()
+        return hidden.square().mean(), (hidden - 1).abs().mean()
+
+
+def check_strides(rank):
+    """Gradients of parameters that are not contiguous, such as channels_last."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 4, 3, 5, 5, generator=generator, dtype=torch.float64)
+    alone = Strided()
+    aligner = gf.GradientAligner(alone, groups="tensor")
+    with one_process():
+        stats = aligner.backward(
+            *(sum(pair) / 2 for pair in zip(*map(alone, x.unbind()), strict=True))
+        )
+    for reduce, options in STRATEGIES:
+        wrapped = DistributedDataParallel(model := Strided(), **options)
+        aligner = gf.GradientAligner(wrapped, groups="tensor", reduce=reduce)
+        found = aligner.backward(*wrapped(x[rank]))
+        torch.testing.assert_close(found.cosine, stats.cosine)
+        gradients = [[one.grad for one in each.parameters()] for each in (model, alone)]
+        assert distance(*gradients) < 1e-12
 
 
 def check_hook_is_used(rank):
@@ -375,6 +451,7 @@ def check_disagreement(rank):
     for options, message in (
         ({"rule": "pcgrad" if rank else "genrep", "weights": (1.0, 1.0)}, "disagree on names"),
         ({"weights": (1.0, rank)}, "disagree on weights"),
+        ({"power": 1.0 + rank}, "disagree on names of losses, rule, power"),
     ):
         wrapped = DistributedDataParallel(ParallelModel())
         aligner = gf.GradientAligner(wrapped, **options)
@@ -437,7 +514,9 @@ CHECKS = (
     check_groups,
     check_bytes,
     check_other_losses,
+    check_static_graph_afterwards,
     check_clipping_in_a_block,
+    check_strides,
     check_hook_is_used,
     check_refusals,
     check_disagreement,

@@ -13,7 +13,7 @@ from torch import Tensor
 # What every process must have alike in a step.
 FACTS = (
     "the call",
-    "names of losses, rule or groups",
+    "names of losses, rule, power or groups",
     "weights",
     "max_norm",
     "the scale of GradScaler",

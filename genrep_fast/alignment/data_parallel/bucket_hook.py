@@ -123,7 +123,7 @@ class BucketHook(Strategy):
         if running.gradients is None:
             return future
         known = [
-            (self._index[id(parameter)], parameter, gradient)
+            (self._index[id(parameter)], parameter, _as_written(gradient, parameter))
             for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True)
             if id(parameter) in self._index
         ]
@@ -237,6 +237,16 @@ def _reduce_bucket(state: _Listener, bucket: dist.GradBucket) -> torch.futures.F
     if strategy is None:
         return _averaged(bucket, state.group)
     return strategy.reduce_bucket(bucket)
+
+
+def _as_written(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """A gradient of a bucket with its elements where they belong.
+
+    The wrapper writes it with the strides of its parameter (channels_last), and shows it without.
+    """
+    if parameter.is_contiguous() or not torch.ops.aten.is_non_overlapping_and_dense(parameter):
+        return gradient
+    return gradient.as_strided(parameter.shape, parameter.stride())
 
 
 def _averaged(

@@ -41,7 +41,9 @@ class DistributedTensors(Strategy):
     def agree(self, collected: CollectedGradients, facts: Sequence[object]) -> None:
         self._modules.check_kept(None)
         self._modules.reshard()
-        self._sums.facts = facts
+        # Not a GradScaler's scale: its text names the device and waits for it, and processes that
+        # skip the same steps have the same one.
+        self._sums.facts = [fact for fact in facts if not isinstance(fact, Tensor)]
 
     def forget(self) -> None:
         self._modules.drop_kept()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel.distributed import _find_tensors
 from torch.utils._pytree import tree_leaves
 
 from ..passes import Passes
@@ -18,6 +19,11 @@ _OUTSIDE = (
     "in `with aligner.collect(name):` or by aligner.backward(). For other losses beside, make the "
     'aligner with reduce="hook", which leaves averaging to DistributedDataParallel, or delete '
     "aligner and optimizer first"
+)
+
+_MISSED_STATIC_GRAPH = (
+    "a DistributedDataParallel with static_graph whose first passes belonged to a GradientAligner, "
+    "which is deleted, would average its first pass alone: make a new DistributedDataParallel"
 )
 
 
@@ -83,6 +89,9 @@ class _Owned:
     def __init__(self, wrapper: DistributedDataParallel) -> None:
         self.passes: weakref.WeakSet[Passes] = weakref.WeakSet()
         self.attributes: dict[str, bool] = {}
+        # Whether the first graph of a static_graph was not recorded, though the reducer counts
+        # every pass, and would wait for as many gradients in later ones.
+        self.missed_static_graph = False
         self._wrapper = weakref.ref(wrapper)
 
     def check_inside(self, gradient: Tensor) -> None:
@@ -120,9 +129,15 @@ _OF_STATIC_GRAPH = {"_static_graph_delay_allreduce_enqueued": True}
 # Functions of the module, so that a wrapper with these hooks can be copied and pickled.
 def _before_forward(wrapper: DistributedDataParallel, arguments: Any) -> None:
     owned = _owned.get(wrapper)
-    if owned is None or not owned.passes:
+    if owned is None:
+        return
+    if not owned.passes:
+        if owned.missed_static_graph and torch.is_grad_enabled():
+            raise RuntimeError(_MISSED_STATIC_GRAPH)
         return
     check_no_join(wrapper)
+    if wrapper.static_graph and not wrapper._static_graph_delay_allreduce_enqueued:
+        owned.missed_static_graph |= torch.is_grad_enabled()
     attributes = _IN_FORWARD | (_OF_STATIC_GRAPH if wrapper.static_graph else {})
     owned.attributes = {name: getattr(wrapper, name) for name in attributes}
     for name, value in attributes.items():
@@ -139,5 +154,7 @@ def _after_forward(wrapper: DistributedDataParallel, arguments: Any, output: Any
     if not torch.is_grad_enabled():
         return
     for leaf in tree_leaves(output):
-        if isinstance(leaf, Tensor) and leaf.requires_grad:
-            leaf.register_hook(owned.check_inside)
+        # Those of dataclasses, which are leaves there.
+        for tensor in _find_tensors(leaf):
+            if tensor.requires_grad:
+                tensor.register_hook(owned.check_inside)

@@ -22,8 +22,8 @@ _TOLERATED_VARIANCE = 1e-6
 
 _DISAGREEMENT = (
     "the processes disagree: the losses reached other parameters in this one than in others that "
-    "hold shards of them, or names, weights, rule, groups or max_norm differ. Run the same passes "
-    "in all of them, with aligners of the same arguments"
+    "hold shards of them, or names, weights, rule, power, groups or max_norm differ. Run the same "
+    "passes in all of them, with aligners of the same arguments"
 )
 _UNREDUCED = (
     "parameters that are not sharded, beside sharded ones, must have the same gradients in all "
