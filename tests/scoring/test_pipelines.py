@@ -385,6 +385,8 @@ def test_other_names_give_none(name, pipe, recwarn):
         ([], ValueError, "two classes at least, got 0"),
         (["a cat"], ValueError, "two classes at least, got 1"),
         (["a cat", []], ValueError, r"prompts\[1\] must hold a prompt, got none"),
+        (b"ab", TypeError, "prompts must be a list .*, got bytes"),
+        (["a cat", b"a dog"], TypeError, r"prompts\[1\] must be a string, got bytes"),
         (["a cat", 3], TypeError, r"prompts\[1\] must be a string, got int"),
         (["a cat", ["a dog", None]], TypeError, r"prompts\[1\]\[1\] must be a string"),
         (["a cat", " "], ValueError, r"prompts\[1\] is empty; null_prompt stands for no class"),
