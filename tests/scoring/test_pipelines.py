@@ -707,6 +707,9 @@ def test_another_source_than_the_saved_one_is_refused(saved, pipe, pipe_of, tmp_
         load(folder, pipe=pipe_of("DiTPipeline"))
     with pytest.raises(ValueError, match="prompts must be those of the saved classifier"):
         load(folder, pipe=pipe, prompts=["a cat", ["a dog", "sun"], "a sea"])
+    for wrong in (5, "a cat"):
+        with pytest.raises(TypeError, match="prompts must be those .*, a list, got (int|str)"):
+            load(folder, pipe=pipe, prompts=wrong)
     pipe.scheduler = DDIMScheduler()
     with pytest.raises(ValueError, match="pipe.scheduler must have the noise levels of the saved"):
         load(folder, pipe=pipe)
