@@ -474,6 +474,47 @@ def test_other_pipelines_are_refused(pipe):
     assert gf.DiffusionClassifier.from_pipeline(pipe, ["a cat", "a dog"]).num_classes == 2
 
 
+def of_own(pipe, call):
+    """What networks get of prompts and the null prompt, without and with a call of one's own."""
+    found = []
+    for own in (pipe.__class__, type("MyPipeline", (type(pipe),), {"__call__": call})):
+        pipe.__class__ = own
+        classifier = gf.DiffusionClassifier.from_pipeline(pipe, ["a cat", "a dog"])
+        found.append(classifier._network.denoiser.conditioning["encoder_hidden_states"])
+    return found
+
+
+# Stable Diffusion 1 and 2 can skip none with version 5 of transformers.
+@pytest.mark.parametrize("family", FAMILIES[1:3])
+def test_layers_of_clip_that_a_pipeline_of_ones_own_skips(family, pipe_of):
+    def call(self, prompt, clip_skip=1):
+        return super(type(self), self).__call__(prompt, clip_skip=clip_skip)
+
+    pipe = pipe_of(family)
+    whole, skipped = of_own(pipe, call)
+    with torch.no_grad():
+        parts = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False, "clip_skip": 1}
+        if family == "StableDiffusion3Pipeline":
+            parts |= {"prompt_2": None, "prompt_3": None}
+        expected = pipe.encode_prompt(["a cat", "a dog"], device="cpu", **parts)[0]
+    torch.testing.assert_close(skipped[:2], expected)
+    assert not torch.allclose(skipped[:2], whole[:2])
+    # The pipelines skip none for negative prompts.
+    torch.testing.assert_close(skipped[2], whole[2])
+
+
+def test_a_sana_pipeline_of_ones_own_without_an_instruction(pipe_of):
+    def call(self, prompt, complex_human_instruction=None):
+        return super(type(self), self).__call__(prompt, complex_human_instruction=None)
+
+    pipe = pipe_of("SanaPipeline")
+    instructed, plain = of_own(pipe, call)
+    with torch.no_grad():
+        expected = pipe.encode_prompt(["a cat", "a dog"], do_classifier_free_guidance=False)[0]
+    torch.testing.assert_close(plain[:2], expected)
+    assert not torch.allclose(plain[:2], instructed[:2])
+
+
 def test_components_that_do_not_fit_are_refused(pipe_of):
     def refused(message, family, **changes):
         pipe = pipe_of(family)
