@@ -565,6 +565,13 @@ def test_images_that_would_be_cut_are_refused(pipe_of):
     assert len(classifier(pictures(1, size=24), strategy=gf.Full(1), **QUIET)) == 1
 
 
+@pytest.mark.parametrize("images", [torch.zeros(2, 1, 16, 16), torch.zeros(2, 4, 8, 8)])
+def test_images_of_other_channels_are_refused(images, pipe):
+    classifier = gf.DiffusionClassifier.from_pipeline(pipe, ["a cat", "a dog"])
+    with pytest.raises(ValueError, match="images must have the 3 channels of the VAE, got [14]"):
+        classifier(images, strategy=gf.Full(1), **QUIET)
+
+
 def test_a_network_that_does_not_say_its_size(pipe):
     pipe.unet.register_to_config(sample_size=None)
     classifier = gf.DiffusionClassifier.from_pipeline(pipe, ["a cat", "a dog"])
