@@ -572,6 +572,14 @@ def test_images_of_other_channels_are_refused(images, pipe):
         classifier(images, strategy=gf.Full(1), **QUIET)
 
 
+def test_images_beyond_the_positions_of_a_network(pipe_of):
+    pipe = pipe_of("StableDiffusion3Pipeline")
+    classifier = gf.DiffusionClassifier.from_pipeline(pipe, ["a cat", "a dog"])
+    with pytest.raises(ValueError, match="sides of at most 32 pixels, got 32 x 36"):
+        classifier(pictures(1, size=32, width=36), strategy=gf.Full(1), **QUIET)
+    assert len(classifier(pictures(1, size=32), strategy=gf.Full(1), **QUIET)) == 1
+
+
 def test_a_network_that_does_not_say_its_size(pipe):
     pipe.unet.register_to_config(sample_size=None)
     classifier = gf.DiffusionClassifier.from_pipeline(pipe, ["a cat", "a dog"])

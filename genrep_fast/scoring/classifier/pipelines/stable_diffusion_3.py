@@ -68,6 +68,15 @@ class StableDiffusion3(Adapter):
             hidden_states=x_t, timestep=timesteps, **conditioning, return_dict=False
         )
 
+    def check_image_size(self, height: int, width: int) -> None:
+        super().check_image_size(height, width)
+        # The network has as many positions, of which it takes the middle ones.
+        most = self.config.pos_embed_max_size * self.patch * self.pixels
+        if max(height, width) > most:
+            raise ValueError(
+                f"images must have sides of at most {most} pixels, got {height} x {width}"
+            )
+
     def scheduler(self, scheduler: Any) -> Any:
         side = self.config.sample_size // self.patch
         return with_static_shift(scheduler, side**2, 1.16)
