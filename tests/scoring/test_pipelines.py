@@ -584,6 +584,7 @@ def test_a_network_that_does_not_say_its_size(pipe):
     pipe.unet.register_to_config(sample_size=None)
     classifier = gf.DiffusionClassifier.from_pipeline(pipe, ["a cat", "a dog"])
     assert classifier.image_size is None
+    assert classifier.estimate(strategy="full").memory > 0
     assert len(classifier(pictures(1), strategy=gf.Full(1), **QUIET)) == 1
     with pytest.raises(ValueError, match="multiples of 2, got 17 x 17$"):
         classifier(pictures(1, size=17), strategy=gf.Full(1), **QUIET)
