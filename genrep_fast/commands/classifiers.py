@@ -310,6 +310,9 @@ def _of_pipeline(
     classifier = DiffusionClassifier.from_pipeline(
         pipe, list(prompts.values()), null_prompt=None, batch_size=batch_size, pad_to=pad_to
     )
-    assert classifier.image_size is not None
+    if classifier.image_size is None:
+        raise ValueError(
+            "pipeline: its network's configuration has no sample_size, which images are resized to"
+        )
     height, width = classifier.image_size
     return Source(classifier, list(prompts), (3, height, width), device, None)

@@ -385,6 +385,8 @@ def test_other_names_give_none(name, pipe, recwarn):
         ([], ValueError, "two classes at least, got 0"),
         (["a cat"], ValueError, "two classes at least, got 1"),
         (["a cat", []], ValueError, r"prompts\[1\] must hold a prompt, got none"),
+        (b"ab", TypeError, "prompts must be a list .*, got bytes"),
+        (["a cat", b"a dog"], TypeError, r"prompts\[1\] must be a string, got bytes"),
         (["a cat", 3], TypeError, r"prompts\[1\] must be a string, got int"),
         (["a cat", ["a dog", None]], TypeError, r"prompts\[1\]\[1\] must be a string"),
         (["a cat", " "], ValueError, r"prompts\[1\] is empty; null_prompt stands for no class"),
@@ -472,6 +474,47 @@ def test_other_pipelines_are_refused(pipe):
     assert gf.DiffusionClassifier.from_pipeline(pipe, ["a cat", "a dog"]).num_classes == 2
 
 
+def of_own(pipe, call):
+    """What networks get of prompts and the null prompt, without and with a call of one's own."""
+    found = []
+    for own in (pipe.__class__, type("MyPipeline", (type(pipe),), {"__call__": call})):
+        pipe.__class__ = own
+        classifier = gf.DiffusionClassifier.from_pipeline(pipe, ["a cat", "a dog"])
+        found.append(classifier._network.denoiser.conditioning["encoder_hidden_states"])
+    return found
+
+
+# Stable Diffusion 1 and 2 can skip none with version 5 of transformers.
+@pytest.mark.parametrize("family", FAMILIES[1:3])
+def test_layers_of_clip_that_a_pipeline_of_ones_own_skips(family, pipe_of):
+    def call(self, prompt, clip_skip=1):
+        return super(type(self), self).__call__(prompt, clip_skip=clip_skip)
+
+    pipe = pipe_of(family)
+    whole, skipped = of_own(pipe, call)
+    with torch.no_grad():
+        parts = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False, "clip_skip": 1}
+        if family == "StableDiffusion3Pipeline":
+            parts |= {"prompt_2": None, "prompt_3": None}
+        expected = pipe.encode_prompt(["a cat", "a dog"], device="cpu", **parts)[0]
+    torch.testing.assert_close(skipped[:2], expected)
+    assert not torch.allclose(skipped[:2], whole[:2])
+    # The pipelines skip none for negative prompts.
+    torch.testing.assert_close(skipped[2], whole[2])
+
+
+def test_a_sana_pipeline_of_ones_own_without_an_instruction(pipe_of):
+    def call(self, prompt, complex_human_instruction=None):
+        return super(type(self), self).__call__(prompt, complex_human_instruction=None)
+
+    pipe = pipe_of("SanaPipeline")
+    instructed, plain = of_own(pipe, call)
+    with torch.no_grad():
+        expected = pipe.encode_prompt(["a cat", "a dog"], do_classifier_free_guidance=False)[0]
+    torch.testing.assert_close(plain[:2], expected)
+    assert not torch.allclose(plain[:2], instructed[:2])
+
+
 def test_components_that_do_not_fit_are_refused(pipe_of):
     def refused(message, family, **changes):
         pipe = pipe_of(family)
@@ -520,6 +563,31 @@ def test_images_that_would_be_cut_are_refused(pipe_of):
         classifier(pictures(1, size=18), strategy=gf.Full(1), **QUIET)
     assert classifier.image_size == (256, 256)
     assert len(classifier(pictures(1, size=24), strategy=gf.Full(1), **QUIET)) == 1
+
+
+@pytest.mark.parametrize("images", [torch.zeros(2, 1, 16, 16), torch.zeros(2, 4, 8, 8)])
+def test_images_of_other_channels_are_refused(images, pipe):
+    classifier = gf.DiffusionClassifier.from_pipeline(pipe, ["a cat", "a dog"])
+    with pytest.raises(ValueError, match="images must have the 3 channels of the VAE, got [14]"):
+        classifier(images, strategy=gf.Full(1), **QUIET)
+
+
+def test_images_beyond_the_positions_of_a_network(pipe_of):
+    pipe = pipe_of("StableDiffusion3Pipeline")
+    classifier = gf.DiffusionClassifier.from_pipeline(pipe, ["a cat", "a dog"])
+    with pytest.raises(ValueError, match="sides of at most 32 pixels, got 32 x 36"):
+        classifier(pictures(1, size=32, width=36), strategy=gf.Full(1), **QUIET)
+    assert len(classifier(pictures(1, size=32), strategy=gf.Full(1), **QUIET)) == 1
+
+
+def test_a_network_that_does_not_say_its_size(pipe):
+    pipe.unet.register_to_config(sample_size=None)
+    classifier = gf.DiffusionClassifier.from_pipeline(pipe, ["a cat", "a dog"])
+    assert classifier.image_size is None
+    assert classifier.estimate(strategy="full").memory > 0
+    assert len(classifier(pictures(1), strategy=gf.Full(1), **QUIET)) == 1
+    with pytest.raises(ValueError, match="multiples of 2, got 17 x 17$"):
+        classifier(pictures(1, size=17), strategy=gf.Full(1), **QUIET)
 
 
 # Precision and devices
@@ -696,6 +764,9 @@ def test_another_source_than_the_saved_one_is_refused(saved, pipe, pipe_of, tmp_
         load(folder, pipe=pipe_of("DiTPipeline"))
     with pytest.raises(ValueError, match="prompts must be those of the saved classifier"):
         load(folder, pipe=pipe, prompts=["a cat", ["a dog", "sun"], "a sea"])
+    for wrong in (5, "a cat"):
+        with pytest.raises(TypeError, match="prompts must be those .*, a list, got (int|str)"):
+            load(folder, pipe=pipe, prompts=wrong)
     pipe.scheduler = DDIMScheduler()
     with pytest.raises(ValueError, match="pipe.scheduler must have the noise levels of the saved"):
         load(folder, pipe=pipe)

@@ -429,3 +429,13 @@ def test_unsafe_and_damaged_pipelines_are_one_line(
     line = failure(capsys, "classify", *options, "--images", photos)
     assert line.startswith("genrep classify: ")
     assert re.search(message, line)
+
+
+def test_a_pipeline_that_does_not_say_its_size(stable_diffusion, photos, tmp_path, capsys):
+    folder = shutil.copytree(stable_diffusion, tmp_path / "pipe")
+    config = folder / "unet/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": None}))
+    (tmp_path / "prompts.txt").write_text("ape\nbee\n")
+    options = ["--pipeline", folder, "--prompts", tmp_path / "prompts.txt"]
+    line = failure(capsys, "classify", *options, "--images", photos)
+    assert "pipeline: its network's configuration has no sample_size" in line

@@ -154,7 +154,7 @@ class DiffusionClassifier:
 
     @property
     def image_size(self) -> tuple[int, int] | None:
-        """(height, width) of the images that its pipeline makes by default, in pixels."""
+        """(height, width) of the images that its pipeline makes by default, in pixels, if any."""
         denoiser = self._network.denoiser
         return denoiser.adapter.image_size if isinstance(denoiser, PipelineDenoiser) else None
 

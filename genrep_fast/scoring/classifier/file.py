@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,6 +88,11 @@ class SavedClassifier(NamedTuple):
             )
         if prompts is None:
             return
+        if isinstance(prompts, str | bytes) or not isinstance(prompts, Iterable):
+            raise TypeError(
+                f"prompts must be those of the saved classifier, a list, got "
+                f"{type(prompts).__name__}"
+            )
         given = [list(each) if isinstance(each, list | tuple) else [each] for each in prompts]
         if given != [list(each) for each in saved.classes]:
             raise ValueError(

@@ -18,7 +18,8 @@ def least_memory(network: Network, rows: int) -> int | None:
     """Bytes of all weights and of the largest output of a layer; None without a module.
 
     Outputs are those of the denoiser for a batch of `rows`, and for a pipeline those of its VAE.
-    Attention, temporary memory and what an allocator keeps come on top.
+    Where a pipeline does not say the size of its images, it is the weights alone. Attention,
+    temporary memory and what an allocator keeps come on top.
     """
     used = map(module_of, (network.denoiser, network.vae))
     modules = [module for module in used if module is not None]
@@ -27,9 +28,10 @@ def least_memory(network: Network, rows: int) -> int | None:
     tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
     sizes = {id(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}
     shape, outputs = network.sample_shape(), 0
-    if isinstance(network.denoiser, PipelineDenoiser) and network.vae is not None:
-        adapter = network.denoiser.adapter
-        height, width = adapter.image_size
+    denoiser = network.denoiser
+    size = denoiser.adapter.image_size if isinstance(denoiser, PipelineDenoiser) else None
+    if isinstance(denoiser, PipelineDenoiser) and network.vae is not None and size is not None:
+        adapter, (height, width) = denoiser.adapter, size
         images = torch.empty(1, 3, height, width, device="meta")
         of_image = _largest_output(network.vae, lambda vae: vae.encode(images.to(vae.dtype)))
         outputs = network.encoded_together(images) * of_image

@@ -102,8 +102,8 @@ class Network:
         `scaling_factor`). Images that overflow in float16 are encoded once more in float32.
 
         Raises:
-            TypeError, ValueError: for a VAE that returns no latents, and images of a size that a
-                pipeline does not take.
+            TypeError, ValueError: for a VAE that returns no latents, images of other channels than
+                the VAE's, and of a size that a pipeline does not take.
         """
         if self.vae is None:
             return images
@@ -114,6 +114,11 @@ class Network:
             if not isinstance(latents, Tensor):
                 raise TypeError(f"vae must return a tensor, got {type(latents).__name__}")
             return latents
+        channels = getattr(getattr(self.vae, "config", None), "in_channels", None)
+        if channels is not None and images.shape[1] != channels:
+            raise ValueError(
+                f"images must have the {channels} channels of the VAE, got {images.shape[1]}"
+            )
         device = execution_device(self.vae) if isinstance(self.vae, nn.Module) else None
         images = images if device is None else images.to(device)
         return scaled(self.vae, finite_posterior_mode(self.vae, images))

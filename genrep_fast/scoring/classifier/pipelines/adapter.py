@@ -43,7 +43,8 @@ class Adapter:
     Attributes:
         network: the UNet or transformer.
         pixels: of an image, to a side of a latent.
-        image_size: (height, width) of the images that the pipeline makes by default, in pixels.
+        image_size: (height, width) of the images that the pipeline makes by default, in pixels;
+            None where the network's configuration does not say.
 
     Raises:
         ValueError: where a component is missing or belongs to another kind of model.
@@ -66,9 +67,7 @@ class Adapter:
         self.network: nn.Module = getattr(pipe, self.network_name)
         self.patch = getattr(self.config, "patch_size", None) or self.patch
         self.pixels = _pixels_of_latent(pipe)
-        size = self._sample_size()
-        height, width = (size, size) if isinstance(size, int) else size
-        self.image_size = (height * self.pixels, width * self.pixels)
+        self.image_size = self._image_size()
         self._check_network(pipe.vae.config.latent_channels * self.packing)
 
     @property
@@ -130,10 +129,12 @@ class Adapter:
         """Raise ValueError for images in pixels that the VAE or the network would cut."""
         multiple = self.pixels * self.patch
         if height % multiple or width % multiple:
-            default = " x ".join(map(str, self.image_size))
+            own = ""
+            if self.image_size is not None:
+                own = f"; the pipeline's own size is {' x '.join(map(str, self.image_size))}"
             raise ValueError(
-                f"images must have sides that are multiples of {multiple}, got {height} x {width}; "
-                f"the pipeline's own size is {default}"
+                f"images must have sides that are multiples of {multiple}, got {height} x {width}"
+                f"{own}"
             )
 
     def sample_shape(self) -> tuple[int, int, int] | None:
@@ -161,6 +162,13 @@ class Adapter:
             is_adapted = any(adapter is not None for adapter in adapters)
         if is_adapted:
             raise ValueError("pipe has an IP-Adapter: call pipe.unload_ip_adapter() first")
+
+    def _image_size(self) -> tuple[int, int] | None:
+        size = self._sample_size()
+        if size is None:
+            return None
+        height, width = (size, size) if isinstance(size, int) else size
+        return height * self.pixels, width * self.pixels
 
     def _sample_size(self) -> Any:
         """Of the latents that the pipeline makes by default: a side, or both."""

@@ -49,14 +49,14 @@ def check_prompts(prompts: Any, null_prompt: Any, adapter: Adapter) -> Prompts:
             of prompts.
     """
     wanted = "prompts must be a list with a string, or a list of strings, for each class"
-    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+    if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence):
         raise TypeError(f"{wanted}, got {type(prompts).__name__}")
     if len(prompts) < 2:
         raise ValueError(f"{wanted}, and two classes at least, got {len(prompts)}")
     classes = []
     for place, given in enumerate(prompts):
         name = f"prompts[{place}]"
-        if isinstance(given, str) or not isinstance(given, Sequence):
+        if isinstance(given, str | bytes) or not isinstance(given, Sequence):
             classes.append((adapter.check_prompt(given, name),))
             continue
         if not given:

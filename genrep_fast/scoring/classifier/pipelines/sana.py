@@ -25,11 +25,14 @@ class Sana(Adapter):
             )
 
     def tokens(self, pipe: Any, prompts: list[Any]) -> list[Tokens]:
-        instruction = "\n".join(default_of_call(pipe, "complex_human_instruction"))
-        cleaned = pipe._text_preprocessing(prompts)
+        instruction = "\n".join(default_of_call(pipe, "complex_human_instruction") or [])
+        cleaned = pipe._text_preprocessing(
+            prompts, clean_caption=default_of_call(pipe, "clean_caption")
+        )
         ids = token_ids(pipe, "tokenizer", [instruction + prompt for prompt in cleaned])
-        length = len(pipe.tokenizer.encode(instruction))
-        limit = length + default_of_call(pipe, "max_sequence_length") - 2
+        limit = default_of_call(pipe, "max_sequence_length")
+        if instruction:
+            limit += len(pipe.tokenizer.encode(instruction)) - 2
         return [Tokens("tokenizer", ids, limit)]
 
     def encode(self, pipe: Any, prompts: list[Any], device: torch.device) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapter import Adapter, Tokens, token_ids
+from .adapter import Adapter, Tokens, default_of_call, token_ids
 
 
 class StableDiffusion(Adapter):
@@ -28,7 +28,16 @@ class StableDiffusion(Adapter):
         return [Tokens(name, token_ids(pipe, name, prompts), limit)]
 
     def encode(self, pipe: Any, prompts: list[Any], device: torch.device) -> dict[str, Tensor]:
-        embeddings, _ = pipe.encode_prompt(prompts, device, 1, False)
+        return self._encode(pipe, prompts, device, default_of_call(pipe, "clip_skip"))
+
+    def encode_null(self, pipe: Any, prompt: str, device: torch.device) -> dict[str, Tensor]:
+        # The pipeline skips no layers for its negative prompt.
+        return self._encode(pipe, [prompt], device, None)
+
+    def _encode(
+        self, pipe: Any, prompts: list[Any], device: torch.device, clip_skip: int | None
+    ) -> dict[str, Tensor]:
+        embeddings, _ = pipe.encode_prompt(prompts, device, 1, False, clip_skip=clip_skip)
         return {"encoder_hidden_states": embeddings}
 
     def predict(self, x_t: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor]) -> Any:
@@ -57,17 +66,19 @@ class StableDiffusionXL(StableDiffusion):
             for name in ("tokenizer", "tokenizer_2")
         ]
 
-    def encode(self, pipe: Any, prompts: list[Any], device: torch.device) -> dict[str, Tensor]:
-        embeddings, _, pooled, _ = pipe.encode_prompt(
-            prompts, device=device, do_classifier_free_guidance=False
-        )
-        return {"encoder_hidden_states": embeddings, "text_embeds": pooled}
-
     def encode_null(self, pipe: Any, prompt: str, device: torch.device) -> dict[str, Tensor]:
         encoded = super().encode_null(pipe, prompt, device)
         if prompt or not pipe.config.force_zeros_for_empty_prompt:
             return encoded
         return {name: torch.zeros_like(value) for name, value in encoded.items()}
+
+    def _encode(
+        self, pipe: Any, prompts: list[Any], device: torch.device, clip_skip: int | None
+    ) -> dict[str, Tensor]:
+        embeddings, _, pooled, _ = pipe.encode_prompt(
+            prompts, device=device, do_classifier_free_guidance=False, clip_skip=clip_skip
+        )
+        return {"encoder_hidden_states": embeddings, "text_embeds": pooled}
 
     def predict(self, x_t: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor]) -> Any:
         # Original size, corner of the crop, and target size, as of images that were not cut.

@@ -43,12 +43,22 @@ class StableDiffusion3(Adapter):
         return found
 
     def encode(self, pipe: Any, prompts: list[Any], device: torch.device) -> dict[str, Tensor]:
+        return self._encode(pipe, prompts, device, default_of_call(pipe, "clip_skip"))
+
+    def encode_null(self, pipe: Any, prompt: str, device: torch.device) -> dict[str, Tensor]:
+        # The pipeline skips no layers for its negative prompt.
+        return self._encode(pipe, [prompt], device, None)
+
+    def _encode(
+        self, pipe: Any, prompts: list[Any], device: torch.device, clip_skip: int | None
+    ) -> dict[str, Tensor]:
         embeddings, _, pooled, _ = pipe.encode_prompt(
             prompts,
             None,
             None,
             device=device,
             do_classifier_free_guidance=False,
+            clip_skip=clip_skip,
             max_sequence_length=default_of_call(pipe, "max_sequence_length"),
         )
         return {"encoder_hidden_states": embeddings, "pooled_projections": pooled}
@@ -57,6 +67,15 @@ class StableDiffusion3(Adapter):
         return self.network(
             hidden_states=x_t, timestep=timesteps, **conditioning, return_dict=False
         )
+
+    def check_image_size(self, height: int, width: int) -> None:
+        super().check_image_size(height, width)
+        # The network has as many positions, of which it takes the middle ones.
+        most = self.config.pos_embed_max_size * self.patch * self.pixels
+        if max(height, width) > most:
+            raise ValueError(
+                f"images must have sides of at most {most} pixels, got {height} x {width}"
+            )
 
     def scheduler(self, scheduler: Any) -> Any:
         side = self.config.sample_size // self.patch
