@@ -12,6 +12,8 @@ constexpr int64_t kTasks = 32;  // that the steps of few images and classes are 
 // Rows that are read together: memory delivers a fourth more to four streams than to one, and again
 // a fifth more where each goes on to the row that lies behind its last one.
 constexpr int64_t kRows = 4;
+// Of so many half-precision rows an image the faster reading pays for a copy of the image.
+constexpr int64_t kPairedRows = 32;
 
 // Whether images share the outputs, and x_t.
 inline bool shares_centers(const ScoredChunk& chunk) {
@@ -50,37 +52,15 @@ inline Problem::Problem(ScoredChunk arguments) : chunk(std::move(arguments)) {
       output.flat &&
       (!noisy.buffer.data || (noisy.flat && noisy.buffer.element == output.buffer.element));
   const bool half = output.buffer.element != Element::kFloat;
-  paired = as_it_lies && half && !chunk.per_location && !shares_centers(chunk);
-  in_place = as_it_lies && (paired || !half);
   Source images = source_of(chunk.x, chunk.outer_size, chunk.inner_size);
+  const bool is_copied = !images.flat || images.buffer.element != Element::kFloat;
+  const bool pays = is_copied || chunk.classes * chunk.steps >= kPairedRows;
+  paired = as_it_lies && half && pays && !chunk.per_location && !shares_centers(chunk);
+  in_place = as_it_lies && (paired || !half);
   x = reinterpret_cast<const float*>(images.buffer.data);
   x_stride = chunk.x.batch;
-  if (paired || !images.flat || images.buffer.element != Element::kFloat) {
+  if (paired || is_copied) {
     copy_images(images);
-  }
-}
-
-// A K S-th of the outputs: less work than converting it again for every row.
-inline void Problem::copy_images(const Source& images) {
-  floats.resize(chunk.batch * chunk.elements());
-  x = floats.data();
-  x_stride = chunk.elements();
-  float scratch[kBlock];
-  for (int64_t b = 0; b < chunk.batch; ++b) {
-    for (int64_t begin = 0; begin < chunk.elements(); begin += kBlock) {
-      const int64_t count = std::min(kBlock, chunk.elements() - begin);
-      const float* block =
-          read_row(images, images.offset(b, 0, 0), chunk.inner_size, begin, count, scratch);
-      float* target = floats.data() + b * x_stride + begin;
-      int64_t i = 0;
-      for (; paired && i + 2 * kLanes <= count; i += 2 * kLanes) {
-        for (int64_t lane = 0; lane < kLanes; ++lane) {
-          target[i + lane] = block[i + 2 * lane];
-          target[i + kLanes + lane] = block[i + 2 * lane + 1];
-        }
-      }
-      std::copy(block + i, block + count, target + i);
-    }
   }
 }
 
@@ -270,6 +250,30 @@ void parallel(int64_t tasks, int64_t elements, const Work& work) {
   torch::stable::parallel_for(0, tasks, grain, [&](int64_t first, int64_t last) {
     for (int64_t task = first; task < last; ++task) {
       work(task);
+    }
+  });
+}
+
+// A K S-th of the outputs: less work than converting it again for every row.
+inline void Problem::copy_images(const Source& images) {
+  floats.resize(chunk.batch * chunk.elements());
+  x = floats.data();
+  x_stride = chunk.elements();
+  parallel(chunk.batch, chunk.elements(), [&](int64_t b) {
+    float scratch[kBlock];
+    for (int64_t begin = 0; begin < chunk.elements(); begin += kBlock) {
+      const int64_t count = std::min(kBlock, chunk.elements() - begin);
+      const float* block =
+          read_row(images, images.offset(b, 0, 0), chunk.inner_size, begin, count, scratch);
+      float* target = floats.data() + b * x_stride + begin;
+      int64_t i = 0;
+      for (; paired && i + 2 * kLanes <= count; i += 2 * kLanes) {
+        for (int64_t lane = 0; lane < kLanes; ++lane) {
+          target[i + lane] = block[i + 2 * lane];
+          target[i + kLanes + lane] = block[i + 2 * lane + 1];
+        }
+      }
+      std::copy(block + i, block + count, target + i);
     }
   });
 }

@@ -105,6 +105,13 @@ def test_likelihood_of_any_dtypes(reduction, dtypes, size, interpreted):
         assert_scored(chunk(*size, dtypes=dtypes), reduction, per_location)
 
 
+# Float32 images are copied, in another order, for 32 half-precision rows or more of each.
+@pytest.mark.parametrize("steps", [31, 32])
+@pytest.mark.parametrize("half", [BF16, F16])
+def test_likelihood_of_few_and_many_half_precision_rows(half, steps, compiled):
+    assert_scored(chunk(2, 1, steps, 2081, dtypes=(F32, half, half)), "mixture", False)
+
+
 @pytest.mark.parametrize("x_t_axes", [None, *itertools.product((1, None), repeat=3)])
 def test_x_t_shared_by_any_axes(x_t_axes, size, interpreted):
     assert_scored(
