@@ -145,9 +145,11 @@ class Engine:
         """
         arriving = True
         while True:
-            self.late = deadline is not None and time.monotonic() >= deadline
+            self.late = _is_over(deadline)
             while arriving and not self.late and self._waiting_rows < self._batch_size:
                 arrival = next(arrivals, None)
+                # Waiting for it takes time, too.
+                self.late = _is_over(deadline)
                 arriving = arrival is not None
                 if arrival is None:
                     break
@@ -332,6 +334,10 @@ class Engine:
                     f"id {stage.contest.image_id} under {name} at timestep {timestep}"
                 )
             row -= stop - start
+
+
+def _is_over(deadline: float | None) -> bool:
+    return deadline is not None and time.monotonic() >= deadline
 
 
 @dataclasses.dataclass(frozen=True)
