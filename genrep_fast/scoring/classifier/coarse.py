@@ -162,7 +162,8 @@ class BestCoarse:
                 yield arrival._replace(image=network.image(arrival.image))
 
         plan = _coarse_plan(self.noise, self.rows, len(self.rows))
-        for contest in engines(plan, network).run(entering(), deadline):
+        engine = engines(plan, network, share=self.share)
+        for contest in engine.run(entering(), deadline):
             while passing:
                 yield passing.pop()
             original, image = originals.pop(contest.index), contest.screened

@@ -214,7 +214,7 @@ class Branches:
 
         looks = (self.judgement.steps,)
         steps = dataclasses.replace(self.steps, looks=looks)
-        plan = Plan(self.noise, steps, KeepBest(), offsets=self.offsets)
+        plan = Plan(self.noise, steps, KeepBest(), engines.budget, offsets=self.offsets)
         for contest in engines(plan).run(entering(), deadline):
             while passing:
                 yield passing.popleft()
