@@ -9,6 +9,7 @@ from diffusers import DDPMScheduler
 
 import genrep_fast as gf
 from genrep_fast.scoring.classifier.funnel import Funnel
+from genrep_fast.scoring.classifier.progress import Progress
 from genrep_fast.scoring.classifier.screening import Screened
 from genrep_fast.scoring.classifier.tree import Branches, Judgement, Level, require_tree
 
@@ -224,6 +225,27 @@ def test_a_deadline_and_a_budget_before_a_tree(classifier):
     limited = classifier(x, strategy="full", tree=TREE, budget=12, **QUIET)
     assert (limited.evaluations <= 12).all()
     assert (limited.prediction >= 0).any() and not limited.decided.all()
+    # Less than the tree alone takes.
+    limited = classifier(x, strategy="full", tree=TREE, budget=4, **QUIET)
+    assert (limited.evaluations <= 4).all() and (limited.prediction == -1).all()
+
+
+@pytest.mark.parametrize("call", [{"tree": TREE}, {}])
+def test_the_bar_counts_what_precedes_the_strategy(call, monkeypatch):
+    told = []
+    monkeypatch.setattr(Progress, "after_batch", lambda bar, evaluations: told.append(evaluations))
+    found = new_classifier()
+    x, _ = draw(60, seed=2)
+    if call:
+        found.calibrate(x, steps=4, **QUIET)
+        told.clear()
+        result = found(x, **call, **QUIET)
+    else:
+        # The race that calibrates itself has two parts, whose batches are counted alike.
+        with pytest.warns(UserWarning, match="not calibrated"):
+            result = found(x, **QUIET)
+    assert min(told) > 0
+    assert sum(told) == pytest.approx(result.cost.sum().item())
 
 
 LOOP = [0]

@@ -1,6 +1,7 @@
 """DiffusionClassifier over Gaussian classes, whose exact denoiser is known."""
 
 import math
+import time
 import warnings
 
 import numpy as np
@@ -507,6 +508,32 @@ def test_the_deadline_gives_back_what_there_is():
     with pytest.warns(UserWarning, match="deadline: the stream was left after"):
         partial = classifier(iter(x.split(1)), strategy=gf.Full(1), deadline=0.3, **QUIET)
     assert 0 < len(partial) < 50
+    # Of no image anything is known.
+    with (
+        pytest.warns(UserWarning, match="left after 0 images"),
+        pytest.raises(ValueError, match="over before the first image of the stream"),
+    ):
+        classifier(iter(x.split(1)), strategy=gf.Full(1), deadline=1e-9, **QUIET)
+
+
+def test_no_batch_begins_when_the_deadline_passed_while_images_were_read():
+    data = GaussianClasses(ddpm())
+    calls = []
+
+    def counting(*arguments):
+        calls.append(arguments)
+        return data(*arguments)
+
+    classifier = gf.DiffusionClassifier(counting, data.scheduler, K, batch_size=4 * K)
+
+    def slow_stream():
+        for image in data.draw(4)[0].split(1):
+            time.sleep(0.06)
+            yield image
+
+    with pytest.warns(UserWarning, match="deadline: the stream was left"):
+        result = classifier(slow_stream(), strategy=gf.Full(1), deadline=0.1, **QUIET)
+    assert calls == [] and not result.decided.any() and (result.prediction == -1).all()
 
 
 def test_an_uncalibrated_race_calibrates_itself_and_says_so():

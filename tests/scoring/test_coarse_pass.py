@@ -14,6 +14,7 @@ import genrep_fast as gf
 from genrep_fast.scoring.classifier.calibration import CoarseErrors
 from genrep_fast.scoring.classifier.coarse_network import CoarseNetwork
 from genrep_fast.scoring.classifier.network import Network
+from genrep_fast.scoring.classifier.progress import Progress
 
 K = 16
 QUIET = {"progress": False}
@@ -135,6 +136,14 @@ def test_estimates_count_the_pass(classifier):
         found = classifier(draw(100, seed=7)[0], strategy=strategy, coarse=True, **QUIET).cost
         assert estimate.evaluations == pytest.approx(found.mean().item(), rel=0.2)
         assert found.max() <= estimate.most
+
+
+def test_the_bar_counts_the_pass_by_its_share(classifier, monkeypatch):
+    told = []
+    monkeypatch.setattr(Progress, "after_batch", lambda bar, evaluations: told.append(evaluations))
+    result = classifier(draw(40, seed=7)[0], coarse=True, **QUIET)
+    assert (result.coarse_evaluations > 0).all()
+    assert sum(told) == pytest.approx(result.cost.sum().item())
 
 
 def test_a_pass_that_tells_nothing_is_left_out():

@@ -35,6 +35,8 @@ class GaussianEnsembles(Adapter):
     def predict(self, x_t, timesteps, conditioning):
         alpha = self.levels.alphas_cumprod[timesteps][:, None, None, None]
         mean = self.means[conditioning["row"]]
+        if x_t.shape[-1] < mean.shape[-1]:
+            mean = torch.nn.functional.avg_pool2d(mean, 2)
         return (1 - alpha).sqrt() * (x_t - alpha.sqrt() * mean) / (1 - 0.75 * alpha)
 
     def classifier(self, **options):
@@ -83,6 +85,20 @@ def test_an_ensemble_costs_what_it_says():
     for strategy in ("stratified", gf.Full(4)):
         limited = classifier(images, strategy=strategy, budget=40, **QUIET)
         assert limited.evaluations.tolist() == [34] * 5
+
+
+@pytest.mark.parametrize("screen", [{"tree": [[0, 1], [2, 3], [4, 5]]}, {"coarse": gf.Coarse()}])
+def test_estimates_count_the_prompts_of_what_precedes_a_strategy(screen):
+    data = GaussianEnsembles(COUNTS, 0.1)
+    classifier = data.classifier(batch_size=64)
+    calibration = {name: value for name, value in screen.items() if name == "coarse"}
+    classifier.calibrate(data.draw(100, seed=1)[0], steps=8, **calibration, **QUIET)
+    images = data.draw(100, seed=2)[0]
+    for strategy in ("full", gf.Stratified(3)):
+        estimate = classifier.estimate(strategy=strategy, **screen)
+        cost = classifier(images, strategy=strategy, **screen, **QUIET).cost
+        assert cost.max() <= estimate.most
+        assert estimate.evaluations == pytest.approx(cost.mean().item(), rel=0.06)
 
 
 def test_outputs_of_an_ensemble_are_averaged_for_distances():

@@ -15,6 +15,7 @@ from .calibration import Calibration, CoarseErrors
 from .coarse_network import CoarseNetwork
 from .contest import KeepBest, Steps
 from .engine import Arrival, Engines, Plan
+from .members import Members
 from .noise import ForwardNoise
 from .screening import Cut, Screened, calibrated_cut
 
@@ -112,6 +113,7 @@ class BestCoarse:
         cut: which classes go on, by minus their mean errors.
         miss: the chance that the winner is not among them.
         temperature: of the mean coarse errors.
+        members: of the classes.
     """
 
     noise: ForwardNoise
@@ -121,6 +123,7 @@ class BestCoarse:
     cut: Cut
     miss: float
     temperature: float
+    members: Members
 
     def most(self, reaching: int | None) -> int | None:
         """The most classes that pass it; None: all of them may."""
@@ -128,7 +131,7 @@ class BestCoarse:
 
     def most_cost(self, reaching: int) -> float:
         """Evaluations' worth of an image that so many classes reach."""
-        return self.share * reaching * len(self.rows)
+        return self.share * self.members.most_rows(reaching) * len(self.rows)
 
     def replay(self, calibration: Calibration, screened: Sequence[Screened]) -> list[Screened]:
         """What it would have made of each calibration image."""
@@ -137,7 +140,7 @@ class BestCoarse:
         for errors, image in zip(calibration.coarse.errors, screened, strict=True):
             if self.cut.decides(len(image.live)):
                 taken = errors[: len(self.rows), image.live]
-                image = self._pruned(image, taken, taken.size)
+                image = self._pruned(image, taken, len(taken) * self.members.rows(image.live))
             found.append(image)
         return found
 
@@ -159,7 +162,8 @@ class BestCoarse:
                 yield arrival._replace(image=network.image(arrival.image))
 
         plan = _coarse_plan(self.noise, self.rows, len(self.rows))
-        for contest in engines(plan, network).run(entering(), deadline):
+        engine = engines(plan, network, share=self.share)
+        for contest in engine.run(entering(), deadline):
             while passing:
                 yield passing.pop()
             original, image = originals.pop(contest.index), contest.screened
@@ -193,6 +197,7 @@ def best_coarse(
         ValueError: where the calibration has no coarse errors of this factor, or of too few steps.
     """
     known, winners, later = basis.calibration.coarse, basis.winners, basis.later
+    members = basis.members
     if known is None or known.factor != coarse.factor:
         raise ValueError(
             f"coarse: the calibration has no errors at 1/{coarse.factor} of the resolution; "
@@ -204,7 +209,7 @@ def best_coarse(
             f"steps of the coarse pass must be at most the {measured} of the calibration, "
             f"got {coarse.steps}"
         )
-    reaching = np.array([len(image.live) for image in screened])
+    reaching = np.array([members.rows(image.live) for image in screened])
     told = np.array([w in image.live for w, image in zip(winners, screened, strict=True)])
     cheapest, least = None, later * float(reaching.mean())
     if coarse.keep is not None:
@@ -221,13 +226,13 @@ def best_coarse(
             row[image.live] = -errors[image.live]
         scores = scores[told]
         cut, miss = calibrated_cut(scores, winners[told], error, coarse.keep)
-        passed = np.array([cut.staying(row).sum() for row in scores])
+        passed = np.array([members.rows(np.flatnonzero(cut.staying(row))) for row in scores])
         worth = known.share * steps * reaching[told] + later * passed
         if worth.mean() < least:
             least = float(worth.mean())
             temperature = fit_temperature(torch.from_numpy(scores), torch.from_numpy(winners[told]))
             rows = known.rows[:steps]
             cheapest = BestCoarse(
-                basis.noise, rows, known.factor, known.share, cut, miss, temperature
+                basis.noise, rows, known.factor, known.share, cut, miss, temperature, members
             )
     return cheapest

@@ -81,8 +81,14 @@ class Collector:
     def result(
         self, total: int | None, *, temperature: float, coarse_share: float
     ) -> ClassifierResult:
-        """Of all images; `total` of them where the deadline left some unread."""
+        """Of all images; `total` of them where the deadline left some unread.
+
+        Raises:
+            ValueError: where it left all of them, and their number is not known.
+        """
         count = self.images if total is None else max(total, self.images)
+        if count == 0:
+            raise ValueError("deadline: it was over before the first image of the stream was read")
         nothing = _Found.nothing(self._num_classes)
         found = [self._found.get(index, nothing) for index in range(count)]
         result = _assembled(found, temperature, coarse_share, self._has_null)

@@ -227,7 +227,7 @@ class DiffusionClassifier:
             contests = list(self._run(prepared, arrivals, collector, bar, seed, None))
             if len(contests) < 2:
                 raise ValueError(f"images must be at least two to calibrate, got {len(contests)}")
-            engines = self._engines(seed)
+            engines = self._engines(int(seed))
             found = funnel.calibration(prepared.plan, contests, collector.labels(), engines)
         if offsets:
             found = found.with_offsets(offsets is True)
@@ -463,24 +463,24 @@ class DiffusionClassifier:
     ) -> Iterator[Contest]:
         """Images as they finish, which the collector has noted."""
 
-        def after_batch() -> None:
-            bar.after_batch(engine.rows)
+        def after_batch(evaluations: float) -> None:
+            bar.after_batch(evaluations)
             collector.write_if_due()
 
-        plan, engines = prepared.plan, self._engines(seed)
-        engine = engines(plan, with_null=True, after_batch=after_batch)
+        plan = prepared.plan
+        engines = self._engines(int(seed), budget=plan.budget, after_batch=after_batch)
+        engine = engines(plan, with_null=True)
         arrivals = prepared.screens.run(arrivals, engines, end)
-        start, evaluations = time.monotonic(), 0
+        start, before = time.monotonic(), bar.taken
         for contest in engine.run(arrivals, end):
             correct = collector.add(contest, plan, engine.late)
             bar.add(contest.evaluations, correct)
-            evaluations += contest.evaluations
             yield contest
-        if evaluations:
-            self._evaluations_a_second = evaluations / max(time.monotonic() - start, 1e-6)
+        if taken := bar.taken - before:
+            self._evaluations_a_second = taken / max(time.monotonic() - start, 1e-6)
 
-    def _engines(self, seed: int) -> Engines:
-        return Engines(self._network, self._members, self.batch_size, self.pad_to, int(seed))
+    def _engines(self, seed: int, **call: Any) -> Engines:
+        return Engines(self._network, self._members, self.batch_size, self.pad_to, seed, **call)
 
     def _prepare(
         self, strategy: Strategy, confidence: float, budget: int | None, funnel: Funnel

@@ -103,7 +103,9 @@ class Engine:
         batch_size: rows of a batch, an evaluation each.
         pad_to: rows to which every batch is filled up, or None.
         seed: of the noise.
-        after_batch: called after every batch, when what it finished has been given out.
+        share: cost of an evaluation, of a full one.
+        after_batch: called with the full evaluations' worth of every batch, when what it finished
+            has been given out.
 
     Attributes:
         batches, rows: that went through the network, padding not counted.
@@ -119,7 +121,8 @@ class Engine:
         batch_size: int,
         pad_to: int | None,
         seed: int,
-        after_batch: Callable[[], None] | None = None,
+        share: float = 1.0,
+        after_batch: Callable[[float], None] | None = None,
     ) -> None:
         self.batches = 0
         self.rows = 0
@@ -130,6 +133,7 @@ class Engine:
         self._batch_size = batch_size
         self._pad_to = pad_to
         self._seed = seed
+        self._share = share
         self._after_batch = after_batch
         self._waiting: deque[_Segment] = deque()
         self._waiting_rows = 0
@@ -145,9 +149,11 @@ class Engine:
         """
         arriving = True
         while True:
-            self.late = deadline is not None and time.monotonic() >= deadline
+            self.late = _is_over(deadline)
             while arriving and not self.late and self._waiting_rows < self._batch_size:
                 arrival = next(arrivals, None)
+                # Waiting for it takes time, too.
+                self.late = _is_over(deadline)
                 arriving = arrival is not None
                 if arrival is None:
                     break
@@ -159,7 +165,8 @@ class Engine:
             if self.late or not self._waiting:
                 yield from self._in_flight.values()
                 return
-            contests = [stage.contest for stage in self._evaluate(self._take())]
+            segments = self._take()
+            contests = [stage.contest for stage in self._evaluate(segments)]
             self._drop_classes(contests)
             for contest in contests:
                 if self._goes_on(contest):
@@ -168,7 +175,7 @@ class Engine:
                     del self._in_flight[contest.index]
                     yield contest
             if self._after_batch is not None:
-                self._after_batch()
+                self._after_batch(self._share * sum(segment.rows for segment in segments))
 
     def _contest(self, arrival: Arrival) -> Contest:
         place, image_id, image, scores, screened = arrival
@@ -334,15 +341,25 @@ class Engine:
             row -= stop - start
 
 
+def _is_over(deadline: float | None) -> bool:
+    return deadline is not None and time.monotonic() >= deadline
+
+
 @dataclasses.dataclass(frozen=True)
 class Engines:
-    """Makes engines of the same settings, see `Engine`."""
+    """Makes engines of the same settings, see `Engine`.
+
+    Attributes:
+        budget: evaluations an image, or None; a plan without one may take it over.
+    """
 
     network: Network
     members: Members
     batch_size: int
     pad_to: int | None
     seed: int
+    budget: int | None = None
+    after_batch: Callable[[float], None] | None = None
 
     def __call__(
         self,
@@ -350,7 +367,7 @@ class Engines:
         network: Network | None = None,
         *,
         with_null: bool = False,
-        after_batch: Callable[[], None] | None = None,
+        share: float = 1.0,
     ) -> Engine:
         """An engine of a plan; `network` takes the place of the common one."""
         return Engine(
@@ -360,7 +377,8 @@ class Engines:
             batch_size=self.batch_size,
             pad_to=self.pad_to,
             seed=self.seed,
-            after_batch=after_batch,
+            share=share,
+            after_batch=self.after_batch,
         )
 
 

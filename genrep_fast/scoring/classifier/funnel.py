@@ -15,6 +15,7 @@ from .coarse import MOST_STEPS, Coarse, best_coarse, measured_coarse, require_co
 from .coarse_network import CoarseNetwork
 from .contest import Contest, Steps
 from .engine import Arrival, Engines, Plan
+from .members import Members
 from .noise import ForwardNoise
 from .screening import Screened
 from .tree import Tree, calibrated_branches, require_tree
@@ -49,7 +50,8 @@ class Basis(NamedTuple):
         calibration: of it.
         noise, steps: its timesteps in the order of their signal, with the strategy's weights.
         winners: of the calibration images, int64 [N].
-        later: evaluations that the strategy takes for a class that reaches it, about.
+        later: steps that the strategy takes for a class that reaches it, about.
+        members: of the K classes.
     """
 
     calibration: Calibration
@@ -57,6 +59,7 @@ class Basis(NamedTuple):
     steps: Steps
     winners: np.ndarray
     later: float
+    members: Members
 
     @property
     def num_classes(self) -> int:

@@ -28,7 +28,7 @@ from .strategies import (
 )
 
 _STRATIFIED_STEPS = 8
-# Evaluations that a race takes for each class that it begins with, about.
+# Steps that a race takes for each class that it begins with, about.
 _LATER_IN_RACE = 2.0
 # Images on which a race that has no calibration calibrates itself.
 SELF_CALIBRATION = 32
@@ -109,7 +109,8 @@ class Planner:
         steps = Steps(calibration.order("signal"), weights, tuple(range(1, held + 1)))
         later = _LATER_IN_RACE if isinstance(strategy, Race) else held
         winners = calibration.full_winners(strategy.weights)
-        return Basis(calibration, noise, steps, winners, later)
+        members = self.members.without_null()
+        return Basis(calibration, noise, steps, winners, later, members)
 
     def _prepared(
         self, strategy: Strategy, confidence: float, budget: int | None, screens: Screens

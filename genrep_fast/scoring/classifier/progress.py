@@ -51,9 +51,13 @@ class Progress:
     tqdm writes to standard error: the cost before the first image, the time that it takes after
     some batches; then images a second, evaluations an image, the accuracy with its 95% interval
     where labels are known, and the time left.
+
+    Attributes:
+        taken: evaluations of all batches, coarse ones as their share of full ones.
     """
 
     def __init__(self, shown: bool, name: str, estimate: CostEstimate) -> None:
+        self.taken = 0.0
         self._bar: Any = None
         self._name = name
         self._estimate = estimate
@@ -64,7 +68,7 @@ class Progress:
         self._skipped = 0
         self._batches = 0
         # Of the end of the first batch: its time, and the evaluations up to then.
-        self._first = (0.0, 0)
+        self._first = (0.0, 0.0)
         if not shown:
             return
         try:
@@ -97,19 +101,20 @@ class Progress:
             self._bar.initial += 1
         self.add(evaluations, correct)
 
-    def after_batch(self, evaluations: int) -> None:
-        """Tell once how long the rest takes, where that is known after so many evaluations."""
+    def after_batch(self, evaluations: float) -> None:
+        """Count a batch; tell once how long the rest takes, where that is known."""
+        self.taken += evaluations
         self._batches += 1
         if self._bar is None or self._estimate.images is None:
             return
         now = time.monotonic()
         if self._batches == 1:
-            self._first = (now, evaluations)
+            self._first = (now, self.taken)
         started, before = self._first
         if self._batches <= _TIMED_BATCHES or now - started < _TIMED_SECONDS:
             return
-        speed = (evaluations - before) / (now - started)
-        left = (self._estimate.images - self._skipped) * self._estimate.evaluations - evaluations
+        speed = (self.taken - before) / (now - started)
+        left = (self._estimate.images - self._skipped) * self._estimate.evaluations - self.taken
         self._bar.write(
             f"{self._name}: {speed:,.1f} evaluations a second, some {duration(left / speed)} left",
             file=sys.stderr,

@@ -19,6 +19,7 @@ import numpy as np
 from .calibration import Calibration
 from .contest import KeepBest, Steps
 from .engine import Arrival, Engines, Plan
+from .members import Members
 from .noise import ForwardNoise
 from .screening import Screened, miss_rate, upper_quantile
 
@@ -144,6 +145,7 @@ class Branches:
         tree: of the classes.
         noise, steps: of the full budget, with the order of its timesteps.
         offsets: of its errors [S, K], or None.
+        members: of the classes.
         judgement: how branches are compared.
         margin: of mean weighted errors.
         miss: the chance that the winner's branch leaves at any level.
@@ -153,6 +155,7 @@ class Branches:
     noise: ForwardNoise
     steps: Steps
     offsets: np.ndarray | None
+    members: Members
     judgement: Judgement
     margin: float
     miss: float
@@ -163,8 +166,8 @@ class Branches:
     def most_cost(self, reaching: int) -> float:
         """Evaluations of an image that so many classes reach, where no branch leaves."""
         representatives = self.judgement.representatives
-        most = sum(min(level.branches * representatives, reaching) for level in self.tree.parts)
-        return most * self.judgement.steps
+        compared = (min(level.branches * representatives, reaching) for level in self.tree.parts)
+        return self.judgement.steps * sum(map(self.members.most_rows, compared))
 
     def replay(self, calibration: Calibration, screened: Sequence[Screened]) -> list[Screened]:
         """What it would have made of each calibration image."""
@@ -175,7 +178,8 @@ class Branches:
                 chosen = level.representatives(image.live, self.judgement.representatives)
                 if chosen is not None:
                     image = self._pruned(level, image, chosen, errors[rows][:, chosen])
-                    evaluations = image.evaluations + len(chosen) * len(rows)
+                    taken = self.members.rows(chosen) * len(rows)
+                    evaluations = image.evaluations + taken
                     image = image._replace(evaluations=evaluations)
             found.append(image)
         return found
@@ -210,7 +214,7 @@ class Branches:
 
         looks = (self.judgement.steps,)
         steps = dataclasses.replace(self.steps, looks=looks)
-        plan = Plan(self.noise, steps, KeepBest(), offsets=self.offsets)
+        plan = Plan(self.noise, steps, KeepBest(), engines.budget, offsets=self.offsets)
         for contest in engines(plan).run(entering(), deadline):
             while passing:
                 yield passing.popleft()
@@ -312,24 +316,31 @@ def calibrated_branches(
         screened: what precedes the tree, of each calibration image.
         error: the share of images whose winner may be missed.
     """
-    later, winners = basis.later, basis.winners
+    winners = basis.winners
     offsets = basis.calibration.offsets_at(basis.calibration.timesteps)
     cheapest = None
-    least = later * float(np.mean([len(image.live) for image in screened]))
+    least = float(np.mean([_evaluations(image, basis) for image in screened]))
     most_steps = len(basis.steps.order)
     for number, taken, best in itertools.product(_REPRESENTATIVES, _STEPS, (False, True)):
         if taken > most_steps or (best and number == 1):
             continue
         judgement = Judgement(number, taken, best)
-        screen = Branches(tree, basis.noise, basis.steps, offsets, judgement, np.inf, error)
+        screen = Branches(
+            tree, basis.noise, basis.steps, offsets, basis.members, judgement, np.inf, error
+        )
         screen = _with_margin(screen, basis, screened, error)
         passed = screen.replay(basis.calibration, screened)
-        evaluations = [image.evaluations + later * len(image.live) for image in passed]
-        if np.mean(evaluations) < least:
+        evaluations = float(np.mean([_evaluations(image, basis) for image in passed]))
+        if evaluations < least:
             missed = [w not in image.live for w, image in zip(winners, passed, strict=True)]
             miss = miss_rate(np.array(missed), error)
-            cheapest, least = dataclasses.replace(screen, miss=miss), float(np.mean(evaluations))
+            cheapest, least = dataclasses.replace(screen, miss=miss), evaluations
     return cheapest
+
+
+def _evaluations(image: Screened, basis: Basis) -> float:
+    """That an image takes up to its end, about."""
+    return image.evaluations + basis.later * basis.members.rows(image.live)
 
 
 def _with_margin(
