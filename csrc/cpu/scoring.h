@@ -13,7 +13,7 @@ constexpr int64_t kTasks = 32;  // that the steps of few images and classes are 
 // a fifth more where each goes on to the row that lies behind its last one.
 constexpr int64_t kRows = 4;
 // Of so many half-precision rows an image the faster reading pays for a copy of the image.
-constexpr int64_t kPairedRows = 8;
+constexpr int64_t kPairedRows = 32;
 
 // Whether images share the outputs, and x_t.
 inline bool shares_centers(const ScoredChunk& chunk) {
