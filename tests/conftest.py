@@ -58,6 +58,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the files that take longest first."""
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
+    for item in items:
+        if "recorded_launches" in getattr(item, "fixturenames", ()):
+            # For -k: of the emulator alone.
+            item.extra_keyword_matches.add("recorded_launches")
 
 
 @pytest.fixture(params=BACKENDS)

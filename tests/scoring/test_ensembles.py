@@ -17,6 +17,8 @@ QUIET = {"progress": False}
 class GaussianEnsembles(Adapter):
     """Classes whose prompts each have a mean of their own; the exact denoiser of every prompt."""
 
+    image_size = None
+
     def __init__(self, counts, spread, seed=0):
         generator = torch.Generator().manual_seed(seed)
         centers = 0.35 * torch.randn(len(counts), 1, 6, 6, generator=generator)
