@@ -67,3 +67,22 @@ class TensorGrams:
         if self._key != places:
             self._key, self._index = places, torch.tensor(places, device=matrices.device)
         return matrices[self._index]
+
+
+def upper_triangles(matrices: Tensor) -> Tensor:
+    """What is to be known of symmetric matrices, [T, n, n] -> [T, n (n + 1) / 2]."""
+    rows, columns = _upper(matrices.shape[1], matrices.device)
+    return matrices[:, rows, columns]
+
+
+def symmetric(entries: Tensor, n: int) -> Tensor:
+    """The inverse of `upper_triangles`, [T, n (n + 1) / 2] -> [T, n, n]."""
+    rows, columns = _upper(n, entries.device)
+    matrices = entries.new_empty(len(entries), n, n)
+    matrices[:, rows, columns] = entries
+    matrices[:, columns, rows] = entries
+    return matrices
+
+
+def _upper(n: int, device: torch.device) -> Tensor:
+    return torch.triu_indices(n, n, device=device)

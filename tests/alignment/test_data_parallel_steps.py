@@ -43,9 +43,8 @@ def check_scaler(rank):
         for alone in (True, False):
             model = ParallelModel(torch.float32)
             wrapped = DistributedDataParallel(model, **options)
-            aligner = gf.GradientAligner(
-                model if alone else wrapped, reduce="auto" if alone else reduce
-            )
+            source, strategy = (model, "auto") if alone else (wrapped, reduce)
+            aligner = gf.GradientAligner(source, reduce=strategy)
             optimizer = gf.AlignedAdamW(
                 model.parameters(), lr=1e-2, aligner=aligner, max_norm=0.05, ema=ParallelModel()
             )

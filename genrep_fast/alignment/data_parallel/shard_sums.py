@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..tensor_grams import symmetric, upper_triangles
 from ..wrappers import is_sharded
 
 # Of all processes the numbers of tensors are to be the same: what is compared are 16 bits, whose
@@ -94,8 +95,7 @@ class ShardSums:
             return grams
         if self._plan is None or not self._plan.is_of(tensors, self.facts, grams.device):
             self._plan = self._new_plan(tensors, grams.device)
-        rows, columns = torch.triu_indices(self._n, self._n, device=grams.device)
-        entries = grams[:, rows, columns]  # [T, n (n + 1) / 2]
+        entries = upper_triangles(grams)
         plain = grams[self._plan.plain].diagonal(dim1=1, dim2=2).sum()
         tail = torch.cat([self._plan.fingerprint, torch.stack([plain, plain.square()])])
         for axis, (given, sent) in zip(self._axes, self._plan.places, strict=True):
@@ -109,10 +109,7 @@ class ShardSums:
             message = message.to(grams.device)
             _check_same(message[-4:], dist.get_world_size(axis.group))
             entries[given] = message[:-4].view_as(table)[sent]
-        whole = torch.empty_like(grams)
-        whole[:, rows, columns] = entries
-        whole[:, columns, rows] = entries
-        return whole
+        return symmetric(entries, self._n)
 
     def _new_plan(self, tensors: list[int], device: torch.device) -> _Plan:
         places = []

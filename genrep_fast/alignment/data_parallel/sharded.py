@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ...ops.alignment import combine_operator
 from ..collected import Collected, CollectedGradients
+from ..tensor_grams import symmetric, upper_triangles
 from .all_reduce import AllReduce
 from .flat_buffers import FlatBuffers
 
@@ -52,13 +53,9 @@ class Sharded(AllReduce):
         # What is asked for before gradients are averaged is of whole ones.
         if not self._shards:
             return matrices
-        upper = torch.triu_indices(self._num_losses, self._num_losses, device=matrices.device)
-        entries = matrices[:, upper[0], upper[1]].contiguous()  # [T, n (n + 1) / 2]
+        entries = upper_triangles(matrices).contiguous()
         dist.all_reduce(entries, group=self._group)
-        whole = torch.empty_like(matrices)
-        whole[:, upper[0], upper[1]] = entries
-        whole[:, upper[1], upper[0]] = entries
-        return whole
+        return symmetric(entries, self._num_losses)
 
     def whole(self, collected: Collected) -> Collected:
         if not self._shards:

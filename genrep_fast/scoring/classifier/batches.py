@@ -50,12 +50,11 @@ def of_mapping(given: Mapping[str, Any]) -> Batch:
         for name in names:
             if not isinstance(name, str):
                 raise TypeError(f"names must be text, got {type(name).__name__}")
-    return Batch(
-        given[key],
-        None if labels is None else integers("labels", labels),
-        None if ids is None else integers("image_ids", ids),
-        names,
-    )
+    if labels is not None:
+        labels = integers("labels", labels)
+    if ids is not None:
+        ids = integers("image_ids", ids)
+    return Batch(given[key], labels, ids, names)
 
 
 def integers(name: str, values: Any) -> Tensor:

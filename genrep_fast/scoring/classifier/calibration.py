@@ -21,7 +21,7 @@ from .contest import Contest, KnownVariance, Rule, Steps
 from .members import Members
 from .noise import ForwardNoise
 from .offsets import fit_offsets
-from .screening import Screened
+from .screening import Screened, tail_factor
 from .strategies import low_discrepancy_order
 
 # Powers of 1/s²(t) among which the labels choose the weights; 0 is uniform.
@@ -275,10 +275,8 @@ class Calibration:
         least = math.log((self.errors.shape[2] - 1) / error)
         risen = np.sort(self._furthest_risen(rule, steps))
         positive = risen[risen > 0]
-        # One-sided: the count and one standard deviation of it.
-        count = len(positive) + 1
-        share = min((count + math.sqrt(count)) / (len(risen) + 2), 1.0)
-        tail = positive.mean() * math.log(max(share / error, 1.0)) if len(positive) else 0.0
+        factor = tail_factor(len(positive), len(risen), error)
+        tail = positive.mean() * factor if len(positive) else 0.0
         place = min(math.ceil((len(risen) + 1) * confidence), len(risen))
         return float(max(least, tail, risen[place - 1]))
 

@@ -271,13 +271,11 @@ class _Identity(NamedTuple):
     @classmethod
     def of(cls, batch: Images, row: int) -> _Identity:
         """Of a row of a batch on the CPU; the digest is that of its values."""
+        label = NO_LABEL if batch.labels is None else int(batch.labels[row])
+        name = None if batch.names is None else batch.names[row]
         content = batch.images[row].view(-1).view(torch.uint8)
-        return cls(
-            batch.ids[row],
-            NO_LABEL if batch.labels is None else int(batch.labels[row]),
-            None if batch.names is None else batch.names[row],
-            hashlib.blake2b(content.numpy().data, digest_size=8).hexdigest(),
-        )
+        digest = hashlib.blake2b(content.numpy().data, digest_size=8).hexdigest()
+        return cls(batch.ids[row], label, name, digest)
 
 
 class _Found(NamedTuple):

@@ -100,12 +100,12 @@ def _network(value: Any) -> dict[str, Any]:
     """A module, a function or another object, by its class and the weights that it reaches."""
     found: dict[str, Any] = {"class": _name(value)}
     modules = list(_modules(value))
-    tensors = {
-        f"{number}.{key.replace(_COMPILED, '')}": tensor
-        for number, module in enumerate(modules)
-        for key, tensor in module.state_dict().items()
-        if isinstance(tensor, Tensor)
-    }
+    tensors = {}
+    for number, module in enumerate(modules):
+        for key, tensor in module.state_dict().items():
+            # Others are states of modules' own.
+            if isinstance(tensor, Tensor):
+                tensors[f"{number}.{key.replace(_COMPILED, '')}"] = tensor
     found["parameters"] = tensors_hash(tensors) if tensors else None
     paths = (getattr(module, "config", None) for module in modules)
     path = next((getattr(config, "_name_or_path", None) for config in paths if config), None)

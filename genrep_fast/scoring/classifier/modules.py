@@ -40,7 +40,8 @@ def execution_device(module: nn.Module) -> torch.device | None:
 @contextlib.contextmanager
 def eval_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Eval mode without gradients; every module gets its own mode back."""
-    training = [part for module in modules for part in module.modules() if part.training]
+    parts = (part for module in modules for part in module.modules())
+    training = [part for part in parts if part.training]
     try:
         for part in training:
             part.training = False

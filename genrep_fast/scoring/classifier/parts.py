@@ -94,6 +94,8 @@ class Part(NamedTuple):
             if isinstance(column, np.ndarray)
         }
         names, labels = columns["name"], columns["label"]
+        known_labels = None if (labels == NO_LABEL).any() else tensors["label"]
+        known_names = None if all(name is None for name in names) else names
         result = ClassifierResult(
             prediction=tensors["prediction"],
             decided=tensors["decided"],
@@ -108,9 +110,9 @@ class Part(NamedTuple):
             temperature=temperature,
             coarse_evaluations=tensors["coarse_evaluations"],
             coarse_share=coarse_share,
-            labels=None if (labels == NO_LABEL).any() else tensors["label"],
+            labels=known_labels,
             image_ids=tensors["image_id"],
-            names=None if all(name is None for name in names) else names,
+            names=known_names,
         )
         return cls(result, labels, columns["digest"])
 

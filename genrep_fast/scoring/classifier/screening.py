@@ -76,11 +76,24 @@ def upper_quantile(values: np.ndarray, error: float, unit: float) -> float:
     if place <= count:
         return float(np.sort(values)[place - 1])
     positive = values[values > 0]
-    seen = len(positive) + 1
+    mean = (positive.sum() + unit) / (len(positive) + 1)
+    return float(max(values.max(), mean * tail_factor(len(positive), count, error)))
+
+
+def tail_factor(positive: int, images: int, error: float) -> float:
+    """What the mean of positive values is multiplied by where their tail is exponential.
+
+    The product is exceeded in a share `error` of images.
+
+    Args:
+        positive: how many images had such a value.
+        images: of all.
+        error: within 0…1.
+    """
+    count = positive + 1
     # One-sided: the count and one standard deviation of it.
-    share = min((seen + math.sqrt(seen)) / (count + 2), 1.0)
-    tail = (positive.sum() + unit) / seen * math.log(max(share / error, 1.0))
-    return float(max(values.max(), tail))
+    share = min((count + math.sqrt(count)) / (images + 2), 1.0)
+    return math.log(max(share / error, 1.0))
 
 
 def miss_rate(missed: np.ndarray, error: float | None = None) -> float:

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapter import Adapter, Tokens, default_of_call, token_ids
+from .adapter import Tokens, token_ids
+from .clip import SkipsLayersOfClip
 
 
-class StableDiffusion(Adapter):
+class StableDiffusion(SkipsLayersOfClip):
     """StableDiffusionPipeline: the tokens of one CLIP."""
 
     network_name = "unet"
@@ -26,13 +27,6 @@ class StableDiffusion(Adapter):
     def tokens(self, pipe: Any, prompts: list[Any]) -> list[Tokens]:
         name, limit = "tokenizer", pipe.tokenizer.model_max_length
         return [Tokens(name, token_ids(pipe, name, prompts), limit)]
-
-    def encode(self, pipe: Any, prompts: list[Any], device: torch.device) -> dict[str, Tensor]:
-        return self._encode(pipe, prompts, device, default_of_call(pipe, "clip_skip"))
-
-    def encode_null(self, pipe: Any, prompt: str, device: torch.device) -> dict[str, Tensor]:
-        # The pipeline skips no layers for its negative prompt.
-        return self._encode(pipe, [prompt], device, None)
 
     def _encode(
         self, pipe: Any, prompts: list[Any], device: torch.device, clip_skip: int | None

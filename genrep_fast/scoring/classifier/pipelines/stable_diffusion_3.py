@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapter import Adapter, Tokens, default_of_call, token_ids
+from .adapter import Tokens, default_of_call, token_ids
+from .clip import SkipsLayersOfClip
 from .flow_shift import with_static_shift
 
 
-class StableDiffusion3(Adapter):
+class StableDiffusion3(SkipsLayersOfClip):
     """StableDiffusion3Pipeline: the tokens of all three, and both CLIPs pooled.
 
     T5 may be None, as for the pipeline, which sends zeros in its place.
@@ -41,13 +42,6 @@ class StableDiffusion3(Adapter):
             limit = default_of_call(pipe, "max_sequence_length")
             found.append(Tokens("tokenizer_3", token_ids(pipe, "tokenizer_3", prompts), limit))
         return found
-
-    def encode(self, pipe: Any, prompts: list[Any], device: torch.device) -> dict[str, Tensor]:
-        return self._encode(pipe, prompts, device, default_of_call(pipe, "clip_skip"))
-
-    def encode_null(self, pipe: Any, prompt: str, device: torch.device) -> dict[str, Tensor]:
-        # The pipeline skips no layers for its negative prompt.
-        return self._encode(pipe, [prompt], device, None)
 
     def _encode(
         self, pipe: Any, prompts: list[Any], device: torch.device, clip_skip: int | None
