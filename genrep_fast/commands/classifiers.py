@@ -33,6 +33,7 @@ class Source(NamedTuple):
         classifier: that compares denoising errors.
         class_names: one a class.
         image_shape: (C, H, W) of its images in pixels.
+        channels: of what the denoiser gets, latents or pixels.
         device: where it runs.
         pipeline: of a checkpoint, whose head classifies; None for a pipeline of diffusers.
     """
@@ -40,6 +41,7 @@ class Source(NamedTuple):
     classifier: DiffusionClassifier
     class_names: list[str]
     image_shape: tuple[int, int, int]
+    channels: int
     device: torch.device
     pipeline: GenRepPipeline | None
 
@@ -130,7 +132,7 @@ def candidates_of(path: str, source: Source) -> Callable[[torch.Tensor], torch.T
 
     Raises:
         FileNotFoundError, ValueError, OSError: as `pictures.load_pipeline`; also for other classes
-            than the classifier's.
+            than the classifier's, and for a head that looks at something else.
     """
     from .. import pictures
     from ..data import check_class_names
@@ -141,6 +143,12 @@ def candidates_of(path: str, source: Source) -> Callable[[torch.Tensor], torch.T
         check_class_names(model.class_names, names, f"candidates: {path}")
     else:
         check_class_names(model.class_names, source.class_names, f"candidates: {path}")
+    channels = model.sample_shape[0]
+    if channels != source.channels:
+        raise ValueError(
+            f"candidates: {path} must look at what the denoiser gets, pixels or latents of "
+            f"{source.channels} channels, got a model of {channels}"
+        )
     return model.to(source.device).perceive
 
 
@@ -295,7 +303,8 @@ def _of_checkpoint(
         batch_size=batch_size,
         pad_to=pad_to,
     )
-    return Source(classifier, model.class_names, model.image_shape, device, pipeline)
+    channels = model.sample_shape[0]
+    return Source(classifier, model.class_names, model.image_shape, channels, device, pipeline)
 
 
 def _of_pipeline(
@@ -314,5 +323,6 @@ def _of_pipeline(
         raise ValueError(
             "pipeline: its network's configuration has no sample_size, which images are resized to"
         )
-    height, width = classifier.image_size
-    return Source(classifier, list(prompts), (3, height, width), device, None)
+    channels = pipe.vae.config.latent_channels
+    shape = (3, *classifier.image_size)
+    return Source(classifier, list(prompts), shape, channels, device, None)

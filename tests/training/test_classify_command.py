@@ -335,7 +335,7 @@ def stable_diffusion(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_pipeline_classifies_by_prompts(stable_diffusion, photos, tmp_path, capsys):
+def test_a_pipeline_classifies_by_prompts(stable_diffusion, checkpoint, photos, tmp_path, capsys):
     prompts = tmp_path / "prompts.json"
     prompts.write_text('{"ape": "an ape", "bee": ["a bee", "bees"], "cat": "a cat"}')
     source = ["--pipeline", stable_diffusion, "--prompts", prompts, "--images", photos]
@@ -364,6 +364,11 @@ def test_a_pipeline_classifies_by_prompts(stable_diffusion, photos, tmp_path, ca
     assert f"calibration: {tmp_path / 'c'} is of another denoiser, or of other prompts" in line
     line = failure(capsys, "classify", *source, "--strategy", "full", *race[2:])
     assert "holds images of other settings" in line and "denoiser." in line
+    line = failure(capsys, "classify", *source, "--strategy", "full", "--candidates", checkpoint)
+    wanted = (
+        "must look at what the denoiser gets, pixels or latents of 4 channels, got a model of 1"
+    )
+    assert f"candidates: {checkpoint} {wanted}" in line
 
 
 @pytest.mark.slow
